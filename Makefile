@@ -1,0 +1,32 @@
+# Two commands, each from a bare machine (Python >= 3.11) to done:
+#   make quickstart   prepares synthetic data, trains TiM4Rec, prints its table
+#   make test         lint, types and the whole test-suite
+
+PYTHON ?= python3
+PY := .venv/bin/python
+
+.PHONY: quickstart test clean
+
+quickstart: .venv/.base
+	test -f data/synthetic/dataset.json || $(PY) -m data_prep synthetic --out data/synthetic
+	$(PY) train.py --config configs/quickstart.py --workdir runs/quickstart
+	$(PY) eval.py --workdir runs/quickstart --split test
+
+test: .venv/.dev
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m pyright
+	$(PY) -m pytest -n 2
+
+clean:
+	rm -rf .venv build *.egg-info
+
+# The stamps make a second run start at once; a changed pyproject.toml installs again.
+.venv/.base: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@

@@ -1,0 +1,37 @@
+"""Shared set-up: eight simulated devices, shape checks on, golden files."""
+
+import os
+from pathlib import Path
+
+# Both must be set before JAX starts; the suite is written for eight CPU devices.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+
+from jaxtyping import install_import_hook
+
+# Every annotation of the package is checked at call time from here on.
+install_import_hook("tim4rec_jax", "beartype.beartype")
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def golden() -> Path:
+    """Folder with the small golden files: what the reference code computes."""
+    return Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def golden_all(golden: Path) -> Path:
+    """The whole golden folder, the large files included, where TIM4REC_GOLDEN names it."""
+    return Path(os.environ.get("TIM4REC_GOLDEN", golden))
+
+
+@pytest.fixture
+def x64():
+    """Runs the test with 64-bit types enabled."""
+    with jax.enable_x64(True):
+        yield
