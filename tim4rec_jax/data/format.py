@@ -6,7 +6,8 @@ A dataset is a directory of three parts, written by ``data_prep`` and read by ``
   that it can be mapped into memory; one row per user, users in order of first appearance in the
   filtered source, shards one after the other.
 - ``items.parquet``: one row per item, ``index`` counting from 1 (0 is padding).
-- ``dataset.json``: where the events come from and what was done to them.
+- ``dataset.json``: where the events come from and what was done to them. Readers need
+  `DATASET_KEYS` at its top level; whatever else it tells is for people.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ FORMAT_VERSION = 1
 DATASET_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 SEQUENCES_GLOB = "sequences*.arrow"
+
+# Of dataset.json: FORMAT_VERSION, a name, "exact" or "recbole", and what to find in the other files.
+DATASET_KEYS = ("format_version", "name", "order", "shards", "users", "items", "events")
 
 # Indices and times of one user are in the order of events. Lists are never null and never empty.
 SEQUENCES_SCHEMA = pa.schema(
