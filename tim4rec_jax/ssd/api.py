@@ -1,0 +1,192 @@
+"""The public SSD functions: what is common to all implementations, and the choice of one."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tim4rec_jax.ssd.reference import ssd_reference, step
+from tim4rec_jax.ssd.xla import ssd_xla
+
+IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla}
+
+
+def ssd(
+    x: Float[Array, "B L H P"],
+    dt: Float[Array, "B L H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
+    D: Float[Array, " H"] | Float[Array, "H P"] | None = None,
+    *,
+    dt_bias: Float[Array, " H"] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+    initial_state: Float[Array, "B H P N"] | None = None,
+    segment_ids: Int[Array, "B L"] | None = None,
+    return_final_state: bool = False,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L H P"] | tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
+    """State-space dual operator of Mamba-2 (arXiv 2405.21060), core of TiM4Rec (2409.16182, eq. 9).
+
+    `h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]` and `y[t] = C[t] h[t] + D x[t]` for every head.
+    Sums and states are float32, or float64 as soon as one input is.
+
+    Args:
+        x: inputs.
+        dt: step sizes, one per position and head.
+        A: decay rate of each head, negative in a stable model.
+        B: input projections; head `h` uses group `h // (H / G)`.
+        C: output projections, grouped like `B`.
+        D: weight of the skip connection; None: none.
+        dt_bias: added to `dt` first.
+        dt_softplus: whether softplus is applied to `dt` next.
+        dt_limit: smallest and largest `dt`, applied last.
+        initial_state: the state before the first position, zeros if None.
+        segment_ids: the state starts from zeros where the id differs from the one before; the
+            first segment starts from `initial_state`. None: one segment.
+        return_final_state: whether the state after the last position is returned as well.
+        chunk_size: positions per quadratic block, for implementations with blocks; None chooses.
+        implementation: a name in `IMPLEMENTATIONS`; None chooses.
+
+    Returns:
+        `y` in the dtype of `x`, or `y` and the final state in the dtype of the sums.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit, or the implementation cannot run.
+    """
+    _check_sequence(x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
+    _check_options(dt_limit, chunk_size)
+    compute = _implementation(implementation)
+    dtype = _accumulator(x, dt, A, B, C, D, dt_bias, initial_state)
+    batch, _, heads, width = x.shape
+    if initial_state is None:
+        initial_state = jnp.zeros((batch, heads, width, B.shape[-1]))
+    restart = None
+    if segment_ids is not None:
+        restart = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+
+    inputs = (v.astype(dtype) for v in (x, A, B, C, initial_state))
+    x_, A, B, C, initial_state = inputs
+    dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
+    y, state = compute(x_, dt, A, B, C, initial_state, restart, chunk_size)
+    y = _skip(y, x_, D).astype(x.dtype)
+    return (y, state) if return_final_state else y
+
+
+def ssd_step(
+    state: Float[Array, "B H P N"],
+    x: Float[Array, "B H P"],
+    dt: Float[Array, "B H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B G N"],
+    C: Float[Array, "B G N"],
+    D: Float[Array, " H"] | Float[Array, "H P"] | None = None,
+    *,
+    dt_bias: Float[Array, " H"] | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> tuple[Float[Array, "B H P N"], Float[Array, "B H P"]]:
+    """Advances `ssd` by one position; the arguments mean what they mean there.
+
+    Args:
+        state: the state before the position.
+        x: its input.
+        dt: its step sizes.
+        A: decay rates.
+        B: input projection.
+        C: output projection.
+        D: weight of the skip connection; None: none.
+        dt_bias: added to `dt` first.
+        dt_softplus: whether softplus is applied to `dt` next.
+        dt_limit: smallest and largest `dt`, applied last.
+
+    Returns:
+        The state after the position, in the dtype of the sums, and `y` in the dtype of `x`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
+    """
+    _check_sequence(
+        *(v[:, None] for v in (x, dt)), A, *(v[:, None] for v in (B, C)), D, dt_bias, state
+    )
+    _check_options(dt_limit)
+    dtype = _accumulator(state, x, dt, A, B, C, D, dt_bias)
+    state, x_, A, B, C = (v.astype(dtype) for v in (state, x, A, B, C))
+    dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
+    state, y = step(state, x_, dt, A, B, C)
+    return state, _skip(y, x_, D).astype(x.dtype)
+
+
+def _implementation(name):
+    if name is None:
+        # The place to choose by platform, shape and dtype once there is more than one fast one.
+        name = "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(
+            f"implementation {name!r} is not available in this version; "
+            f"choose one of {', '.join(IMPLEMENTATIONS)}, or None for the best"
+        )
+    return IMPLEMENTATIONS[name]
+
+
+def _accumulator(*arrays):
+    wide = any(v is not None and v.dtype == jnp.float64 for v in arrays)
+    return jnp.float64 if wide else jnp.float32
+
+
+def _step_size(dt, bias, softplus, limit):
+    if bias is not None:
+        dt = dt + bias.astype(dt.dtype)
+    if softplus:
+        dt = jax.nn.softplus(dt)
+    return dt if tuple(limit) == (0.0, float("inf")) else jnp.clip(dt, *limit)
+
+
+def _skip(y, x, D):
+    if D is None:
+        return y
+    D = D.astype(y.dtype)
+    return y + (D if D.ndim == 2 else D[:, None]) * x
+
+
+def _check_options(dt_limit, chunk_size=None):
+    if not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (smallest, largest), got {dt_limit}")
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+
+
+def _check_sequence(x, dt, A, B, C, D, dt_bias, state, segment_ids=None):
+    if x.ndim != 4 or x.shape[1] == 0:
+        raise ValueError(f"x must be [B, L, H, P] with L >= 1, got {x.shape}")
+    if B.ndim != 4 or B.shape[2] == 0 or x.shape[2] % B.shape[2]:
+        raise ValueError(f"B must be [B, L, G, N] with G dividing H = {x.shape[2]}, got {B.shape}")
+    batch, length, heads, width = x.shape
+    groups, size = B.shape[2:]
+    per_head = {(heads,), (heads, width)}
+    expected = {
+        "dt": (dt, {(batch, length, heads)}),
+        "A": (A, {(heads,)}),
+        "B": (B, {(batch, length, groups, size)}),
+        "C": (C, {(batch, length, groups, size)}),
+        "D": (D, per_head),
+        "dt_bias": (dt_bias, {(heads,)}),
+        "state": (state, {(batch, heads, width, size)}),
+        "segment_ids": (segment_ids, {(batch, length)}),
+    }
+    for name, (array, shapes) in expected.items():
+        if array is None:
+            continue
+        if array.shape not in shapes:
+            wanted = " or ".join(map(str, sorted(shapes)))
+            raise ValueError(
+                f"{name} must have shape {wanted} to fit x {x.shape}, got {array.shape}"
+            )
+        kind = jnp.integer if name == "segment_ids" else jnp.floating
+        if not jnp.issubdtype(array.dtype, kind):
+            raise ValueError(f"{name} must be {kind.__name__}, got {array.dtype}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating, got {x.dtype}")

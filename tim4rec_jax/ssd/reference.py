@@ -1,0 +1,75 @@
+"""The SSD recurrence, one position after the other: slow, plain, and what the others must equal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+
+def step(
+    state: Float[Array, "B H P N"],
+    x: Float[Array, "B H P"],
+    dt: Float[Array, "B H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B G N"],
+    C: Float[Array, "B G N"],
+) -> tuple[Float[Array, "B H P N"], Float[Array, "B H P"]]:
+    """Advances the state by one event: `h = exp(dt A) h + dt x B`, `y = C h`.
+
+    Args:
+        state: the state before the event.
+        x: the event's input.
+        dt: its step size, ready to use (bias, softplus and limits applied).
+        A: decay rate of each head.
+        B: input projection; head `h` uses group `h // (H / G)`.
+        C: output projection, grouped like `B`.
+
+    Returns:
+        The state after the event, and its output.
+    """
+    heads_per_group = x.shape[1] // B.shape[1]
+    B, C = (jnp.repeat(v, heads_per_group, axis=1) for v in (B, C))
+    state = jnp.exp(dt * A)[..., None, None] * state
+    state = state + (dt[..., None] * x)[..., None] * B[:, :, None, :]
+    return state, jnp.sum(state * C[:, :, None, :], axis=-1)
+
+
+def ssd_reference(
+    x: Float[Array, "B L H P"],
+    dt: Float[Array, "B L H"],
+    A: Float[Array, " H"],
+    B: Float[Array, "B L G N"],
+    C: Float[Array, "B L G N"],
+    initial_state: Float[Array, "B H P N"],
+    restart: Bool[Array, "B L"] | None,
+    chunk_size: int | None,
+) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
+    """Scans the recurrence over the sequence.
+
+    Args:
+        x: inputs, in the dtype to accumulate in, as all other arrays.
+        dt: step sizes, ready to use (bias, softplus and limits applied).
+        A: decay rate of each head.
+        B: input projections; head `h` uses group `h // (H / G)`.
+        C: output projections, grouped like `B`.
+        initial_state: the state before the first position.
+        restart: true where the state is emptied before the position is read.
+        chunk_size: of no meaning here.
+
+    Returns:
+        The outputs, without the skip `D x`, and the state after the last position.
+    """
+    del chunk_size
+
+    def body(state, position):
+        *inputs, empty = position
+        if restart is not None:
+            state = jnp.where(empty[:, None, None, None], 0, state)
+        x, dt, B, C = inputs
+        return step(state, x, dt, A, B, C)
+
+    positions = (x, dt, B, C, restart)
+    positions = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), positions)
+    state, y = jax.lax.scan(body, initial_state, positions)
+    return jnp.moveaxis(y, 0, 1), state
