@@ -1,0 +1,21 @@
+"""Prepared datasets, windows over histories, batches. Needs no JAX, except `data.pipeline`."""
+
+from tim4rec_jax.data.batches import Batch, EvalBatches, TrainBatches
+from tim4rec_jax.data.buckets import default_buckets
+from tim4rec_jax.data.dataset import Dataset
+from tim4rec_jax.data.format import FORMAT_VERSION
+from tim4rec_jax.data.reader import open_dataset
+from tim4rec_jax.data.windows import Convention, prefix_batch, time_gaps
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Batch",
+    "Convention",
+    "Dataset",
+    "EvalBatches",
+    "TrainBatches",
+    "default_buckets",
+    "open_dataset",
+    "prefix_batch",
+    "time_gaps",
+]

@@ -1,0 +1,108 @@
+"""The prepared dataset as the rest of the system sees it: memory-mapped, checked, never copied."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int, Int32, Int64
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Chunk:
+    """One record batch: the events of consecutive users, views on the mapped file."""
+
+    start: int  # position of its first event among all events of the dataset
+    items: Int32[np.ndarray, "events"]
+    timestamps: Int64[np.ndarray, "events"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """Event sequences of users, as `tim4rec_jax.data.open_dataset` returns them.
+
+    Attributes:
+      directory: where it lies.
+      metadata: what dataset.json holds.
+      user_ids: original id of each user, a pyarrow string array [n_users].
+      item_ids: original id of each item, a pyarrow string array; position i - 1 for index i.
+      item_counts: events of each item, likewise.
+      offsets: the events of user u are numbers `offsets[u]` to `offsets[u + 1]` of the dataset.
+      chunks: the events themselves.
+    """
+
+    directory: Path
+    metadata: dict
+    user_ids: pa.ChunkedArray
+    item_ids: pa.ChunkedArray
+    item_counts: Int64[np.ndarray, "n_items"]
+    offsets: Int64[np.ndarray, "n_users_and_1"]
+    chunks: tuple[Chunk, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the dataset."""
+        return self.metadata["name"]
+
+    @property
+    def order(self) -> str:
+        """Event order of the preparation: `"exact"` or `"recbole"`."""
+        return self.metadata["order"]
+
+    @property
+    def n_users(self) -> int:
+        """Number of users."""
+        return len(self.offsets) - 1
+
+    @property
+    def n_items(self) -> int:
+        """Number of items, the padding item 0 not counted: indices run from 1 to `n_items`."""
+        return len(self.item_counts)
+
+    @property
+    def n_events(self) -> int:
+        """Number of events."""
+        return int(self.offsets[-1])
+
+    @cached_property
+    def lengths(self) -> Int64[np.ndarray, "n_users"]:
+        """Events of each user."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def _chunk_starts(self) -> Int64[np.ndarray, "chunks"]:
+        return np.array([chunk.start for chunk in self.chunks], np.int64)
+
+    def items(
+        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], width: int
+    ) -> Int32[np.ndarray, "B width"]:
+        """Item indices of the events `starts[b]` to `starts[b] + lengths[b]`, padded with 0.
+
+        Args:
+          starts: number of the first event, as counted by `offsets`.
+          lengths: how many events; more than `width` are cut. All of one row belong to one user.
+          width: columns of the result.
+        """
+        return self._windows("items", np.int32, starts, lengths, width)
+
+    def timestamps(
+        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], width: int
+    ) -> Int64[np.ndarray, "B width"]:
+        """Times of events in the dataset's own unit; arguments as for `items`."""
+        return self._windows("timestamps", np.int64, starts, lengths, width)
+
+    def _windows(self, column, dtype, starts, lengths, width):
+        columns = np.arange(width)
+        out = np.empty((len(starts), width), dtype)
+        chunk_of = np.searchsorted(self._chunk_starts, starts, side="right") - 1
+        for number in np.unique(chunk_of):
+            chunk = self.chunks[number]
+            rows = slice(None) if len(self.chunks) == 1 else np.flatnonzero(chunk_of == number)
+            # Past the end of a row this reads the next user's events, overwritten below.
+            events = (starts[rows] - chunk.start)[:, None] + columns
+            out[rows] = np.take(getattr(chunk, column), events, mode="clip")
+        out[columns >= lengths[:, None]] = 0
+        return out
