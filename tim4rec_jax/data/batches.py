@@ -6,8 +6,6 @@ before it: users with three events have no training sample, those with two only 
 with one do nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Literal
 
@@ -211,6 +209,6 @@ def _checked_buckets(
     rising = tuple(sorted({int(width) for width in buckets}))
     if not rising or rising[0] < 1 or rising[-1] != max_length:
         raise UserError(
-            f"buckets {tuple(buckets)} must be positive and end with the maximum length {max_length}"
+            f"buckets {tuple(buckets)} must be positive, and the longest {max_length}"
         )
     return rising

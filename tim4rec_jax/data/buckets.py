@@ -1,7 +1,5 @@
 """Chooses the few lengths to which batches are padded."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int64
 

@@ -1,7 +1,5 @@
 """The prepared dataset as the rest of the system sees it: memory-mapped, checked, never copied."""
 
-from __future__ import annotations
-
 import dataclasses
 from functools import cached_property
 from pathlib import Path

@@ -2,15 +2,13 @@
 
 A dataset is a directory of three parts, written by ``data_prep`` and read by ``tim4rec_jax.data``:
 
-- ``sequences.arrow`` (or ``sequences-00000-of-00004.arrow`` and so on): Arrow IPC file, uncompressed, so
-  that it can be mapped into memory; one row per user, users in order of first appearance in the
-  filtered source, shards one after the other.
+- ``sequences.arrow`` (or ``sequences-00000-of-00004.arrow`` and so on): Arrow IPC file,
+  uncompressed, so that it can be mapped into memory; one row per user, users in order of first
+  appearance in the filtered source, shards one after the other.
 - ``items.parquet``: one row per item, ``index`` counting from 1 (0 is padding).
 - ``dataset.json``: where the events come from and what was done to them. Readers need
   `DATASET_KEYS` at its top level; whatever else it tells is for people.
 """
-
-from __future__ import annotations
 
 import pyarrow as pa
 
@@ -20,7 +18,7 @@ DATASET_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 SEQUENCES_GLOB = "sequences*.arrow"
 
-# Of dataset.json: FORMAT_VERSION, a name, "exact" or "recbole", and what to find in the other files.
+# Of dataset.json: FORMAT_VERSION, a name, "exact" or "recbole", what to find in the other files.
 DATASET_KEYS = ("format_version", "name", "order", "shards", "users", "items", "events")
 
 # Indices and times of one user are in the order of events. Lists are never null and never empty.

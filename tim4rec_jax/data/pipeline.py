@@ -1,7 +1,5 @@
 """Training batches made ahead by threads, with a state that checkpoints."""
 
-from __future__ import annotations
-
 import sys
 
 import grain

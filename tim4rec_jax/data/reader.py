@@ -1,7 +1,5 @@
 """Opens a prepared dataset directory: maps it, checks it, says what is wrong with it."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

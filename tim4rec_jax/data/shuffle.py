@@ -1,7 +1,5 @@
 """A shuffle that is never stored: position in, shuffled position out."""
 
-from __future__ import annotations
-
 import numpy as np
 from jaxtyping import Int64
 

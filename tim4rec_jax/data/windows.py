@@ -1,6 +1,4 @@
-"""Windows over histories: the last events before a target, their time gaps, the batch made of them."""
-
-from __future__ import annotations
+"""Windows over histories: the last events before a target, their time gaps, batches of them."""
 
 from typing import Literal
 
