@@ -1,65 +1,67 @@
-"""Writes small prepared datasets."""
+"""Small datasets for tests: random histories, in memory or prepared on disk."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
+from tim4rec_jax.data import Dataset
 from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data.dataset import Chunk
 
 
-def write_dataset(directory, histories, *, n_items=None, order="exact", shards=1, batch_rows=None):
-    """Prepares `histories`, a list of (items, timestamps), user "u<row>", item "i<index>"."""
-    directory.mkdir(exist_ok=True, parents=True)
-    flat = np.concatenate([items for items, _ in histories])
-    n_items = n_items or int(flat.max())
-    rows = [
-        {"user": f"u{row}", "items": list(map(int, items)), "timestamps": list(map(int, times))}
-        for row, (items, times) in enumerate(histories)
-    ]
-    for shard, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
-        table = pa.Table.from_pylist([rows[row] for row in part], schema=fmt.SEQUENCES_SCHEMA)
-        path = directory / fmt.sequences_file(shard, shards)
-        with pa.ipc.new_file(path, fmt.SEQUENCES_SCHEMA) as writer:
-            writer.write_table(table, max_chunksize=batch_rows)
-    items = {
-        "index": np.arange(1, n_items + 1),
-        "item": [f"i{index}" for index in range(1, n_items + 1)],
-        "count": np.bincount(flat, minlength=n_items + 1)[1:],
-    }
-    pq.write_table(pa.table(items, schema=fmt.ITEMS_SCHEMA), directory / fmt.ITEMS_FILE)
-    metadata = {
-        "format_version": fmt.FORMAT_VERSION,
-        "name": "small",
-        "order": order,
-        "shards": shards,
-        "users": len(rows),
-        "items": n_items,
-        "events": len(flat),
-    }
-    (directory / fmt.DATASET_FILE).write_text(json.dumps(metadata))
-    return directory
-
-
-def random_histories(lengths, seed=0, n_items=30, start=880_000_000):
+def random_histories(lengths, *, seed=0, n_items=30, start=880_000_000):
+    """Histories as (items, timestamps), half of the gaps 0."""
     rng = np.random.default_rng(seed)
     return [
         (
-            rng.integers(1, n_items + 1, length),
+            rng.integers(1, n_items + 1, length, dtype=np.int32),
             start + np.cumsum(rng.integers(0, 500, length) * rng.integers(0, 2, length)),
         )
         for length in lengths
     ]
 
 
-@pytest.fixture
-def histories():
-    """One user of each length from 1 to 40."""
-    return random_histories(range(1, 41))
+def in_memory(histories, *, n_items=30, splits=()):
+    """A `Dataset` of histories; a new chunk starts before each user in `splits`."""
+    offsets = np.cumsum([0, *(len(items) for items, _ in histories)])
+    chunks = []
+    for part in np.split(np.arange(len(histories)), sorted(splits)):
+        if len(part):
+            columns = zip(*(histories[user] for user in part), strict=True)
+            chunks.append(Chunk(int(offsets[part[0]]), *map(np.concatenate, columns)))
+    items = np.concatenate([items for items, _ in histories])
+    return Dataset(
+        directory=Path("memory"),
+        metadata={"name": "small", "order": "exact"},
+        user_ids=pa.chunked_array([[f"u{row}" for row in range(len(histories))]]),
+        item_ids=pa.chunked_array([[f"i{index}" for index in range(1, n_items + 1)]]),
+        item_counts=np.bincount(items, minlength=n_items + 1)[1:],
+        offsets=offsets,
+        chunks=tuple(chunks),
+    )
 
 
-@pytest.fixture
-def directory(tmp_path, histories):
-    return write_dataset(tmp_path / "small", histories, n_items=30)
+def write_dataset(directory, histories, *, n_items=30, order="exact", shards=1, batch_rows=None):
+    """Prepares histories in a directory as `data_prep` does."""
+    directory.mkdir(exist_ok=True, parents=True)
+    dataset = in_memory(histories, n_items=n_items)
+    columns = [
+        dataset.user_ids.to_pylist(),
+        [items.tolist() for items, _ in histories],
+        [timestamps.tolist() for _, timestamps in histories],
+    ]
+    table = pa.table(columns, schema=fmt.SEQUENCES_SCHEMA)
+    for shard, rows in enumerate(np.array_split(np.arange(len(histories)), shards)):
+        with pa.ipc.new_file(
+            directory / fmt.sequences_file(shard, shards), fmt.SEQUENCES_SCHEMA
+        ) as writer:
+            writer.write_table(table.take(rows).combine_chunks(), max_chunksize=batch_rows)
+    columns = [np.arange(1, n_items + 1), dataset.item_ids, dataset.item_counts]
+    pq.write_table(pa.table(columns, schema=fmt.ITEMS_SCHEMA), directory / fmt.ITEMS_FILE)
+    values = (1, "small", order, shards, dataset.n_users, n_items, dataset.n_events)
+    metadata = dict(zip(fmt.DATASET_KEYS, values, strict=True))
+    (directory / fmt.DATASET_FILE).write_text(json.dumps(metadata))
+    return directory

@@ -41,8 +41,8 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
             offsets = _check_lists(where, batch)
             chunk = Chunk(
                 start=sum(len(chunk.items) for chunk in chunks),
-                items=_flat(batch.column("items")),
-                timestamps=_flat(batch.column("timestamps")),
+                items=_mapped(batch.column("items")),
+                timestamps=_mapped(batch.column("timestamps")),
             )
             _check_items(where, offsets, chunk.items, metadata["items"])
             _check_times(where, offsets, chunk.timestamps, metadata["order"])
@@ -97,8 +97,8 @@ def _read_items(path: Path, metadata: dict):
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
-    if not table.schema.empty_table().select(range(3)).schema.equals(fmt.ITEMS_SCHEMA):
-        raise UserError(f"{path}: columns are {_columns(table.schema)}; {_AGAIN}")
+    if list(table.schema)[:3] != list(fmt.ITEMS_SCHEMA):
+        raise _other_columns(path, table.schema, fmt.ITEMS_SCHEMA)
     index = table.column("index").to_numpy()
     wrong = np.flatnonzero(index != np.arange(1, len(index) + 1))
     if wrong.size or len(index) != metadata["items"]:
@@ -122,11 +122,12 @@ def _record_batches(path: Path):
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if not reader.schema.equals(fmt.SEQUENCES_SCHEMA):
-            raise UserError(f"{path}: columns are {_columns(reader.schema)}; {_AGAIN}")
+            raise _other_columns(path, reader.schema, fmt.SEQUENCES_SCHEMA)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             batch.validate(full=True)
-            yield batch
+            if len(batch):
+                yield batch
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 
@@ -148,8 +149,7 @@ def _check_lists(where: _Rows, batch: pa.RecordBatch):
     """Returns where each user's events start and end, counted from the batch's first event."""
     for column in batch.columns:
         if column.null_count:
-            row = np.flatnonzero(column.is_null().to_numpy(zero_copy_only=False))[0]
-            raise where.error(row, "holds a null")
+            raise where.error(_first_null(column), "holds a null")
     offsets, times = (
         batch.column(name).offsets.to_numpy().astype(np.int64) for name in ("items", "timestamps")
     )
@@ -160,12 +160,20 @@ def _check_lists(where: _Rows, batch: pa.RecordBatch):
     empty = np.flatnonzero(offsets[1:] == offsets[:-1])
     if empty.size:
         raise where.error(empty[0], "has no events")
+    for name in ("items", "timestamps"):
+        values = batch.column(name).flatten()
+        if values.null_count:
+            row = np.searchsorted(offsets, _first_null(values), side="right") - 1
+            raise where.error(row, f"holds a null in its {name}")
     return offsets
 
 
-def _flat(column: pa.ListArray) -> np.ndarray:
-    first, last = column.offsets[0].as_py(), column.offsets[-1].as_py()
-    return column.values[first:last].to_numpy(zero_copy_only=True)
+def _first_null(values: pa.Array) -> int:
+    return int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+
+
+def _mapped(column: pa.ListArray) -> np.ndarray:
+    return column.flatten().to_numpy(zero_copy_only=True)
 
 
 def _check_items(where: _Rows, offsets, items, n_items: int) -> None:
@@ -197,8 +205,12 @@ def _check_times(where: _Rows, offsets, timestamps, order: str) -> None:
                 raise where.error(row, f"{reason} at event {events[0] - offsets[row]}")
 
 
-def _columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name}: {field.type}" for field in schema)
+def _other_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> UserError:
+    found, expected = (
+        ", ".join(str(field)[len("pyarrow.Field<") : -1] for field in schema)
+        for schema in (found, expected)
+    )
+    return UserError(f"{path} has the columns ({found}) instead of ({expected}); {_AGAIN}")
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
