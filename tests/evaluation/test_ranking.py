@@ -1,0 +1,128 @@
+"""Counting in blocks against ranking by a full sort, on scores that no summation order can change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tim4rec_jax.evaluation.ranking import ranks, top_k
+
+NAN, INF = float("nan"), float("inf")
+
+
+def integers(rng, *shape):
+    """Small whole numbers: every product is exact, and there are many ties."""
+    return rng.integers(-3, 4, shape).astype(np.float32)
+
+
+def naive_scores(hidden, table, exclude, keep=None):
+    scores = hidden @ table.T
+    scores[:, 0] = -INF
+    for row, items in enumerate(exclude):
+        for item in items:
+            if keep is None or item != keep[row]:
+                scores[row, item] = -INF
+    return scores
+
+
+@st.composite
+def problems(draw):
+    """Random numbers in few shapes, each of which is compiled."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    items, block_size = draw(st.sampled_from([(1, 1), (5, 8), (20, 1), (20, 8), (20, 21)]))
+    hidden, table = integers(rng, 4, 2), integers(rng, items + 1, 2)
+    targets = rng.integers(1, items + 1, 4).astype(np.int32)
+    exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
+    return hidden, table, targets, exclude, block_size
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems())
+def test_ranks_equal_the_naive_ones(problem):
+    hidden, table, targets, exclude, block_size = problem
+    scores = naive_scores(hidden, table, exclude, keep=targets)
+    own = np.take_along_axis(scores, targets[:, None], 1)
+    expected = 1 + (scores > own).sum(1)
+    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude)
+    np.testing.assert_array_equal(got, expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problems(), st.sampled_from([1, 7, 25]))
+def test_top_k_equals_the_naive_one(problem, k):
+    hidden, table, _, exclude, block_size = problem
+    scores = naive_scores(hidden, table, exclude)
+    items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    best = np.take_along_axis(scores, items, 1)
+    fill = ((0, 0), (0, k - items.shape[1]))
+    best = np.pad(best, fill, constant_values=-INF)
+    items = np.where(best == -INF, 0, np.pad(items, fill))
+    got_scores, got_items = top_k(hidden, table, k, block_size=block_size, exclude=exclude)
+    np.testing.assert_array_equal(got_scores, best)
+    np.testing.assert_array_equal(got_items, items)
+
+
+def test_without_exclusion():
+    hidden, table = np.ones((1, 1), np.float32), np.array([[9], [1], [3], [2]], np.float32)
+    targets = np.array([3], np.int32)
+    assert ranks(hidden, table, targets).tolist() == [2]
+    scores, items = top_k(hidden, table, 2)
+    assert (scores.tolist(), items.tolist()) == ([[3.0, 2.0]], [[2, 3]])
+
+
+@pytest.mark.parametrize("block_size", [16, 64, 1000])
+def test_a_twin_of_the_target_is_a_tie_whatever_its_position(block_size):
+    """The same embedding twice: rounding must not put one of the two ahead."""
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((33, 50), np.float32)
+    table = rng.standard_normal((301, 50), np.float32)
+    table[151:] = table[1:151]
+    first = rng.integers(1, 151, 33).astype(np.int32)
+    below = ranks(hidden, table, first, block_size=block_size)
+    above = ranks(hidden, table, first + 150, block_size=block_size)
+    np.testing.assert_array_equal(below, above)
+    assert (below % 2 == 1).all()  # the others come in pairs
+
+
+def test_nan_is_never_a_good_rank():
+    hidden = np.array([[NAN], [1.0], [1.0]], np.float32)
+    table = np.array([[0], [1], [NAN], [3], [4]], np.float32)
+    targets = np.array([4, 2, 4], np.int32)
+    assert ranks(hidden, table, targets, block_size=3).tolist() == [4, 4, 2]
+    _, items = top_k(hidden, table, 4, block_size=3)
+    assert items.tolist() == [[0, 0, 0, 0], [4, 3, 1, 0], [4, 3, 1, 0]]
+
+
+def test_infinite_scores_are_ordered():
+    hidden = np.ones((3, 1), np.float32)
+    table = np.array([[0], [INF], [-INF], [1]], np.float32)
+    targets = np.array([1, 2, 3], np.int32)
+    assert ranks(hidden, table, targets, block_size=2).tolist() == [1, 3, 2]
+
+
+def test_bfloat16_is_ranked_in_float32():
+    hidden = jnp.ones((1, 2), jnp.bfloat16)
+    table = jnp.array([[0, 0], [256, 0], [256, 1]], jnp.bfloat16)  # 257 is no bfloat16
+    targets = jnp.array([1])
+    assert ranks(hidden, table, targets).tolist() == [2]
+    assert top_k(hidden, table, 1)[0].tolist() == [[257.0]]
+
+
+def test_float64_stays(x64):
+    hidden, table = jnp.ones((1, 1)), jnp.array([[0.0], [1.0], [1.0 + 1e-12]])
+    assert ranks(hidden, table, jnp.array([1])).tolist() == [2]
+    assert top_k(hidden, table, 1)[1].tolist() == [[2]]
+
+
+def test_memory_does_not_grow_with_the_catalogue():
+    def temporaries(n_items):
+        shapes = [(64, 8), (n_items + 1, 8)]
+        floats = [jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes]
+        targets = jax.ShapeDtypeStruct((64,), np.int32)
+        compiled = ranks.lower(*floats, targets, block_size=256).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    scores_of_million = 64 * 1_000_000 * 4
+    assert temporaries(1_000_000) < temporaries(10_000) + scores_of_million / 25

@@ -1,0 +1,152 @@
+"""Runs a model over the users of a split: ranks of their targets, or hidden states to rank with."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int32
+from rich.console import Console
+from rich.progress import track
+
+from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches
+from tim4rec_jax.evaluation.metrics import metrics
+from tim4rec_jax.evaluation.ranking import ranks
+
+Split = Literal["valid", "test"]
+# Batches the host may be ahead of the device: it never waits, and inputs do not pile up there.
+_IN_FLIGHT = 8
+
+
+def evaluate(
+    model: nnx.Module,
+    ds: Dataset,
+    split: Split,
+    *,
+    max_length: int,
+    batch_size: int,
+    convention: Convention,
+    buckets: Sequence[int] | None = None,
+    exclude_seen: bool = False,
+    progress: bool = False,
+) -> tuple[dict[str, float], Int32[np.ndarray, " n_users"]]:
+    """Ranks every user's target among all items (leave one out, full ranking).
+
+    Batches are spread over the local devices. Compiled code is kept between calls.
+
+    Args:
+        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_embedding.T`.
+        ds: a prepared dataset.
+        split: `"valid"` predicts the last event but one, `"test"` the last.
+        max_length: histories are cut to their last events.
+        batch_size: users at once.
+        convention: of the time gaps; see `tim4rec_jax.data.time_gaps`.
+        buckets: widths of batches; `None` chooses.
+        exclude_seen: items of the user's whole history do not compete with the target.
+        progress: show a progress bar on stderr.
+
+    Returns:
+        The metrics of `tim4rec_jax.evaluation.metrics`, and the rank of each user's target
+        by row of the dataset, 0 for users without a target in this split.
+
+    Raises:
+        UserError: no user has a target in this split.
+    """
+    batches = EvalBatches(
+        ds,
+        split,
+        max_length=max_length,
+        batch_size=batch_size,
+        convention=convention,
+        buckets=buckets,
+    )
+    found = np.zeros(ds.n_users, np.int32)
+    exclude = partial(seen_items, ds, split) if exclude_seen else None
+    for batch, result in run(model, batches, ranks, exclude=exclude, progress=progress):
+        real = batch["weights"] > 0
+        found[batch["users"][real]] = result[real]
+    return metrics(found[found > 0]), found
+
+
+def run(
+    model: nnx.Module,
+    batches: EvalBatches,
+    score: Callable[..., Any],
+    *,
+    exclude: Callable[[Int32[np.ndarray, " B"]], Int32[np.ndarray, "B S"]] | None = None,
+    progress: bool = False,
+) -> Iterator[tuple[Batch, Any]]:
+    """Yields each batch and, as numpy, `score(hidden, table, targets, exclude=...)` of it.
+
+    Args:
+        model: see `tim4rec_jax.models`.
+        batches: what to run it on.
+        score: a function of arrays on the device: hidden states [B,D], item table [V+1,D],
+            targets [B] and items to leave out, [B,S] or None.
+        exclude: gives the items to leave out of a batch of users (rows of the dataset).
+        progress: show a progress bar on stderr.
+    """
+    devices = jax.local_devices()
+    devices = devices[: math.gcd(len(devices), batches.batch_size)]
+    mesh = Mesh(np.asarray(devices), ("batch",))
+    by_row = NamedSharding(mesh, PartitionSpec("batch"))
+    graphdef, state = nnx.split(model)
+    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    table = nnx.merge(graphdef, state).item_embedding.embedding[...]
+
+    def dispatch(batch):
+        inputs = [batch[name] for name in ("items", "lengths", "gaps", "targets")]
+        left_out = None if exclude is None else exclude(batch["users"])
+        *inputs, targets, left_out = jax.device_put((*inputs, left_out), by_row)
+        return score(_encode(graphdef, state, *inputs), table, targets, exclude=left_out)
+
+    return _ahead(_tracked(batches, progress), dispatch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _encode(graphdef, state, items, lengths, gaps):
+    return nnx.merge(graphdef, state).encode(items, lengths, gaps)
+
+
+def _ahead(batches: Iterable[Batch], dispatch) -> Iterator[tuple[Batch, Any]]:
+    pending = deque()
+    for batch in batches:
+        pending.append((batch, dispatch(batch)))
+        if len(pending) > _IN_FLIGHT:
+            batch, result = pending.popleft()
+            yield batch, jax.device_get(result)
+    for batch, result in pending:
+        yield batch, jax.device_get(result)
+
+
+def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:
+    if not progress:
+        return batches
+    return track(batches, "users", console=Console(stderr=True), transient=True)
+
+
+def prefix_ends(ds: Dataset, split: Split) -> np.ndarray:
+    """Number of the target event of each user, which is the length of the history before it.
+
+    0 or less for users without a target in this split.
+    """
+    return ds.lengths - (1 if split == "test" else 2)
+
+
+def seen_items(
+    ds: Dataset, split: Split, users: Int32[np.ndarray, " B"]
+) -> Int32[np.ndarray, "B S"]:
+    """All items a user has before the target, however far back, padded with 0.
+
+    S is a power of two, so that batches share few shapes.
+    """
+    ends = prefix_ends(ds, split)[users]
+    width = 1 << int(ends.max() - 1).bit_length()
+    return ds.items(ds.offsets[users], ends, width)

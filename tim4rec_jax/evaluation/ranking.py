@@ -1,0 +1,140 @@
+"""Full ranking on the device: the whole catalogue is scored, in blocks, and never sorted."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+BLOCK_SIZE = 2048  # chosen by benchmarks/ranking.py
+
+
+@partial(jax.jit, static_argnames="block_size")
+def ranks(
+    hidden: Float[Array, "B D"],
+    table: Float[Array, "rows D"],
+    targets: Int[Array, " B"],
+    *,
+    block_size: int = BLOCK_SIZE,
+    exclude: Int[Array, "B S"] | None = None,
+) -> Int[Array, " B"]:
+    """Rank of every target: 1 + the number of items with a strictly greater score.
+
+    Scores are `hidden @ table.T`, in float32 or wider, `block_size` items at a time: memory is
+    O(B * block_size) however large the catalogue. Item 0 is padding and never counts. A score
+    that cannot be ordered counts against the target, so a NaN target gets the worst rank, V.
+
+    Args:
+        hidden: one state per user.
+        table: item embeddings, row 0 is padding: `rows` = V + 1.
+        targets: the item to be ranked, 1..V.
+        block_size: items scored at once; static.
+        exclude: items that do not compete, 0 = nothing; a target among them is still ranked.
+
+    Returns:
+        int32, 1..V.
+    """
+    hidden, table = _accumulation_dtype(hidden, table)
+    row = jnp.arange(targets.shape[0])
+    if exclude is not None:
+        exclude = jnp.where(exclude == targets[:, None], 0, exclude)
+
+    # Two products of different shapes may sum in different orders, and a target compared with
+    # a last-bit variant of its own score (or of an identical item's) would be misplaced. So the
+    # targets' rows are scored first by the very product, shape and all, that scores the blocks.
+    def step(carry, block):
+        own, greater = carry
+        ids, start, competes = block
+        scores = _scores(hidden, table, ids)
+        column = row - start
+        here = ~competes & (column >= 0) & (column < block_size)
+        picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
+        own = jnp.where(here, picked, own)
+        counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
+        if exclude is not None:
+            counts &= ~_mark(counts, exclude, start)
+        # A block's count is exact in float32, and XLA's CPU sums floats with half the memory.
+        return (own, greater + counts.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)), None
+
+    target_ids, target_starts = _blocks(targets, block_size)
+    ids, starts = _blocks(jnp.arange(table.shape[0]), block_size)
+    competes = jnp.arange(len(target_starts) + len(starts)) >= len(target_starts)
+    blocks = (
+        jnp.concatenate([target_ids, ids]),
+        jnp.concatenate([target_starts, starts]),
+        competes,
+    )
+    start = (jnp.zeros(targets.shape, hidden.dtype), jnp.zeros(targets.shape, jnp.int32))
+    (_, greater), _ = lax.scan(step, start, blocks)
+    return greater + 1
+
+
+@partial(jax.jit, static_argnames=("k", "block_size"))
+def top_k(
+    hidden: Float[Array, "B D"],
+    table: Float[Array, "rows D"],
+    k: int,
+    *,
+    block_size: int = BLOCK_SIZE,
+    exclude: Int[Array, "B S"] | None = None,
+) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
+    """The `k` best items of every user, best first; of equal scores the lower index first.
+
+    Arguments as in `ranks`. Where fewer than `k` items are left (a small catalogue, or most of
+    it excluded; an item whose score is NaN is never recommended), item 0 with score -inf fills up.
+
+    Returns:
+        scores (float32 or wider) and items (int32).
+    """
+    hidden, table = _accumulation_dtype(hidden, table)
+
+    def step(best, block):
+        ids, start = block
+        scores = _scores(hidden, table, ids)
+        barred = (ids == 0) | jnp.isnan(scores)
+        if exclude is not None:
+            barred |= _mark(barred, exclude, start)
+        scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
+        scores = jnp.where(barred, -jnp.inf, scores)
+        # It keeps the earlier of two equals, and earlier blocks hold the lower indices.
+        block_scores, column = lax.top_k(scores, min(k, block_size))
+        scores = jnp.concatenate([best[0], block_scores], axis=1)
+        items = jnp.concatenate([best[1], ids[column]], axis=1)
+        scores, column = lax.top_k(scores, k)
+        return (scores, jnp.take_along_axis(items, column, axis=1)), None
+
+    shape = (hidden.shape[0], k)
+    nothing = (jnp.full(shape, -jnp.inf, hidden.dtype), jnp.zeros(shape, jnp.int32))
+    blocks = _blocks(jnp.arange(table.shape[0]), block_size)
+    return lax.scan(step, nothing, blocks)[0]
+
+
+def _accumulation_dtype(*arrays):
+    dtype = jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+    return tuple(array.astype(dtype) for array in arrays)
+
+
+def _blocks(ids, block_size):
+    """Ids padded with 0 and cut into blocks, and the position at which each block starts."""
+    count = -(-ids.shape[0] // block_size)
+    padded = jnp.pad(ids.astype(jnp.int32), (0, count * block_size - ids.shape[0]))
+    return padded.reshape(count, block_size), jnp.arange(count, dtype=jnp.int32) * block_size
+
+
+def _scores(hidden, table, ids):
+    # The default precision of GPUs and TPUs (TF32, bfloat16) ties and swaps close scores.
+    return jnp.matmul(hidden, table[ids].T, precision=lax.Precision.HIGHEST)
+
+
+def _mark(mask, exclude, start):
+    """True where a column of the block that starts at item `start` is in the user's `exclude`."""
+
+    def one_row(row, items):
+        column = jnp.where(items > 0, items - start, -1)
+        column = jnp.where(column < 0, row.shape[0], column)  # negative indices would wrap
+        return row.at[column].set(True, mode="drop")
+
+    return jax.vmap(one_row)(jnp.zeros_like(mask), exclude)
