@@ -1,0 +1,117 @@
+"""One layer of TiM4Rec: time-aware SSD and feed-forward network, each with its norm."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from tim4rec_jax.layers.dropout import dropout, fold
+from tim4rec_jax.layers.time_aware_ssd import TimeAwareSSD, take_position
+from tim4rec_jax.layers.time_stream import TimeMixer, linear_init
+
+
+def layer_norm(width: int, eps: float, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with statistics in at least float32 and a two-pass variance."""
+    return nnx.LayerNorm(
+        width,
+        epsilon=eps,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        use_fast_variance=False,
+        rngs=rngs,
+    )
+
+
+class FeedForward(nnx.Module):
+    """LayerNorm(drop(W2 drop(hardswish(W1 h))) + h) with inner width 4 D."""
+
+    def __init__(self, width: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs):
+        def linear(inputs, outputs):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                kernel_init=linear_init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.fc1, self.fc2 = linear(width, 4 * width), linear(4 * width, width)
+        self.norm = layer_norm(width, 1e-12, dtype, param_dtype, rngs)
+        self.dropout_rate = dropout_rate
+
+    def __call__(
+        self, h: Float[Array, "B ... D"], seeds: UInt32[Array, "B"] | None = None
+    ) -> Float[Array, "B ... D"]:
+        """Applies the network to each position on its own."""
+        inner = dropout(jax.nn.hard_swish(self.fc1(h)), self.dropout_rate, fold(seeds, 0))
+        return self.norm(dropout(self.fc2(inner), self.dropout_rate, fold(seeds, 1)) + h)
+
+
+class Block(nnx.Module):
+    """h = LayerNorm(drop(ssd(h)) + h), then the feed-forward network.
+
+    `mixer` shapes the layer's step sizes by time; without it time is not used.
+    """
+
+    def __init__(
+        self,
+        ssd: TimeAwareSSD,
+        mixer: TimeMixer | None,
+        feed_forward: FeedForward | None,
+        *,
+        width: int,
+        residual: bool,
+        dropout_rate: float,
+        eps: float,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.ssd, self.mixer, self.feed_forward = ssd, mixer, feed_forward
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.residual, self.dropout_rate = residual, dropout_rate
+
+    def __call__(
+        self,
+        h: Float[Array, "B L D"],
+        tau: Float[Array, "B H T"] | None,
+        real: Bool[Array, "B 1 T"] | None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B H T"] | None]:
+        """One layer of both streams.
+
+        Args:
+          h: item stream; L may be shorter than the T positions of the time stream.
+          tau: time stream, or None.
+          real: where events are (`masked`), or None (`paper`).
+          seeds: dropout seeds per row, or None for no dropout.
+        """
+        factor, next_tau = self._time(tau, real, seeds)
+        if factor is not None:
+            factor = factor[:, :, : h.shape[1]].swapaxes(1, 2)
+        return self._finish(self.ssd(h, factor), h, seeds), next_tau
+
+    def last(
+        self,
+        h: Float[Array, "B L D"],
+        tau: Float[Array, "B H T"] | None,
+        lengths: Int[Array, "B"],
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """The item stream at position `lengths - 1`, for a model's last layer."""
+        factor = None
+        if self.mixer is not None:
+            factor = self.mixer(tau, fold(seeds, 2))[:, :, : h.shape[1]].swapaxes(1, 2)
+        y = self.ssd.last(h, factor, lengths)
+        return self._finish(y, take_position(h, lengths - 1), seeds)
+
+    def _time(self, tau, real, seeds):
+        if self.mixer is None:
+            return None, None
+        factor = self.mixer(tau, fold(seeds, 2))
+        return factor, self.mixer.advance(tau, factor, real, fold(seeds, 2))
+
+    def _finish(self, y, h, seeds):
+        y = dropout(y, self.dropout_rate, fold(seeds, 0))
+        h = self.norm(y + h if self.residual else y)
+        return h if self.feed_forward is None else self.feed_forward(h, fold(seeds, 1))

@@ -1,0 +1,144 @@
+"""The time-aware SSD layer: Mamba-2's mixer with step sizes scaled by the time stream."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from tim4rec_jax.layers.convolution import CausalConv
+from tim4rec_jax.layers.time_stream import linear_init
+from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.last import ssd_last
+
+
+def take_position(x: Float[Array, "B L ..."], position: Int[Array, "B"]) -> Float[Array, "B ..."]:
+    """x[b, position[b]] for every row b."""
+    return jax.vmap(lambda row, p: jax.lax.dynamic_index_in_dim(row, p, keepdims=False))(
+        x, position
+    )
+
+
+def _inverse_softplus(x: jax.Array) -> jax.Array:
+    return x + jnp.log(-jnp.expm1(-x))
+
+
+def _dt_bias_init(key, shape, dtype):
+    """Step sizes log-uniform in [1e-3, 1e-1], at least 1e-4, before softplus."""
+    log_dt = jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1))
+    return _inverse_softplus(jnp.maximum(jnp.exp(log_dt), 1e-4))
+
+
+def _a_log_init(key, shape, dtype):
+    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
+
+
+class TimeAwareSSD(nnx.Module):
+    """in_proj -> causal convolution -> SSD -> gated RMSNorm -> out_proj.
+
+    Section 3.3 of the paper (arXiv 2409.16182) on the block of Mamba-2 (arXiv 2405.21060,
+    section 7): dt = softplus(dt_raw * factor + dt_bias), `factor` coming from the time
+    stream, or 1 where time is not used.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        state: int,
+        head_width: int,
+        expand: int,
+        conv_width: int,
+        chunk_size: int | None,
+        activation,
+        kaiming: bool,
+        eps: float,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.inner, self.state, self.head_width = expand * width, state, head_width
+        self.heads = self.inner // head_width
+        self.chunk_size, self.dtype = chunk_size, dtype
+        self.activation = activation
+
+        def linear(inputs, outputs):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                kernel_init=linear_init,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        mixed = self.inner + 2 * state
+        self.in_proj = linear(width, self.inner + mixed + self.heads)
+        self.conv = CausalConv(
+            mixed, conv_width, kaiming=kaiming, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.dt_bias = nnx.Param(_dt_bias_init(rngs.params(), (self.heads,), param_dtype))
+        self.A_log = nnx.Param(_a_log_init(rngs.params(), (self.heads,), param_dtype))
+        self.D = nnx.Param(jnp.ones((self.heads,), param_dtype))
+        self.norm = nnx.RMSNorm(
+            self.inner, epsilon=eps, param_dtype=param_dtype, use_fast_variance=False, rngs=rngs
+        )
+        self.out_proj = linear(self.inner, width)
+
+    def __call__(
+        self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
+    ) -> Float[Array, "B L D"]:
+        """Mixes the sequence; `factor` scales the raw step sizes (None: 1)."""
+        z, mixed_dt = jnp.split(self.in_proj(h), [self.inner], axis=-1)
+        x, B, C, dt = self._inputs(mixed_dt, factor)
+        y = ssd(
+            x,
+            dt,
+            -jnp.exp(self.A_log[...]),
+            B,
+            C,
+            self.D[...],
+            dt_bias=self.dt_bias[...],
+            dt_softplus=True,
+            chunk_size=self.chunk_size,
+        )
+        return self._output(y.reshape(z.shape), z)
+
+    def last(
+        self,
+        h: Float[Array, "B L D"],
+        factor: Float[Array, "B L H"] | None,
+        lengths: Int[Array, "B"],
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1`, for the cost of the inputs to it.
+
+        The gate, the output projection and the mask row of every other position are
+        never computed.
+        """
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.in_proj.kernel, self.in_proj.bias))
+        mixed_dt = h.astype(self.dtype) @ kernel[:, self.inner :] + bias[self.inner :]
+        z = take_position(h, lengths - 1) @ kernel[:, : self.inner] + bias[: self.inner]
+        x, B, C, dt = self._inputs(mixed_dt, factor)
+        y = ssd_last(
+            x,
+            dt,
+            -jnp.exp(self.A_log[...]),
+            B,
+            take_position(C, lengths - 1),
+            self.D[...],
+            lengths,
+            dt_bias=self.dt_bias[...],
+        )
+        return self._output(y.reshape(z.shape), z)
+
+    def _inputs(self, mixed_dt, factor):
+        """The op's x [B,L,H,P], B and C [B,L,1,N] and raw step sizes [B,L,H]."""
+        mixed, dt = jnp.split(mixed_dt, [self.inner + 2 * self.state], axis=-1)
+        mixed = self.activation(self.conv(mixed))
+        x, B, C = jnp.split(mixed, [self.inner, self.inner + self.state], axis=-1)
+        x = x.reshape(*x.shape[:2], self.heads, self.head_width)
+        # Step sizes and decays stay in the parameters' precision.
+        dt = dt.astype(self.dt_bias.dtype)
+        return x, B[:, :, None], C[:, :, None], dt if factor is None else dt * factor
+
+    def _output(self, y, z):
+        return self.out_proj(self.norm(y * jax.nn.silu(z)).astype(self.dtype))

@@ -1,0 +1,116 @@
+"""The time stream: from the gaps between events to a factor on every step size.
+
+Section 3.2 of the paper (arXiv 2409.16182). The stream tau has one row per head. It is not
+causal: its LayerNorm and its maps see the whole row of `max_length` positions.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, UInt32
+
+from tim4rec_jax.layers.convolution import CausalConv
+from tim4rec_jax.layers.dropout import dropout, fold
+
+linear_init = nnx.initializers.normal(0.02)
+
+
+def _layer_norm(length: int, eps: float, dtype, rngs) -> nnx.LayerNorm:
+    # The padding spike is 1e9 times the gaps: E[x^2] - E[x]^2 would cancel to nothing.
+    return nnx.LayerNorm(length, epsilon=eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
+
+
+def _normalize(norm: nnx.LayerNorm, x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """LayerNorm over the row; with `real`, over its real positions, the others zero."""
+    if real is None:
+        return norm(x)
+    return jnp.where(real, norm(x, mask=jnp.broadcast_to(real, x.shape)), 0.0)
+
+
+class TimeEncoder(nnx.Module):
+    """Gaps between events -> the normalised time stream of the first layer."""
+
+    def __init__(self, length: int, heads: int, *, dropout_rate: float, eps: float, dtype, rngs):
+        self.norm = _layer_norm(length, eps, dtype, rngs)
+        self.heads, self.dropout_rate, self.dtype = heads, dropout_rate, dtype
+
+    def __call__(
+        self,
+        gaps: Float[Array, "B L"],
+        real: Bool[Array, "B 1 L"] | None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B H L"]:
+        """Normalises the gaps and hands every head the same row.
+
+        Args:
+          gaps: seconds since the event before.
+          real: True where an event is; statistics are then taken over real events only
+            (`masked`). None keeps the reference's statistics over the padded row (`paper`).
+          seeds: dropout seeds per row, or None for no dropout.
+        """
+        gaps = dropout(gaps.astype(self.dtype), self.dropout_rate, seeds)
+        tau = _normalize(self.norm, gaps[:, None, :], real)
+        return jnp.repeat(tau, self.heads, axis=1)
+
+
+class TimeMixer(nnx.Module):
+    """One layer of the time stream (reference facts: DESIGN.md section 4, point 4).
+
+    s = W2 silu(W1 tau);  tau' = act(conv(act(conv(tau * s))));
+    next tau = LayerNorm(g tau + (1 - g) tau'),  g = sigmoid(Wg tau + bg).
+    """
+
+    def __init__(
+        self,
+        length: int,
+        heads: int,
+        *,
+        width: int,
+        activation,
+        dropout_rate: float,
+        gate_per_position: bool,
+        kaiming: bool,
+        eps: float,
+        dtype,
+        rngs: nnx.Rngs,
+    ):
+        def linear(features):
+            return nnx.Linear(
+                length, features, kernel_init=linear_init, param_dtype=dtype, rngs=rngs
+            )
+
+        def conv():
+            return CausalConv(
+                heads, width, kaiming=kaiming, dtype=dtype, param_dtype=dtype, rngs=rngs
+            )
+
+        self.scale_in, self.scale_out = linear(length), linear(length)
+        self.conv_1, self.conv_2 = conv(), conv()
+        self.gate = linear(length if gate_per_position else 1)
+        self.norm = _layer_norm(length, eps, dtype, rngs)
+        self.activation, self.dropout_rate = activation, dropout_rate
+
+    def __call__(
+        self,
+        tau: Float[Array, "B H L"],
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B H L"]:
+        """tau', the factor on this layer's step sizes."""
+        scale = self.scale_out(
+            jax.nn.silu(self.scale_in(dropout(tau, self.dropout_rate, fold(seeds, 0))))
+        )
+        # The convolutions run over positions with the heads as channels.
+        x = (tau * scale).swapaxes(1, 2)
+        x = self.activation(self.conv_1(x))
+        return self.activation(self.conv_2(x)).swapaxes(1, 2)
+
+    def advance(
+        self,
+        tau: Float[Array, "B H L"],
+        factor: Float[Array, "B H L"],
+        real: Bool[Array, "B 1 L"] | None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B H L"]:
+        """The next layer's time stream, a gated mean of this one and its `factor`."""
+        gate = jax.nn.sigmoid(self.gate(dropout(tau, self.dropout_rate, fold(seeds, 1))))
+        return _normalize(self.norm, gate * tau + (1.0 - gate) * factor, real)

@@ -1,0 +1,184 @@
+"""TiM4Rec: items and the gaps between them -> the next item (arXiv 2409.16182)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from tim4rec_jax.layers import Block, FeedForward, TimeAwareSSD, TimeEncoder, TimeMixer
+from tim4rec_jax.layers.block import layer_norm
+from tim4rec_jax.layers.dropout import dropout, fold
+
+TIME_ENCODINGS = ("paper", "masked")
+ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
+
+
+class TiM4Rec(nnx.Module):
+    """The paper's model; field names of `config` are the reference's own.
+
+    Attributes:
+      item_embedding: `nnx.Embed` of n_items + 1 rows, row 0 the padding; also the output
+        layer: scores are dot products with its rows.
+      max_length: L, the positions of the time stream, which the weights are tied to.
+    """
+
+    def __init__(
+        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+    ):
+        """Initialises the weights as the reference does.
+
+        Args:
+          config: hidden_size, num_layers, dropout_prob, time_drop_out, d_state, d_conv,
+            expand, head_dim, chunk_size (0 or None: the op chooses), norm_eps, is_ffn,
+            is_time, p2p_residual, is_kai_ming_init; time_encoding `paper` (as published)
+            or `masked` (statistics over real events, exact gaps); dtype of the activations;
+            conv_path, optional: `hardswish` or `silu` after the convolutions.
+          n_items: number of items, without padding.
+          max_length: longest history.
+          rngs: stream `params`.
+          param_dtype: of parameters, norms and decays: float32, or float64 for parity.
+        """
+        width = config["hidden_size"]
+        inner = width * config["expand"]
+        if inner % config["head_dim"]:
+            raise ValueError(
+                f"head_dim {config['head_dim']} does not divide expand * hidden_size = {inner}"
+            )
+        if config["time_encoding"] not in TIME_ENCODINGS:
+            raise ValueError(
+                f"time_encoding {config['time_encoding']!r} is not one of {TIME_ENCODINGS}"
+            )
+        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
+        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        self.masked = config["time_encoding"] == "masked"
+        self.dropout_rate = config["dropout_prob"]
+
+        self.item_embedding = nnx.Embed(
+            n_items + 1,
+            width,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        eps = config["norm_eps"]
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.time = (
+            TimeEncoder(
+                max_length,
+                inner // config["head_dim"],
+                dropout_rate=self.dropout_rate,
+                eps=eps,
+                dtype=param_dtype,
+                rngs=rngs,
+            )
+            if config["is_time"]
+            else None
+        )
+        self.blocks = nnx.List(
+            [
+                _block(config, max_length, dtype, param_dtype, rngs)
+                for _ in range(config["num_layers"])
+            ]
+        )
+
+    def __call__(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states at every position.
+
+        Args:
+          items: item indices, right padded with 0; L <= T = max_length. Cutting L to
+            the longest history of the batch changes nothing before `lengths`.
+          lengths: number of events of each row, >= 1.
+          gaps: seconds since the event before (`tim4rec_jax.data.time_gaps`), all T positions.
+          dropout_seeds: one seed per row (`tim4rec_jax.layers.row_seeds`) to train; None to
+            evaluate.
+
+        Returns:
+          Hidden states; only those before `lengths` mean anything.
+        """
+        h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
+        for i, block in enumerate(self.blocks):
+            h, tau = block(h, tau, real, fold(dropout_seeds, i + 1))
+        return h
+
+    def encode(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1`, what the next item is predicted from.
+
+        The last layer computes nothing else than that position (arguments as `__call__`).
+        """
+        h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks[:last]):
+            h, tau = block(h, tau, real, fold(dropout_seeds, i + 1))
+        return self.blocks[last].last(h, tau, lengths, fold(dropout_seeds, last + 1))
+
+    def _embed(self, items, lengths, gaps, seeds):
+        h = self.norm(dropout(self.item_embedding(items), self.dropout_rate, fold(seeds, 0)))
+        if self.time is None:
+            return h, None, None
+        real = None
+        if self.masked:
+            real = (jnp.arange(gaps.shape[1]) < lengths[:, None])[:, None]
+        return h, self.time(gaps, real, fold(seeds, -1)), real
+
+
+def _block(config, max_length: int, dtype, param_dtype, rngs: nnx.Rngs) -> Block:
+    width, eps, kaiming = config["hidden_size"], config["norm_eps"], config["is_kai_ming_init"]
+    kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    heads = width * config["expand"] // config["head_dim"]
+    # The reference's fast convolution runs for multiples of eight channels only, with SiLU;
+    # every released model has four heads and takes its other path, with hardswish.
+    path = config.get("conv_path") or ("hardswish" if heads % 8 else "silu")
+    activation = ACTIVATIONS[path]
+    ssd = TimeAwareSSD(
+        width,
+        state=config["d_state"],
+        head_width=config["head_dim"],
+        expand=config["expand"],
+        conv_width=config["d_conv"],
+        chunk_size=config["chunk_size"] or None,
+        activation=activation,
+        kaiming=kaiming,
+        eps=eps,
+        **kwargs,
+    )
+    mixer = feed_forward = None
+    if config["is_time"]:
+        mixer = TimeMixer(
+            max_length,
+            heads,
+            width=config["d_conv"],
+            activation=activation,
+            dropout_rate=config["time_drop_out"],
+            gate_per_position=config["p2p_residual"],
+            kaiming=kaiming,
+            eps=eps,
+            dtype=param_dtype,
+            rngs=rngs,
+        )
+    if config["is_ffn"]:
+        feed_forward = FeedForward(width, dropout_rate=config["dropout_prob"], **kwargs)
+    return Block(
+        ssd,
+        mixer,
+        feed_forward,
+        width=width,
+        residual=config["num_layers"] > 1,
+        dropout_rate=config["dropout_prob"],
+        eps=eps,
+        **kwargs,
+    )
