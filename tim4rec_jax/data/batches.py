@@ -208,5 +208,5 @@ def _checked_buckets(
         return default_buckets(dataset.lengths, max_length)
     rising = tuple(sorted({int(width) for width in buckets}))
     if not rising or rising[0] < 1 or rising[-1] != max_length:
-        raise UserError(f"buckets {tuple(buckets)} must be positive, and the longest {max_length}")
+        raise UserError(f"buckets {tuple(buckets)} must be positive and the longest {max_length}")
     return rising
