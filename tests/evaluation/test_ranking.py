@@ -1,4 +1,4 @@
-"""Counting in blocks against ranking by a full sort, on scores that no summation order can change."""
+"""Counting in blocks against a full sort, on scores that no summation order can change."""
 
 import jax
 import jax.numpy as jnp
