@@ -208,5 +208,3 @@ def test_short_histories_do_what_they_can():
         TrainBatches(dataset, seed=0, **arguments)
     with pytest.raises(UserError, match="no user has events enough for the valid split"):
         EvalBatches(in_memory(random_histories([1, 2])), "valid", **arguments)
-    with pytest.raises(IndexError):
-        EvalBatches(dataset, "test", **arguments)[1]

@@ -6,8 +6,8 @@ before it: users with three events have no training sample, those with two only 
 with one do nothing.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -74,76 +74,92 @@ class TrainBatches:
                 f"a batch size of {batch_size} cannot be shared by {process_count} processes; "
                 "take a multiple of their number"
             )
-        self.dataset, self.seed = dataset, seed
-        self.max_length, self.batch_size, self.convention = max_length, batch_size, convention
+        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
+        self.max_length = max_length
+        self.convention: Convention = convention
         share = batch_size // process_count
         self._rows = np.arange(process_index * share, (process_index + 1) * share)
 
-        # Bucket k holds windows of more than low[k] events, up to its width or, in the last,
-        # however many the prefix has. cumulative[k][u]: its samples of users before u.
-        self._low = (0, *self.buckets[:-1])
         prefixes = np.maximum(dataset.lengths - 3, 0)
-        high = (*self.buckets[:-1], max(int(prefixes.max(initial=0)), max_length))
-        self._cumulative = [
-            np.concatenate([[0], np.cumsum(np.clip(prefixes, low, high) - low)])
-            for low, high in zip(self._low, high, strict=True)
-        ]
-        own = [int(cumulative[-1]) for cumulative in self._cumulative]
-        self.n_samples = sum(own)
+        self._plan = _plan(prefixes, self.buckets, batch_size)
+        self.n_samples = int(prefixes.sum())
         if not self.n_samples:
             raise UserError(
                 f"{dataset.directory}: no user has the 4 events that a training sample takes"
             )
-        self._carried, self._sizes, full = [], [], []
-        left = 0
-        for samples in own:
-            self._carried.append(left)
-            self._sizes.append(left + samples)
-            batches, left = divmod(left + samples, batch_size)
-            full.append(batches)
-        full[-1] += left > 0
-        self._first_batch = np.concatenate([[0], np.cumsum(full)])
-        self.batches_per_epoch = int(self._first_batch[-1])
-        slots = batch_size * int(np.dot(full, self.buckets))
-        counts = train_prefixes(dataset.lengths, max_length)
-        self.padding_share = 1 - float(counts @ np.arange(max_length + 1)) / slots
+        self.batches_per_epoch = sum(bucket.batches for bucket in self._plan)
+        slots = batch_size * sum(bucket.batches * bucket.width for bucket in self._plan)
+        events = train_prefixes(dataset.lengths, max_length) @ np.arange(max_length + 1)
+        self.padding_share = 1 - float(events) / slots
 
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from the start of training (0 and up)."""
         epoch, number = divmod(number, self.batches_per_epoch)
         key = (self.seed, epoch, len(self.buckets))
         number = permute(np.array([number]), self.batches_per_epoch, key)[0]
-        bucket = int(np.searchsorted(self._first_batch, number, side="right")) - 1
-        first = (number - self._first_batch[bucket]) * self.batch_size
+        starts = [bucket.first_batch for bucket in self._plan]
+        level = int(np.searchsorted(starts, number, side="right")) - 1
+        bucket = self._plan[level]
+        first = (number - bucket.first_batch) * self.batch_size
         positions = first + self._rows
-        real = positions < self._sizes[bucket]
-        users, ends = self._samples(epoch, bucket, np.where(real, positions, first))
+        real = positions < bucket.size
+        users, ends = self._samples(epoch, level, np.where(real, positions, first))
         batch = prefix_batch(
             self.dataset,
             users,
             ends,
-            width=self.buckets[bucket],
+            width=bucket.width,
             max_length=self.max_length,
             convention=self.convention,
         )
         return batch | {"weights": real.astype(np.float32)}
 
-    def _samples(self, epoch: int, bucket: int, positions: np.ndarray):
+    def _samples(self, epoch: int, level: int, positions: np.ndarray):
         """User and target event of the samples at `positions` of a bucket's shuffled list."""
-        carried = self._carried[bucket]
-        order = permute(positions, self._sizes[bucket], (self.seed, epoch, bucket))
-        cumulative = self._cumulative[bucket]
-        users = np.searchsorted(cumulative, order - carried, side="right") - 1
-        ends = self._low[bucket] + 1 + order - carried - cumulative[users]
-        # The first ones are what the bucket below could not make a full batch of.
-        below = np.flatnonzero(order < carried)
+        bucket = self._plan[level]
+        order = permute(positions, bucket.size, (self.seed, epoch, level))
+        own = order - bucket.carried
+        users = np.searchsorted(bucket.before, own, side="right") - 1
+        ends = bucket.low + 1 + own - bucket.before[users]
+        below = np.flatnonzero(own < 0)
         if below.size:
-            first_left = self._sizes[bucket - 1] - carried
-            users[below], ends[below] = self._samples(epoch, bucket - 1, first_left + order[below])
+            left_over = self._plan[level - 1].size + own[below]
+            users[below], ends[below] = self._samples(epoch, level - 1, left_over)
         return users, ends
 
 
-class EvalBatches(Sequence[Batch]):
+class _Bucket(NamedTuple):
+    """The samples whose windows have more than `low` and at most `width` events.
+
+    Its list holds first what the bucket below could not make full batches of, `carried`
+    samples, then its own, user after user; `before[u]` of these are of users before u.
+    """
+
+    width: int
+    low: int
+    before: np.ndarray  # int64 [n_users + 1]
+    carried: int
+    size: int  # carried and own samples
+    first_batch: int
+    batches: int
+
+
+def _plan(prefixes: np.ndarray, widths: tuple[int, ...], batch_size: int) -> list[_Bucket]:
+    """Deals samples out to buckets; `prefixes` [n_users] counts those of each user."""
+    plan, low, carried, first_batch = [], 0, 0, 0
+    for width in widths:
+        last = width == widths[-1]
+        # The last bucket also takes the prefixes that are cut to its width.
+        high = max(width, int(prefixes.max())) if last else width
+        before = np.concatenate([[0], np.cumsum(np.clip(prefixes, low, high) - low)])
+        size = carried + int(before[-1])
+        batches = -(-size // batch_size) if last else size // batch_size
+        plan.append(_Bucket(width, low, before, carried, size, first_batch, batches))
+        low, carried, first_batch = width, size - batches * batch_size, first_batch + batches
+    return plan
+
+
+class EvalBatches:
     """Batches that hold every user with a target in a split once, shortest histories first.
 
     `valid`: the target is the last event but one, `test`: the last, with the validation event
@@ -166,8 +182,8 @@ class EvalBatches(Sequence[Batch]):
           UserError: the buckets do not fit `max_length`, or no user has a target.
         """
         self.buckets = _checked_buckets(dataset, buckets, max_length)
-        self.dataset, self.batch_size = dataset, batch_size
-        self.max_length, self.convention = max_length, convention
+        self.dataset, self.batch_size, self.max_length = dataset, batch_size, max_length
+        self.convention: Convention = convention
         ends = dataset.lengths - (1 if split == "test" else 2)
         users = np.flatnonzero(ends >= 1)
         if not users.size:
@@ -180,9 +196,11 @@ class EvalBatches(Sequence[Batch]):
     def __len__(self) -> int:
         return -(-self.n_samples // self.batch_size)
 
-    def __getitem__(self, number):
-        if not 0 <= number < len(self):
-            raise IndexError(number)
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Batch:
+        """Makes batch `number`, from 0 to `len(self) - 1`."""
         first = number * self.batch_size
         rows = np.arange(first, first + self.batch_size)
         real = rows < self.n_samples

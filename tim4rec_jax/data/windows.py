@@ -30,15 +30,11 @@ def time_gaps(
     """
     gaps = np.zeros(timestamps.shape, np.float32)
     if convention == "recbole":
-        np.subtract(*_pairs(timestamps.astype(np.float32)), out=gaps[:, 1:])
+        gaps[:, 1:] = np.diff(timestamps.astype(np.float32), axis=1)
     else:
-        gaps[:, 1:] = np.subtract(*_pairs(timestamps))
-        gaps[np.arange(gaps.shape[1]) >= lengths[:, None]] = 0
+        gaps[:, 1:] = np.diff(timestamps, axis=1)
+        gaps[np.arange(timestamps.shape[1]) >= lengths[:, None]] = 0
     return gaps
-
-
-def _pairs(values):
-    return values[:, 1:], values[:, :-1]
 
 
 def prefix_batch(
