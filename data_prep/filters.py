@@ -1,0 +1,145 @@
+"""Filters, in SQL over tables on disk: what is left of the events, step by step."""
+
+import dataclasses
+import datetime
+
+import duckdb
+
+from data_prep.text import name, text
+from tim4rec_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What to keep. Applied in the order of the fields, which is RecBole's.
+
+    Attributes:
+      deduplicate: `exact` keeps one of several events with the same user, item and time; `first`
+        or `last` keeps that one event of each user and item.
+      min_rating: lowest rating kept.
+      since: first moment kept; `until`: first moment no longer kept.
+      k_core: at least so many events for each user and each item that stays.
+    """
+
+    deduplicate: str | None = None
+    min_rating: float | None = None
+    since: datetime.datetime | None = None
+    until: datetime.datetime | None = None
+    k_core: int = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What is there after one step."""
+
+    step: str
+    events: int
+    users: int
+    items: int
+
+
+def apply(con: duckdb.DuckDBPyConnection, filters: Filters) -> list[Step]:
+    """Turns `raw` into the table `events` (source row, user, item, time) of what is kept.
+
+    `user` and `item` there are numbers, keys of the tables `users` and `items`.
+
+    Raises:
+      UserError: nothing is left; names the step that removed the last event.
+    """
+    rows, good = con.execute(
+        "SELECT count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) FROM raw"
+    ).fetchall()[0]
+    _number_ids(con)
+    steps = [_count(con, "rows read")]
+    if good < rows:
+        steps.insert(0, dataclasses.replace(steps[0], events=rows, step="rows in the source"))
+        steps[1] = dataclasses.replace(steps[1], step="bad rows skipped")
+    _refuse_empty(steps)
+    for step, condition in _conditions(filters):
+        _keep(con, condition)
+        steps.append(_count(con, step))
+        _refuse_empty(steps)
+    if filters.k_core > 1:
+        _k_core(con, filters.k_core)
+        steps.append(_count(con, f"{filters.k_core}-core"))
+        _refuse_empty(steps)
+    return steps
+
+
+def _number_ids(con: duckdb.DuckDBPyConnection) -> None:
+    good = "kept AND problem IS NULL"
+    for column in ("user", "item"):
+        con.execute(
+            f"CREATE TABLE {column}s AS SELECT id, row_number() OVER () AS number "
+            f"FROM (SELECT DISTINCT {name(column)} AS id FROM raw WHERE {good})"
+        )
+    con.execute(
+        'CREATE TABLE events AS SELECT raw.rowid AS "row", CAST(users.number AS INTEGER) AS "user",'
+        " CAST(items.number AS INTEGER) AS item, time, rating FROM raw "
+        'JOIN users ON raw."user" = users.id JOIN items ON raw.item = items.id '
+        f"WHERE {good}"
+    )
+    con.execute("DROP TABLE raw")
+
+
+def _conditions(filters: Filters) -> list[tuple[str, str]]:
+    """Steps with the condition, possibly over a window, that the events kept by each meet."""
+    first = "row_number() OVER (PARTITION BY {} ORDER BY {}) = 1"
+    unique = {
+        "exact": first.format('"user", item, time', '"row"'),
+        "first": first.format('"user", item', 'time, "row"'),
+        "last": first.format('"user", item', 'time DESC, "row" DESC'),
+    }
+    steps = []
+    if filters.deduplicate:
+        steps.append((f"duplicates ({filters.deduplicate})", unique[filters.deduplicate]))
+    if filters.min_rating is not None:
+        steps.append((f"rating >= {filters.min_rating:g}", f"rating >= {filters.min_rating}"))
+    for word, sign, moment in (("since", ">=", filters.since), ("until", "<", filters.until)):
+        if moment:
+            steps.append((f"{word} {moment}", f"time {sign} epoch_ns({_moment(moment)})"))
+    return steps
+
+
+def _moment(moment: datetime.datetime) -> str:
+    return f"CAST({text(moment.isoformat())} AS TIMESTAMPTZ)"
+
+
+def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
+    con.execute(f"CREATE TABLE kept AS SELECT * FROM events QUALIFY {condition}")
+    con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
+
+
+def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
+    """Removes users and items with fewer than k events until all that are left have k."""
+    before, after = -1, _events(con)
+    while after != before:
+        enough = "SELECT {0} FROM events GROUP BY {0} HAVING count(*) >= {1}"
+        con.execute(
+            "CREATE TABLE kept AS SELECT * FROM events "
+            f'SEMI JOIN ({enough.format(name("user"), k)}) USING ("user") '
+            f"SEMI JOIN ({enough.format('item', k)}) USING (item)"
+        )
+        con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
+        before, after = after, _events(con)
+
+
+def _events(con: duckdb.DuckDBPyConnection) -> int:
+    return con.execute("SELECT count(*) FROM events").fetchall()[0][0]
+
+
+def _count(con: duckdb.DuckDBPyConnection, step: str) -> Step:
+    counts = con.execute(
+        'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM events'
+    ).fetchall()[0]
+    return Step(step, *counts)
+
+
+def _refuse_empty(steps: list[Step]) -> None:
+    if steps[-1].events:
+        return
+    before = f" of {steps[-2].events:,}" if len(steps) > 1 else ""
+    raise UserError(
+        f"nothing is left of the source: the step '{steps[-1].step}' leaves no event{before}; "
+        "check the file and loosen the filters (--k-core, --min-rating, --since, --until, --where)"
+    )

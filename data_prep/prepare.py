@@ -1,0 +1,139 @@
+"""From source files to a prepared dataset, start to end."""
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import gzip
+import hashlib
+import zlib
+from pathlib import Path
+
+import duckdb
+from rich.console import Console
+from rich.table import Table
+
+import tim4rec_jax
+from data_prep import archives, filters, read, rows, writer
+from data_prep.sources import Source
+from data_prep.text import damaged_gzip, is_gzip
+from tim4rec_jax.errors import UserError
+
+
+def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """Opens a database on disk in `work`; what does not fit into memory goes there too.
+
+    Raises:
+      UserError: `memory_limit` is no size.
+    """
+    con = duckdb.connect(work / "work.duckdb", config={"temp_directory": str(work / "spill")})
+    con.execute(
+        "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = false"
+    )
+    if memory_limit:
+        try:
+            con.execute("SET memory_limit = ?", [memory_limit])
+        except duckdb.Error as error:
+            raise UserError(f"--memory-limit {memory_limit} is no size; write say 4GB") from error
+    return con
+
+
+def prepare(
+    source: Source, flags: argparse.Namespace, inputs: list[str], work: Path, console: Console
+) -> dict:
+    """Reads, filters and writes a dataset to `work / "dataset"`.
+
+    Args:
+      source: the family of files to read.
+      flags: of the command line: filters, order, what to do with bad rows.
+      inputs: paths or globs of the files.
+      work: a folder for everything on the way.
+      console: where progress is shown.
+
+    Returns:
+      What dataset.json holds.
+
+    Raises:
+      UserError: see `archives.find_files`, `read.append`, `rows.check` and `filters.apply`.
+    """
+    files = archives.find_files(inputs, source.members, work)
+    con = connect(work, flags.memory_limit)
+    read.create(con)
+    skipped: collections.Counter[str] = collections.Counter()
+    # Checksums are computed while DuckDB reads: both mostly wait for the disk or for zlib.
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, console.status("") as status:
+        fingerprints = [pool.submit(_fingerprint, path) for path in files]
+        for path in files:
+            status.update(f"reading {path}")
+            skipped += _read_file(con, source, path, flags)
+        status.update("filtering")
+        settings = filters.Filters(
+            flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
+        )
+        steps = filters.apply(con, settings)
+        status.update("writing")
+        metadata = {
+            "name": flags.name,
+            "filters": {
+                key: value if value is None or isinstance(value, int | float | str) else str(value)
+                for key, value in dataclasses.asdict(settings).items()
+            },
+            "where": getattr(flags, "where", None),
+            "steps": [dataclasses.asdict(step) for step in steps],
+            "bad_rows": dict(skipped),
+            "sources": [fingerprint.result() for fingerprint in fingerprints],
+            "prepared_by": f"tim4rec-jax {tim4rec_jax.__version__}",
+        }
+        return writer.write(
+            con,
+            work / "dataset",
+            metadata,
+            order=flags.order,
+            shard_events=flags.shard_events,
+            titles=_titles(source, inputs, work),
+        )
+
+
+def _read_file(con, source: Source, path: Path, flags) -> collections.Counter[str]:
+    layout = source.layout(path, flags)
+    if flags.min_rating is None:
+        layout = dataclasses.replace(layout, rating=None)
+    elif layout.rating is None:
+        raise UserError(f"{path} has no ratings; leave out --min-rating")
+    first = con.execute("SELECT count(*) FROM raw").fetchall()[0][0]
+    read.append(con, path, layout)
+    return rows.check(con, path, layout, first, skip=flags.on_bad_row == "skip")
+
+
+def _fingerprint(path: Path) -> dict:
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if is_gzip(path):
+        # DuckDB does not look at the checksum that ends a gzip file; this does.
+        try:
+            with gzip.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise damaged_gzip(path) from error
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
+
+
+def _titles(source: Source, inputs: list[str], work: Path) -> dict[str, str] | None:
+    return None
+
+
+def print_steps(metadata: dict, console: Console) -> None:
+    """Prints what each step left and removed."""
+    table = Table("", "events", "users", "items", "events removed", title=metadata["name"])
+    for column in table.columns[1:]:
+        column.justify = "right"
+    before = None
+    for step in metadata["steps"]:
+        counts = [step[key] for key in ("events", "users", "items")]
+        removed = "" if before is None else f"{before - step['events']:,}"
+        table.add_row(step["step"], *(f"{count:,}" for count in counts), removed)
+        before = step["events"]
+    console.print(table)
+    for reason, count in metadata["bad_rows"].items():
+        console.print(f"skipped {count:,}: {reason}")

@@ -1,0 +1,142 @@
+"""What to do about bad rows: the sentence that names the first one, or a count of all."""
+
+import collections
+import csv
+import sys
+from pathlib import Path
+
+import duckdb
+
+from data_prep.layout import Layout
+from data_prep.read import LAST_SECOND, NANOSECONDS
+from data_prep.text import is_gzip, open_text
+from tim4rec_jax.errors import UserError
+
+_REMEDY = "correct it or pass --on-bad-row=skip"
+
+
+def check(
+    con: duckdb.DuckDBPyConnection, path: Path, layout: Layout, first: int, *, skip: bool
+) -> collections.Counter[str]:
+    """Judges the rows that `read.append` has just added.
+
+    Args:
+      con: holds the table `raw`.
+      path: the file they come from.
+      layout: how it was read.
+      first: row of `raw` at which the file starts.
+      skip: count bad rows instead of raising.
+
+    Returns:
+      reason -> number of bad rows.
+
+    Raises:
+      UserError: a row is bad and `skip` is False, or most times are in another unit.
+    """
+    unreadable = _unreadable(con, path, layout)
+    if unreadable and not skip:
+        raise UserError(f"{unreadable[0]}; {_REMEDY}")
+    _mark_coarser_times(con, layout, first)
+    bad = con.execute(
+        "SELECT problem, count(*), min(rowid), arg_min(value, rowid) FROM raw "
+        "WHERE rowid >= ? AND problem IS NOT NULL GROUP BY problem ORDER BY min(rowid)",
+        [first],
+    ).fetchall()
+    if bad:
+        problem, _, row, value = bad[0]
+        shown = f" ({value})" if value is not None else ""
+        sentence = f"{_place(path, layout, row - first)}: {problem}{shown}"
+        of_time = sum(count for problem, count, *_ in bad if problem.startswith("the time"))
+        kept = con.execute(
+            "SELECT count(*) FROM raw WHERE rowid >= ? AND kept", [first]
+        ).fetchall()[0][0]
+        if 2 * of_time > kept and (unit := _guess_unit(value, layout.time_unit)):
+            raise UserError(
+                f"{sentence}, and so for {of_time:,} of {kept:,} rows; read the file with "
+                f"`python -m data_prep table` and --time-unit {unit}"
+            )
+        if not skip:
+            raise UserError(f"{sentence}; {_REMEDY}")
+    counts = collections.Counter({problem: count for problem, count, *_ in bad})
+    if unreadable:
+        counts["the line is not readable"] = len(unreadable)
+    return counts
+
+
+def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: int) -> None:
+    """Marks, say, seconds among milliseconds; small times everywhere are a clock of its own."""
+    if layout.time_unit in ("s", "iso"):
+        return
+    early, tick = 100_000_000, NANOSECONDS[layout.time_unit]  # 1973 in seconds
+    unix = f"time >= {early * NANOSECONDS['s']}"
+    coarse = f"time < {early * NANOSECONDS['s']} AND time >= {early * tick}"
+    has_both = con.execute(
+        f"SELECT count(*) FILTER ({unix}) > 0 AND count(*) FILTER ({coarse}) > 0 "
+        f"FROM raw WHERE rowid >= {first} AND kept"
+    ).fetchall()[0][0]
+    if has_both:
+        con.execute(
+            "UPDATE raw SET problem = 'the time is in a coarser unit than the others', "
+            f"value = time // {tick} WHERE rowid >= {first} AND kept AND problem IS NULL "
+            f"AND {coarse}"
+        )
+
+
+def _guess_unit(value: str | None, unit: str) -> str | None:
+    """Returns the unit in which a time gives a date between 1973 and 2261, if not `unit`."""
+    try:
+        number = float(value or "")
+    except ValueError:
+        return None if unit == "iso" else "iso"
+    for candidate, tick in NANOSECONDS.items():
+        if 1e8 < number * tick / NANOSECONDS["s"] < LAST_SECOND:
+            return candidate if candidate != unit else None
+    return None
+
+
+def _unreadable(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> list[str]:
+    """Describes the lines that DuckDB's CSV reader refused, in order."""
+    if layout.kind == "parquet":
+        return []
+    refused = con.execute(
+        "SELECT DISTINCT ON (line) line, line_byte_position, error_type::VARCHAR, error_message "
+        "FROM reject_errors ORDER BY line"
+    ).fetchall()
+    reasons = {
+        "MISSING COLUMNS": f"fewer fields than the {len(layout.columns)} columns",
+        "TOO MANY COLUMNS": f"more fields than the {len(layout.columns)} columns",
+        "UNQUOTED VALUE": "a quote that is not closed",
+        "INVALID ENCODING": "bytes that are no UTF-8 (convert the file with `iconv`)",
+    }
+    return [
+        f"{path}, line {line if number else _line_of_byte(path, byte, line)}: "
+        f"the line has {reasons.get(kind, f'a fault ({message})')}"
+        for number, (line, byte, kind, message) in enumerate(refused)
+    ]
+
+
+def _line_of_byte(path: Path, byte: int | None, line: int) -> int:
+    """Line number, quoted line ends counted, at which a byte of the plain text lies."""
+    if byte is None or is_gzip(path):
+        return line
+    with open(path, "rb") as file:
+        return 1 + file.read(byte).count(b"\n")
+
+
+def _place(path: Path, layout: Layout, row: int) -> str:
+    """Names the `row`-th row of a file, counted from 0, as its user counts."""
+    if layout.kind == "parquet":
+        return f"{path}, row {row + 1}"
+    if layout.kind != "csv":
+        return f"{path}, line {row + 1 + layout.header}"
+    # Quoted fields may hold line ends, and empty lines are no rows: read up to the row.
+    csv.field_size_limit(sys.maxsize)
+    with open_text(path) as file:
+        reader = csv.reader(file, delimiter=layout.delimiter)
+        rows = (fields for fields in reader if fields)
+        for _ in range(row + layout.header):
+            next(rows)
+        start = reader.line_num + 1
+        while not next(rows):
+            start = reader.line_num + 1
+    return f"{path}, line {start}"

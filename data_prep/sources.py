@@ -1,0 +1,214 @@
+"""The families of files that can be read: what their columns are called, who owns them."""
+
+import argparse
+import csv
+import dataclasses
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from data_prep.layout import Layout, column_names, guess_delimiter, require, sniff
+from data_prep.text import first_line, open_text
+from tim4rec_jax.errors import UserError
+
+Flags = argparse.Namespace
+
+_AMAZON = {
+    "2014": "https://snap.stanford.edu/data/amazon/productGraph/categoryFiles/ratings_{}.csv",
+    "2018": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_v2/categoryFilesSmall/{}.csv",
+    "2023": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/benchmark/0core/"
+    "rating_only/{}.csv.gz",
+}
+# As their owners publish them: GroupLens beside each file, KuaiRand on its Zenodo page. The
+# owners of the other files publish none.
+MD5 = {
+    "ml-100k.zip": "0e33842e24a9c977be4e0107933c0723",
+    "ml-1m.zip": "c4d9eecfca2ab87c1945afe126590906",
+    "ml-10m.zip": "ce571fd55effeba0271552578f2648bd",
+    "ml-20m.zip": "cd245b17a1ae2cc31bb14903e1204af3",
+    "ml-25m.zip": "6b51fb2759a8657d3bfcbfc42b592ada",
+    "ml-32m.zip": "d472be332d4daa821edc399621853b57",
+    "KuaiRand-Pure.tar.gz": "0820331067a3784d9691136f772b35a7",
+    "KuaiRand-1K.tar.gz": "6b0b9c8222d67fcd4c676218edca3f1f",
+    "KuaiRand-27K.tar.gz": "3e3c799a24e2d23a4d2c757fbf9adf59",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """A family of data sets.
+
+    Attributes:
+      layout: how to read one of its files, given the command's flags.
+      url: the owner's address of what the flags ask for; None where files must be at hand.
+      members: which files to take from a folder or an archive (see `archives.find_files`).
+      titles: likewise, for the file with titles of items.
+    """
+
+    layout: Callable[[Path, Flags], Layout]
+    url: Callable[[Flags], str] | None = None
+    members: tuple[str, ...] = ()
+    titles: tuple[str, ...] = ()
+
+
+def _movielens(path: Path, flags: Flags) -> Layout:
+    line = first_line(path)
+    if line.lower().startswith("userid,"):
+        columns = column_names(path, "csv", ",")
+        wanted = {"--user": "userId", "--item": "movieId", "--time": "timestamp"}
+        require(path, columns, wanted | {"--rating": "rating"})
+        return Layout("csv", columns, "userId", "movieId", "timestamp", "rating", header=True)
+    delimiter = "::" if "::" in line else "\t"
+    if line.count(delimiter) != 3:
+        raise UserError(
+            f"{path}, line 1: not a MovieLens ratings file (u.data, ratings.dat or ratings.csv); "
+            "read other files with `python -m data_prep table`"
+        )
+    columns = ("user", "item", "rating", "time")
+    return Layout("split", columns, "user", "item", "time", "rating", delimiter=delimiter)
+
+
+def _amazon(path: Path, flags: Flags) -> Layout:
+    kind = sniff(path)
+    if kind == "json":
+        columns = column_names(path, kind, ",")
+        if "reviewerID" in columns:  # 2014 and 2018
+            return Layout("json", columns, "reviewerID", "asin", "unixReviewTime", "overall")
+        wanted = {"--user": "user_id", "--item": "parent_asin", "--time": "timestamp"}
+        require(path, columns, wanted)
+        return Layout("json", columns, *wanted.values(), "rating", time_unit="ms")
+    columns = column_names(path, "csv", ",")
+    if "parent_asin" in columns:
+        ids = ("user_id", "parent_asin", "timestamp", "rating")
+        require(path, columns, dict(zip(("--user", "--item", "--time", "--rating"), ids)))
+        return Layout("csv", columns, *ids, time_unit="ms", header=True)
+    order = ("user", "item") if _edition(path, flags) == "2014" else ("item", "user")
+    return Layout("csv", (*order, "rating", "time"), "user", "item", "time", "rating")
+
+
+def _edition(path: Path, flags: Flags) -> str:
+    """Tells user, item (2014) from item, user (2018): every ASIN has ten characters."""
+    with open_text(path) as file:
+        rows = [row for row in itertools.islice(csv.reader(file), 1000) if len(row) >= 2]
+    first, second = (all(len(row[column]) == 10 for row in rows) for column in (0, 1))
+    if first == second:
+        return flags.edition
+    return "2018" if first else "2014"
+
+
+def _kuairand(path: Path, flags: Flags) -> Layout:
+    kind = sniff(path)
+    columns = column_names(path, kind, ",")
+    ids = ("user_id", "video_id", "time_ms")
+    require(path, columns, dict(zip(("--user", "--item", "--time"), ids, strict=True)))
+    return Layout(kind, columns, *ids, time_unit="ms", header=True, where=flags.where)
+
+
+def _steam(path: Path, flags: Flags) -> Layout:
+    line = first_line(path)
+    if line.startswith("{"):
+        kind = "json" if _is_json(line) else "literal"
+        return Layout(
+            kind,
+            ("username", "product_id", "date"),
+            "username",
+            "product_id",
+            "date",
+            time_unit="iso",
+        )
+    columns = _typed_header(path, "\t")
+    item = next((column for column in ("product_id", "item_id") if column in columns), "item_id")
+    time = next((column for column in ("timestamp", "date") if column in columns), "timestamp")
+    require(path, columns, {"--user": "user_id", "--item": item, "--time": time})
+    with open_text(path) as file:
+        second = next(itertools.islice(file, 1, 2), "").rstrip("\r\n").split("\t")
+    is_date = len(second) == len(columns) and "-" in second[columns.index(time)]
+    return Layout(
+        "split",
+        columns,
+        "user_id",
+        item,
+        time,
+        delimiter="\t",
+        header=True,
+        time_unit="iso" if is_date else "s",
+    )
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
+
+
+def _recbole(path: Path, flags: Flags) -> Layout:
+    columns = _typed_header(path, flags.delimiter or "\t")
+    return _chosen(path, "split", columns, flags, flags.delimiter or "\t", header=True)
+
+
+def _typed_header(path: Path, delimiter: str) -> tuple[str, ...]:
+    fields = first_line(path).split(delimiter)
+    if not all(":" in field for field in fields):
+        raise UserError(
+            f"{path}, line 1: not a RecBole header (user_id:token, item_id:token, ...); read "
+            "other files with `python -m data_prep table`"
+        )
+    return tuple(field.rsplit(":", 1)[0] for field in fields)
+
+
+def _table(path: Path, flags: Flags) -> Layout:
+    kind = sniff(path)
+    delimiter = ""
+    if kind == "csv":
+        delimiter = flags.delimiter or guess_delimiter(path)
+        kind = "split" if len(delimiter) > 1 else "csv"
+    given = tuple(flags.columns.split(",")) if flags.columns else None
+    columns = given or column_names(path, kind, delimiter)
+    header = given is None and kind in ("csv", "split")
+    return _chosen(path, kind, columns, flags, delimiter, header=header)
+
+
+def _chosen(path, kind, columns, flags: Flags, delimiter: str, *, header: bool) -> Layout:
+    """Layout with the columns that the flags name."""
+    rating = flags.rating if flags.min_rating is not None else None
+    chosen = {"--user": flags.user, "--item": flags.item, "--time": flags.time, "--rating": rating}
+    require(path, columns, chosen)
+    return Layout(
+        kind,
+        columns,
+        *chosen.values(),
+        time_unit=flags.time_unit,
+        delimiter=delimiter,
+        header=header,
+        where=flags.where,
+    )
+
+
+SOURCES = {
+    "movielens": Source(
+        _movielens,
+        lambda flags: f"https://files.grouplens.org/datasets/movielens/{flags.edition}.zip",
+        ("u.data", "ratings.dat", "ratings.csv"),
+        ("u.item", "movies.dat", "movies.csv"),
+    ),
+    "amazon": Source(
+        _amazon,
+        lambda flags: _AMAZON[flags.edition].format(flags.category),
+        ("ratings_*.csv", "reviews_*.json", "*.jsonl", "*.json", "*.csv"),
+    ),
+    "kuairand": Source(
+        _kuairand,
+        lambda flags: f"https://zenodo.org/records/10439422/files/KuaiRand-{flags.edition}.tar.gz",
+        ("log_standard_4_08_to_4_21_*.csv", "log_*.csv", "*.parquet"),
+    ),
+    "steam": Source(
+        _steam,
+        lambda flags: "https://cseweb.ucsd.edu/~wckang/steam_reviews.json.gz",
+        ("*.inter", "steam_reviews.json", "*.json"),
+    ),
+    "recbole": Source(_recbole, members=("*.inter",)),
+    "table": Source(_table, members=("*.parquet", "*.csv", "*.tsv", "*.jsonl", "*.ndjson")),
+}

@@ -1,0 +1,174 @@
+"""Writes a prepared dataset: complete or not at all."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from jaxtyping import Int64
+
+from tim4rec_jax.data import format as fmt
+from tim4rec_jax.errors import UserError
+
+_ORDERS = {"exact": "time", "recbole": "CAST(time // 1000000000 AS FLOAT)"}
+
+
+@contextlib.contextmanager
+def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Gives a hidden folder beside `out`, which becomes `out` when the block ends well.
+
+    What a killed run left there is cleared by the next one.
+
+    Args:
+      out: the dataset's directory.
+      overwrite: replace the dataset that is there.
+
+    Raises:
+      UserError: `out` exists and may not be replaced, or another run is writing it.
+    """
+    out = out.absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not out.is_dir() or not (out / fmt.DATASET_FILE).is_file():
+            raise UserError(f"{out} exists and is no prepared dataset; choose another --out")
+        if not overwrite:
+            raise UserError(
+                f"{out} already holds a dataset; pass --overwrite to replace it or choose "
+                "another --out"
+            )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = out.with_name(f".{out.name}.partial")
+    work.mkdir(exist_ok=True)
+    lock = os.open(work, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
+    except BlockingIOError as error:
+        raise UserError(f"another run is writing {out}; wait for it") from error
+    try:
+        _clear(work)
+        (work / "dataset").mkdir()
+        yield work
+        if out.exists():
+            out.rename(work / "replaced")
+        (work / "dataset").rename(out)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def write(
+    con: duckdb.DuckDBPyConnection,
+    directory: Path,
+    metadata: dict,
+    *,
+    order: str,
+    shard_events: int,
+    titles: dict[str, str] | None = None,
+) -> dict:
+    """Writes the tables `events`, `users` and `items` as a dataset.
+
+    Args:
+      con: holds the tables.
+      directory: exists and is empty.
+      metadata: what dataset.json is to tell besides what follows from the events.
+      order: `exact` or `recbole`: how each user's events are sorted; ties stay in source order.
+      shard_events: a sequences file takes no further user once it holds so many events.
+      titles: original item id -> title.
+
+    Returns:
+      What dataset.json holds.
+    """
+    for table in ("user", "item"):
+        # Numbered by first appearance in what the filters left.
+        con.execute(
+            f'CREATE TABLE {table}_index AS SELECT "{table}" AS number, count(*) AS events, '
+            f'CAST(row_number() OVER (ORDER BY min("row")) AS INTEGER) AS "index" '
+            f'FROM events GROUP BY "{table}"'
+        )
+    users = _index(con, "user")
+    items = _index(con, "item")
+    lengths = users.column("events").to_numpy()
+    shards = _write_sequences(con, directory, order, users.column("id"), lengths, shard_events)
+    table = pa.Table.from_arrays(
+        [items.column("index"), items.column("id"), items.column("events")], schema=fmt.ITEMS_SCHEMA
+    )
+    if titles:
+        found = [titles.get(item) for item in table.column("item").to_pylist()]
+        table = table.append_column("title", pa.array(found, pa.string()))
+    pq.write_table(table, directory / fmt.ITEMS_FILE)
+    metadata = {
+        "format_version": fmt.FORMAT_VERSION,
+        "name": metadata.pop("name"),
+        "users": len(lengths),
+        "items": len(table),
+        "events": int(lengths.sum()),
+        "order": order,
+        "shards": shards,
+        "time_unit": "s",
+    } | metadata
+    (directory / fmt.DATASET_FILE).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
+    return metadata
+
+
+def _index(con: duckdb.DuckDBPyConnection, table: str) -> pa.Table:
+    return con.sql(
+        f'SELECT "index", id, events FROM {table}_index JOIN {table}s USING (number) '
+        'ORDER BY "index"'
+    ).to_arrow_table()
+
+
+def _write_sequences(
+    con: duckdb.DuckDBPyConnection,
+    directory: Path,
+    order: str,
+    users: pa.ChunkedArray,
+    lengths: Int64[np.ndarray, "users"],
+    shard_events: int,
+) -> int:
+    """Writes the sequences files, one record batch each, and returns how many."""
+    ends = np.cumsum(lengths)
+    # A user belongs to the shard in which its first event falls; shards may be empty: renumber.
+    _, firsts = np.unique((ends - lengths) // shard_events, return_index=True)
+    bounds = [*firsts.tolist(), len(lengths)]
+    stream = con.sql(
+        "SELECT items.index AS item, time // 1000000000 AS time FROM events "
+        'JOIN user_index AS users ON events."user" = users.number '
+        "JOIN item_index AS items ON events.item = items.number "
+        f'ORDER BY users.index, {_ORDERS[order]}, "row"'
+    ).to_arrow_reader(1 << 20)
+    held = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
+    shards = len(bounds) - 1
+    for shard, (first, last) in enumerate(itertools.pairwise(bounds)):
+        size = int(lengths[first:last].sum())
+        while len(held) < size:
+            held = pa.concat_tables([held, pa.table(stream.read_next_batch())])
+        part, held = held.slice(0, size).combine_chunks(), held.slice(size)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[first:last])]), pa.int32())
+        columns = [
+            users.slice(first, last - first).combine_chunks(),
+            pa.ListArray.from_arrays(offsets, _flat(part, "item"), fmt.SEQUENCES_SCHEMA[1].type),
+            pa.ListArray.from_arrays(offsets, _flat(part, "time"), fmt.SEQUENCES_SCHEMA[2].type),
+        ]
+        path = directory / fmt.sequences_file(shard, shards)
+        with pa.ipc.new_file(path, fmt.SEQUENCES_SCHEMA) as writer:
+            writer.write_batch(pa.record_batch(columns, schema=fmt.SEQUENCES_SCHEMA))
+    return shards
+
+
+def _flat(part: pa.Table, column: str) -> pa.Array:
+    return part.column(column).combine_chunks()
