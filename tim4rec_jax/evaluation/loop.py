@@ -59,71 +59,65 @@ def evaluate(
     Raises:
         UserError: no user has a target in this split.
     """
-    batches = EvalBatches(
-        ds,
-        split,
-        max_length=max_length,
-        batch_size=batch_size,
-        convention=convention,
-        buckets=buckets,
-    )
     found = np.zeros(ds.n_users, np.int32)
-    exclude = partial(seen_items, ds, split) if exclude_seen else None
-    for batch, result in run(model, batches, ranks, exclude=exclude, progress=progress):
-        real = batch["weights"] > 0
-        found[batch["users"][real]] = result[real]
+    settings = dict(
+        max_length=max_length, batch_size=batch_size, convention=convention, buckets=buckets
+    )
+    for users, result in run(
+        model, ds, split, ranks, exclude_seen=exclude_seen, progress=progress, **settings
+    ):
+        found[users] = result
     return metrics(found[found > 0]), found
 
 
 def run(
     model: nnx.Module,
-    batches: EvalBatches,
+    ds: Dataset,
+    split: Split,
     score: Callable[..., Any],
     *,
-    exclude: Callable[[Int32[np.ndarray, " B"]], Int32[np.ndarray, "B S"]] | None = None,
+    exclude_seen: bool = False,
     progress: bool = False,
-) -> Iterator[tuple[Batch, Any]]:
-    """Yields each batch and, as numpy, `score(hidden, table, targets, exclude=...)` of it.
+    **settings: Any,
+) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
+    """Yields rows of users and, as numpy arrays, `score(hidden, table, targets, exclude=...)`.
 
-    Args:
-        model: see `tim4rec_jax.models`.
-        batches: what to run it on.
-        score: a function of arrays on the device: hidden states [B,D], item table [V+1,D],
-            targets [B] and items to leave out, [B,S] or None.
-        exclude: gives the items to leave out of a batch of users (rows of the dataset).
-        progress: show a progress bar on stderr.
+    `score` gets arrays on the device: hidden states [B,D], the item table [V+1,D], targets [B]
+    and items to leave out, [B,S] or None. `settings` are those of
+    `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
     """
+    batches = EvalBatches(ds, split, **settings)
     devices = jax.local_devices()
     devices = devices[: math.gcd(len(devices), batches.batch_size)]
     mesh = Mesh(np.asarray(devices), ("batch",))
     by_row = NamedSharding(mesh, PartitionSpec("batch"))
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
-    table = nnx.merge(graphdef, state).item_embedding.embedding[...]
+    replicated: Any = nnx.merge(graphdef, state)
+    table = replicated.item_embedding.embedding[...]
 
     def dispatch(batch):
         inputs = [batch[name] for name in ("items", "lengths", "gaps", "targets")]
-        left_out = None if exclude is None else exclude(batch["users"])
-        *inputs, targets, left_out = jax.device_put((*inputs, left_out), by_row)
-        return score(_encode(graphdef, state, *inputs), table, targets, exclude=left_out)
+        exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
+        *inputs, targets, exclude = jax.device_put((*inputs, exclude), by_row)
+        return score(_encode(graphdef, state, *inputs), table, targets, exclude=exclude)
 
-    return _ahead(_tracked(batches, progress), dispatch)
+    def fetch(batch, result):
+        real = batch["weights"] > 0
+        return batch["users"][real], jax.tree.map(lambda array: np.asarray(array)[real], result)
+
+    pending = deque()
+    for batch in _tracked(batches, progress):
+        pending.append((batch, dispatch(batch)))
+        if len(pending) > _IN_FLIGHT:
+            yield fetch(*pending.popleft())
+    for entry in pending:
+        yield fetch(*entry)
 
 
 @partial(jax.jit, static_argnums=0)
 def _encode(graphdef, state, items, lengths, gaps):
     return nnx.merge(graphdef, state).encode(items, lengths, gaps)
-
-
-def _ahead(batches: Iterable[Batch], dispatch) -> Iterator[tuple[Batch, Any]]:
-    pending = deque()
-    for batch in batches:
-        pending.append((batch, dispatch(batch)))
-        if len(pending) > _IN_FLIGHT:
-            batch, result = pending.popleft()
-            yield batch, jax.device_get(result)
-    for batch, result in pending:
-        yield batch, jax.device_get(result)
 
 
 def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:

@@ -1,0 +1,103 @@
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from fake_model import MeanModel
+from small_dataset import in_memory, random_histories
+
+from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.evaluation.predictions import write_predictions
+
+LENGTHS = [1, 2, 9, 40, 7, 30, 2, 5, 6]
+SETTINGS = dict(max_length=6, batch_size=3, convention="exact")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return in_memory(random_histories(LENGTHS))
+
+
+@pytest.fixture(scope="module")
+def model():
+    return MeanModel(30)
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_agree_with_the_ranks(tmp_path, dataset, model, exclude_seen):
+    """The target stands where its rank says; ids are the original ones."""
+    path = tmp_path / "top.parquet"
+    settings = SETTINGS | {"exclude_seen": exclude_seen}
+    rows = write_predictions(path, model, dataset, "test", 5, **settings)
+    table = pq.read_table(path).to_pydict()
+    assert rows == len(table["user"]) == 8 * 5
+    assert [entry.name for entry in tmp_path.iterdir()] == ["top.parquet"]
+    _, ranks = evaluate(model, dataset, "test", **settings)
+    for user, (items, _) in enumerate(random_histories(LENGTHS)):
+        mine = [row for row in range(rows) if table["user"][row] == f"u{user}"]
+        if len(items) == 1:
+            assert not mine
+            continue
+        best = [table["item"][row] for row in mine]
+        assert [table["rank"][row] for row in mine] == [1, 2, 3, 4, 5]
+        scores = [table["score"][row] for row in mine]
+        assert scores == sorted(scores, reverse=True)
+        seen = {f"i{item}" for item in items[:-1]}
+        if exclude_seen:
+            assert not seen & set(best)
+        target = f"i{items[-1]}"
+        if not (exclude_seen and target in seen):
+            assert (target in best) == (ranks[user] <= 5)
+            assert target not in best or best.index(target) == ranks[user] - 1
+
+
+def test_a_user_may_have_fewer(tmp_path, dataset, model):
+    path = tmp_path / "top.parquet"
+    write_predictions(path, model, dataset, "test", 30, exclude_seen=True, **SETTINGS)
+    table = pq.read_table(path, filters=[("user", "=", "u3")])
+    items, _ = random_histories(LENGTHS)[3]
+    assert len(table) == 30 - len(set(items[:-1]))
+    assert table["rank"].to_pylist() == list(range(1, len(table) + 1))
+
+
+def test_scores_are_those_of_the_model(tmp_path, dataset, model):
+    path = tmp_path / "top.parquet"
+    write_predictions(path, model, dataset, "valid", 1, **SETTINGS)
+    row = pq.read_table(path, filters=[("user", "=", "u4")]).to_pylist()[0]
+    items, timestamps = random_histories(LENGTHS)[4]
+    table = np.asarray(model.item_embedding.embedding[...])
+    hidden = table[items[:5]].mean(0) + 0.01 * np.log1p(timestamps[4] - timestamps[3])
+    assert row["item"] == f"i{np.argmax((table @ hidden)[1:]) + 1}"
+    assert row["score"] == pytest.approx((table @ hidden)[1:].max(), rel=1e-5)
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+sys.path[:0] = {path!r}
+from fake_model import MeanModel
+from small_dataset import in_memory, random_histories
+from tim4rec_jax.errors import run_main
+from tim4rec_jax.evaluation.predictions import write_predictions
+
+def main():
+    settings = dict(max_length=6, batch_size=3, convention="exact")
+    dataset = in_memory(random_histories([20] * 60))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    write_predictions(Path({out!r}), MeanModel(30), dataset, "test", 30, **settings)
+
+sys.exit(run_main(main))
+"""
+
+
+def test_a_disk_that_fills_up(tmp_path):
+    """The limit on a file's size stands in for it: the same error, another number."""
+    script = FULL_DISK.format(path=sys.path, out=str(tmp_path / "top.parquet"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "File too large" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())

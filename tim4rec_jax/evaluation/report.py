@@ -1,0 +1,93 @@
+"""What an evaluation says: tables for the terminal, JSON, CSV."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax.evaluation.files import whole_file
+
+_NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
+_ORACLES = {"with_time": "best possible", "time_blind": "best blind to time"}
+_SLICES = {
+    "length": "events before the target",
+    "gap": "last gap the model sees",
+    "popularity": "training events of the target",
+}
+
+
+def print_report(report: dict, console: Console) -> None:
+    """Prints the metrics and each slice as tables.
+
+    Args:
+        report: `dataset`, `split`, `exclude_seen`, `users`, `metrics`, `standard_errors`; optional
+            `slices` (`tim4rec_jax.evaluation.slices` by name) and `oracle` (metrics by name of
+            the best that any model could reach, known of synthetic data).
+        console: where to.
+    """
+    seen = ", seen items excluded" if report["exclude_seen"] else ""
+    title = f"{report['dataset']}, {report['split']} split, {report['users']:,} users{seen}"
+    oracle = report.get("oracle", {})
+    table = Table("metric", title=title)
+    for heading in ["model", "± s.e.", *(_ORACLES.get(name) or name for name in oracle)]:
+        table.add_column(heading, justify="right")
+    for name, value in report["metrics"].items():
+        figures = [value, report["standard_errors"][name]]
+        figures += [limits.get(name) for limits in oracle.values()]
+        cells = ("" if figure is None else f"{figure:.4f}" for figure in figures)
+        table.add_row(_pretty(name), *cells)
+    console.print(table)
+    for by, groups in report.get("slices", {}).items():
+        console.print(_slice_table(by, groups))
+
+
+def _slice_table(by: str, groups: list[dict]) -> Table:
+    names = list(groups[0]["metrics"])
+    cutoff = names[0].partition("@")[2]  # one is enough for a terminal; files hold all
+    names = [name for name in names if name.partition("@")[2] == cutoff]
+    table = Table(title=f"by {_SLICES[by]}")
+    for heading in (by, "users", *map(_pretty, names)):
+        table.add_column(heading, justify="right")
+    for group in groups:
+        figures = (
+            f"{group['metrics'][name]:.4f} ± {group['standard_errors'][name]:.4f}" for name in names
+        )
+        table.add_row(group["bin"], f"{group['users']:,}", *figures)
+    return table
+
+
+def _pretty(name: str) -> str:
+    kind, _, cutoff = name.partition("@")
+    return f"{_NAMES[kind]}@{cutoff}"
+
+
+def write_json(report: dict, path: Path) -> None:
+    """Writes the report with all digits."""
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+def write_csv(report: dict, path: Path) -> None:
+    """Writes one line per figure: split, slice, bin, users, metric, value, standard error.
+
+    The metrics over all users have slice `all`.
+    """
+    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["split", "slice", "bin", "users", "metric", "value", "standard_error"])
+        for by, group in _groups(report):
+            for name, value in group["metrics"].items():
+                where = [report["split"], by, group.get("bin", ""), group["users"]]
+                writer.writerow([*where, name, value, group["standard_errors"][name]])
+
+
+def _groups(report: dict) -> Iterator[tuple[str, dict]]:
+    yield "all", report
+    for by, groups in report.get("slices", {}).items():
+        for group in groups:
+            yield by, group
