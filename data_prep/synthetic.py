@@ -1,0 +1,188 @@
+"""Makes a dataset whose best possible scores are known, with and without the time.
+
+A user follows one interest at a time and consumes its items, popular ones first. Within a
+session (gaps of minutes) the interest stays. After a long gap (a day or two) the user finishes
+what was begun, one more item of the old interest, and turns to another one. So the next
+item's interest follows from the last item and from the gap *before* that last item:
+
+    gap before the last item short:  next item from the interest of the last item
+    gap before the last item long:   next item from the interest that comes after it
+
+with probability `FOCUS`; any item of the catalogue otherwise. Gaps are long with probability
+`LONG_GAP`, independently of everything, and influence only the item after the next. The items
+seen so far therefore say nothing about the last gap, and both ceilings are exact: who sees times
+ranks by the conditional probability given (interest, gap), who sees items alone ranks by its
+average over the gap. Both rankings are Bayes-optimal for Hit and NDCG.
+
+Times are seconds since the user came, not unix times. In the published time encoding the first
+padding position holds minus the last time (DESIGN: it shares a normalisation with the gaps); with
+unix times it would leave nothing of them. They stay below 2**24, so float32 holds them exactly.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Int, Int64
+from rich.console import Console
+from rich.table import Table
+
+from data_prep import writer
+from data_prep.prepare import connect
+from tim4rec_jax.errors import UserError
+
+FOCUS = 0.9
+LONG_GAP = 0.4
+ITEMS_PER_INTEREST = 12
+DECAY = 0.8  # popularity of an interest's next item relative to the one before
+SHORT = (60, 600)  # seconds
+LONG = (86_400, 172_800)
+LENGTHS = (10, 30)  # events of a user
+TOP = 10
+
+
+def conditionals(n_items: int) -> tuple[Int[np.ndarray, " V"], Float[np.ndarray, "2 C V"]]:
+    """Interest of each item, and probability of each next item.
+
+    Args:
+      n_items: size of the catalogue, V; it is split into C interests.
+
+    Returns:
+      interest [V], and probabilities [2, C, V] given whether the gap before the last item was
+      long and the last item's interest.
+    """
+    n_interests = n_items // ITEMS_PER_INTEREST
+    interest = np.arange(n_items) * n_interests // n_items
+    rank = np.arange(n_items) - np.searchsorted(interest, interest)
+    within = (interest == np.arange(n_interests)[:, None]) * DECAY**rank
+    within /= within.sum(1, keepdims=True)
+    following = np.roll(within, -1, axis=0)
+    return interest, FOCUS * np.stack([within, following]) + (1 - FOCUS) / n_items
+
+
+def generate(
+    n_users: int, n_items: int, seed: int
+) -> tuple[Int64[np.ndarray, "U N"], Int64[np.ndarray, "U N"], Int64[np.ndarray, " U"]]:
+    """Draws the events of all users.
+
+    Args:
+      n_users: number of users, U.
+      n_items: number of items; at least two interests' worth.
+      seed: of the random numbers.
+
+    Returns:
+      items [U, N] from 0, times [U, N] in seconds, lengths [U]: events beyond are to be left out.
+    """
+    random = np.random.default_rng(seed)
+    interest, probabilities = conditionals(n_items)
+    cumulative = probabilities.cumsum(-1)
+    shape = (n_users, LENGTHS[1])
+    long = random.random(shape) < LONG_GAP
+    long[:, 0] = False  # there is no gap before the first event
+    gaps = np.where(long, random.integers(*LONG, shape), random.integers(*SHORT, shape))
+    items = np.empty(shape, np.int64)
+    items[:, 0] = random.integers(n_items, size=n_users)
+    for event in range(1, shape[1]):
+        given = cumulative[long[:, event - 1].astype(int), interest[items[:, event - 1]]]
+        drawn = (random.random((n_users, 1)) > given).sum(1)
+        items[:, event] = np.minimum(drawn, n_items - 1)
+    return items, gaps.cumsum(1), random.integers(LENGTHS[0], LENGTHS[1] + 1, n_users)
+
+
+def ceilings(
+    last_items: Int64[np.ndarray, " U"], last_gap_long: Bool[np.ndarray, " U"], n_items: int
+) -> dict[str, dict[str, float]]:
+    """Best expected metrics over given histories.
+
+    Args:
+      last_items: last item of each history, from 0.
+      last_gap_long: whether the gap before it was long.
+      n_items: size of the catalogue.
+
+    Returns:
+      `with_time` and `time_blind`, each with `hit@10` and `ndcg@10`.
+    """
+    interest, probabilities = conditionals(n_items)
+    blind = np.average(probabilities, axis=0, weights=[1 - LONG_GAP, LONG_GAP])
+    discounts = 1 / np.log2(np.arange(2, TOP + 2))
+    context = last_gap_long.astype(int), interest[last_items]
+    result = {}
+    for name, belief in (
+        ("with_time", probabilities),
+        ("time_blind", np.broadcast_to(blind, probabilities.shape)),
+    ):
+        best = np.argsort(-belief, axis=-1, kind="stable")[..., :TOP]
+        chances = np.take_along_axis(probabilities, best, axis=-1)[context]
+        result[name] = {
+            f"hit@{TOP}": float(chances.sum(-1).mean()),
+            f"ndcg@{TOP}": float((chances @ discounts).mean()),
+        }
+    return result
+
+
+def oracle(items, times, lengths, n_items: int) -> dict:
+    """Ceilings of the leave-one-out splits; arguments as `generate` returns them.
+
+    Returns:
+      `test` and `valid`, each as `ceilings` returns it.
+    """
+    users = np.arange(len(items))
+    result = {}
+    for split, last in (("test", lengths - 2), ("valid", lengths - 3)):
+        long = times[users, last] - times[users, last - 1] >= LONG[0]
+        result[split] = ceilings(items[users, last], long, n_items)
+    return result
+
+
+def write(flags: argparse.Namespace, work: Path) -> dict:
+    """Generates the dataset that the flags ask for into `work / "dataset"`.
+
+    Raises:
+      UserError: there are too few users or items.
+    """
+    if flags.users < 1 or flags.items < 2 * ITEMS_PER_INTEREST:
+        raise UserError(
+            f"--users {flags.users} --items {flags.items}: at least 1 user and "
+            f"{2 * ITEMS_PER_INTEREST} items (two interests) are needed"
+        )
+    items, times, lengths = generate(flags.users, flags.items, flags.seed)
+    keep = np.arange(items.shape[1]) < lengths[:, None]
+    con = connect(work)
+    users = np.broadcast_to(np.arange(flags.users)[:, None], items.shape)
+    tables = {
+        "events": {
+            "row": np.arange(keep.sum()),
+            "user": users[keep],
+            "item": items[keep],
+            "time": times[keep] * 1_000_000_000,
+        },
+        "users": {"number": np.arange(flags.users), "id": _ids("u", flags.users)},
+        "items": {"number": np.arange(flags.items), "id": _ids("i", flags.items)},
+    }
+    for name, columns in tables.items():
+        con.register("columns", pa.table(columns))
+        con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
+    metadata = {
+        "name": flags.name,
+        "seed": flags.seed,
+        "oracle": oracle(items, times, lengths, flags.items),
+        "sources": [],
+        "prepared_by": "synthetic",
+    }
+    return writer.write(
+        con, work / "dataset", metadata, order="exact", shard_events=flags.shard_events
+    )
+
+
+def _ids(letter: str, count: int) -> list[str]:
+    return [f"{letter}{number:0{len(str(count - 1))}d}" for number in range(count)]
+
+
+def print_oracle(metadata: dict, console: Console) -> None:
+    """Prints the best scores that can be reached."""
+    table = Table("best expected score", "valid HR@10", "NDCG@10", "test HR@10", "NDCG@10")
+    for key, label in (("with_time", "seeing items and times"), ("time_blind", "items only")):
+        scores = [metadata["oracle"][split][key] for split in ("valid", "test")]
+        table.add_row(label, *(f"{value:.4f}" for score in scores for value in score.values()))
+    console.print(table)
