@@ -97,7 +97,6 @@ def test_a_disk_that_fills_up(tmp_path):
     script = FULL_DISK.format(path=sys.path, out=str(tmp_path / "top.parquet"))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "File too large" in done.stderr
-    assert done.stderr.count("\n") == 1
+    path = tmp_path / "top.parquet"
+    assert done.stderr == f"error: {path} cannot be written: File too large\n"
     assert not list(tmp_path.iterdir())

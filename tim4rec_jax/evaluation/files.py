@@ -6,19 +6,26 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
+
+from tim4rec_jax.errors import UserError
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Gives a temporary name beside `path` to write to, and renames it when the block is done.
+def whole_file(path: Path) -> Iterator[IO[bytes]]:
+    """Opens a temporary file beside `path`, which takes its place when the block is done.
+
+    Whatever the block raises passes through, and `path` is as it was before.
 
     Raises:
-        OSError: it cannot be renamed. Whatever the block raises passes through, and then
-            `path` is as it was before.
+        UserError: the file cannot be written (full disk, no permission, no such folder).
     """
     partial = path.with_name(path.name + ".partial")
     try:
-        yield partial
+        with partial.open("wb") as file:
+            yield file
         os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     finally:
         partial.unlink(missing_ok=True)

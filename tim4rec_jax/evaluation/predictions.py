@@ -41,10 +41,10 @@ def write_predictions(
         Number of rows.
 
     Raises:
-        OSError: the file cannot be written.
+        UserError: the file cannot be written.
     """
     rows = 0
-    with whole_file(path) as partial, pq.ParquetWriter(partial, SCHEMA) as writer:
+    with whole_file(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
         for users, (scores, items) in run(model, ds, split, _best(k), **settings):
             table = _table(ds, users, scores, items)
             writer.write_table(table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -68,8 +69,8 @@ def _pretty(name: str) -> str:
 
 def write_json(report: dict, path: Path) -> None:
     """Writes the report with all digits."""
-    with whole_file(path) as partial:
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with whole_file(path) as file:
+        file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
 def write_csv(report: dict, path: Path) -> None:
@@ -77,7 +78,7 @@ def write_csv(report: dict, path: Path) -> None:
 
     The metrics over all users have slice `all`.
     """
-    with whole_file(path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["split", "slice", "bin", "users", "metric", "value", "standard_error"])
         for by, group in _groups(report):
