@@ -19,7 +19,7 @@ def test_prefixes_by_length(events, max_length):
     np.testing.assert_array_equal(train_prefixes(events, max_length), expected)
 
 
-@given(events=events, max_length=st.integers(1, 40), most=st.integers(1, 5))
+@given(events=events, max_length=st.integers(1, 30), most=st.integers(1, 5))
 def test_no_other_buckets_pad_less(events, max_length, most):
     lengths = np.repeat(np.arange(max_length + 1), train_prefixes(events, max_length))
 
@@ -29,8 +29,8 @@ def test_no_other_buckets_pad_less(events, max_length, most):
     chosen = default_buckets(events, max_length, max_buckets=most)
     assert chosen[-1] == max_length
     assert len(chosen) <= most
-    assert all(width % 8 == 0 for width in chosen[:-1])
-    candidates = range(8, max_length, 8)
+    assert all(width % 4 == 0 for width in chosen[:-1])
+    candidates = range(4, max_length, 4)
     assert slots(chosen) == min(
         slots((*some, max_length))
         for size in range(most)
@@ -39,5 +39,5 @@ def test_no_other_buckets_pad_less(events, max_length, most):
 
 
 def test_long_histories_need_one_bucket():
-    assert default_buckets(np.array([10_000] * 50), 8) == (8,)
+    assert default_buckets(np.array([10_000] * 50), 4) == (4,)
     assert default_buckets(np.array([2]), 50) == (50,)

@@ -21,7 +21,7 @@ def train_prefixes(
 
 
 def default_buckets(
-    events: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 8
+    events: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
 ) -> tuple[int, ...]:
     """Bucket lengths that leave the least padding in an epoch of training.
 

@@ -93,14 +93,27 @@ class Dataset:
         return self._windows("timestamps", np.int64, starts, lengths, width)
 
     def _windows(self, column, dtype, starts, lengths, width):
-        columns = np.arange(width)
         out = np.empty((len(starts), width), dtype)
         chunk_of = np.searchsorted(self._chunk_starts, starts, side="right") - 1
         for number in np.unique(chunk_of):
             chunk = self.chunks[number]
             rows = slice(None) if len(self.chunks) == 1 else np.flatnonzero(chunk_of == number)
-            # Past the end of a row this reads the next user's events, overwritten below.
-            events = (starts[rows] - chunk.start)[:, None] + columns
-            out[rows] = np.take(getattr(chunk, column), events, mode="clip")
-        out[columns >= lengths[:, None]] = 0
+            out[rows] = _runs(getattr(chunk, column), starts[rows] - chunk.start, width)
+        # A run goes on into the next user's events.
+        out[np.arange(width) >= lengths[:, None]] = 0
         return out
+
+
+def _runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    """Gathers `values[start : start + width]` for each start; what is past the end is anything.
+
+    Copying runs of memory takes half the time of `np.take` with an index for every element,
+    and no index array.
+    """
+    if len(values) < width:
+        values = np.pad(values, (0, width - len(values)))
+    reached = np.minimum(starts, len(values) - width)
+    out = np.lib.stride_tricks.sliding_window_view(values, width)[reached]
+    for row in np.flatnonzero(reached < starts):  # the few that would run past the end
+        out[row] = np.roll(out[row], reached[row] - starts[row])
+    return out
