@@ -1,0 +1,172 @@
+"""Reads the files `torch.save` writes, without torch and without trusting them.
+
+Such a file is a zip archive: `NAME/data.pkl` is a pickle whose tensors point at raw
+little-endian storages `NAME/data/0`, `NAME/data/1`, ... The unpickler here knows four
+names; every other class becomes an `Inert` record of what it was given, so a RecBole
+`Config` can be read where RecBole is not installed and nothing from the file is executed.
+"""
+
+import io
+import pickle
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from tim4rec_jax.errors import UserError
+
+_STORAGE_DTYPES = {
+    "torch.DoubleStorage": np.dtype(np.float64),
+    "torch.FloatStorage": np.dtype(np.float32),
+    "torch.HalfStorage": np.dtype(np.float16),
+    "torch.BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "torch.LongStorage": np.dtype(np.int64),
+    "torch.IntStorage": np.dtype(np.int32),
+    "torch.ShortStorage": np.dtype(np.int16),
+    "torch.CharStorage": np.dtype(np.int8),
+    "torch.ByteStorage": np.dtype(np.uint8),
+    "torch.BoolStorage": np.dtype(np.bool_),
+}
+
+
+class Inert(dict):
+    """Stands for an object of a class we neither have nor trust: its state, as a dict."""
+
+    origin = "?"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+
+    def __setstate__(self, state):
+        self.update(state if isinstance(state, dict) else {"state": state})
+
+    __hash__ = object.__hash__  # such objects also occur as keys
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """A tensor not read yet: where its elements lie in the archive."""
+
+    storage: tuple
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    return TensorRef(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_parameter(data, *_):
+    return data
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds containers, numbers, strings, tensor references and `Inert`s; nothing else."""
+
+    _KNOWN = {  # noqa: RUF012  (never changed)
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
+        "torch._utils._rebuild_parameter": _rebuild_parameter,
+        "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    }
+
+    def find_class(self, module, name):
+        origin = f"{module}.{name}"
+        return self._KNOWN.get(origin) or type("Inert", (Inert,), {"origin": origin})
+
+    def persistent_load(self, pid):
+        return pid  # ("storage", class, key, device, number of elements)
+
+
+def _read_tensor(archive: zipfile.ZipFile, root: str, ref: TensorRef) -> np.ndarray:
+    _, kind, key, *_ = ref.storage
+    dtype = _STORAGE_DTYPES[kind.origin]
+    storage = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+    last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
+    if min(0, ref.offset, *ref.shape, *ref.strides) < 0:
+        raise ValueError("it has a negative offset, size or stride")
+    if 0 not in ref.shape and last >= storage.size:
+        raise ValueError("it reaches beyond its storage")
+    strides = [s * dtype.itemsize for s in ref.strides]
+    view = np.lib.stride_tricks.as_strided(storage[ref.offset :], ref.shape, strides)
+    return np.array(view, order="C")
+
+
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    if not path.is_file():
+        raise UserError(f"{path} is not a file: name a checkpoint (.pth)")
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80":  # a bare pickle
+        raise UserError(
+            f"{path} has the format torch wrote before version 1.6: in torch, "
+            "torch.save(torch.load(FILE), FILE) turns it into the zip format read here"
+        )
+    if start != b"PK\x03\x04":
+        raise UserError(f"{path} is not a checkpoint: torch.save writes a zip archive")
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile:
+        raise UserError(f"{path} is incomplete, its end is missing: copy it again") from None
+
+
+def _unpickle(archive: zipfile.ZipFile, path: Path) -> tuple[str, object]:
+    """The root folder inside the archive and the pickled object."""
+    names = archive.namelist()
+    root = next((n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl")), None)
+    if root is None:
+        raise UserError(f"{path} is a zip archive, but none that torch.save wrote")
+    order = f"{root}byteorder"
+    if order in names and archive.read(order) != b"little":
+        raise UserError(f"{path} comes from a big-endian machine: save it again on another")
+    try:
+        return root, _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
+    except Exception as error:  # a damaged pickle can fail in any way
+        raise UserError(f"{path} is damaged, data.pkl cannot be read: {error}") from None
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    """Reads a checkpoint of the reference: a file of RecBole's trainer, or a bare state dict.
+
+    Args:
+      path: file written by `torch.save` (zip format, torch 1.6 or later).
+
+    Returns:
+      The final RecBole configuration (empty where the file holds none) and the state dict,
+      torch names to arrays; float16 and bfloat16 stay what they are. Tensors of the
+      optimizer are not read.
+
+    Raises:
+      UserError: no such file, not written by torch.save, damaged, or without weights.
+    """
+    path = Path(path)
+    with _open_archive(path) as archive:
+        root, saved = _unpickle(archive, path)
+        config = {}
+        if isinstance(saved, Mapping) and "state_dict" in saved:
+            config, saved = saved.get("config"), saved["state_dict"]
+            config = config if isinstance(config, Mapping) else {}
+            config = config.get("final_config_dict", config)
+        if not (isinstance(saved, Mapping) and saved):
+            raise UserError(
+                f"{path} holds no weights: expected a dict with 'state_dict' and 'config', as "
+                "RecBole's trainer saves it, or a state dict alone"
+            )
+        return dict(config), {
+            str(name): _read_parameter(archive, root, path, name, ref)
+            for name, ref in saved.items()
+        }
+
+
+def _read_parameter(archive, root: str, path: Path, name: str, ref: object) -> np.ndarray:
+    try:
+        if not isinstance(ref, TensorRef):
+            raise ValueError(f"it is no tensor but {getattr(ref, 'origin', type(ref).__name__)}")
+        return _read_tensor(archive, root, ref)
+    except Exception as error:  # as above
+        raise UserError(f"{path}: parameter {name!r} cannot be read: {error}") from None
