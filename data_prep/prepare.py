@@ -15,7 +15,7 @@ from rich.table import Table
 
 import tim4rec_jax
 from data_prep import archives, filters, read, rows, writer
-from data_prep.sources import Source
+from data_prep.sources import SOURCES, Source
 from data_prep.text import damaged_gzip, is_gzip
 from tim4rec_jax.errors import UserError
 
@@ -39,12 +39,12 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
 
 
 def prepare(
-    source: Source, flags: argparse.Namespace, inputs: list[str], work: Path, console: Console
+    name: str, flags: argparse.Namespace, inputs: list[str], work: Path, console: Console
 ) -> dict:
     """Reads, filters and writes a dataset to `work / "dataset"`.
 
     Args:
-      source: the family of files to read.
+      name: a key of `SOURCES`, the family of files to read.
       flags: of the command line: filters, order, what to do with bad rows.
       inputs: paths or globs of the files.
       work: a folder for everything on the way.
@@ -56,6 +56,7 @@ def prepare(
     Raises:
       UserError: see `archives.find_files`, `read.append`, `rows.check` and `filters.apply`.
     """
+    source = SOURCES[name]
     files = archives.find_files(inputs, source.members, work)
     con = connect(work, flags.memory_limit)
     read.create(con)

@@ -126,7 +126,7 @@ def _fields(path: Path, layout: Layout) -> str:
         ]
         broken = "CASE WHEN line NOT LIKE '{%}' THEN 'the line is no dictionary' END"
     aliased = ", ".join(f"{pick} AS {column}" for pick, column in zip(picked, columns, strict=True))
-    return f"""SELECT {aliased}, line IS NOT NULL AND line != '' AS "#present", {broken} AS "#broken"
+    return f"""SELECT {aliased}, coalesce(line != '', FALSE) AS "#present", {broken} AS "#broken"
         FROM (SELECT line, {fields} AS fields FROM ({lines}))"""
 
 
@@ -141,7 +141,7 @@ def _read_csv(path: Path, columns: tuple[str, ...], quoting: str, header: bool) 
 
 
 def _unescape(con: duckdb.DuckDBPyConnection, first: int) -> None:
-    """Replaces ids that Python wrote with escapes (\\xe9, \\u2605, \\') by what they mean."""
+    r"""Replaces ids that Python wrote with escapes (\xe9, \u2605, \') by what they mean."""
     for column in ("user", "item"):
         quoted = con.execute(
             f"SELECT DISTINCT {name(column)} FROM raw "

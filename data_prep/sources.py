@@ -80,9 +80,9 @@ def _amazon(path: Path, flags: Flags) -> Layout:
         return Layout("json", columns, *wanted.values(), "rating", time_unit="ms")
     columns = column_names(path, "csv", ",")
     if "parent_asin" in columns:
-        ids = ("user_id", "parent_asin", "timestamp", "rating")
-        require(path, columns, dict(zip(("--user", "--item", "--time", "--rating"), ids)))
-        return Layout("csv", columns, *ids, time_unit="ms", header=True)
+        ids = {"--user": "user_id", "--item": "parent_asin", "--time": "timestamp"}
+        require(path, columns, ids | {"--rating": "rating"})
+        return Layout("csv", columns, *ids.values(), "rating", time_unit="ms", header=True)
     order = ("user", "item") if _edition(path, flags) == "2014" else ("item", "user")
     return Layout("csv", (*order, "rating", "time"), "user", "item", "time", "rating")
 

@@ -1,0 +1,237 @@
+"""The command line's flags and their help."""
+
+import argparse
+import datetime
+import os
+from pathlib import Path
+
+from data_prep.sources import MD5
+
+_DESCRIPTION = """\
+Turns event logs (who, what, when) into datasets that `train.py` reads.
+
+Each NAME reads one kind of source; `python -m data_prep NAME --help` tells its flags."""
+_EXAMPLES = """\
+examples:
+  python -m data_prep synthetic --out data/synthetic
+  python -m data_prep movielens ml-1m --out data/ml-1m --order recbole
+  python -m data_prep table 'logs/*.csv.gz' --user uid --item sku --time at --time-unit ms \\
+      --out data/shop
+  python -m data_prep inspect data/shop"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Builds the parser; `command` of its result is the name of a source, inspect or synthetic."""
+    top = argparse.ArgumentParser(
+        prog="python -m data_prep",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = top.add_subparsers(dest="command", required=True, metavar="NAME")
+    _public_sources(commands)
+    _own_tables(commands)
+    _others(commands)
+    return top
+
+
+def _public_sources(commands) -> None:
+    movielens = _reader(
+        commands,
+        "movielens",
+        "MovieLens ratings: ml-100k, 1m, 10m, 20m, 25m, 32m",
+        "Reads u.data, ratings.dat or ratings.csv: the file, its folder or the zip as downloaded.",
+        "movielens ml-1m --order recbole --out data/ml-1m",
+        "movielens --source ~/Downloads/ml-25m.zip --min-rating 4 --out data/ml-25m",
+    )
+    movielens.add_argument(
+        "edition",
+        nargs="?",
+        choices=[file.removesuffix(".zip") for file in MD5 if file.startswith("ml-")],
+        help="what to download if there is no --source",
+    )
+    amazon = _reader(
+        commands,
+        "amazon",
+        "Amazon ratings and reviews of 2014, 2018, 2023",
+        "Reads ratings (csv) and reviews (json, jsonl); the edition is found out by looking.",
+        "amazon Beauty --order recbole --out data/beauty",
+        "amazon --source reviews_Beauty_5.json.gz --out data/beauty",
+    )
+    amazon.add_argument(
+        "category", nargs="?", help="what to download if there is no --source, e.g. Beauty"
+    )
+    amazon.add_argument(
+        "--edition", choices=["2014", "2018", "2023"], default="2014", help="default: 2014"
+    )
+    kuairand = _reader(
+        commands,
+        "kuairand",
+        "KuaiRand short-video logs: Pure, 1K, 27K",
+        "Reads logs (csv, parquet). Of a folder or an archive: the standard policy's log of 8 to "
+        "21 April 2022, as in the papers; name other files to read those.",
+        "kuairand Pure --order recbole --out data/kuairand",
+        "kuairand --source 'KuaiRand-1K/data/log_standard_*.csv' --out data/kuairand-1k",
+    )
+    kuairand.add_argument(
+        "edition",
+        nargs="?",
+        choices=["Pure", "1K", "27K"],
+        help="what to download if there is no --source",
+    )
+    _where(kuairand, "is_rand = 0")
+    _reader(
+        commands,
+        "steam",
+        "Steam reviews: the original or RecBole's",
+        "Reads steam_reviews.json.gz as its owner publishes it, or RecBole's steam.inter.",
+        "steam --source steam_reviews.json.gz --out data/steam",
+    )
+
+
+def _own_tables(commands) -> None:
+    recbole = _reader(
+        commands,
+        "recbole",
+        "any RecBole .inter file",
+        "Reads a file with a typed header: user_id:token item_id:token timestamp:float ...",
+        "recbole --source ml-100k.inter --order recbole --out data/ml-100k",
+    )
+    table = _reader(
+        commands,
+        "table",
+        "your own log: CSV, TSV, JSON lines, Parquet",
+        "Reads a table of events, plain or gzip; its format is found out by looking into it.",
+        "table events.parquet --user customer --item sku --time at --time-unit iso --out data/shop",
+        "table --source 'logs/*.csv.gz' --where \"event = 'buy'\" --out data/shop",
+    )
+    table.add_argument(
+        "--columns", metavar="A,B,C", help="names of all columns, if no first line holds them"
+    )
+    for command in (recbole, table):
+        command.add_argument("files", nargs="*", metavar="PATH", help="same as --source")
+        for column, default, meaning in (
+            ("user", "user_id", "who"),
+            ("item", "item_id", "what"),
+            ("time", "timestamp", "when"),
+            ("rating", "rating", "how good, for --min-rating"),
+        ):
+            command.add_argument(
+                f"--{column}",
+                metavar="COLUMN",
+                default=default,
+                help=f"{meaning} (default: %(default)s)",
+            )
+        command.add_argument(
+            "--time-unit",
+            choices=["s", "ms", "us", "ns", "iso"],
+            default="s",
+            help="of the times: since 1970, or iso for dates (default: s)",
+        )
+        command.add_argument("--delimiter", metavar="TEXT", help="default: found out by looking")
+        _where(command, None)
+
+
+def _others(commands) -> None:
+    synthetic = commands.add_parser(
+        "synthetic",
+        help="made-up events whose best possible scores are known",
+        description="Makes events in which the time matters by a known amount, and tells the best "
+        "scores that any model and any model blind to time could reach.",
+    )
+    _output(synthetic)
+    synthetic.add_argument("--users", type=int, default=4000, help="default: %(default)s")
+    synthetic.add_argument("--items", type=int, default=300, help="default: %(default)s")
+    synthetic.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    inspect = commands.add_parser(
+        "inspect",
+        help="what is in a prepared dataset",
+        description="Prints a dataset's figures and draws them.",
+    )
+    inspect.add_argument("directory", type=Path, metavar="DIR", help="a prepared dataset")
+    inspect.add_argument(
+        "--plot", type=Path, metavar="PNG", help="the picture (default: DIR/inspect.png)"
+    )
+
+
+def _reader(commands, name: str, short: str, long: str, *examples: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(
+        name,
+        help=short,
+        description=long,
+        epilog="\n  ".join(["examples:", *(f"python -m data_prep {line}" for line in examples)]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_argument("--source", nargs="+", metavar="PATH", help="file, folder, archive, glob")
+    _output(command)
+    _protocol(command.add_argument_group("what to keep, step by step, and its order"))
+    machine = command.add_argument_group("resources")
+    machine.add_argument("--memory-limit", metavar="SIZE", help="e.g. 4GB (default: 80 %% of all)")
+    machine.add_argument(
+        "--shard-events",
+        type=int,
+        default=16_000_000,
+        metavar="N",
+        help="start another sequences file after N events (default: %(default)s)",
+    )
+    machine.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tim4rec-jax",
+        help="where downloads are kept (default: %(default)s)",
+    )
+    return command
+
+
+def _output(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new dataset")
+    command.add_argument("--name", help="the dataset's name (default: that of DIR)")
+    command.add_argument("--overwrite", action="store_true", help="replace the dataset in DIR")
+
+
+def _where(command: argparse.ArgumentParser, default: str | None) -> None:
+    command.add_argument(
+        "--where",
+        metavar="SQL",
+        default=default,
+        help=f"condition on the source's columns (default: {default or 'none'})",
+    )
+
+
+def _protocol(group) -> None:
+    group.add_argument(
+        "--on-bad-row",
+        choices=["error", "skip"],
+        default="error",
+        help="stop at a bad row, or leave it out and count it (default: error)",
+    )
+    group.add_argument(
+        "--deduplicate",
+        choices=["exact", "first", "last"],
+        help="keep one event of the same user, item and time (exact), or the first or last of "
+        "each user and item (default: keep all)",
+    )
+    group.add_argument("--min-rating", type=float, metavar="X", help="lowest rating to keep")
+    group.add_argument("--since", type=date, metavar="DATE", help="first moment to keep (UTC)")
+    group.add_argument("--until", type=date, metavar="DATE", help="first moment to drop (UTC)")
+    group.add_argument(
+        "--k-core",
+        type=int,
+        default=5,
+        metavar="K",
+        help="drop users and items with fewer than K events, again and again until all have K "
+        "(default: 5; 1 keeps all)",
+    )
+    group.add_argument(
+        "--order",
+        choices=["exact", "recbole"],
+        default="exact",
+        help="sort a user's events by time, or as RecBole does, by time rounded to 32 bits: most "
+        "published numbers, the paper's too, stand on that (default: exact)",
+    )
+
+
+def date(value: str) -> datetime.datetime:
+    moment = datetime.datetime.fromisoformat(value)
+    return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -1,0 +1,113 @@
+"""What is in a prepared dataset: figures for the terminal and for `plot`."""
+
+import datetime
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Int64
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax.data import Dataset
+
+QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
+# Gaps are counted in 20 bins a decade, from 1 s to 3,000 years; the first bin holds ties.
+GAP_BINS = np.concatenate([[0], np.logspace(0, 11, 221)])
+_PIECE = 1 << 22  # events looked at in one go
+_SPANS = ((365 * 86_400, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
+
+
+def statistics(ds: Dataset) -> dict:
+    """Counts and quantiles of a dataset, which is read twice, piece by piece.
+
+    Args:
+      ds: an open dataset.
+
+    Returns:
+      density: events / (users x items); lengths, gaps: the `QUANTILES` of events per user and
+      of seconds between a user's neighbouring events (gaps to within 6 %); gap_counts: how many
+      gaps fall into `GAP_BINS`; tied, tied_float32: share of these gaps that are 0, before and
+      after rounding times to float32; first, last: time of events in seconds; busy: events in
+      each 80th of the time between.
+    """
+    gap_counts = np.zeros(len(GAP_BINS) - 1, np.int64)
+    tied_float32 = 0
+    first, last = np.iinfo(np.int64).max, 0
+    for times, same_user in _pieces(ds):
+        first, last = min(first, int(times.min())), max(last, int(times.max()))
+        gap_counts += np.histogram(np.diff(times)[same_user], GAP_BINS)[0]
+        tied_float32 += int((np.diff(times.astype(np.float32))[same_user] == 0).sum())
+    busy = np.zeros(80, np.int64)
+    for times, _ in _pieces(ds):
+        busy += np.histogram(times, len(busy), (first, last + 1))[0]
+    n_gaps = max(int(gap_counts.sum()), 1)
+    return {
+        "density": ds.n_events / (ds.n_users * ds.n_items),
+        "lengths": [float(np.quantile(ds.lengths, q)) for q in QUANTILES.values()],
+        "gaps": [_binned_quantile(gap_counts, q) for q in QUANTILES.values()],
+        "gap_counts": gap_counts,
+        "tied": gap_counts[0] / n_gaps,
+        "tied_float32": tied_float32 / n_gaps,
+        "first": first,
+        "last": last,
+        "busy": busy,
+    }
+
+
+def _pieces(ds: Dataset) -> Iterator[tuple[Int64[np.ndarray, " N"], Bool[np.ndarray, " M"]]]:
+    """Yields times of whole users, each user's sorted, and which neighbours are of one user.
+
+    RecBole's order leaves times some seconds out of order; gaps are those of real time.
+    """
+    for chunk in ds.chunks:
+        end = chunk.start + len(chunk.timestamps)
+        user = int(np.searchsorted(ds.offsets, chunk.start))
+        while ds.offsets[user] < end:
+            until = min(ds.offsets[user] + _PIECE, end)
+            after = max(int(np.searchsorted(ds.offsets, until, side="right")) - 1, user + 1)
+            owner = np.repeat(np.arange(after - user), ds.lengths[user:after])
+            times = chunk.timestamps[ds.offsets[user] - chunk.start :][: len(owner)]
+            yield times[np.lexsort((times, owner))], owner[1:] == owner[:-1]
+            user = after
+
+
+def _binned_quantile(counts: Int64[np.ndarray, " bins"], q: float) -> float:
+    if not counts.any():
+        return 0.0
+    place = int(np.searchsorted(counts.cumsum(), max(q * counts.sum(), 1)))
+    return float(np.sqrt(GAP_BINS[place] * GAP_BINS[place + 1]))  # ties: 0
+
+
+def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
+    """Prints a dataset's figures, as `statistics` returns them."""
+    table = Table(title=ds.name)
+    table.add_column("")
+    for label in QUANTILES:
+        table.add_column(label, justify="right")
+    table.add_row("events per user", *(f"{value:,.0f}" for value in figures["lengths"]))
+    table.add_row("gap between events", *map(span, figures["gaps"]))
+    console.print(table)
+    console.print(
+        f"{ds.n_users:,} users, {ds.n_items:,} items, {ds.n_events:,} events "
+        f"(density {figures['density']:.3%})\n"
+        f"{day(figures['first'])} to {day(figures['last'])} "
+        f"({span(figures['last'] - figures['first'])}), order {ds.order}\n"
+        f"same time as the event before: {figures['tied']:.1%}, "
+        f"{figures['tied_float32']:.1%} after rounding to float32",
+        highlight=False,
+    )
+
+
+def span(seconds: float) -> str:
+    """A length of time in its largest fitting unit: `42 s`, `3.5 h`, `2.0 y`."""
+    for size, unit in _SPANS:
+        if seconds >= size:
+            value = seconds / size
+            return f"{value:.1f} {unit}" if value < 10 and size > 1 else f"{value:.0f} {unit}"
+    return "0 s"
+
+
+def day(seconds: int) -> str:
+    """The date (UTC) of a unix time."""
+    epoch = datetime.datetime(1970, 1, 1)
+    return (epoch + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%d")
