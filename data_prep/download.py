@@ -2,6 +2,7 @@
 
 import hashlib
 import http.client
+import socket
 import time
 import urllib.error
 import urllib.parse
@@ -46,6 +47,7 @@ def fetch(
     partial = path.with_name(path.name + ".part")
     by_hand = f"fetch {url} by other means and pass the file as --source"
     for attempt in range(1, _ATTEMPTS + 1):
+        offline = False
         try:
             if _continue(url, partial, console):
                 break
@@ -58,10 +60,12 @@ def fetch(
         except _CUT as error:
             if isinstance(error, OSError) and error.filename:  # ours: a full disk, no permission
                 raise
-            reason = getattr(error, "reason", error) or type(error).__name__
+            reason = getattr(error, "reason", error)
+            reason = getattr(reason, "strerror", None) or reason or type(error).__name__
+            offline = isinstance(getattr(error, "reason", None), socket.gaierror)
         else:
             reason = "the connection was cut"
-        if attempt == _ATTEMPTS:
+        if offline or attempt == _ATTEMPTS:
             raise UserError(f"cannot download {path.name} ({reason}): {by_hand}")
         console.print(f"{path.name}: {reason}; trying again")
         time.sleep(pause * 2 ** (attempt - 1))

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from data_prep.sources import MD5
+from data_prep.writer import SHARD_EVENTS
 
 _DESCRIPTION = """\
 Turns event logs (who, what, when) into datasets that `train.py` reads.
@@ -170,7 +171,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     machine.add_argument(
         "--shard-events",
         type=int,
-        default=16_000_000,
+        default=SHARD_EVENTS,
         metavar="N",
         help="start another sequences file after N events (default: %(default)s)",
     )
@@ -213,8 +214,8 @@ def _protocol(group) -> None:
         "each user and item (default: keep all)",
     )
     group.add_argument("--min-rating", type=float, metavar="X", help="lowest rating to keep")
-    group.add_argument("--since", type=date, metavar="DATE", help="first moment to keep (UTC)")
-    group.add_argument("--until", type=date, metavar="DATE", help="first moment to drop (UTC)")
+    group.add_argument("--since", type=_date, metavar="DATE", help="first moment to keep (UTC)")
+    group.add_argument("--until", type=_date, metavar="DATE", help="first moment to drop (UTC)")
     group.add_argument(
         "--k-core",
         type=int,
@@ -232,6 +233,9 @@ def _protocol(group) -> None:
     )
 
 
-def date(value: str) -> datetime.datetime:
-    moment = datetime.datetime.fromisoformat(value)
+def _date(value: str) -> datetime.datetime:
+    try:
+        moment = datetime.datetime.fromisoformat(value)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{value!r} is no date such as 2019-12-31") from error
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

@@ -170,9 +170,7 @@ def write(flags: argparse.Namespace, work: Path) -> dict:
         "sources": [],
         "prepared_by": "synthetic",
     }
-    return writer.write(
-        con, work / "dataset", metadata, order="exact", shard_events=flags.shard_events
-    )
+    return writer.write(con, work / "dataset", metadata, order="exact")
 
 
 def _ids(letter: str, count: int) -> list[str]:

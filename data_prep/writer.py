@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 
+SHARD_EVENTS = 16_000_000  # some 200 MB a file
 _ORDERS = {"exact": "time", "recbole": "CAST(time // 1000000000 AS FLOAT)"}
 
 
@@ -77,7 +78,7 @@ def write(
     metadata: dict,
     *,
     order: str,
-    shard_events: int,
+    shard_events: int = SHARD_EVENTS,
     titles: dict[str, str] | None = None,
 ) -> dict:
     """Writes the tables `events`, `users` and `items` as a dataset.
