@@ -12,6 +12,20 @@ from typing import IO
 from tim4rec_jax.errors import UserError
 
 
+def find_beside(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
+    """Returns files that come with the events, if these are in a folder or an archive.
+
+    Arguments as for `find_files`.
+    """
+    containers = [Path(pattern) for pattern in patterns if Path(pattern).exists()]
+    return [
+        file
+        for path in containers
+        for file in _inside(path, members, work)
+        if file != path  # the file with the events itself
+    ]
+
+
 def find_files(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
     """Returns the files to read: globs expanded, folders searched, archives unpacked.
 

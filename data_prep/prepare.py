@@ -17,6 +17,7 @@ import tim4rec_jax
 from data_prep import archives, filters, read, rows, writer
 from data_prep.sources import SOURCES, Source
 from data_prep.text import damaged_gzip, is_gzip
+from data_prep.titles import titles
 from tim4rec_jax.errors import UserError
 
 
@@ -91,7 +92,7 @@ def prepare(
             metadata,
             order=flags.order,
             shard_events=flags.shard_events,
-            titles=_titles(source, inputs, work),
+            titles=titles(archives.find_beside(inputs, source.titles, work)),
         )
 
 
@@ -118,10 +119,6 @@ def _fingerprint(path: Path) -> dict:
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise damaged_gzip(path) from error
     return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
-
-
-def _titles(source: Source, inputs: list[str], work: Path) -> dict[str, str] | None:
-    return None
 
 
 def print_steps(metadata: dict, console: Console) -> None:

@@ -14,10 +14,10 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def open_text(path: Path) -> IO[str]:
-    """Opens a plain or gzip file for reading; bytes that are no UTF-8 become a placeholder."""
+def open_text(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    """Opens a plain or gzip file; bytes that are not of the encoding become a placeholder."""
     opener = gzip.open if is_gzip(path) else open
-    return opener(path, "rt", encoding="utf-8-sig", errors="replace", newline="")
+    return opener(path, "rt", encoding=encoding, errors="replace", newline="")
 
 
 def first_line(path: Path) -> str:
