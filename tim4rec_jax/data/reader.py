@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,35 +34,25 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     directory = Path(directory)
     metadata = _read_metadata(directory / fmt.DATASET_FILE)
     item_ids, item_counts = _read_items(directory / fmt.ITEMS_FILE, metadata)
-    chunks, counts, users = [], [np.zeros(1, np.int64)], []
+    users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
     for path in _sequence_files(directory, metadata["shards"]):
-        row = 0
-        for batch in _record_batches(path):
-            where = _Rows(path, row, batch.column("user"))
-            offsets = _check_lists(where, batch)
-            chunk = Chunk(
-                start=sum(len(chunk.items) for chunk in chunks),
-                items=_mapped(batch.column("items")),
-                timestamps=_mapped(batch.column("timestamps")),
-            )
-            _check_items(where, offsets, chunk.items, metadata["items"])
-            _check_times(where, offsets, chunk.timestamps, metadata["order"])
-            chunks.append(chunk)
-            counts.append(np.diff(offsets))
+        for batch in _checked_batches(path, metadata):
+            items, timestamps = (_values(batch, name) for name in ("items", "timestamps"))
             users.append(batch.column("user"))
-            row += len(batch)
-    offsets = np.cumsum(np.concatenate(counts))
-    found = {"users": len(offsets) - 1, "events": int(offsets[-1])}
-    for key, value in found.items():
-        if value != metadata[key]:
+            chunks.append(Chunk(events, items, timestamps))
+            ends.append(events + _offsets(batch, "items")[1:])
+            events += len(items)
+    offsets = np.concatenate(ends)
+    for key, found in (("users", len(offsets) - 1), ("events", events)):
+        if found != metadata[key]:
             raise UserError(
-                f"{directory}: the sequences hold {value} {key} and {fmt.DATASET_FILE} says "
+                f"{directory}: the sequences hold {found} {key} and {fmt.DATASET_FILE} says "
                 f"{metadata[key]}; {_AGAIN}"
             )
-    if item_counts.sum() != found["events"]:
+    if item_counts.sum() != events:
         raise UserError(
             f"{directory / fmt.ITEMS_FILE}: the counts of the items add up to "
-            f"{item_counts.sum()} and there are {found['events']} events; {_AGAIN}"
+            f"{item_counts.sum()} and there are {events} events; {_AGAIN}"
         )
     user_ids = pa.chunked_array(users, type=pa.string())
     return Dataset(directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks))
@@ -117,92 +108,86 @@ def _sequence_files(directory: Path, shards: int) -> list[Path]:
     return paths
 
 
-def _record_batches(path: Path):
-    """Yields the record batches of one mapped file, lists checked by Arrow itself."""
+def _checked_batches(path: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
+    """Yields the record batches of one mapped sequences file, empty ones left out."""
+    rows = 0
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
         if not reader.schema.equals(fmt.SEQUENCES_SCHEMA):
             raise _other_columns(path, reader.schema, fmt.SEQUENCES_SCHEMA)
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
-            batch.validate(full=True)
-            if len(batch):
-                yield batch
+            batch.validate(full=True)  # buffers, offsets and UTF-8, by Arrow itself
+            if not len(batch):
+                continue
+            if problem := _first_problem(batch, metadata):
+                row, reason = problem
+                user = batch.column("user")[row].as_py()
+                raise UserError(f"{path}: row {rows + row} (user {user!r}) {reason}; {_AGAIN}")
+            yield batch
+            rows += len(batch)
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(path, error) from error
 
 
-class _Rows:
-    """Names a row of a sequences file in a message."""
-
-    def __init__(self, path: Path, first_row: int, users: pa.Array):
-        self.path, self.first_row, self.users = path, first_row, users
-
-    def error(self, row, reason: str) -> UserError:
-        user = self.users[int(row)].as_py()
-        return UserError(
-            f"{self.path}: row {self.first_row + row} (user {user!r}) {reason}; {_AGAIN}"
-        )
-
-
-def _check_lists(where: _Rows, batch: pa.RecordBatch):
-    """Returns where each user's events start and end, counted from the batch's first event."""
+def _first_problem(batch: pa.RecordBatch, metadata: dict) -> tuple[int, str] | None:
+    """Returns the row of the batch in which something is wrong, and what."""
     for column in batch.columns:
         if column.null_count:
-            raise where.error(_first_null(column), "holds a null")
-    offsets, times = (
-        batch.column(name).offsets.to_numpy().astype(np.int64) for name in ("items", "timestamps")
-    )
-    offsets, times = offsets - offsets[0], times - times[0]
-    unequal = np.flatnonzero(offsets != times)
+            return _first_null(column), "holds a null"
+    offsets, times_offsets = _offsets(batch, "items"), _offsets(batch, "timestamps")
+    unequal = np.flatnonzero(offsets != times_offsets)
     if unequal.size:
-        raise where.error(unequal[0] - 1, "has not as many timestamps as items")
+        return int(unequal[0]) - 1, "has not as many timestamps as items"
     empty = np.flatnonzero(offsets[1:] == offsets[:-1])
     if empty.size:
-        raise where.error(empty[0], "has no events")
+        return int(empty[0]), "has no events"
+    problem = _event_problem(batch, offsets, metadata)
+    if not problem:
+        return None
+    event, reason = problem
+    row = int(np.searchsorted(offsets, event, side="right")) - 1
+    return row, f"{reason} at event {event - offsets[row]}"
+
+
+def _event_problem(batch, offsets, metadata: dict) -> tuple[int, str] | None:
+    """Returns the number of an event of the batch that is wrong, and what is wrong with it."""
     for name in ("items", "timestamps"):
-        values = batch.column(name).flatten()
-        if values.null_count:
-            row = np.searchsorted(offsets, _first_null(values), side="right") - 1
-            raise where.error(row, f"holds a null in its {name}")
-    return offsets
+        lists = batch.column(name).flatten()
+        if lists.null_count:
+            return _first_null(lists), f"holds a null in its {name}"
+    items, timestamps = _values(batch, "items"), _values(batch, "timestamps")
+    for first in range(0, len(items), _CHECK_EVENTS):
+        some = items[first : first + _CHECK_EVENTS]
+        if some.min() < 1 or some.max() > metadata["items"]:
+            wrong = int(np.argmax((some < 1) | (some > metadata["items"])))
+            return first + wrong, f"has item {some[wrong]}, outside 1 to {metadata['items']},"
+        times = timestamps[first : first + _CHECK_EVENTS + 1]  # one more: pairs across pieces
+        if times.min() < 0:
+            return first + int(np.argmax(times < 0)), "has a negative timestamp"
+        if metadata["order"] == "recbole":
+            times = times.astype(np.float32)
+        falls = first + 1 + np.flatnonzero(times[1:] < times[:-1])
+        # Time may fall only where the next user starts.
+        falls = falls[offsets[np.searchsorted(offsets, falls)] != falls]
+        if falls.size:
+            return int(falls[0]), f"is not in time order ({metadata['order']})"
+    return None
 
 
 def _first_null(values: pa.Array) -> int:
-    return int(np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))[0])
+    return int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
 
 
-def _mapped(column: pa.ListArray) -> np.ndarray:
-    return column.flatten().to_numpy(zero_copy_only=True)
+def _offsets(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Where each row's events start, and the end of the last's: int64 [rows + 1], from 0."""
+    offsets = batch.column(name).offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
 
 
-def _check_items(where: _Rows, offsets, items, n_items: int) -> None:
-    for first in range(0, len(items), _CHECK_EVENTS):
-        part = items[first : first + _CHECK_EVENTS]
-        if part.min() < 1 or part.max() > n_items:
-            event = first + np.flatnonzero((part < 1) | (part > n_items))[0]
-            row = np.searchsorted(offsets, event, side="right") - 1
-            raise where.error(row, f"has item {items[event]}, outside 1 to {n_items}")
-
-
-def _check_times(where: _Rows, offsets, timestamps, order: str) -> None:
-    for first in range(0, len(timestamps), _CHECK_EVENTS):
-        part = timestamps[first : first + _CHECK_EVENTS + 1]  # one more: pairs across pieces
-        negative = np.flatnonzero(part < 0)
-        keys = part.astype(np.float32) if order == "recbole" else part
-        later = first + 1 + np.flatnonzero(keys[1:] < keys[:-1])
-        # Time may fall only where the next user starts.
-        later = later[offsets[np.searchsorted(offsets, later)] != later]
-        for events, reason in (
-            (negative + first, "has a negative timestamp"),
-            (
-                later,
-                f"is not in time order ({order})",
-            ),
-        ):
-            if events.size:
-                row = np.searchsorted(offsets, events[0], side="right") - 1
-                raise where.error(row, f"{reason} at event {events[0] - offsets[row]}")
+def _values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """The events of all rows, a view on the mapped file."""
+    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
 
 
 def _other_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> UserError:
