@@ -14,8 +14,13 @@ from jaxtyping import install_import_hook
 # Every annotation of the package is checked at call time from here on.
 install_import_hook("tim4rec_jax", "beartype.beartype")
 
+import hypothesis
 import jax
 import pytest
+
+# An example may take its time on a busy machine.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 
 @pytest.fixture

@@ -50,7 +50,6 @@ def assert_equal(batch, other):
         np.testing.assert_array_equal(batch[name], other[name])
 
 
-@settings(deadline=None)
 @given(plan=plans(), epoch=st.integers(0, 3))
 def test_an_epoch_holds_every_sample_once(plan, epoch):
     dataset, arguments = realise(**plan)
@@ -79,7 +78,7 @@ def test_an_epoch_holds_every_sample_once(plan, epoch):
     assert batches.padding_share == pytest.approx(1 - events / slots)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(plan=plans())
 def test_a_batch_is_what_its_samples_say(plan):
     dataset, arguments = realise(**plan)
@@ -175,7 +174,6 @@ def test_numbers_that_do_not_fit_are_refused(changes, message):
         TrainBatches(dataset, **arguments)
 
 
-@settings(deadline=None)
 @given(plan=plans(), split=st.sampled_from(["valid", "test"]))
 def test_evaluation_covers_each_user_once(plan, split):
     dataset, arguments = realise(**plan)
