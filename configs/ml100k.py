@@ -1,0 +1,13 @@
+"""MovieLens-100K."""
+
+from ml_collections import ConfigDict
+
+from tim4rec_jax import config as config_lib
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Settings of the run."""
+    config = config_lib.default()
+    config.dataset = "data/ml-100k"
+    config.train.batch_size = 256
+    return config

@@ -1,0 +1,152 @@
+"""The settings of a run: defaults, what follows from them, and what must hold."""
+
+import json
+from pathlib import Path
+
+from ml_collections import ConfigDict, config_dict
+
+from tim4rec_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """Settings of a run, with the values of the released 64-d model.
+
+    Keys under `model` carry the names of the reference's own configuration files.
+    """
+    return ConfigDict(
+        {
+            "dataset": "",  # a directory that data_prep wrote
+            "seed": 2020,  # of initial weights, shuffling and dropout
+            "data": {
+                "max_length": 50,  # longest history the model sees
+                # "recbole" rounds times to float32 and leaves the padding spike in, "exact" does
+                # neither; by default what the time encoding calls for.
+                "convention": config_dict.placeholder(str),
+                # Lengths to pad batches to; by default chosen from the data.
+                "buckets": config_dict.placeholder(tuple),
+            },
+            "model": {
+                "name": "tim4rec",
+                "time_encoding": "paper",
+                "dtype": "float32",
+                "hidden_size": 64,
+                "num_layers": 2,
+                "dropout_prob": 0.2,
+                "time_drop_out": 0.2,
+                "d_state": 32,
+                "d_conv": 4,
+                "expand": 2,
+                "head_dim": 32,
+                "chunk_size": 0,  # 0: the op chooses; results do not depend on it
+                "norm_eps": 1e-12,
+                "is_ffn": True,
+                "is_time": True,
+                "p2p_residual": False,
+                "is_kai_ming_init": True,
+            },
+            "train": {
+                "objective": "prefix",
+                "batch_size": 2048,
+                "learning_rate": 1e-3,
+                "weight_decay": 0.0,
+                "epochs": 300,
+                "patience": 20,  # epochs without a better NDCG@10 before training stops
+                "checkpoint_minutes": 5.0,  # besides the checkpoint after every epoch
+            },
+            "eval": {"batch_size": 4096},
+        }
+    )
+
+
+def resolve(config: ConfigDict) -> ConfigDict:
+    """Fills in what follows from other settings and checks the rest.
+
+    Raises:
+      UserError: a setting cannot be, with its name.
+    """
+    config = config.copy_and_resolve_references()
+    model, train = config.model, config.train
+    _one_of("model.time_encoding", model.time_encoding, ("paper", "masked"))
+    _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("train.objective", train.objective, ("prefix",))
+    if config.data.convention is None:
+        config.data.convention = "exact" if model.time_encoding == "masked" else "recbole"
+    _one_of("data.convention", config.data.convention, ("recbole", "exact"))
+    for name in ("dropout_prob", "time_drop_out"):
+        if not 0 <= model[name] < 1:
+            raise UserError(f"config.model.{name} is {model[name]}; it must lie in [0, 1)")
+    positive = {
+        "data.max_length": config.data.max_length,
+        "train.batch_size": train.batch_size,
+        "train.learning_rate": train.learning_rate,
+        "train.epochs": train.epochs,
+        "eval.batch_size": config.eval.batch_size,
+        "model.num_layers": model.num_layers,
+        "model.hidden_size": model.hidden_size,
+        "model.head_dim": model.head_dim,
+    }
+    for name, value in positive.items():
+        if value <= 0:
+            raise UserError(f"config.{name} is {value}; it must be positive")
+    if model.hidden_size * model.expand % model.head_dim:
+        raise UserError(
+            f"config.model.head_dim is {model.head_dim}; it must divide "
+            f"expand * hidden_size = {model.expand * model.hidden_size}"
+        )
+    return config
+
+
+def _one_of(name: str, value, values: tuple) -> None:
+    if value not in values:
+        raise UserError(f"config.{name} is {value!r}; it must be one of {', '.join(values)}")
+
+
+def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
+    """{"model.hidden_size": 64, ...}."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, ConfigDict | dict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def write(config: ConfigDict, path: Path) -> None:
+    """Writes the settings as JSON."""
+    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def read(path: Path) -> ConfigDict:
+    """Reads settings that `write` wrote.
+
+    Raises:
+      UserError: the file is missing or no JSON.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is no run directory: it has no {path.name}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
+    config = default()
+    with config.unlocked(), config.ignore_type():
+        config.update(values)
+        if config.data.buckets is not None:
+            config.data.buckets = tuple(config.data.buckets)
+    return config
+
+
+def check_unchanged(config: ConfigDict, path: Path) -> None:
+    """Makes sure that a run goes on with the settings it began with.
+
+    Raises:
+      UserError: they differ, with the names of those that do.
+    """
+    ours, theirs = flatten(json.loads(json.dumps(config.to_dict()))), flatten(read(path).to_dict())
+    theirs = json.loads(json.dumps(theirs))
+    changed = [name for name in ours if ours[name] != theirs.get(name)]
+    if changed:
+        listed = ", ".join(f"{name} ({theirs.get(name)} -> {ours[name]})" for name in changed)
+        raise UserError(
+            f"{path.parent} holds a run with other settings: {listed}; "
+            "choose another --workdir, or delete that one to start anew"
+        )

@@ -1,0 +1,157 @@
+"""What a run directory keeps: the latest state to resume from, the best parameters."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+from absl import logging
+from flax import nnx
+from grain.checkpoint import CheckpointRestore, CheckpointSave
+from ml_collections import ConfigDict
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.models import build
+from tim4rec_jax.training.step import TrainState
+
+# Orbax reports every file it touches; a user only needs its warnings.
+logging.set_verbosity(logging.WARNING)
+
+
+def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager(directory.absolute(), options=options)
+
+
+def _storable(state: TrainState) -> dict:
+    """The state as a tree of plain arrays (a key is stored as the words it is made of)."""
+    return {
+        **{name: getattr(state, name) for name in ("step", "opt_state", "bad_step")},
+        "params": nnx.to_pure_dict(state.params),
+        "rng": jax.random.key_data(state.rng),
+        "loss_sum": state.loss_sum,
+        "weight_sum": state.weight_sum,
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    `checkpoints/` holds the last two states of training (parameters, optimizer, random key,
+    iterator over the data, progress), `best/` the parameters that were best on validation.
+    Orbax writes in the background, to a temporary name that it renames when complete.
+    """
+
+    def __init__(self, workdir: Path):
+        self.workdir = workdir
+        self.latest = _manager(workdir / "checkpoints", keep=2)
+        self.best = _manager(workdir / "best", keep=1)
+
+    def save(self, state: TrainState, iterator, progress: Mapping) -> None:
+        """Saves everything needed to go on from here; a step saved already is left as it is."""
+        step = int(state.step)
+        if step in self.latest.all_steps():
+            return
+        self.latest.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_storable(state)),
+                data=CheckpointSave(iterator),
+                progress=ocp.args.JsonSave(dict(progress)),
+            ),
+        )
+
+    def save_best(self, step: int, params: nnx.State) -> None:
+        """Saves the parameters of the best validation so far."""
+        if step not in self.best.all_steps():
+            self.best.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(params)))
+
+    def restore(self, state: TrainState, iterator) -> tuple[TrainState, dict] | None:
+        """The latest state that can be read, or None where there is none yet.
+
+        Args:
+          state: a state of the right structure and placement; its values are not used.
+          iterator: over the training batches; is moved to where the run was.
+
+        Raises:
+          UserError: there are checkpoints and none can be read.
+        """
+        steps = sorted(self.latest.all_steps(), reverse=True)
+        for step in steps:
+            try:
+                restored = self.latest.restore(
+                    step,
+                    args=ocp.args.Composite(
+                        state=ocp.args.StandardRestore(_storable(state)),
+                        data=CheckpointRestore(iterator),
+                        progress=ocp.args.JsonRestore(),
+                    ),
+                )
+            # Damage shows as whatever the layer that meets it raises.
+            except Exception as error:
+                where = self.latest.directory / str(step)
+                print(f"checkpoint {where} is damaged, passing over it: {_first_line(error)}")
+                continue
+            return _from_storable(state, restored["state"]), restored["progress"]
+        if steps:
+            raise UserError(
+                f"no checkpoint in {self.latest.directory} can be read; "
+                "delete the run directory to start anew"
+            )
+        return None
+
+    def wait(self) -> None:
+        """Returns when everything saved is on disk."""
+        self.latest.wait_until_finished()
+        self.best.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for what is being written and ends the background threads."""
+        self.latest.close()
+        self.best.close()
+
+
+def _from_storable(state: TrainState, stored: dict) -> TrainState:
+    params = jax.tree.map(lambda x: x, state.params)
+    nnx.replace_by_pure_dict(params, stored["params"])
+    rest = {name: stored[name] for name in ("step", "opt_state", "bad_step")}
+    return state.replace(
+        **rest,
+        params=params,
+        rng=jax.random.wrap_key_data(stored["rng"]),
+        loss_sum=stored["loss_sum"],
+        weight_sum=stored["weight_sum"],
+    )
+
+
+def load_best(workdir: str | Path) -> tuple[ConfigDict, nnx.Module]:
+    """The settings of a run and its model with the parameters best on validation.
+
+    Raises:
+      UserError: the run directory or its best checkpoint is missing or damaged.
+    """
+    workdir = Path(workdir)
+    config = config_lib.read(workdir / "config.json")
+    best = workdir / "best"
+    steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
+    path = best.absolute() / str(max(steps)) / "default"
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            rows = checkpointer.metadata(path).item_metadata["item_embedding"]["embedding"].shape[0]
+            model = build(config.model, n_items=rows - 1, max_length=config.data.max_length)
+            graphdef, params = nnx.split(model)
+            stored = checkpointer.restore(path, nnx.to_pure_dict(params))
+    except Exception as error:
+        raise UserError(
+            f"the best checkpoint {path} cannot be read ({_first_line(error)}); "
+            "run train.py again in this --workdir to make it anew"
+        ) from error
+    nnx.replace_by_pure_dict(params, stored)
+    return config, nnx.merge(graphdef, params)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

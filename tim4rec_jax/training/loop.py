@@ -1,0 +1,280 @@
+"""The training of a run, from its settings to its metrics."""
+
+import fcntl
+import json
+import math
+import time
+from collections import deque
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import Dataset, TrainBatches, open_dataset
+from tim4rec_jax.data.pipeline import train_iterator
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.models import build
+from tim4rec_jax.training.checkpoints import Checkpoints, load_best
+from tim4rec_jax.training.interrupt import stop_on_signal
+from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
+from tim4rec_jax.training.step import (
+    TrainState,
+    init_state,
+    make_optimizer,
+    micro_count,
+    train_step,
+)
+from tim4rec_jax.training.summary import describe_model
+
+# Steps the host may be ahead of the device: enough to never wait, few enough to stop soon.
+_AHEAD = 4
+_METRIC = "ndcg@10"
+
+
+def train(config: ConfigDict, workdir: Path) -> dict:
+    """Trains a model, or goes on with the training that `workdir` holds.
+
+    After every epoch the model is validated by full ranking; training ends after
+    `train.epochs` epochs, or when more than `train.patience` in a row brought no NDCG@10 as
+    good as the best one (ties count as better, on figures rounded to 4 decimals, as in the
+    reference). Then the best model is tested, once.
+
+    Args:
+      config: settings; see `tim4rec_jax.config`.
+      workdir: run directory, made if missing.
+
+    Returns:
+      What `workdir/metrics.json` holds.
+
+    Raises:
+      UserError: bad settings or data, a damaged run, a loss that is not finite.
+      KeyboardInterrupt: Ctrl-C, after saving.
+    """
+    config = config_lib.resolve(config)
+    dataset = open_dataset(config.dataset)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {workdir}; wait for it") from error
+        return _Run(config, dataset, workdir).train()
+
+
+class _Run:
+    """One process's share in a run: what is needed to train, built once."""
+
+    def __init__(self, config: ConfigDict, dataset: Dataset, workdir: Path):
+        settings = workdir / "config.json"
+        if settings.exists():
+            config_lib.check_unchanged(config, settings)
+        else:
+            config_lib.write(config, settings)
+        self.config, self.dataset, self.workdir = config, dataset, workdir
+
+        data, batch_size = config.data, config.train.batch_size
+        self.batches = TrainBatches(
+            dataset,
+            max_length=data.max_length,
+            batch_size=batch_size,
+            seed=config.seed,
+            convention=data.convention,
+            buckets=data.buckets,
+        )
+        devices = jax.local_devices()
+        devices = devices[: math.gcd(len(devices), batch_size)]
+        mesh = Mesh(np.asarray(devices), ("batch",))
+        self.devices = len(devices)
+        self.by_row = NamedSharding(mesh, PartitionSpec("batch"))
+        self.replicated = NamedSharding(mesh, PartitionSpec())
+
+        model = build(
+            config.model, n_items=dataset.n_items, max_length=data.max_length, seed=config.seed
+        )
+        self.graphdef, params = nnx.split(model)
+        self.tx = make_optimizer(config.train.learning_rate, config.train.weight_decay)
+        self.state = jax.device_put(init_state(params, self.tx, config.seed), self.replicated)
+        self.iterator = train_iterator(self.batches)
+        self.progress = {
+            "dataset": [dataset.n_users, dataset.n_items, dataset.n_events],
+            "best": None,  # validation metrics of the best epoch
+            "best_epoch": 0,
+            "stale_epochs": 0,  # epochs in a row that were not better
+            "seconds": 0.0,  # spent training, over all sessions
+        }
+        self.checkpoints = Checkpoints(workdir)
+
+    def train(self) -> dict:
+        done = self.workdir / "metrics.json"
+        if done.exists():
+            print(f"{self.workdir} is finished already; its figures are in {done}")
+            return json.loads(done.read_text())
+        self._resume()
+        self.log = RunLog(self.workdir, self._step)
+        try:
+            with stop_on_signal() as self.stop:
+                while not self._finished():
+                    self._epoch()
+                    self._validate()
+            self.checkpoints.wait()
+            return self._test(done)
+        finally:
+            self.checkpoints.close()
+            self.log.close()
+
+    def _resume(self) -> None:
+        print(
+            f"{self.dataset.name}: {self.dataset.n_users:,} users, {self.dataset.n_items:,} items, "
+            f"{self.batches.n_samples:,} training samples in {self.batches.batches_per_epoch:,} "
+            f"batches, lengths {', '.join(map(str, self.batches.buckets))}"
+        )
+        print(describe_model(self.graphdef, self.state.params, self.config.data.max_length))
+        expected = self.progress["dataset"]
+        restored = self.checkpoints.restore(self.state, self.iterator)
+        if restored is not None:
+            self.state, self.progress = restored
+            print(f"resuming at step {int(self.state.step):,}")
+        if self.progress["dataset"] != expected:
+            raise UserError(
+                f"{self.config.dataset} has changed since this run began (users, items, events "
+                f"were {self.progress['dataset']}, are {expected}); choose another --workdir"
+            )
+        # Counted on the host: asking the device would wait for it.
+        self._step = int(self.state.step)
+        self._check_finite(self._step, int(self.state.bad_step))
+        self._started = time.perf_counter()
+
+    @property
+    def _epochs_done(self) -> int:
+        return self._step // self.batches.batches_per_epoch
+
+    def _finished(self) -> bool:
+        config = self.config.train
+        return self._epochs_done >= config.epochs or self.progress["stale_epochs"] > config.patience
+
+    def _epoch(self) -> None:
+        """Trains to the end of the running epoch; checkpoints and stops in between if asked."""
+        per_epoch = self.batches.batches_per_epoch
+        samples = self.batches.n_samples / per_epoch
+        line = ProgressLine(per_epoch, self.config.train.epochs, samples)
+        end = (self._epochs_done + 1) * per_epoch
+        pending: deque = deque()
+        saved = time.perf_counter()
+        while self._step < end:
+            metrics = self._train_step(next(self.iterator))
+            pending.append((self._step, metrics))
+            if len(pending) > _AHEAD:
+                self._report(line, *pending.popleft())
+            if self.stop:
+                self._save()
+                self.checkpoints.wait()
+                line.clear()
+                print(f"stopped at step {self._step:,}, saved; run the same command to go on")
+                raise KeyboardInterrupt
+            if time.perf_counter() - saved > 60 * self.config.train.checkpoint_minutes:
+                self._save()
+                saved = time.perf_counter()
+        for step, metrics in pending:
+            self._report(line, step, metrics)
+        line.clear()
+
+    def _train_step(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+        """Dispatches one step; returns its metrics, to be fetched later."""
+        rows, width = batch["items"].shape
+        del batch["users"]
+        self.state, metrics = train_step(
+            self.state,
+            jax.device_put(batch, self.by_row),
+            graphdef=self.graphdef,
+            tx=self.tx,
+            micro=micro_count(rows, width, self.devices),
+        )
+        self._step += 1
+        return metrics
+
+    def _report(self, line: ProgressLine, step: int, metrics: dict[str, jax.Array]) -> None:
+        self._check_finite(step, int(metrics["bad_step"]))
+        shown = line.update(step, float(metrics["loss"]))
+        if shown:
+            self.log.write("train", step, **shown)
+
+    def _check_finite(self, step: int, bad_step: int) -> None:
+        if bad_step >= 0:
+            self._save()
+            self.checkpoints.wait()
+            raise UserError(
+                f"the loss or its gradient was not finite at step {bad_step:,} (epoch "
+                f"{bad_step // self.batches.batches_per_epoch + 1}); {self.workdir}/checkpoints "
+                "holds the parameters from before it; try a lower config.train.learning_rate"
+            )
+
+    def _save(self) -> None:
+        progress = self.progress | {"seconds": self._seconds()}
+        self.checkpoints.save(self.state, self.iterator, progress)
+
+    def _seconds(self) -> float:
+        return self.progress["seconds"] + time.perf_counter() - self._started
+
+    def _validate(self) -> None:
+        """Validates after an epoch, keeps the parameters if best, saves, says so."""
+        loss = float(self.state.loss_sum / self.state.weight_sum)
+        self._reset_loss()
+        metrics = self._evaluate(nnx.merge(self.graphdef, self.state.params), "valid")
+        best = self.progress["best"]
+        better = best is None or round(metrics[_METRIC], 4) >= round(best[_METRIC], 4)
+        epoch = self._epochs_done
+        if better:
+            self.checkpoints.save_best(self._step, self.state.params)
+            # The progress that names this epoch the best must not be there before it.
+            self.checkpoints.wait()
+            self.progress |= {"best": metrics, "best_epoch": epoch, "stale_epochs": 0}
+        else:
+            self.progress["stale_epochs"] += 1
+        self._save()
+        self.log.write("valid", self._step, epoch=epoch, train_loss=loss, **metrics)
+        print(
+            f"epoch {epoch}: loss {loss:.4f}, validation Hit@10 {metrics['hit@10']:.4f}, "
+            f"NDCG@10 {metrics['ndcg@10']:.4f}{' (best)' if better else ''}, "
+            f"{duration(self._seconds())} so far",
+            flush=True,
+        )
+
+    def _reset_loss(self) -> None:
+        zero = jax.device_put(np.zeros((), np.float32), self.replicated)
+        self.state = self.state.replace(loss_sum=zero, weight_sum=zero.copy())
+
+    def _evaluate(self, model: nnx.Module, split: str) -> dict[str, float]:
+        data = self.config.data
+        return evaluate(
+            model,
+            self.dataset,
+            split,
+            max_length=data.max_length,
+            batch_size=self.config.eval.batch_size,
+            convention=data.convention,
+            buckets=data.buckets,
+        )[0]
+
+    def _test(self, path: Path) -> dict:
+        """Reads the test metrics of the best parameters and writes `metrics.json`."""
+        _, model = load_best(self.workdir)
+        figures = {
+            "test": self._evaluate(model, "test"),
+            "valid": self.progress["best"],
+            "best_epoch": self.progress["best_epoch"],
+            "epochs": self._epochs_done,
+            "seconds": self._seconds(),
+            "seed": self.config.seed,
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+        }
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
+        partial.replace(path)
+        self.log.write("test", self._step, **figures["test"])
+        return figures

@@ -1,0 +1,28 @@
+"""The size and cost of a model, as a run states them at its start."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> float:
+    """Floating-point operations to score all items after one history of `max_length` events.
+
+    Counted by XLA on the program before optimisation.
+    """
+
+    def scores(params, items, lengths, gaps):
+        model = nnx.merge(graphdef, params)
+        return model.encode(items, lengths, gaps) @ model.item_embedding.embedding[...].T
+
+    history = jnp.zeros((1, max_length), jnp.int32)
+    lengths = jnp.full((1,), max_length, jnp.int32)
+    lowered = jax.jit(scores).lower(params, history, lengths, history.astype(jnp.float32))
+    return float(lowered.cost_analysis()["flops"])
+
+
+def describe_model(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> str:
+    """One line: parameters and operations per sample."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    flops = flops_per_sample(graphdef, params, max_length)
+    return f"model: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per sample (forward)"
