@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -37,7 +38,7 @@ def printed(report):
 
 def cells(text, label):
     line = next(line for line in text.splitlines() if label in line)
-    return [cell.strip() for cell in line.split("│")[1:-1]]
+    return re.split(r" {2,}", line.strip())
 
 
 def test_table(report):
@@ -52,7 +53,7 @@ def test_what_could_be_reached_stands_beside(report):
     oracle = {"with_time": {"hit@10": 0.9}, "time_blind": {"hit@10": 0.5}}
     text = printed(report | {"oracle": oracle})
     assert cells(text, "Hit@10")[3:] == ["0.9000", "0.5000"]
-    assert cells(text, "Hit@20")[3:] == ["", ""]
+    assert cells(text, "Hit@20")[3:] == []
     assert "best blind to time" in text
 
 

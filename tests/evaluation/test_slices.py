@@ -32,6 +32,12 @@ def test_last_gap_in_readable_units():
     assert groups[1]["metrics"] == metrics(np.array([2]))
 
 
+def test_a_range_names_its_unit_once():
+    ds = dataset([61, 90, 120, 3600 * 5, 3600 * 30])
+    groups = sliced_metrics(ds, "valid", np.ones(5, int), "gap", bins=2)
+    assert bins(groups) == [("1 – 1.5 min", 2), ("2 min – 1.2 d", 3)]
+
+
 def test_users_without_a_gap_or_a_target():
     ds = in_memory(random_histories([1, 2, 2, 3]))
     groups = sliced_metrics(ds, "test", np.array([0, 3, 5, 7]), "gap")

@@ -82,9 +82,9 @@ def run(
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
     """Yields rows of users and, as numpy arrays, `score(hidden, table, targets, exclude=...)`.
 
-    `score` gets arrays on the device: hidden states [B,D], the item table [V+1,D], targets [B]
-    and items to leave out, [B,S] or None. `settings` are those of
-    `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
+    `score` is traced once per shape and gets the rows of one device: hidden states [B,D], the
+    item table [V+1,D], targets [B] and items to leave out, [B,S] or None. `settings` are those
+    of `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
     """
     batches = EvalBatches(ds, split, **settings)
     devices = jax.local_devices()
@@ -100,7 +100,8 @@ def run(
         inputs = [batch[name] for name in ("items", "lengths", "gaps", "targets")]
         exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
         *inputs, targets, exclude = jax.device_put((*inputs, exclude), by_row)
-        return score(_encode(graphdef, state, *inputs), table, targets, exclude=exclude)
+        hidden = _encode(graphdef, state, *inputs)
+        return _score(score, mesh, hidden, table, targets, exclude)
 
     def fetch(batch, result):
         real = batch["weights"] > 0
@@ -118,6 +119,20 @@ def run(
 @partial(jax.jit, static_argnums=0)
 def _encode(graphdef, state, items, lengths, gaps):
     return nnx.merge(graphdef, state).encode(items, lengths, gaps)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _score(score, mesh, hidden, table, targets, exclude):
+    # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
+    rows, whole = PartitionSpec("batch"), PartitionSpec()
+    by_device = jax.shard_map(
+        lambda hidden, table, targets, exclude: score(hidden, table, targets, exclude=exclude),
+        mesh=mesh,
+        in_specs=(rows, whole, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    return by_device(hidden, table, targets, exclude)
 
 
 def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:

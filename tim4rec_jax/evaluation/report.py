@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -34,7 +35,7 @@ def print_report(report: dict, console: Console) -> None:
     seen = ", seen items excluded" if report["exclude_seen"] else ""
     title = f"{report['dataset']}, {report['split']} split, {report['users']:,} users{seen}"
     oracle = report.get("oracle", {})
-    table = Table("metric", title=title)
+    table = Table("metric", box=SIMPLE_HEAD)
     for heading in ["model", "± s.e.", *(_ORACLES.get(name) or name for name in oracle)]:
         table.add_column(heading, justify="right")
     for name, value in report["metrics"].items():
@@ -42,18 +43,18 @@ def print_report(report: dict, console: Console) -> None:
         figures += [limits.get(name) for limits in oracle.values()]
         cells = ("" if figure is None else f"{figure:.4f}" for figure in figures)
         table.add_row(_pretty(name), *cells)
-    console.print(table)
+    console.print(title, table, sep="\n")
     for by, groups in report.get("slices", {}).items():
-        console.print(_slice_table(by, groups))
+        console.print(f"by {_SLICES[by]}", _slice_table(by, groups), sep="\n")
 
 
 def _slice_table(by: str, groups: list[dict]) -> Table:
     names = list(groups[0]["metrics"])
     cutoff = names[0].partition("@")[2]  # one is enough for a terminal; files hold all
     names = [name for name in names if name.partition("@")[2] == cutoff]
-    table = Table(title=f"by {_SLICES[by]}")
+    table = Table(box=SIMPLE_HEAD)
     for heading in (by, "users", *map(_pretty, names)):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     for group in groups:
         figures = (
             f"{group['metrics'][name]:.4f} ± {group['standard_errors'][name]:.4f}" for name in names

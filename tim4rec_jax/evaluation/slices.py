@@ -12,7 +12,7 @@ from tim4rec_jax.evaluation.loop import Split, prefix_ends
 from tim4rec_jax.evaluation.metrics import KS, metrics, standard_errors
 
 SLICES = ("length", "gap", "popularity")
-_UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (0, "s"))
+_UNITS = ((86400, " d"), (3600, " h"), (60, " min"), (1, " s"))
 
 
 def sliced_metrics(
@@ -65,14 +65,16 @@ def sliced_metrics(
 
 
 def _label(low: float, high: float, by: str) -> str:
-    text = _duration if by == "gap" else "{:,.0f}".format
-    ends = text(low), text(high)
-    return ends[0] if ends[0] == ends[1] else f"{ends[0]} – {ends[1]}"
+    text = _duration if by == "gap" else lambda value: (f"{value:,.0f}", "")
+    (low_number, low_unit), (high_number, high_unit) = text(low), text(high)
+    if (low_number, low_unit) == (high_number, high_unit):
+        return f"{high_number}{high_unit}"
+    return f"{low_number}{low_unit if low_unit != high_unit else ''} – {high_number}{high_unit}"
 
 
-def _duration(seconds: float) -> str:
-    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size)
-    return f"{seconds / max(size, 1):.3g} {unit}"
+def _duration(seconds: float) -> tuple[str, str]:
+    size, unit = next((size, unit) for size, unit in _UNITS if seconds >= size or size == 1)
+    return f"{seconds / size:,.1f}".removesuffix(".0"), unit
 
 
 def _lengths(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):

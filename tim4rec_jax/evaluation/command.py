@@ -1,0 +1,108 @@
+"""What `eval.py` does: opens a run and its dataset, evaluates, prints and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from rich.console import Console
+
+from tim4rec_jax.data import Dataset, open_dataset
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.loop import Split, evaluate
+from tim4rec_jax.evaluation.metrics import standard_errors
+from tim4rec_jax.evaluation.predictions import write_predictions
+from tim4rec_jax.evaluation.report import print_report, write_csv, write_json
+from tim4rec_jax.evaluation.slices import SLICES, sliced_metrics
+from tim4rec_jax.training.checkpoints import load_best
+
+
+def evaluate_run(
+    workdir: Path,
+    *,
+    dataset: Path | None = None,
+    split: Split = "test",
+    exclude_seen: bool = False,
+    by: Sequence[str] = (),
+    json: Path | None = None,
+    csv: Path | None = None,
+    predictions: Path | None = None,
+    top_k: int = 10,
+) -> dict:
+    """Evaluates the best checkpoint of a run; prints tables and writes the files asked for.
+
+    Args:
+        workdir: of the run.
+        dataset: a prepared dataset; `None` takes the one of the training.
+        split: `"valid"` or `"test"`.
+        exclude_seen: items the user has had do not compete, and are not predicted.
+        by: slices, see `tim4rec_jax.evaluation.slices`.
+        json: where the report goes; `None`: `eval_<split>.json` in `workdir`.
+        csv: where the figures go as a table, one per line.
+        predictions: where the best items of every user go.
+        top_k: how many of them.
+
+    Returns:
+        The report, as `tim4rec_jax.evaluation.report` describes it.
+
+    Raises:
+        UserError: the run or the dataset is missing, damaged or of another kind, or a file
+            cannot be written.
+    """
+    if unknown := [name for name in by if name not in SLICES]:
+        raise UserError(f"slices are {', '.join(SLICES)}, and {unknown[0]!r} is none of them")
+    config: Any
+    config, model = load_best(workdir)
+    ds = open_dataset(dataset or config.dataset)
+    _check(model, ds, workdir)
+    settings: dict[str, Any] = dict(
+        max_length=config.data.max_length,
+        batch_size=config.eval.batch_size,
+        convention=config.data.convention,
+        buckets=config.data.buckets,
+        exclude_seen=exclude_seen,
+        progress=True,
+    )
+    figures, ranks = evaluate(model, ds, split, **settings)
+    report = {
+        "workdir": str(workdir),
+        "dataset": ds.name,
+        "split": split,
+        "exclude_seen": exclude_seen,
+        "users": int((ranks > 0).sum()),
+        "metrics": figures,
+        "standard_errors": standard_errors(ranks[ranks > 0]),
+        "slices": {name: sliced_metrics(ds, split, ranks, name) for name in by},
+    }
+    if "oracle" in ds.metadata and not exclude_seen:
+        report["oracle"] = ds.metadata["oracle"][split]
+    console = Console()
+    print_report(report, console)
+    suffix = "_exclude_seen" if exclude_seen else ""
+    json = json or workdir / f"eval_{split}{suffix}.json"
+    write_json(report, json)
+    written = [json]
+    if csv:
+        write_csv(report, csv)
+        written.append(csv)
+    if predictions:
+        write_predictions(predictions, model, ds, split, top_k, **settings)
+        written.append(predictions)
+    console.print("wrote", *written, soft_wrap=True)
+    return report
+
+
+def _check(model: Any, ds: Dataset, workdir: Path) -> None:
+    params = nnx.state(model, nnx.Param)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+        raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
+    n_items = model.item_embedding.num_embeddings - 1
+    if n_items != ds.n_items:
+        raise UserError(
+            f"{workdir} was trained on {n_items} items and {ds.directory} has {ds.n_items}; name "
+            "the dataset of the training with --dataset, or train anew"
+        )
