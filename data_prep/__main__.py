@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 
 import duckdb
 from rich.console import Console
@@ -15,9 +16,9 @@ from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 
 
-def main() -> None:
-    """Runs the command line."""
-    flags = flags_.parser().parse_args()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line, or the given arguments."""
+    flags = flags_.parser().parse_args(arguments)
     console = Console()
     try:
         if flags.command == "inspect":

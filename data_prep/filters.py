@@ -106,7 +106,10 @@ def _moment(moment: datetime.datetime) -> str:
 
 
 def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
-    con.execute(f"CREATE TABLE kept AS SELECT * FROM events QUALIFY {condition}")
+    con.execute(
+        "CREATE TABLE kept AS SELECT * EXCLUDE (good) "
+        f"FROM (SELECT *, {condition} AS good FROM events) WHERE good"
+    )
     con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
 
 

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import gzip
 import hashlib
@@ -59,28 +60,27 @@ def prepare(
     """
     source = SOURCES[name]
     files = archives.find_files(inputs, source.members, work)
-    con = connect(work, flags.memory_limit)
-    read.create(con)
+    settings = filters.Filters(
+        flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
+    )
     skipped: collections.Counter[str] = collections.Counter()
-    # Checksums are computed while DuckDB reads: both mostly wait for the disk or for zlib.
-    with concurrent.futures.ThreadPoolExecutor(1) as pool, console.status("") as status:
+    with (
+        contextlib.closing(connect(work, flags.memory_limit)) as con,
+        concurrent.futures.ThreadPoolExecutor(1) as pool,
+        console.status("") as status,
+    ):
+        # Checksums are computed while DuckDB reads: both mostly wait for the disk or for zlib.
         fingerprints = [pool.submit(_fingerprint, path) for path in files]
+        read.create(con)
         for path in files:
             status.update(f"reading {path}")
             skipped += _read_file(con, source, path, flags)
         status.update("filtering")
-        settings = filters.Filters(
-            flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
-        )
         steps = filters.apply(con, settings)
         status.update("writing")
         metadata = {
             "name": flags.name,
-            "filters": {
-                key: value if value is None or isinstance(value, int | float | str) else str(value)
-                for key, value in dataclasses.asdict(settings).items()
-            },
-            "where": getattr(flags, "where", None),
+            "filters": dataclasses.asdict(settings) | {"where": getattr(flags, "where", None)},
             "steps": [dataclasses.asdict(step) for step in steps],
             "bad_rows": dict(skipped),
             "sources": [fingerprint.result() for fingerprint in fingerprints],

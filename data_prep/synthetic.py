@@ -20,6 +20,7 @@ unix times it would leave nothing of them. They stay below 2**24, so float32 hol
 """
 
 import argparse
+import contextlib
 from pathlib import Path
 
 import numpy as np
@@ -148,7 +149,6 @@ def write(flags: argparse.Namespace, work: Path) -> dict:
         )
     items, times, lengths = generate(flags.users, flags.items, flags.seed)
     keep = np.arange(items.shape[1]) < lengths[:, None]
-    con = connect(work)
     users = np.broadcast_to(np.arange(flags.users)[:, None], items.shape)
     tables = {
         "events": {
@@ -160,9 +160,6 @@ def write(flags: argparse.Namespace, work: Path) -> dict:
         "users": {"number": np.arange(flags.users), "id": _ids("u", flags.users)},
         "items": {"number": np.arange(flags.items), "id": _ids("i", flags.items)},
     }
-    for name, columns in tables.items():
-        con.register("columns", pa.table(columns))
-        con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
     metadata = {
         "name": flags.name,
         "seed": flags.seed,
@@ -170,7 +167,11 @@ def write(flags: argparse.Namespace, work: Path) -> dict:
         "sources": [],
         "prepared_by": "synthetic",
     }
-    return writer.write(con, work / "dataset", metadata, order="exact")
+    with contextlib.closing(connect(work)) as con:
+        for name, columns in tables.items():
+            con.register("columns", pa.table(columns))
+            con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
+        return writer.write(con, work / "dataset", metadata, order="exact")
 
 
 def _ids(letter: str, count: int) -> list[str]:

@@ -19,7 +19,8 @@ from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 
 SHARD_EVENTS = 16_000_000  # some 200 MB a file
-_ORDERS = {"exact": "time", "recbole": "CAST(time // 1000000000 AS FLOAT)"}
+# `events.time` is in nanoseconds; plain `time` would be the rounded column of the result.
+_ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
 
 
 @contextlib.contextmanager
@@ -122,7 +123,9 @@ def write(
         "shards": shards,
         "time_unit": "s",
     } | metadata
-    (directory / fmt.DATASET_FILE).write_text(json.dumps(metadata, indent=2) + "\n", "utf-8")
+    (directory / fmt.DATASET_FILE).write_text(
+        json.dumps(metadata, indent=2, default=str) + "\n", "utf-8"
+    )
     return metadata
 
 
