@@ -7,6 +7,7 @@ names; every other class becomes an `Inert` record of what it was given, so a Re
 """
 
 import io
+import math
 import pickle
 import zipfile
 from collections import OrderedDict
@@ -44,7 +45,11 @@ class Inert(dict):
     def __setstate__(self, state):
         self.update(state if isinstance(state, dict) else {"state": state})
 
-    __hash__ = object.__hash__  # such objects also occur as keys
+    def append(self, item):
+        self.setdefault("items", []).append(item)
+
+    # Such objects also occur as keys.
+    __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(frozen=True)
@@ -65,10 +70,19 @@ def _rebuild_parameter(data, *_):
     return data
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds containers, numbers, strings, tensor references and `Inert`s; nothing else."""
+class _Unpickler(pickle._Unpickler):
+    """Builds containers, numbers, strings, tensor references and `Inert`s; nothing else.
 
-    _KNOWN = {  # noqa: RUF012  (never changed)
+    The interpreter in Python: the one in C believes the sizes a damaged file states, and
+    allocates gigabytes. So does the opcode for bytearrays, which torch has no use for.
+    """
+
+    dispatch = {  # noqa: RUF012  (never changed)
+        code: run
+        for code, run in pickle._Unpickler.dispatch.items()
+        if code != pickle.BYTEARRAY8[0]
+    }
+    _KNOWN = {  # noqa: RUF012
         "collections.OrderedDict": OrderedDict,
         "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
         "torch._utils._rebuild_parameter": _rebuild_parameter,
@@ -90,14 +104,45 @@ def _read_tensor(archive: zipfile.ZipFile, root: str, ref: TensorRef) -> np.ndar
     last = ref.offset + sum((n - 1) * s for n, s in zip(ref.shape, ref.strides, strict=True))
     if min(0, ref.offset, *ref.shape, *ref.strides) < 0:
         raise ValueError("it has a negative offset, size or stride")
-    if 0 not in ref.shape and last >= storage.size:
+    if (0 not in ref.shape and last >= storage.size) or math.prod(ref.shape) > storage.size:
         raise ValueError("it reaches beyond its storage")
     strides = [s * dtype.itemsize for s in ref.strides]
     view = np.lib.stride_tricks.as_strided(storage[ref.offset :], ref.shape, strides)
     return np.array(view, order="C")
 
 
-def _open_archive(path: Path) -> zipfile.ZipFile:
+def _read_parameter(archive: zipfile.ZipFile, root: str, name: str, ref: object) -> np.ndarray:
+    if not isinstance(ref, TensorRef):
+        kind = getattr(ref, "origin", type(ref).__name__)
+        raise UserError(f"{name!r} is no tensor but {kind!r}")
+    try:
+        return _read_tensor(archive, root, ref)
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"parameter {name!r} cannot be read: {str(error)!r}") from None
+
+
+def _read_archive(archive: zipfile.ZipFile) -> tuple[dict, dict[str, np.ndarray]]:
+    names = archive.namelist()
+    root = next((n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl")), None)
+    if root is None:
+        raise UserError("it is a zip archive, but none that torch.save wrote")
+    order = f"{root}byteorder"
+    if order in names and archive.read(order) != b"little":
+        raise UserError("it was written on a big-endian machine: save it again on another")
+    saved, config = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load(), None
+    if isinstance(saved, Mapping) and "state_dict" in saved:
+        saved, config = saved["state_dict"], saved.get("config")
+    if not (isinstance(saved, Mapping) and saved):
+        raise UserError(
+            "it holds no weights: expected a dict with 'state_dict' and 'config', as RecBole's "
+            "trainer saves it, or a state dict alone"
+        )
+    config = config if isinstance(config, Mapping) else {}
+    config = dict(config.get("final_config_dict", config))
+    return config, {str(n): _read_parameter(archive, root, n, ref) for n, ref in saved.items()}
+
+
+def _check_kind(path: Path) -> None:
     if not path.is_file():
         raise UserError(f"{path} is not a file: name a checkpoint (.pth)")
     with path.open("rb") as file:
@@ -105,29 +150,10 @@ def _open_archive(path: Path) -> zipfile.ZipFile:
     if start[:1] == b"\x80":  # a bare pickle
         raise UserError(
             f"{path} has the format torch wrote before version 1.6: in torch, "
-            "torch.save(torch.load(FILE), FILE) turns it into the zip format read here"
+            "torch.save(torch.load(FILE, weights_only=False), FILE) turns it into the zip format read here"
         )
     if start != b"PK\x03\x04":
         raise UserError(f"{path} is not a checkpoint: torch.save writes a zip archive")
-    try:
-        return zipfile.ZipFile(path)
-    except zipfile.BadZipFile:
-        raise UserError(f"{path} is incomplete, its end is missing: copy it again") from None
-
-
-def _unpickle(archive: zipfile.ZipFile, path: Path) -> tuple[str, object]:
-    """The root folder inside the archive and the pickled object."""
-    names = archive.namelist()
-    root = next((n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl")), None)
-    if root is None:
-        raise UserError(f"{path} is a zip archive, but none that torch.save wrote")
-    order = f"{root}byteorder"
-    if order in names and archive.read(order) != b"little":
-        raise UserError(f"{path} comes from a big-endian machine: save it again on another")
-    try:
-        return root, _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
-    except Exception as error:  # a damaged pickle can fail in any way
-        raise UserError(f"{path} is damaged, data.pkl cannot be read: {error}") from None
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
@@ -145,28 +171,13 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
       UserError: no such file, not written by torch.save, damaged, or without weights.
     """
     path = Path(path)
-    with _open_archive(path) as archive:
-        root, saved = _unpickle(archive, path)
-        config = {}
-        if isinstance(saved, Mapping) and "state_dict" in saved:
-            config, saved = saved.get("config"), saved["state_dict"]
-            config = config if isinstance(config, Mapping) else {}
-            config = config.get("final_config_dict", config)
-        if not (isinstance(saved, Mapping) and saved):
-            raise UserError(
-                f"{path} holds no weights: expected a dict with 'state_dict' and 'config', as "
-                "RecBole's trainer saves it, or a state dict alone"
-            )
-        return dict(config), {
-            str(name): _read_parameter(archive, root, path, name, ref)
-            for name, ref in saved.items()
-        }
-
-
-def _read_parameter(archive, root: str, path: Path, name: str, ref: object) -> np.ndarray:
+    _check_kind(path)
     try:
-        if not isinstance(ref, TensorRef):
-            raise ValueError(f"it is no tensor but {getattr(ref, 'origin', type(ref).__name__)}")
-        return _read_tensor(archive, root, ref)
+        with zipfile.ZipFile(path) as archive:
+            return _read_archive(archive)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     except Exception as error:  # as above
-        raise UserError(f"{path}: parameter {name!r} cannot be read: {error}") from None
+        raise UserError(
+            f"{path} is damaged or incomplete ({str(error)!r}): copy it again"
+        ) from None

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.models import TiM4Rec, build
+from tim4rec_jax.models import TiM4Rec
 
 # What the reference's configuration must say; the names are its own.
 _SETTINGS = {
@@ -101,7 +100,7 @@ def _settings(config: Mapping) -> dict:
 
 
 def model_config(config: Mapping) -> tuple[dict, int]:
-    """Our model settings (for `models.build`) and L from the reference's configuration.
+    """Our model settings and L from the reference's configuration.
 
     Raises:
       UserError: a key is missing or has a value of the wrong type.
@@ -109,7 +108,7 @@ def model_config(config: Mapping) -> tuple[dict, int]:
     settings = _settings(config)
     max_length = settings.pop("MAX_ITEM_LIST_LENGTH")
     settings |= {"name": "tim4rec", "time_encoding": "paper", "dtype": "float32"}
-    if "conv_path" in config:  # not the reference's: it looks whether its fast convolution runs
+    if "conv_path" in config:  # no key of the reference: it goes by what is installed
         settings["conv_path"] = config["conv_path"]
     return settings, max_length
 
@@ -120,7 +119,7 @@ def _param_dtype(state_dict: Mapping[str, np.ndarray]) -> type:
             raise UserError(f"parameter {name} is {value.dtype}: expected floating point")
     if not any(value.dtype == np.float64 for value in state_dict.values()):
         return jnp.float32
-    if not jax.config.jax_enable_x64:
+    if jnp.result_type(float) != np.float64:
         raise UserError(
             "the weights are float64, which JAX would cut to float32: set JAX_ENABLE_X64=1, or "
             "convert the weights"
@@ -172,8 +171,12 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> TiM4Rec
         raise UserError("the weights hold no item_embedding.weight: not a TiM4Rec model")
     rows = config.get("n_items", len(state_dict["item_embedding.weight"]))
     try:
-        model = build(
-            settings, n_items=rows - 1, max_length=max_length, param_dtype=_param_dtype(state_dict)
+        model = TiM4Rec(
+            settings,
+            n_items=rows - 1,
+            max_length=max_length,
+            rngs=nnx.Rngs(params=0),
+            param_dtype=_param_dtype(state_dict),
         )
     except ValueError as error:
         raise UserError(f"the configuration does not make a model: {error}") from None
