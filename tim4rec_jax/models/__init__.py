@@ -8,6 +8,7 @@ from collections.abc import Mapping
 
 import jax.numpy as jnp
 from flax import nnx
+from ml_collections import ConfigDict
 
 from tim4rec_jax.models.tim4rec import TiM4Rec
 
@@ -15,7 +16,12 @@ MODELS = {"tim4rec": TiM4Rec}
 
 
 def build(
-    config: Mapping, *, n_items: int, max_length: int, seed: int = 0, param_dtype=jnp.float32
+    config: Mapping | ConfigDict,
+    *,
+    n_items: int,
+    max_length: int,
+    seed: int = 0,
+    param_dtype=jnp.float32,
 ) -> nnx.Module:
     """Builds the model that `config["name"]` names.
 
