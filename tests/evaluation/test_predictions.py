@@ -11,7 +11,7 @@ from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.predictions import write_predictions
 
 LENGTHS = [1, 2, 9, 40, 7, 30, 2, 5, 6]
-SETTINGS = dict(max_length=6, batch_size=3, convention="exact")
+SETTINGS = dict(max_length=6, batch_size=3, convention="exact", buckets=(6,))
 
 
 @pytest.fixture(scope="module")

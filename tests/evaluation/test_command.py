@@ -1,0 +1,160 @@
+"""`eval.py` on a run directory as train.py leaves it."""
+
+import json
+import runpy
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pyarrow.parquet as pq
+import pytest
+from flax import nnx
+from small_dataset import random_histories, write_dataset
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import open_dataset
+from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.models import build
+from tim4rec_jax.training.checkpoints import Checkpoints, load_best
+
+EVAL = Path(__file__).parents[2] / "eval.py"
+LENGTHS = [*range(1, 14), 30, 2]
+ORACLE = {
+    split: {"with_time": {"hit@10": 0.875}, "time_blind": {"hit@10": 0.5}}
+    for split in ("valid", "test")
+}
+
+
+def save_run(workdir, dataset, change=lambda leaf: leaf):
+    """A run whose best model has its initial weights, or changed ones."""
+    config = config_lib.default()
+    config.dataset = str(dataset)
+    config.data.max_length = 6
+    config.model.update(hidden_size=8, head_dim=8, d_state=4, num_layers=1)
+    config.eval.batch_size = 8
+    config = config_lib.resolve(config)
+    workdir.mkdir()
+    config_lib.write(config, workdir / "config.json")
+    (workdir / "metrics.json").write_text("untouched")
+    model = build(config.model, n_items=30, max_length=6, seed=config.seed)
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save_best(7, jax.tree.map(change, nnx.state(model, nnx.Param)))
+    checkpoints.close()
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    dataset = write_dataset(folder / "data", random_histories(LENGTHS))
+    metadata = json.loads((dataset / "dataset.json").read_text())
+    (dataset / "dataset.json").write_text(json.dumps(metadata | {"oracle": ORACLE}))
+    save_run(folder / "run", dataset)
+    return folder
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """Runs eval.py in this process; gives its exit code."""
+
+    def run(*flags):
+        monkeypatch.setattr("sys.argv", ["eval.py", *map(str, flags)])
+        with pytest.raises(SystemExit) as exit:
+            runpy.run_path(str(EVAL), run_name="__main__")
+        return exit.value.code
+
+    return run
+
+
+def test_figures_are_those_of_the_best_checkpoint(folder, command, capsys):
+    assert command("--workdir", folder / "run") == 0
+    report = json.loads((folder / "run" / "eval_test.json").read_text())
+    config, model = load_best(folder / "run")
+    settings = dict(max_length=6, batch_size=5, convention=config.data.convention)
+    figures, _ = evaluate(model, open_dataset(folder / "data"), "test", **settings)
+    assert report["metrics"] == pytest.approx(figures, rel=1e-12)
+    assert (report["users"], report["split"], report["exclude_seen"]) == (14, "test", False)
+    assert (folder / "run" / "metrics.json").read_text() == "untouched"
+    printed = capsys.readouterr().out
+    assert "0.8750" in printed  # the best that any model could reach
+    assert f"{figures['ndcg@10']:.4f}" in printed
+
+
+def test_all_files(folder, command, tmp_path, capsys):
+    out = {name: tmp_path / f"out.{name}" for name in ("csv", "json", "predictions")}
+    flags = [f"--{name}={path}" for name, path in out.items()]
+    flags += ["--split=valid", "--exclude-seen", "--by=length,gap,popularity", "--top-k=3"]
+    assert command("--workdir", folder / "run", *flags) == 0
+    report = json.loads(out["json"].read_text())
+    assert list(report["slices"]) == ["length", "gap", "popularity"]
+    assert "oracle" not in report  # it reckons with all items
+    assert len(out["csv"].read_text().splitlines()) > 9 * 5
+    table = pq.read_table(out["predictions"])
+    assert len(table) == 12 * 3
+    assert set(table["user"].to_pylist()) == {f"u{row}" for row in range(15)} - {"u0", "u1", "u14"}
+    assert not (folder / "run" / "eval_valid_exclude_seen.json").exists()
+    assert "by last gap" in capsys.readouterr().out
+
+
+def damaged(folder, tmp_path, damage):
+    workdir = tmp_path / "run"
+    shutil.copytree(folder / "run", workdir)
+    damage(workdir / "best" / "7" / "default")
+    return workdir
+
+
+def test_half_a_checkpoint(folder, command, tmp_path, capsys):
+    def damage(checkpoint):
+        for file in checkpoint.rglob("*"):
+            if file.is_file():
+                file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    check_sentence(
+        command("--workdir", damaged(folder, tmp_path, damage)), capsys, "cannot be read"
+    )
+
+
+def test_no_checkpoint(folder, command, tmp_path, capsys):
+    workdir = damaged(folder, tmp_path, lambda checkpoint: shutil.rmtree(checkpoint.parent))
+    check_sentence(command("--workdir", workdir), capsys, "no best checkpoint")
+
+
+def test_no_run(command, tmp_path, capsys):
+    check_sentence(command("--workdir", tmp_path), capsys, "no run directory")
+
+
+def test_another_dataset(folder, command, tmp_path, capsys):
+    other = write_dataset(tmp_path / "other", random_histories(LENGTHS, n_items=29), n_items=29)
+    code = command("--workdir", folder / "run", "--dataset", other)
+    check_sentence(code, capsys, "was trained on 30 items and")
+
+
+def test_weights_that_are_not_finite(folder, command, tmp_path, capsys):
+    workdir = save_run(tmp_path / "run", folder / "data", lambda leaf: leaf * jnp.nan)
+    check_sentence(command("--workdir", workdir), capsys, "not finite")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "--workdir"),
+        (["--split", "train"], "'train'"),
+        (["--by", "length,age"], "'age'"),
+        (["--top-k", "0"], "'0' is not a whole number of 1 or more"),
+        (["--csv", "no/such/folder/x.csv"], "the folder no/such/folder does not exist"),
+        (["--json", "."], "is a folder"),
+        (["--dataset", "nowhere"], "nowhere is not a prepared dataset"),
+    ],
+)
+def test_bad_flags(folder, command, flags, words, capsys):
+    flags = ["--workdir", folder / "run", *flags] if flags else []
+    check_sentence(command(*flags), capsys, words)
+
+
+def check_sentence(code, capsys, words):
+    message = capsys.readouterr().err
+    assert code == 1
+    assert message.startswith("error: ")
+    assert words in message
+    assert message.count("\n") == 1
