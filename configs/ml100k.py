@@ -1,4 +1,4 @@
-"""MovieLens-100K."""
+"""MovieLens-100K (5-core): 943 users, 1,349 items, 99,287 events."""
 
 from ml_collections import ConfigDict
 
@@ -10,4 +10,5 @@ def get_config(variant: str = "") -> ConfigDict:
     config = config_lib.default()
     config.dataset = "data/ml-100k"
     config.train.batch_size = 256
+    config.train.patience = 5
     return config

@@ -1,0 +1,1 @@
+"""Training of a model: objective, step, loop, checkpoints, log."""

@@ -23,7 +23,6 @@ from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import stop_on_signal
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
 from tim4rec_jax.training.step import (
-    TrainState,
     init_state,
     make_optimizer,
     micro_count,

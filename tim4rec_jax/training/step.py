@@ -57,13 +57,13 @@ def make_optimizer(learning_rate: float, weight_decay: float) -> optax.GradientT
 def micro_count(rows: int, length: int, devices: int) -> int:
     """How many micro-batches to cut a batch of `rows` histories of `length` into.
 
-    On CPU as many as bring one down to about 4,096 events, see `loss_and_gradients`; one
+    On CPU as many as bring one down to about 3,072 events, see `loss_and_gradients`; one
     on other devices. Each keeps at least 8 rows per device.
     """
     if jax.default_backend() != "cpu":
         return 1
     count = 1
-    while rows % (2 * count * devices) == 0 and rows // count > max(4096 // length, 8 * devices):
+    while rows % (2 * count * devices) == 0 and rows // count > max(3072 // length, 8 * devices):
         count *= 2
     return count
 
