@@ -46,6 +46,7 @@ class Inert(dict):
         self.update(state if isinstance(state, dict) else {"state": state})
 
     def append(self, item):
+        """Keeps what the pickle of a list appends."""
         self.setdefault("items", []).append(item)
 
     # Such objects also occur as keys.
@@ -149,8 +150,8 @@ def _check_kind(path: Path) -> None:
         start = file.read(4)
     if start[:1] == b"\x80":  # a bare pickle
         raise UserError(
-            f"{path} has the format torch wrote before version 1.6: in torch, "
-            "torch.save(torch.load(FILE, weights_only=False), FILE) turns it into the zip format read here"
+            f"{path} has the format torch wrote before version 1.6: load it in torch with "
+            "torch.load(FILE, weights_only=False) and torch.save it again"
         )
     if start != b"PK\x03\x04":
         raise UserError(f"{path} is not a checkpoint: torch.save writes a zip archive")

@@ -113,6 +113,12 @@ def model_config(config: Mapping) -> tuple[dict, int]:
     return settings, max_length
 
 
+def parameter_names(model: TiM4Rec) -> dict[str, str]:
+    """The torch name of each parameter -> ours, for example `blocks.0.ssd.in_proj.kernel`."""
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {_torch_name(path): ".".join(map(str, path)) for path, _ in flat}
+
+
 def _param_dtype(state_dict: Mapping[str, np.ndarray]) -> type:
     for name, value in state_dict.items():
         if not jnp.issubdtype(value.dtype, jnp.floating):
