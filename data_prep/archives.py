@@ -47,7 +47,7 @@ def find_files(patterns: list[str], members: tuple[str, ...], work: Path) -> lis
             try:
                 inside = _inside(path, members, work)
             except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error) as error:
-                raise UserError(f"{path} is a damaged archive ({error}); fetch it again") from error
+                raise UserError(f"{path} is a damaged archive; fetch it again") from error
             if not inside:
                 raise UserError(
                     f"{path} holds no file called {' or '.join(members) or 'anything'}; pass the "

@@ -75,6 +75,7 @@ def prepare(
         for path in files:
             status.update(f"reading {path}")
             skipped += _read_file(con, source, path, flags)
+        sources = [fingerprint.result() for fingerprint in fingerprints]
         status.update("filtering")
         steps = filters.apply(con, settings)
         status.update("writing")
@@ -83,7 +84,7 @@ def prepare(
             "filters": dataclasses.asdict(settings) | {"where": getattr(flags, "where", None)},
             "steps": [dataclasses.asdict(step) for step in steps],
             "bad_rows": dict(skipped),
-            "sources": [fingerprint.result() for fingerprint in fingerprints],
+            "sources": sources,
             "prepared_by": f"tim4rec-jax {tim4rec_jax.__version__}",
         }
         return writer.write(

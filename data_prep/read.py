@@ -43,6 +43,11 @@ def append(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> None:
         if "GZIP" not in str(error):
             raise
         raise damaged_gzip(path) from error
+    except duckdb.InvalidInputException as error:
+        raise UserError(
+            f"{path}: lines end in different ways, or a quote is out of place; convert the file "
+            "with `dos2unix`"
+        ) from error
     except (duckdb.ProgrammingError, duckdb.DataError) as error:
         if layout.where is None:
             raise
@@ -98,10 +103,11 @@ def _fields(path: Path, layout: Layout) -> str:
         return f'SELECT {cast}, TRUE AS "#present", NULL AS "#broken" FROM {source}'
     if layout.kind == "csv":
         quoted = f"delim = {text(layout.delimiter)}, quote = '\"', escape = '\"'"
-        rows = _read_csv(path, layout.columns, quoted, layout.header)
+        rows = _read_csv(path, layout.columns, f"{quoted}, strict_mode = true", layout.header)
         return f'SELECT *, TRUE AS "#present", NULL AS "#broken" FROM {rows}'
     # A delimiter that text files do not hold: each line is one field.
-    whole = _read_csv(path, ("line",), "delim = '\x1f', quote = '', escape = ''", layout.header)
+    whole_line = "delim = '\x1f', quote = '', escape = '', strict_mode = false"
+    whole = _read_csv(path, ("line",), whole_line, layout.header)
     lines = f"SELECT rtrim(line, chr(13)) AS line FROM {whole}"
     if layout.kind == "split":
         fields = f"string_split(line, {text(layout.delimiter)})"
@@ -135,7 +141,7 @@ def _read_csv(path: Path, columns: tuple[str, ...], quoting: str, header: bool) 
     compression = "gzip" if is_gzip(path) else "none"
     return (
         f"read_csv({text(path)}, auto_detect = false, header = false, skip = {int(header)}, "
-        f"columns = {{{types}}}, {quoting}, strict_mode = false, store_rejects = true, "
+        f"columns = {{{types}}}, {quoting}, store_rejects = true, "
         f"compression = {text(compression)})"
     )
 

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import gzip
 import sys
 from pathlib import Path
 
@@ -33,9 +34,9 @@ def check(
     Raises:
       UserError: a row is bad and `skip` is False, or most times are in another unit.
     """
-    unreadable = _unreadable(con, path, layout)
+    unreadable, sentence = _unreadable(con, path, layout)
     if unreadable and not skip:
-        raise UserError(f"{unreadable[0]}; {_REMEDY}")
+        raise UserError(f"{sentence}; {_REMEDY}")
     _mark_coarser_times(con, layout, first)
     bad = con.execute(
         "SELECT problem, count(*), min(rowid), arg_min(value, rowid) FROM raw "
@@ -59,7 +60,7 @@ def check(
             raise UserError(f"{sentence}; {_REMEDY}")
     counts = collections.Counter({problem: count for problem, count, *_ in bad})
     if unreadable:
-        counts["the line is not readable"] = len(unreadable)
+        counts["the line is not readable"] = unreadable
     return counts
 
 
@@ -94,33 +95,39 @@ def _guess_unit(value: str | None, unit: str) -> str | None:
     return None
 
 
-def _unreadable(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> list[str]:
-    """Describes the lines that DuckDB's CSV reader refused, in order."""
+def _unreadable(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> tuple[int, str]:
+    """Counts the lines that DuckDB's CSV reader refused, and describes the first."""
     if layout.kind == "parquet":
-        return []
+        return 0, ""
     refused = con.execute(
         "SELECT DISTINCT ON (line) line, line_byte_position, error_type::VARCHAR, error_message "
         "FROM reject_errors ORDER BY line"
     ).fetchall()
+    if not refused:
+        return 0, ""
+    _, byte, kind, message = refused[0]
     reasons = {
-        "MISSING COLUMNS": f"fewer fields than the {len(layout.columns)} columns",
-        "TOO MANY COLUMNS": f"more fields than the {len(layout.columns)} columns",
-        "UNQUOTED VALUE": "a quote that is not closed",
-        "INVALID ENCODING": "bytes that are no UTF-8 (convert the file with `iconv`)",
+        "MISSING COLUMNS": f"the line has fewer fields than the {len(layout.columns)} columns",
+        "TOO MANY COLUMNS": f"the line has more fields than the {len(layout.columns)} columns",
+        "UNQUOTED VALUE": "the line has a quote that is not closed",
+        "INVALID ENCODING": "the line holds bytes that are no UTF-8 (convert it with `iconv`)",
     }
-    return [
-        f"{path}, line {line if number else _line_of_byte(path, byte, line)}: "
-        f"the line has {reasons.get(kind, f'a fault ({message})')}"
-        for number, (line, byte, kind, message) in enumerate(refused)
-    ]
+    sentence = f"{path}, line {_line_of_byte(path, byte)}: {reasons.get(kind, message)}"
+    if any(kind == "UNQUOTED VALUE" for _, _, kind, _ in refused):
+        # All up to the next quote, possibly the end of the file, is lost with it.
+        raise UserError(f"{sentence}; close it, the rows after it cannot be told apart")
+    return len(refused), sentence
 
 
-def _line_of_byte(path: Path, byte: int | None, line: int) -> int:
-    """Line number, quoted line ends counted, at which a byte of the plain text lies."""
-    if byte is None or is_gzip(path):
-        return line
-    with open(path, "rb") as file:
-        return 1 + file.read(byte).count(b"\n")
+def _line_of_byte(path: Path, byte: int) -> int:
+    """Number of the line in which a byte of the text lies, line ends in quotes counted."""
+    line = 1
+    with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
+        while byte > 0:
+            block = file.read(min(byte, 1 << 20))
+            line += block.count(b"\n")
+            byte -= len(block)
+    return line
 
 
 def _place(path: Path, layout: Layout, row: int) -> str:

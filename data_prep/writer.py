@@ -20,7 +20,7 @@ from tim4rec_jax.errors import UserError
 
 SHARD_EVENTS = 16_000_000  # some 200 MB a file
 # `events.time` is in nanoseconds; plain `time` would be the rounded column of the result.
-_ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
+ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
 
 
 @contextlib.contextmanager
@@ -153,7 +153,7 @@ def _write_sequences(
         "SELECT items.index AS item, time // 1000000000 AS time FROM events "
         'JOIN user_index AS users ON events."user" = users.number '
         "JOIN item_index AS items ON events.item = items.number "
-        f'ORDER BY users.index, {_ORDERS[order]}, "row"'
+        f'ORDER BY users.index, {ORDERS[order]}, "row"'
     ).to_arrow_reader(1 << 20)
     held = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
     shards = len(bounds) - 1
