@@ -18,6 +18,7 @@ from jaxtyping import Int64
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 
+STREAM_EVENTS = 1_000_000  # taken from DuckDB at a time
 SHARD_EVENTS = 16_000_000  # some 200 MB a file
 # `events.time` is in nanoseconds; plain `time` would be the rounded column of the result.
 ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
@@ -154,7 +155,7 @@ def _write_sequences(
         'JOIN user_index AS users ON events."user" = users.number '
         "JOIN item_index AS items ON events.item = items.number "
         f'ORDER BY users.index, {ORDERS[order]}, "row"'
-    ).to_arrow_reader(1 << 20)
+    ).to_arrow_reader(STREAM_EVENTS)
     held = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
     shards = len(bounds) - 1
     for shard, (first, last) in enumerate(itertools.pairwise(bounds)):

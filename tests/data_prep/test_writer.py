@@ -1,0 +1,146 @@
+"""A dataset is there whole or not at all."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data_prep import prepare, writer
+from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data import open_dataset
+
+ROWS = "user_id,item_id,timestamp\n" + "".join(
+    f"u{user},i{(user * user + event) % 7},{event}\n" for event in range(6) for user in range(9)
+)
+
+
+def test_existing_output_is_not_replaced_unasked(run, write, tmp_path):
+    path = write("a.csv", ROWS)
+    out = tmp_path / "here"
+    run("table", path, "--out", out)
+    assert run("table", path, "--out", out, fails=True) == (
+        f"{out} already holds a dataset; pass --overwrite to replace it or choose another --out"
+    )
+    run("table", path, "--out", out, "--overwrite", "--name", "second")
+    assert open_dataset(out).name == "second"
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_dataset_is_never_replaced(run, write, kind):
+    precious = write("precious/thesis.tex" if kind == "folder" else "thesis.tex", "years of work")
+    out = precious.parent if kind == "folder" else precious
+    sentence = run("table", write("a.csv", ROWS), "--out", out, "--overwrite", fails=True)
+    assert sentence == f"{out} exists and is no prepared dataset; choose another --out"
+    assert precious.read_text() == "years of work"
+
+
+def test_an_empty_folder_is_taken(run, write, tmp_path):
+    (tmp_path / "empty").mkdir()
+    run("table", write("a.csv", ROWS), "--out", tmp_path / "empty")
+
+
+def test_a_failing_run_keeps_the_old_dataset(run, write, tmp_path):
+    good, bad = write("a.csv", ROWS), write("b.csv", ROWS + "u,i,soon\n")
+    run("table", good, "--out", tmp_path / "out")
+    run("table", bad, "--out", tmp_path / "out", "--overwrite", fails=True)
+    assert open_dataset(tmp_path / "out").n_events == 54
+
+
+def test_killed_runs_leave_nothing_and_do_not_hinder(run, write, tmp_path):
+    pipe = tmp_path / "a.csv"
+    os.mkfifo(pipe)  # reading it waits for ever: the run is killed in its midst
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "data_prep", "table", str(pipe), "--out", str(out)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
+    while not (tmp_path / ".out.partial" / "dataset").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    sentence = _while_another_runs(run, write, out)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert sentence == f"another run is writing {out}; wait for it"
+    assert not out.exists()
+    assert run("table", write("b.csv", ROWS), "--out", out).n_events == 54
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def _while_another_runs(run, write, out):
+    from data_prep.__main__ import main
+    from tim4rec_jax.errors import UserError
+
+    with pytest.raises(UserError) as error:
+        main(["table", str(write("c.csv", ROWS)), "--out", str(out)])
+    assert (out.parent / ".out.partial" / "dataset").exists(), "the other run's files are gone"
+    return str(error.value)
+
+
+@pytest.mark.parametrize("shard_events", [1, 6, 13, 53, 54])
+def test_shards_hold_whole_users(run, write, histories, shard_events):
+    path = write("a.csv", ROWS)
+    whole = histories(run("table", path, "--k-core", "1"))
+    ds = run("table", path, "--k-core", "1", "--shard-events", shard_events)
+    assert histories(ds) == whole
+    shards = ds.metadata["shards"]
+    names = [fmt.sequences_file(shard, shards) for shard in range(shards)]
+    assert sorted(file.name for file in ds.directory.glob("sequences*")) == names
+    sizes = []
+    for name in names:
+        with pa.ipc.open_file(ds.directory / name) as file:
+            assert file.num_record_batches == 1
+            sizes.append(len(pa.compute.list_flatten(file.get_batch(0)["items"])))
+    assert max(sizes) < shard_events + 6
+    assert sum(sizes) == 54
+
+
+def test_batches_of_the_stream_do_not_show(run, write, histories, monkeypatch):
+    path = write("a.csv", ROWS)
+    whole = run("table", path).directory.joinpath("sequences.arrow").read_bytes()
+    monkeypatch.setattr(writer, "STREAM_EVENTS", 5)
+    assert run("table", path).directory.joinpath("sequences.arrow").read_bytes() == whole
+
+
+def test_result_does_not_depend_on_threads(run, write, monkeypatch):
+    random = np.random.default_rng(0)
+    columns = (random.integers(high, size=200_000) for high in (900, 500, 300))
+    rows = "\n".join(f"u{u},i{i},{t}" for u, i, t in zip(*columns, strict=True))
+    path = write("a.csv", "user_id,item_id,timestamp\n" + rows + "\n")
+    contents, connect = [], prepare.connect
+    for threads in (1, 4):
+
+        def limited(*arguments, threads=threads):
+            con = connect(*arguments)
+            con.execute(f"SET threads = {threads}")
+            return con
+
+        monkeypatch.setattr(prepare, "connect", limited)
+        directory = run("table", path, "--order", "recbole").directory
+        contents.append([file.read_bytes() for file in sorted(directory.iterdir())])
+    assert contents[0] == contents[1]
+
+
+def test_full_disk(run, write, monkeypatch):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "No space left on device", "sequences.arrow")
+
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    sentence = run("table", write("a.csv", ROWS), fails=True)
+    assert sentence == "sequences.arrow: No space left on device"
+
+
+def test_parent_that_is_a_file(run, write):
+    file = write("a.csv", ROWS)
+    assert run("table", file, "--out", file / "out", fails=True).startswith(str(file))
+
+
+def test_memory_limit(run, write):
+    path = write("a.csv", ROWS)
+    assert run("table", path, "--memory-limit", "200MB").n_events == 54
+    expected = "--memory-limit lots is no size; write say 4GB"
+    assert run("table", path, "--memory-limit", "lots", fails=True) == expected
