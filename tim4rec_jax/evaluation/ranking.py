@@ -25,7 +25,7 @@ def ranks(
 
     Scores are `hidden @ table.T`, in float32 or wider, `block_size` items at a time: memory is
     O(B * block_size) however large the catalogue. Item 0 is padding and never counts. A score
-    that cannot be ordered counts against the target, so a NaN target gets the worst rank, V.
+    that cannot be ordered counts against the target, so a NaN target gets the worst rank.
 
     Args:
         hidden: one state per user.
