@@ -61,17 +61,17 @@ def ssd(
     _check_options(dt_limit, chunk_size)
     compute = _implementation(implementation)
     dtype = _accumulator(x, dt, A, B, C, D, dt_bias, initial_state)
-    batch, _, heads, width = x.shape
-    if initial_state is None:
-        initial_state = jnp.zeros((batch, heads, width, B.shape[-1]))
-    restart = None
-    if segment_ids is not None:
-        restart = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-
-    inputs = (v.astype(dtype) for v in (x, A, B, C, initial_state))
-    x_, A, B, C, initial_state = inputs
+    x_, B, C = (v.astype(dtype) for v in (x, B, C))
     dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
-    y, state = compute(x_, dt, A, B, C, initial_state, restart, chunk_size)
+    log_decay = dt * A.astype(dtype)
+    if segment_ids is not None:
+        restart = segment_ids[:, 1:] != segment_ids[:, :-1]
+        log_decay = log_decay.at[:, 1:].set(
+            jnp.where(restart[..., None], -jnp.inf, log_decay[:, 1:])
+        )
+    if initial_state is not None:
+        initial_state = initial_state.astype(dtype)
+    y, state = compute(x_, dt, log_decay, B, C, initial_state, chunk_size)
     y = _skip(y, x_, D).astype(x.dtype)
     return (y, state) if return_final_state else y
 
@@ -114,9 +114,9 @@ def ssd_step(
     )
     _check_options(dt_limit)
     dtype = _accumulator(state, x, dt, A, B, C, D, dt_bias)
-    state, x_, A, B, C = (v.astype(dtype) for v in (state, x, A, B, C))
+    state, x_, B, C = (v.astype(dtype) for v in (state, x, B, C))
     dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
-    state, y = step(state, x_, dt, A, B, C)
+    state, y = step(state, x_, dt, dt * A.astype(dtype), B, C)
     return state, _skip(y, x_, D).astype(x.dtype)
 
 

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 
 def step(
     state: Float[Array, "B H P N"],
     x: Float[Array, "B H P"],
     dt: Float[Array, "B H"],
-    A: Float[Array, " H"],
+    log_decay: Float[Array, "B H"],
     B: Float[Array, "B G N"],
     C: Float[Array, "B G N"],
 ) -> tuple[Float[Array, "B H P N"], Float[Array, "B H P"]]:
-    """Advances the state by one event: `h = exp(dt A) h + dt x B`, `y = C h`.
+    """Advances the state by one event: `h = exp(log_decay) h + dt x B`, `y = C h`.
 
     Args:
         state: the state before the event.
         x: the event's input.
         dt: its step size, ready to use (bias, softplus and limits applied).
-        A: decay rate of each head.
+        log_decay: `dt A`, or -inf to forget the state.
         B: input projection; head `h` uses group `h // (H / G)`.
         C: output projection, grouped like `B`.
 
@@ -30,19 +30,18 @@ def step(
     """
     heads_per_group = x.shape[1] // B.shape[1]
     B, C = (jnp.repeat(v, heads_per_group, axis=1) for v in (B, C))
-    state = jnp.exp(dt * A)[..., None, None] * state
-    state = state + (dt[..., None] * x)[..., None] * B[:, :, None, :]
+    state = jnp.exp(log_decay)[..., None, None] * state
+    state += (dt[..., None] * x)[..., None] * B[:, :, None, :]
     return state, jnp.sum(state * C[:, :, None, :], axis=-1)
 
 
 def ssd_reference(
     x: Float[Array, "B L H P"],
     dt: Float[Array, "B L H"],
-    A: Float[Array, " H"],
+    log_decay: Float[Array, "B L H"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
-    initial_state: Float[Array, "B H P N"],
-    restart: Bool[Array, "B L"] | None,
+    initial_state: Float[Array, "B H P N"] | None,
     chunk_size: int | None,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
     """Scans the recurrence over the sequence.
@@ -50,26 +49,19 @@ def ssd_reference(
     Args:
         x: inputs, in the dtype to accumulate in, as all other arrays.
         dt: step sizes, ready to use (bias, softplus and limits applied).
-        A: decay rate of each head.
+        log_decay: `dt A`, or -inf where the state is forgotten before the position is read.
         B: input projections; head `h` uses group `h // (H / G)`.
         C: output projections, grouped like `B`.
-        initial_state: the state before the first position.
-        restart: true where the state is emptied before the position is read.
+        initial_state: the state before the first position, None for zeros.
         chunk_size: of no meaning here.
 
     Returns:
         The outputs, without the skip `D x`, and the state after the last position.
     """
     del chunk_size
-
-    def body(state, position):
-        *inputs, empty = position
-        if restart is not None:
-            state = jnp.where(empty[:, None, None, None], 0, state)
-        x, dt, B, C = inputs
-        return step(state, x, dt, A, B, C)
-
-    positions = (x, dt, B, C, restart)
-    positions = jax.tree.map(lambda v: jnp.moveaxis(v, 1, 0), positions)
-    state, y = jax.lax.scan(body, initial_state, positions)
+    if initial_state is None:
+        batch, _, heads, width = x.shape
+        initial_state = jnp.zeros((batch, heads, width, B.shape[-1]), x.dtype)
+    positions = (jnp.moveaxis(v, 1, 0) for v in (x, dt, log_decay, B, C))
+    state, y = jax.lax.scan(lambda s, p: step(s, *p), initial_state, tuple(positions))
     return jnp.moveaxis(y, 0, 1), state

@@ -1,4 +1,10 @@
-"""The SSD as chunked semiseparable matrix products (Mamba-2, arXiv 2405.21060, section 6)."""
+"""The SSD as chunked semiseparable matrix products (Mamba-2, arXiv 2405.21060, section 6).
+
+Within a chunk the output is `M (dt x)` with `M[q, k] = (C[q] B[k]) exp(a[k+1] + ... + a[q])`, one
+matrix for each head; what came before the chunk is seen through the state it left. The inner
+functions see groups as rows of the batch, so their letters are b (batch x groups x chunks),
+q and k (positions in the chunk), r (heads of a group), p (head dim), n (state).
+"""
 
 from __future__ import annotations
 
@@ -6,37 +12,49 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+# Sums of decays need every bit of float32, and so do float32 results on a GPU or TPU.
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+vecdot = functools.partial(jnp.vecdot, precision=jax.lax.Precision.HIGHEST)
+
+# exp() of it is zero in float32 and float64. Bounded so, the decays of a chunk add up exactly.
+_FORGET_ALL = -1000.0
+
+# Elements of the largest array of a block of rows on a CPU: 2-4 MB, what a core's cache holds.
+_BLOCK = 2**20
 
 
 def default_chunk_size(length: int) -> int:
-    """Returns the number of positions handled by one quadratic block."""
-    return length if length <= 64 else 64
+    """Returns the number of positions of equal chunks that cover `length`, at most 64.
+
+    On a CPU, one chunk is fastest up to 64 positions and chunks of 40-64 beyond, as long as no
+    filler is needed to complete the last one (P = N = 32, forward and backward; see
+    `benchmarks/ssd.py`). The work within chunks grows with their size, that between chunks
+    with N / size, so the optimum moves little from one platform to another.
+    """
+    return -(-length // -(-length // 64))
 
 
 def ssd_xla(
     x: Float[Array, "B L H P"],
     dt: Float[Array, "B L H"],
-    A: Float[Array, " H"],
+    log_decay: Float[Array, "B L H"],
     B: Float[Array, "B L G N"],
     C: Float[Array, "B L G N"],
-    initial_state: Float[Array, "B H P N"],
-    restart: Bool[Array, "B L"] | None,
+    initial_state: Float[Array, "B H P N"] | None,
     chunk_size: int | None,
 ) -> tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
-    """Computes the SSD chunk by chunk.
+    """Computes the SSD chunk by chunk; arguments and results as for `ssd_reference`.
 
     Args:
-        x: inputs, in the dtype to accumulate in, as all other arrays.
-        dt: step sizes, ready to use (bias, softplus and limits applied).
-        A: decay rate of each head.
-        B: input projections; head `h` uses group `h // (H / G)`.
-        C: output projections, grouped like `B`.
-        initial_state: the state before the first position.
-        restart: true where the state is emptied before the position is read.
-        chunk_size: positions per chunk; None chooses.
+        x: inputs.
+        dt: step sizes.
+        log_decay: logarithm of the factor the state is multiplied with.
+        B: input projections.
+        C: output projections.
+        initial_state: the state before the first position, None for zeros.
+        chunk_size: positions per chunk; None chooses by `default_chunk_size`.
 
     Returns:
         The outputs, without the skip `D x`, and the state after the last position.
@@ -46,53 +64,144 @@ def ssd_xla(
     chunk = min(chunk_size or default_chunk_size(length), length)
     chunks = -(-length // chunk)
 
-    def split(v):
-        # dt = 0 at the filler: it neither decays the state nor adds to it.
+    def rows(v, lead, *shape):
+        """[B,L,G*...] -> [b,q,...]; the filler has dt = 0 and decay 1: it changes nothing."""
         v = jnp.pad(v, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (v.ndim - 2))
-        v = v.reshape(batch, chunks, chunk, *v.shape[2:])
-        return jnp.moveaxis(v, 1, 0)
+        v = v.reshape(batch, chunks, chunk, groups, *shape)
+        return jnp.moveaxis(v, 3, 1).reshape(lead, chunk, *shape)
 
-    def grouped(v, axis):
-        return v.reshape(*v.shape[:axis], groups, heads // groups, *v.shape[axis + 1 :])
+    lead = batch * groups * chunks
+    per_group = heads // groups
+    x = rows(x, lead, per_group, width)
+    dt, log_decay = rows(dt, lead, per_group), rows(log_decay, lead, per_group)
+    B, C = rows(B, lead, size), rows(C, lead, size)
+    log_decay = jnp.maximum(log_decay, _FORGET_ALL)
 
-    per_chunk = (split(grouped(x, 2)), split(grouped(dt, 2)), split(B), split(C))
-    segment = None if restart is None else split(restart)
-    body = functools.partial(_chunk, grouped(A, 0))
-    state, y = jax.lax.scan(body, grouped(initial_state, 1), (*per_chunk, segment))
-    y = jnp.moveaxis(y, 0, 1).reshape(batch, chunks * chunk, heads, width)[:, :length]
-    return y, state.reshape(batch, heads, width, size)
+    y = _in_blocks(_within_chunk, x, dt, log_decay, B, C)
+    if initial_state is not None:
+        initial_state = initial_state.reshape(batch * groups, per_group, width, size)
+        initial_state = jnp.moveaxis(initial_state, -1, 1)
+    entering, state = _states(x, dt, log_decay, B, initial_state, chunks)
+    if chunks > 1 or initial_state is not None:
+        from_start = jnp.exp(matmul(_ones_up_to(chunk, 0, dt), log_decay))
+        y += from_start[..., None] * _per_head(C, entering)
+
+    y = y.reshape(batch, groups, chunks * chunk, per_group, width)[:, :, :length]
+    y = jnp.moveaxis(y, 1, 2).reshape(batch, length, heads, width)
+    return y, jnp.moveaxis(state, 1, -1).reshape(batch, heads, width, size)
 
 
-def _chunk(A, state, inputs):
-    """Advances the state [B,G,R,P,N] over one chunk (R heads a group)."""
-    x, dt, B, C, restart = inputs
+def _states(x, dt, log_decay, B, initial_state, chunks):
+    """Returns the states that enter each chunk [b,n,r,p] and the one that leaves the last."""
     chunk = x.shape[1]
-    log_decay = jnp.moveaxis(dt * A, 1, -1)  # [B,G,R,Q]
-    # The sum is split into multiples of 1/16, which add up without rounding, and small rests:
-    # differences of two sums in the thousands keep the accuracy of the steps between them.
+    to_end = jnp.exp(matmul(_ones_up_to(chunk, -1, dt).T, log_decay))
+    added = _per_head(_transpose(B), (to_end * dt)[..., None] * x)
+    kept = jnp.exp(jnp.sum(log_decay, axis=1))[:, None, :, None]
+
+    def by_chunk(v):
+        return jnp.moveaxis(v.reshape(-1, chunks, *v.shape[1:]), 1, 0)
+
+    def advance(state, inputs):
+        kept, added = inputs
+        return kept * state + added, state
+
+    if initial_state is None:
+        initial_state = jnp.zeros_like(by_chunk(added)[0])
+    # A handful of chunks is quicker as straight code than as a loop.
+    state, entering = jax.lax.scan(
+        advance, initial_state, (by_chunk(kept), by_chunk(added)), unroll=8
+    )
+    return jnp.moveaxis(entering, 0, 1).reshape(added.shape), state
+
+
+def _in_blocks(function, *arrays):
+    """Applies a function of rows to blocks of rows, one block after the other on a CPU.
+
+    What is quadratic in the chunk then stays in the processor's cache, and so does the memory
+    it takes, whatever the batch: twice as fast at 10,000 positions a call. Other platforms
+    want all the parallel work at once.
+    """
+    rows, chunk, heads, width = arrays[0].shape
+    fewest = max(1, rows * chunk * heads * (chunk + width) // _BLOCK)
+    # Blocks of equal size without filler, which would cost more than blocks gain.
+    blocks = next((n for n in range(fewest, 4 * fewest) if rows % n == 0), 1)
+    if blocks == 1 or jax.default_backend() != "cpu":
+        return function(*arrays)
+    split = [v.reshape(blocks, rows // blocks, *v.shape[1:]) for v in arrays]
+    y = jax.lax.map(lambda block: function(*block), split)
+    return y.reshape(rows, *y.shape[2:])
+
+
+@jax.custom_vjp
+def _within_chunk(x, dt, log_decay, B, C):
+    """Output of chunks [b,q,r,p] without regard to what came before them.
+
+    The gradient is written by hand to recompute all that is quadratic in the chunk instead of
+    storing it, and in products and loops that a CPU compiler makes fast ones of.
+    """
+    return _within_chunk_forward(x, dt, log_decay, B, C)[0]
+
+
+def _within_chunk_forward(x, dt, log_decay, B, C):
+    mixing = matmul(C, _transpose(B))[:, None] * _decay(log_decay)
+    y = _swap(matmul(mixing, _swap(x * dt[..., None])))
+    return y, (x, dt, log_decay, B, C)
+
+
+def _within_chunk_backward(residuals, dy):
+    # All matrices over pairs of positions are transposed here, [k, q]: one set does for all.
+    x, dt, log_decay, B, C = residuals
+    decay = _transpose(_decay(log_decay))
+    scores = matmul(B, _transpose(C))[:, None]
+    ddtx = _swap(matmul(scores * decay, _swap(dy)))
+
+    # Gradient of the scores of each head, then summed over the heads that share them.
+    dscores = matmul(_swap(x * dt[..., None]), jnp.transpose(dy, (0, 2, 3, 1))) * decay
+    # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep digits
+    # that differences of row and column sums would lose.
+    to_later = matmul(dscores * scores, _ones_up_to(dt.shape[1], 0, dt))
+    dlog_decay = jnp.einsum("brkt,tk->btr", to_later, _ones_up_to(dt.shape[1], -1, dt))
+    dscores = jnp.sum(dscores, axis=1)
+
+    dB = matmul(dscores, C)
+    dC = _transpose(matmul(_transpose(B), dscores))
+    return ddtx * dt[..., None], vecdot(x, ddtx), dlog_decay, dB, dC
+
+
+_within_chunk.defvjp(_within_chunk_forward, _within_chunk_backward)
+
+
+def _decay(log_decay):
+    """[b,q,r] -> exp(log_decay[k+1] + ... + log_decay[q]) for k <= q, else 0: [b,r,q,k]."""
+    log_decay = _swap(log_decay)
+    # Multiples of 1/16 add up without rounding and the rests stay small: a step of 0.01 next to
+    # steps of 80 keeps its digits, which it loses in one float32 sum.
     coarse = jnp.round(log_decay * 16) / 16
-    coarse, fine = jnp.cumsum(coarse, -1), jnp.cumsum(log_decay - coarse, -1)
+    # Sums by matrix products: a compiler may fuse cumsum into the loop over all pairs.
+    causal = _ones_up_to(log_decay.shape[-1], 0, log_decay)
+    difference = sum(
+        total[..., :, None] - total[..., None, :]
+        for total in (matmul(v, causal.T) for v in (coarse, log_decay - coarse))
+    )
+    # Masked before exp: beyond the diagonal it may overflow.
+    return jnp.exp(jnp.where(causal > 0, difference, -jnp.inf))
 
-    def decay(later, earlier, visible):
-        # Masked before exp: above the diagonal the difference is positive and may overflow.
-        difference = (coarse[later] - coarse[earlier]) + (fine[later] - fine[earlier])
-        return jnp.exp(jnp.where(visible, difference, -jnp.inf))
 
-    causal = jnp.tril(jnp.ones((chunk, chunk), bool))
-    if restart is None:
-        segment = jnp.zeros((1, 1, 1, chunk), int)
-    else:
-        segment = jnp.cumsum(restart, -1)[:, None, None]
-    row, column = (..., slice(None), None), (..., None, slice(None))
-    last = (..., slice(-1, None))
-    mixing = decay(row, column, causal & (segment[row] == segment[column]))
-    from_start = jnp.exp(jnp.where(segment == 0, coarse + fine, -jnp.inf))
-    to_end = decay(last, ..., segment[last] == segment)
+def _ones_up_to(size, offset, like):
+    """Ones where `column <= row + offset`: multiplied from the left, sums up to a position."""
+    return jnp.tril(jnp.ones((size, size), like.dtype), offset)
 
-    dtx = jnp.moveaxis(x * dt[..., None], 1, -2)  # [B,G,R,Q,P]
-    scores = einsum("bqgn,bkgn->bgqk", C, B)
-    y = einsum("bgrqk,bgrkp->bqgrp", scores[:, :, None] * mixing, dtx)
-    y += einsum("bqgn,bgrpn,bgrq->bqgrp", C, state, from_start)
-    state = from_start[..., -1:, None] * state
-    state += einsum("bkgn,bgrk,bgrkp->bgrpn", B, to_end, dtx)
-    return state, y
+
+def _per_head(matrix, v):
+    """Applies [b,i,j] to [b,j,r,p], the same for all r and p."""
+    flat = v.reshape(*v.shape[:2], -1)
+    return matmul(matrix, flat).reshape(*matrix.shape[:2], *v.shape[2:])
+
+
+def _swap(v):
+    """Exchanges positions and heads."""
+    return jnp.swapaxes(v, 1, 2)
+
+
+def _transpose(v):
+    return jnp.swapaxes(v, -1, -2)
