@@ -20,15 +20,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, or the given arguments."""
     flags = flags_.parser().parse_args(arguments)
     console = Console()
+    if flags.command == "inspect":
+        _inspect(flags, console)
+        return
     try:
-        if flags.command == "inspect":
-            _inspect(flags, console)
-        else:
-            _make(flags, console)
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(f"{_first_line(error)}; free memory or pass a --memory-limit") from error
-    except duckdb.IOException as error:
-        raise UserError(f"{_first_line(error)}; check the disk that --out is on") from error
+        _make(flags, console)
+    except (duckdb.Error, OSError) as error:
+        message = str(error).splitlines()[0]
+        if "No space left on device" in message:  # DuckDB has several exceptions for it
+            raise UserError(
+                f"the disk that {flags.out} is on is full ({message}); make room there or choose "
+                "another --out"
+            ) from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise UserError(f"{message}; free memory or pass a higher --memory-limit") from error
+        if isinstance(error, duckdb.IOException):
+            raise UserError(message) from error
+        raise
 
 
 def _inspect(flags: argparse.Namespace, console: Console) -> None:
@@ -75,10 +83,6 @@ def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:
     address = url(flags)
     path = fetch(address, flags.cache, md5=MD5.get(address.rsplit("/", 1)[-1]), console=console)
     return [str(path)]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import prepare, writer
+from data_prep import filters, prepare, writer
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset
 
@@ -125,13 +126,25 @@ def test_result_does_not_depend_on_threads(run, write, monkeypatch):
     assert contents[0] == contents[1]
 
 
-def test_full_disk(run, write, monkeypatch):
-    def full(*arguments, **settings):
-        raise OSError(errno.ENOSPC, "No space left on device", "sequences.arrow")
+NO_SPACE = "Could not write file: No space left on device"
 
-    monkeypatch.setattr(pa.ipc, "new_file", full)
+
+@pytest.mark.parametrize(
+    "module, function, error",
+    [
+        (pa.ipc, "new_file", OSError(errno.ENOSPC, "No space left on device")),
+        (filters, "apply", duckdb.TransactionException(f"Failed to commit: {NO_SPACE}")),
+        (filters, "apply", duckdb.IOException(f"IO Error: {NO_SPACE}\nmore")),
+    ],
+)
+def test_full_disk(run, write, monkeypatch, tmp_path, module, function, error):
+    def full(*arguments, **settings):
+        raise error
+
+    monkeypatch.setattr(module, function, full)
     sentence = run("table", write("a.csv", ROWS), fails=True)
-    assert sentence == "sequences.arrow: No space left on device"
+    assert sentence.startswith(f"the disk that {tmp_path / 'out'} is on is full (")
+    assert sentence.endswith("; make room there or choose another --out")
 
 
 def test_parent_that_is_a_file(run, write):
