@@ -45,6 +45,8 @@ def streams(graph, params, items, lengths, gaps):
 
 
 def check(ours, reference, tolerance, what):
+    if reference.dtype == np.float32:  # how the large files keep some of their arrays
+        tolerance = max(tolerance, 1e-7)
     ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
     assert ours.shape == reference.shape, what
     error = np.linalg.norm(ours - reference)
@@ -54,8 +56,8 @@ def check(ours, reference, tolerance, what):
 def check_gradient(ours, arrays, name, tolerance):
     if f"grad/{name}" in arrays:
         return check(ours, arrays[f"grad/{name}"], tolerance, f"gradient of {name}")
-    # Kept as float32 and four exact figures.
-    check(ours, arrays[f"grad32/{name}"], max(tolerance, 1e-7), f"gradient of {name}")
+    # Kept as float32, beside four figures of full precision.
+    check(ours, arrays[f"grad32/{name}"], tolerance, f"gradient of {name}")
     ours = np.asarray(ours, np.float64).ravel()
     norm = np.linalg.norm(ours)
     figures = [norm, ours.sum(), np.abs(ours).max(), ours @ np.cos(np.arange(ours.size))]

@@ -86,13 +86,18 @@ def main(arguments: list[str] | None = None) -> None:
     config, weights = read_checkpoint(flags.checkpoint)
     if flags.config:
         config |= _read_yaml(flags.config)
+    weights = {  # a run computes in float32
+        name: value.astype(np.float32) if value.dtype == np.float64 else value
+        for name, value in weights.items()
+    }
     try:
         settings, max_length = model_config(config)
-        model = from_torch({n: w.astype(np.float32) for n, w in weights.items()}, config)
+        model = from_torch(weights, config)
     except UserError as error:
         raise UserError(f"{flags.checkpoint}: {error}") from None
     if flags.dataset:
         _check_dataset(flags.dataset, model.n_items, flags.checkpoint)
+    _write_run(flags.workdir, settings, max_length, str(flags.dataset or ""), model)
 
     shapes = {name: value.shape for name, value in to_torch(model).items()}
     ours = parameter_names(model)
@@ -100,7 +105,6 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name} {shapes[name]} -> {ours[name]}")
     print(f"{len(shapes)} parameters, {model.n_items:,} items, histories of {max_length} events")
     print(describe_model(*nnx.split(model), max_length))
-    _write_run(flags.workdir, settings, max_length, str(flags.dataset or ""), model)
     dataset = "" if flags.dataset else " --dataset DIR"
     print(f"wrote {flags.workdir}; evaluate it: python eval.py --workdir {flags.workdir}{dataset}")
 

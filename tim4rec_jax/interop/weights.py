@@ -83,7 +83,7 @@ def _settings(config: Mapping) -> dict:
     if missing := [key for key in _SETTINGS if key not in config]:
         raise UserError(
             f"the configuration lacks {', '.join(missing)}: give the YAML file the model was "
-            "trained with"
+            "trained with (--config FILE.yaml)"
         )
 
     def read(key, kind):
@@ -152,7 +152,7 @@ def _check(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) 
     if problems:
         raise UserError(
             f"the weights do not fit the configuration: {'; '.join(problems)}: give the "
-            "configuration the model was trained with"
+            "configuration the model was trained with (--config FILE.yaml)"
         )
 
 
