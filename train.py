@@ -1,34 +1,26 @@
-"""Trains a model: `python train.py --config configs/quickstart.py --workdir runs/quickstart`.
+"""Trains a model: python train.py --config configs/quickstart.py --workdir runs/quickstart.
 
-Run the same command again to go on with a training that was stopped.
+--config FILE.py[:VARIANT] names the settings and --config.KEY=VALUE changes one of them
+(--config.train.epochs=10). The run directory keeps settings, log, TensorBoard events,
+checkpoints and, at the end, metrics.json. The same command again goes on with a training
+that was stopped.
 """
 
 import sys
 from pathlib import Path
 
-from absl import flags
-from ml_collections import config_flags
-
-from tim4rec_jax.errors import UserError, run_main
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "settings: FILE.py or FILE.py:VARIANT; --config.KEY=VALUE changes one"
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "run directory, made or gone on with")
+from tim4rec_jax.errors import run_main
 
 
 def main() -> None:
     """Runs the command line."""
-    try:
-        flags.FLAGS(sys.argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(str(error).strip()) from error
-    if _CONFIG.value is None or _WORKDIR.value is None:
-        raise UserError("--config FILE.py and --workdir DIR are needed; see train.py --help")
-    # Imports JAX, which `--help` and a mistyped flag need not wait for.
-    from tim4rec_jax.training.loop import train
+    # Without JAX, which `--help` and a mistyped flag need not wait for.
+    from tim4rec_jax.flags import parse
 
-    train(_CONFIG.value, Path(_WORKDIR.value))
+    config, workdir = parse(sys.argv, usage=__doc__)
+    from tim4rec_jax.training.command import train_and_report
+
+    train_and_report(config, Path(workdir))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.evaluation import evaluate, standard_errors
+from tim4rec_jax.evaluation.loop import Split
 from tim4rec_jax.models import build
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import stop_on_signal
@@ -223,7 +224,7 @@ class _Run:
         """Validates after an epoch, keeps the parameters if best, saves, says so."""
         loss = float(self.state.loss_sum / self.state.weight_sum)
         self._reset_loss()
-        metrics = self._evaluate(nnx.merge(self.graphdef, self.state.params), "valid")
+        metrics, _ = self._evaluate(nnx.merge(self.graphdef, self.state.params), "valid")
         best = self.progress["best"]
         better = best is None or round(metrics[_METRIC], 4) >= round(best[_METRIC], 4)
         epoch = self._epochs_done
@@ -247,7 +248,7 @@ class _Run:
         zero = jax.device_put(np.zeros((), np.float32), self.replicated)
         self.state = self.state.replace(loss_sum=zero, weight_sum=zero.copy())
 
-    def _evaluate(self, model: nnx.Module, split: str) -> dict[str, float]:
+    def _evaluate(self, model: nnx.Module, split: Split) -> tuple[dict[str, float], np.ndarray]:
         data = self.config.data
         return evaluate(
             model,
@@ -257,13 +258,16 @@ class _Run:
             batch_size=self.config.eval.batch_size,
             convention=data.convention,
             buckets=data.buckets,
-        )[0]
+        )
 
     def _test(self, path: Path) -> dict:
         """Reads the test metrics of the best parameters and writes `metrics.json`."""
         _, model = load_best(self.workdir)
+        metrics, ranks = self._evaluate(model, "test")
         figures = {
-            "test": self._evaluate(model, "test"),
+            "test": metrics,
+            "test_standard_errors": standard_errors(ranks[ranks > 0]),
+            "users": int((ranks > 0).sum()),
             "valid": self.progress["best"],
             "best_epoch": self.progress["best_epoch"],
             "epochs": self._epochs_done,
@@ -275,5 +279,5 @@ class _Run:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(figures, indent=2) + "\n")
         partial.replace(path)
-        self.log.write("test", self._step, **figures["test"])
+        self.log.write("test", self._step, **metrics)
         return figures

@@ -57,13 +57,15 @@ def make_optimizer(learning_rate: float, weight_decay: float) -> optax.GradientT
 def micro_count(rows: int, length: int, devices: int) -> int:
     """How many micro-batches to cut a batch of `rows` histories of `length` into.
 
-    On CPU as many as bring one down to about 3,072 events, see `loss_and_gradients`; one
-    on other devices. Each keeps at least 8 rows per device.
+    On CPU as many as bring one down to 3,072 events and 128 rows of scores, which is where
+    its temporaries fit a cache (see `loss_and_gradients`); one on other devices. Each
+    keeps at least 8 rows per device.
     """
     if jax.default_backend() != "cpu":
         return 1
+    largest = max(min(3072 // length, 128), 8 * devices)
     count = 1
-    while rows % (2 * count * devices) == 0 and rows // count > max(3072 // length, 8 * devices):
+    while rows % (2 * count * devices) == 0 and rows // count > largest:
         count *= 2
     return count
 

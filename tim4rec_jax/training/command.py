@@ -1,0 +1,43 @@
+"""What `train.py` does: trains, then prints the test figures as a table."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from tim4rec_jax.data import open_dataset
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.report import print_report
+from tim4rec_jax.training.loop import train
+
+
+def train_and_report(config: ConfigDict, workdir: Path) -> None:
+    """Trains as `tim4rec_jax.training.loop.train` does and prints what came out.
+
+    Raises:
+      UserError: as `train`; a dataset not prepared yet is answered with how to prepare it.
+    """
+    if not (Path(config.dataset) / "dataset.json").exists():
+        raise UserError(
+            f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
+        )
+    figures = train(config, workdir)
+    dataset = open_dataset(config.dataset)
+    users = figures["users"]
+    report = {
+        "dataset": dataset.name,
+        "split": "test",
+        "exclude_seen": False,
+        "users": users,
+        "metrics": figures["test"],
+        "standard_errors": figures["test_standard_errors"],
+    }
+    if "oracle" in dataset.metadata:
+        report["oracle"] = dataset.metadata["oracle"]["test"]
+    console = Console()
+    print_report(report, console)
+    console.print(
+        f"best epoch {figures['best_epoch']} of {figures['epochs']}; "
+        f"figures in {workdir / 'metrics.json'}",
+        soft_wrap=True,
+    )
