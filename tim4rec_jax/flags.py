@@ -2,6 +2,8 @@
 
 import difflib
 import re
+import runpy
+from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -14,7 +16,7 @@ def parse(argv: list[str], usage: str) -> tuple[ConfigDict, str]:
     """Reads `--config FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir DIR`.
 
     Args:
-      argv: the command line, the program first.
+      argv: the command line (`sys.argv`), the program first.
       usage: printed for `--help`, which ends the program.
 
     Returns:
@@ -26,45 +28,49 @@ def parse(argv: list[str], usage: str) -> tuple[ConfigDict, str]:
     if {"-h", "--help", "-help"} & set(argv):
         print(usage.strip())
         raise SystemExit
+    _check_keys(argv, _load(argv))
     values = flags.FlagValues()
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
     workdir = flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
     try:
         rest = values(argv)[1:]
-    except (AttributeError, KeyError) as error:
-        raise UserError(_unknown_key(argv)) from error
-    except FileNotFoundError as error:
-        raise UserError(f"--config: there is no file {_config_file(argv)}") from error
-    except flags.Error as error:
-        message = re.sub(r"\('(.*?)', '.*'\)$", r"\1", str(error))
+    except (flags.Error, TypeError, ValueError) as error:
+        # ml_collections wraps some messages in a tuple.
+        message = re.sub(r"\('(.*?)', '.*'\)$", r"\1", str(error).strip())
         raise UserError(f"{message}; see train.py --help") from error
-    except (TypeError, ValueError) as error:
-        raise UserError(f"--config: {error}") from error
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see train.py --help")
-    if config.value is None or workdir.value is None:
-        missing = "--config FILE.py" if config.value is None else "--workdir DIR"
-        raise UserError(f"{missing} is missing; see train.py --help")
+    if workdir.value is None:
+        raise UserError("--workdir DIR is missing; see train.py --help")
     return config.value, workdir.value
 
 
-def _config_file(argv: list[str]) -> str:
-    """The value of --config, without its variant."""
-    text = " ".join(argv)
-    found = re.search(r"--?config[= ](\S+?)(:\S*)?(\s|$)", text)
-    return found.group(1) if found else "(none named)"
+def _load(argv: list[str]) -> ConfigDict:
+    """The settings of `--config FILE[:VARIANT]` as they stand in the file."""
+    named = re.search(r"(?:^|\n)--?config[=\n]([^\n]+)", "\n".join(argv))
+    if named is None:
+        raise UserError("--config FILE.py is missing; see train.py --help")
+    path, _, variant = named.group(1).partition(":")
+    if not Path(path).is_file():
+        raise UserError(f"--config: there is no file {path}")
+    try:
+        return runpy.run_path(path)["get_config"](variant)
+    except KeyError as error:
+        raise UserError(f"--config: {path} has no function get_config") from error
+    except (ValueError, SyntaxError, ImportError, NameError, AttributeError) as error:
+        raise UserError(f"--config {named.group(1)}: {error}") from error
 
 
-def _unknown_key(argv: list[str]) -> str:
-    """Names the first --config.KEY that is not a setting, and those most like it."""
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", flag_values=values)
-    keys = re.findall(r"--?config\.([\w.]+)", " ".join(argv))
-    values([arg for arg in argv if not re.match(r"--?config\.", arg)], known_only=True)
-    known = flatten(config.value)
-    unknown = next((key for key in keys if key not in known), "")
-    near = difflib.get_close_matches(unknown, known, n=3, cutoff=0.4)
-    # A key whose last word is right is more likely meant than one that merely looks alike.
-    last = unknown.rpartition(".")[2]
-    near = [key for key in known if key.rpartition(".")[2] == last] + near
-    return f"config.{unknown} is not a setting; nearest: {', '.join(dict.fromkeys(near))}"
+def _check_keys(argv: list[str], config: ConfigDict) -> None:
+    """Refuses a `--config.KEY` that is not a setting, naming those most like it."""
+    known = flatten(config)
+    for key in re.findall(r"(?:^|\n)--?config\.([\w.]+)", "\n".join(argv)):
+        if key in known:
+            continue
+        # A key whose last word is right is more likely meant than one that merely looks alike.
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last]
+        near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+        near += difflib.get_close_matches(last, [n.rpartition(".")[2] for n in known], n=1)
+        hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
+        raise UserError(f"config.{key} is not a setting{hint}")
