@@ -47,10 +47,10 @@ def parse(argv: list[str], usage: str) -> tuple[ConfigDict, str]:
 
 def _load(argv: list[str]) -> ConfigDict:
     """The settings of `--config FILE[:VARIANT]` as they stand in the file."""
-    named = re.search(r"(?:^|\n)--?config[=\n]([^\n]+)", "\n".join(argv))
-    if named is None:
+    named = re.findall(r"(?:^|\n)--?config[=\n]([^\n]+)", "\n".join(argv))
+    if not named:
         raise UserError("--config FILE.py is missing; see train.py --help")
-    path, _, variant = named.group(1).partition(":")
+    path, _, variant = named[-1].partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     try:
@@ -58,7 +58,7 @@ def _load(argv: list[str]) -> ConfigDict:
     except KeyError as error:
         raise UserError(f"--config: {path} has no function get_config") from error
     except (ValueError, SyntaxError, ImportError, NameError, AttributeError) as error:
-        raise UserError(f"--config {named.group(1)}: {error}") from error
+        raise UserError(f"--config {named[-1]}: {error}") from error
 
 
 def _check_keys(argv: list[str], config: ConfigDict) -> None:
@@ -69,8 +69,8 @@ def _check_keys(argv: list[str], config: ConfigDict) -> None:
             continue
         # A key whose last word is right is more likely meant than one that merely looks alike.
         last = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == last]
+        by_last = {name.rpartition(".")[2]: name for name in known}
+        near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
         near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        near += difflib.get_close_matches(last, [n.rpartition(".")[2] for n in known], n=1)
         hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
         raise UserError(f"config.{key} is not a setting{hint}")
