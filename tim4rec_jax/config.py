@@ -118,8 +118,10 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
 
 
 def write(config: ConfigDict, path: Path) -> None:
-    """Writes the settings as JSON."""
-    path.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    """Writes the settings as JSON, whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.replace(path)
 
 
 def read(path: Path) -> ConfigDict:

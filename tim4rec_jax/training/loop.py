@@ -165,11 +165,9 @@ class _Run:
         end = (self._epochs_done + 1) * per_epoch
         pending: deque = deque()
         saved = time.perf_counter()
+        # What is saved at the end of an epoch is saved after its validation, so that going on
+        # from there does not leave it out: hence both ifs before the step.
         while self._step < end:
-            metrics = self._train_step(next(self.iterator))
-            pending.append((self._step, metrics))
-            if len(pending) > _AHEAD:
-                self._report(line, *pending.popleft())
             if self.stop:
                 self._save()
                 self.checkpoints.wait()
@@ -179,6 +177,10 @@ class _Run:
             if time.perf_counter() - saved > 60 * self.config.train.checkpoint_minutes:
                 self._save()
                 saved = time.perf_counter()
+            metrics = self._train_step(next(self.iterator))
+            pending.append((self._step, metrics))
+            if len(pending) > _AHEAD:
+                self._report(line, *pending.popleft())
         for step, metrics in pending:
             self._report(line, step, metrics)
         line.clear()
@@ -235,8 +237,9 @@ class _Run:
             self.progress |= {"best": metrics, "best_epoch": epoch, "stale_epochs": 0}
         else:
             self.progress["stale_epochs"] += 1
-        self._save()
+        # Before the checkpoint, or a crash between the two would leave it out of the log.
         self.log.write("valid", self._step, epoch=epoch, train_loss=loss, **metrics)
+        self._save()
         print(
             f"epoch {epoch}: loss {loss:.4f}, validation Hit@10 {metrics['hit@10']:.4f}, "
             f"NDCG@10 {metrics['ndcg@10']:.4f}{' (best)' if better else ''}, "
