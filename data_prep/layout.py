@@ -91,25 +91,26 @@ def guess_delimiter(path: Path) -> str:
     return max("\t,;|", key=line.count)
 
 
-def require(path: Path, columns: tuple[str, ...], wanted: dict[str, str | None]) -> None:
-    """Checks that a file has the columns that were asked for.
+def check_columns(path: Path, layout: Layout, remedy: str) -> None:
+    """Checks that a file has the columns that its layout names.
 
     Args:
       path: the file, for the message.
-      columns: what it has.
-      wanted: flag -> column; None stands for one that is not asked for.
+      layout: its layout.
+      remedy: what to do about a missing column.
 
     Raises:
-      UserError: names the missing column, the nearest ones and the flag.
+      UserError: names the column that is missing, the nearest one and the remedy.
     """
+    columns = layout.columns
     for number, column in enumerate(columns):
         if column in columns[:number]:
             raise UserError(f"{path}: two columns are called {column!r}; rename one of them")
-    for flag, column in wanted.items():
+    for column in (layout.user, layout.item, layout.time, layout.rating):
         if column is not None and column not in columns:
             near = difflib.get_close_matches(column, columns, n=1)
             hint = f" (did you mean {near[0]!r}?)" if near else ""
             raise UserError(
-                f"{path}, line 1: no column {column!r}{hint}; it has {', '.join(columns)}: "
-                f"name yours with {flag}"
+                f"{path}, line 1: no column {column!r}{hint}, there are {', '.join(columns)}; "
+                f"{remedy}"
             )

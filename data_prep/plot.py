@@ -1,12 +1,12 @@
 """A prepared dataset in one picture."""
 
-import datetime
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from data_prep.inspect import GAP_BINS, span
 from tim4rec_jax.data import Dataset
@@ -27,8 +27,8 @@ def plot(ds: Dataset, figures: dict, path: Path) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    figure = Figure(figsize=(10, 6.2), layout="constrained", dpi=150)
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.12)
+    spacing = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
+    figure = Figure(figsize=(10, 6.2), layout=spacing, dpi=150)
     panels = figure.subplots(2, 2).flat
     sizes = f"{ds.n_users:,} users · {ds.n_items:,} items · {ds.n_events:,} events"
     figure.suptitle(f"{ds.name}    {sizes}", fontsize=13, color="#1f2933")
@@ -47,7 +47,7 @@ def _lengths(panel: Axes, ds: Dataset, figures: dict) -> None:
     wide = longest > 20 * shortest
     spaced = np.geomspace if wide else np.linspace
     edges = np.unique(spaced(shortest, longest + 1, 45).astype(int))
-    panel.hist(ds.lengths, edges, color=_FILL)
+    panel.hist(ds.lengths, edges.tolist(), color=_FILL)
     panel.set(title="Events per user", ylabel="users", xscale="log" if wide else "linear")
     panel.xaxis.set_major_formatter("{x:,.0f}")
     _mark(panel, median, f"median {median:,.0f}")
@@ -88,9 +88,7 @@ def _popularity(panel: Axes, ds: Dataset, figures: dict) -> None:
 
 def _activity(panel: Axes, ds: Dataset, figures: dict) -> None:
     edges = np.linspace(figures["first"], figures["last"] + 1, len(figures["busy"]) + 1)
-    epoch = datetime.datetime(1970, 1, 1)
-    moments = [epoch + datetime.timedelta(seconds=edge) for edge in edges]
-    panel.stairs(figures["busy"], moments, fill=True, color=_FILL)
+    panel.stairs(figures["busy"], edges / 86_400, fill=True, color=_FILL)
     panel.set(title="Events over time", ylabel=f"events in {span(edges[1] - edges[0])}")
     locator = AutoDateLocator()
     panel.xaxis.set_major_locator(locator)

@@ -16,6 +16,7 @@ from rich.table import Table
 
 import tim4rec_jax
 from data_prep import archives, filters, read, rows, writer
+from data_prep.layout import check_columns
 from data_prep.sources import SOURCES, Source
 from data_prep.text import damaged_gzip, is_gzip
 from data_prep.titles import titles
@@ -103,6 +104,10 @@ def _read_file(con, source: Source, path: Path, flags) -> collections.Counter[st
         layout = dataclasses.replace(layout, rating=None)
     elif layout.rating is None:
         raise UserError(f"{path} has no ratings; leave out --min-rating")
+    remedy = "name yours with --user, --item, --time, --rating"
+    if not hasattr(flags, "user"):
+        remedy = "read other files with `python -m data_prep table`"
+    check_columns(path, layout, remedy)
     first = con.execute("SELECT count(*) FROM raw").fetchall()[0][0]
     read.append(con, path, layout)
     return rows.check(con, path, layout, first, skip=flags.on_bad_row == "skip")

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.layout import Layout, column_names, guess_delimiter, require, sniff
+from data_prep.layout import Kind, Layout, column_names, guess_delimiter, sniff
 from data_prep.text import first_line, open_text
 from tim4rec_jax.errors import UserError
 
@@ -20,6 +20,7 @@ _AMAZON = {
     "2023": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/benchmark/0core/"
     "rating_only/{}.csv.gz",
 }
+_NO_HEADER = ("user", "item", "time", "rating")  # our names where the file has none
 # As their owners publish them: GroupLens beside each file, KuaiRand on its Zenodo page. The
 # owners of the other files publish none.
 MD5 = {
@@ -56,8 +57,6 @@ def _movielens(path: Path, flags: Flags) -> Layout:
     line = first_line(path)
     if line.lower().startswith("userid,"):
         columns = column_names(path, "csv", ",")
-        wanted = {"--user": "userId", "--item": "movieId", "--time": "timestamp"}
-        require(path, columns, wanted | {"--rating": "rating"})
         return Layout("csv", columns, "userId", "movieId", "timestamp", "rating", header=True)
     delimiter = "::" if "::" in line else "\t"
     if line.count(delimiter) != 3:
@@ -66,25 +65,19 @@ def _movielens(path: Path, flags: Flags) -> Layout:
             "read other files with `python -m data_prep table`"
         )
     columns = ("user", "item", "rating", "time")
-    return Layout("split", columns, "user", "item", "time", "rating", delimiter=delimiter)
+    return Layout("split", columns, *_NO_HEADER, delimiter=delimiter)
 
 
 def _amazon(path: Path, flags: Flags) -> Layout:
     kind = sniff(path)
-    if kind == "json":
-        columns = column_names(path, kind, ",")
-        if "reviewerID" in columns:  # 2014 and 2018
-            return Layout("json", columns, "reviewerID", "asin", "unixReviewTime", "overall")
-        wanted = {"--user": "user_id", "--item": "parent_asin", "--time": "timestamp"}
-        require(path, columns, wanted)
-        return Layout("json", columns, *wanted.values(), "rating", time_unit="ms")
-    columns = column_names(path, "csv", ",")
-    if "parent_asin" in columns:
-        ids = {"--user": "user_id", "--item": "parent_asin", "--time": "timestamp"}
-        require(path, columns, ids | {"--rating": "rating"})
-        return Layout("csv", columns, *ids.values(), "rating", time_unit="ms", header=True)
+    columns = column_names(path, kind, ",")
+    if "reviewerID" in columns:  # reviews of 2014 and 2018
+        return Layout(kind, columns, "reviewerID", "asin", "unixReviewTime", "overall")
+    if kind == "json" or "parent_asin" in columns:  # 2023
+        ids = ("user_id", "parent_asin", "timestamp", "rating")
+        return Layout(kind, columns, *ids, time_unit="ms", header=kind == "csv")
     order = ("user", "item") if _edition(path, flags) == "2014" else ("item", "user")
-    return Layout("csv", (*order, "rating", "time"), "user", "item", "time", "rating")
+    return Layout("csv", (*order, "rating", "time"), *_NO_HEADER)
 
 
 def _edition(path: Path, flags: Flags) -> str:
@@ -99,41 +92,25 @@ def _edition(path: Path, flags: Flags) -> str:
 
 def _kuairand(path: Path, flags: Flags) -> Layout:
     kind = sniff(path)
-    columns = column_names(path, kind, ",")
     ids = ("user_id", "video_id", "time_ms")
-    require(path, columns, dict(zip(("--user", "--item", "--time"), ids, strict=True)))
+    columns = column_names(path, kind, ",")
     return Layout(kind, columns, *ids, time_unit="ms", header=True, where=flags.where)
 
 
 def _steam(path: Path, flags: Flags) -> Layout:
     line = first_line(path)
     if line.startswith("{"):
-        kind = "json" if _is_json(line) else "literal"
-        return Layout(
-            kind,
-            ("username", "product_id", "date"),
-            "username",
-            "product_id",
-            "date",
-            time_unit="iso",
-        )
+        ids = ("username", "product_id", "date")
+        return Layout("json" if _is_json(line) else "literal", ids, *ids, time_unit="iso")
     columns = _typed_header(path, "\t")
-    item = next((column for column in ("product_id", "item_id") if column in columns), "item_id")
-    time = next((column for column in ("timestamp", "date") if column in columns), "timestamp")
-    require(path, columns, {"--user": "user_id", "--item": item, "--time": time})
+    item = "product_id" if "product_id" in columns else "item_id"
+    time = "timestamp" if "timestamp" in columns else "date"
+    layout = Layout("split", columns, "user_id", item, time, delimiter="\t", header=True)
     with open_text(path) as file:
-        second = next(itertools.islice(file, 1, 2), "").rstrip("\r\n").split("\t")
-    is_date = len(second) == len(columns) and "-" in second[columns.index(time)]
-    return Layout(
-        "split",
-        columns,
-        "user_id",
-        item,
-        time,
-        delimiter="\t",
-        header=True,
-        time_unit="iso" if is_date else "s",
-    )
+        second = next(itertools.islice(file, 1, 2), "").rstrip("\r\n")
+    values = dict(zip(columns, second.split("\t"), strict=False))
+    is_date = "-" in values.get(time, "")
+    return dataclasses.replace(layout, time_unit="iso") if is_date else layout
 
 
 def _is_json(line: str) -> bool:
@@ -146,7 +123,7 @@ def _is_json(line: str) -> bool:
 
 def _recbole(path: Path, flags: Flags) -> Layout:
     columns = _typed_header(path, flags.delimiter or "\t")
-    return _chosen(path, "split", columns, flags, flags.delimiter or "\t", header=True)
+    return _chosen("split", columns, flags, flags.delimiter or "\t", header=True)
 
 
 def _typed_header(path: Path, delimiter: str) -> tuple[str, ...]:
@@ -168,18 +145,20 @@ def _table(path: Path, flags: Flags) -> Layout:
     given = tuple(flags.columns.split(",")) if flags.columns else None
     columns = given or column_names(path, kind, delimiter)
     header = given is None and kind in ("csv", "split")
-    return _chosen(path, kind, columns, flags, delimiter, header=header)
+    return _chosen(kind, columns, flags, delimiter, header=header)
 
 
-def _chosen(path, kind, columns, flags: Flags, delimiter: str, *, header: bool) -> Layout:
+def _chosen(
+    kind: Kind, columns: tuple[str, ...], flags: Flags, delimiter: str, *, header: bool
+) -> Layout:
     """Layout with the columns that the flags name."""
-    rating = flags.rating if flags.min_rating is not None else None
-    chosen = {"--user": flags.user, "--item": flags.item, "--time": flags.time, "--rating": rating}
-    require(path, columns, chosen)
     return Layout(
         kind,
         columns,
-        *chosen.values(),
+        flags.user,
+        flags.item,
+        flags.time,
+        flags.rating,
         time_unit=flags.time_unit,
         delimiter=delimiter,
         header=header,

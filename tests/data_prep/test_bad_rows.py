@@ -162,8 +162,13 @@ def test_ratings(run, write):
 def test_missing_column(run, write):
     path = write("a.csv", "user,item_id,timestamp\nu,i,5\n")
     assert run("table", path, fails=True) == (
-        f"{path}, line 1: no column 'user_id' (did you mean 'user'?); it has user, item_id, "
-        "timestamp: name yours with --user"
+        f"{path}, line 1: no column 'user_id' (did you mean 'user'?), there are user, item_id, "
+        "timestamp; name yours with --user, --item, --time, --rating"
+    )
+    path = write("log.csv", "user_id,video_id,time\nu,i,5\n")
+    assert run("kuairand", "--source", path, fails=True) == (
+        f"{path}, line 1: no column 'time_ms' (did you mean 'time'?), there are user_id, "
+        "video_id, time; read other files with `python -m data_prep table`"
     )
     path = write("b.csv", "user_id,item_id,user_id\nu,i,5\n")
     expected = f"{path}: two columns are called 'user_id'; rename one of them"

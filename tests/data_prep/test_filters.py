@@ -1,6 +1,7 @@
 """What is kept, and in which order, against the same thing said in plain Python."""
 
 import collections
+import contextlib
 import json
 
 import numpy as np
@@ -43,20 +44,18 @@ def test_k_core_and_order(tmp_path_factory, histories, events, k, order):
     events = [(user, item, 1_650_000_000 + 40 * time) for user, item, time in events]
     kept = core(events, k)
     work = tmp_path_factory.mktemp("work")
-    con = connect(work)
-    read.create(con)
-    con.executemany(
-        "INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)",
-        [(user, item, time * 10**9) for user, item, time in events],
-    )
-    if not kept:
-        with pytest.raises(filters.UserError, match=f"'{k}-core' leaves no event of {len(events)}"):
-            filters.apply(con, filters.Filters(k_core=k))
-        return
-    filters.apply(con, filters.Filters(k_core=k))
-    (work / "out").mkdir()
-    writer.write(con, work / "out", {"name": "x"}, order=order)
-    con.close()
+    rows = [(user, item, time * 10**9) for user, item, time in events]
+    with contextlib.closing(connect(work)) as con:
+        read.create(con)
+        con.executemany("INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)", rows)
+        if not kept:
+            message = f"'{k}-core' leaves no event of {len(events)}"
+            with pytest.raises(filters.UserError, match=message):
+                filters.apply(con, filters.Filters(k_core=k))
+            return
+        filters.apply(con, filters.Filters(k_core=k))
+        (work / "out").mkdir()
+        writer.write(con, work / "out", {"name": "x"}, order=order)
     key = {"exact": lambda event: event[2], "recbole": lambda event: np.float32(event[2])}[order]
     expected = collections.defaultdict(list)
     for user, item, time in kept:
