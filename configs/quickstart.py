@@ -19,4 +19,12 @@ def get_config(variant: str = "") -> ConfigDict:
     config = config_lib.default()
     config.dataset = "data/synthetic"
     config.prepare = "python -m data_prep synthetic --out data/synthetic"
+    config.data.max_length = 32
+    if variant == "official":
+        config.eval.batch_size = 4096
+        return config
+    # Two lengths, because on a CPU compiling a third costs more than it saves here.
+    config.data.buckets = (12, 32)
+    config.model.update(dropout_prob=0.1, time_drop_out=0.0, p2p_residual=True)
+    config.train.update(batch_size=512, learning_rate=3e-3, epochs=8)
     return config

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.console import Console
 
+from tim4rec_jax import compilation_cache
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.loop import Split, evaluate
@@ -56,6 +57,7 @@ def evaluate_run(
     if unknown := [name for name in by if name not in SLICES]:
         raise UserError(f"slices are {', '.join(SLICES)}, and {unknown[0]!r} is none of them")
     config: Any
+    compilation_cache.enable()
     config, model = load_best(workdir)
     ds = open_dataset(dataset or config.dataset)
     _check(model, ds, workdir)

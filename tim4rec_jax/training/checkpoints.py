@@ -15,8 +15,8 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
 from tim4rec_jax.training.step import TrainState
 
-# Orbax reports every file it touches; a user only needs its warnings.
-logging.set_verbosity(logging.WARNING)
+# Orbax reports every file it touches and warns of optional ones; what fails, raises.
+logging.set_verbosity(logging.ERROR)
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:

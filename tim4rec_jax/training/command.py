@@ -5,6 +5,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 from rich.console import Console
 
+from tim4rec_jax import compilation_cache
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.report import print_report
@@ -21,6 +22,7 @@ def train_and_report(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
         )
+    compilation_cache.enable()
     figures = train(config, workdir)
     dataset = open_dataset(config.dataset)
     users = figures["users"]

@@ -1,0 +1,17 @@
+"""Compiled programs kept on disk: a resumed run or another seed starts at once."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def enable() -> None:
+    """Keeps what JAX compiles under `~/.cache/tim4rec-jax/xla` (or XDG_CACHE_HOME).
+
+    JAX_COMPILATION_CACHE_DIR, where set, names another place. Deleting it is always safe.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    jax.config.update("jax_compilation_cache_dir", str(home / "tim4rec-jax" / "xla"))
