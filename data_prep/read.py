@@ -64,12 +64,14 @@ def _checked_rows(path: Path, layout: Layout) -> str:
     if layout.time_unit == "iso":
         parse = "TRY_CAST(time AS TIMESTAMPTZ)"
         ticks = "CASE WHEN number BETWEEN '1970-01-01' AND '2261-12-31' THEN epoch_ns(number) END"
+        far = "the time is past the year 2261"
         wrong, negative = "the time is no ISO date", "number < '1970-01-01'"
     else:
         scale = NANOSECONDS[layout.time_unit]
         parse = "TRY_CAST(time AS DECIMAL(28, 9))"
         limit = LAST_SECOND * NANOSECONDS["s"] // scale
         ticks = f"CASE WHEN number BETWEEN 0 AND {limit} THEN CAST(number * {scale} AS BIGINT) END"
+        far = f"the time is in another unit than {layout.time_unit}"
         wrong, negative = "the time is not a number", "number < 0"
     rating = name(layout.rating) if layout.rating else "NULL"
     return f"""
@@ -81,7 +83,7 @@ def _checked_rows(path: Path, layout: Layout) -> str:
           WHEN time IS NULL THEN 'the time is empty'
           WHEN number IS NULL THEN {text(wrong)}
           WHEN {negative} THEN 'the time is negative'
-          WHEN ticks IS NULL THEN 'the time is past the year 2261, as if in a finer unit'
+          WHEN ticks IS NULL THEN {text(far)}
           WHEN {layout.rating is not None} AND TRY_CAST(rating AS DOUBLE) IS NULL
             THEN 'the rating is not a number'
         END AS problem,

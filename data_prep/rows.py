@@ -77,7 +77,7 @@ def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: i
     ).fetchall()[0][0]
     if has_both:
         con.execute(
-            "UPDATE raw SET problem = 'the time is in a coarser unit than the others', "
+            f"UPDATE raw SET problem = 'the time is in another unit than {layout.time_unit}', "
             f"value = time // {tick} WHERE rowid >= {first} AND kept AND problem IS NULL "
             f"AND {coarse}"
         )
