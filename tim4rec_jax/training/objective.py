@@ -27,7 +27,7 @@ def cross_entropy(
     return jax.nn.logsumexp(scores, axis=1) - at_target
 
 
-def prefix_loss(model: nnx.Module, batch: dict, seeds: Int32[Array, " B"] | None) -> jax.Array:
+def prefix_loss(model: nnx.Module, batch: dict, seeds: UInt32[Array, " B"] | None) -> jax.Array:
     """Sum over the batch of weight times the loss at each history's end (paper, section 3.5).
 
     Args:
