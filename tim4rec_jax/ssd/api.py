@@ -29,7 +29,7 @@ def ssd(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L H P"] | tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
-    """State-space dual operator of Mamba-2 (arXiv 2405.21060), core of TiM4Rec (2409.16182, eq. 9).
+    """State-space dual operator of Mamba-2 (arXiv 2405.21060), core of TiM4Rec (arXiv 2409.16182).
 
     `h[t] = exp(dt[t] A) h[t-1] + dt[t] x[t] B[t]` and `y[t] = C[t] h[t] + D x[t]` for every head.
     Sums and states are float32, or float64 as soon as one input is.
@@ -57,7 +57,7 @@ def ssd(
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation cannot run.
     """
-    _check_sequence(x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
+    _check_arrays("BL", x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
     _check_options(dt_limit, chunk_size)
     compute = _implementation(implementation)
     dtype = _accumulator(x, dt, A, B, C, D, dt_bias, initial_state)
@@ -109,9 +109,7 @@ def ssd_step(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    _check_sequence(
-        *(v[:, None] for v in (x, dt)), A, *(v[:, None] for v in (B, C)), D, dt_bias, state
-    )
+    _check_arrays("B", x, dt, A, B, C, D, dt_bias, state)
     _check_options(dt_limit)
     dtype = _accumulator(state, x, dt, A, B, C, D, dt_bias)
     state, x_, B, C = (v.astype(dtype) for v in (state, x, B, C))
@@ -159,34 +157,33 @@ def _check_options(dt_limit, chunk_size=None):
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
 
 
-def _check_sequence(x, dt, A, B, C, D, dt_bias, state, segment_ids=None):
-    if x.ndim != 4 or x.shape[1] == 0:
-        raise ValueError(f"x must be [B, L, H, P] with L >= 1, got {x.shape}")
-    if B.ndim != 4 or B.shape[2] == 0 or x.shape[2] % B.shape[2]:
-        raise ValueError(f"B must be [B, L, G, N] with G dividing H = {x.shape[2]}, got {B.shape}")
-    batch, length, heads, width = x.shape
-    groups, size = B.shape[2:]
-    per_head = {(heads,), (heads, width)}
-    expected = {
-        "dt": (dt, {(batch, length, heads)}),
-        "A": (A, {(heads,)}),
-        "B": (B, {(batch, length, groups, size)}),
-        "C": (C, {(batch, length, groups, size)}),
-        "D": (D, per_head),
-        "dt_bias": (dt_bias, {(heads,)}),
-        "state": (state, {(batch, heads, width, size)}),
-        "segment_ids": (segment_ids, {(batch, length)}),
-    }
-    for name, (array, shapes) in expected.items():
+def _check_arrays(axes, x, dt, A, B, C, D, dt_bias, state, segment_ids=None):
+    """Raises ValueError unless all fit `x [*axes,H,P]` and `B [*axes,G,N]`."""
+    rank = len(axes) + 2
+    if x.ndim != rank or 0 in x.shape:
+        raise ValueError(f"x must be [{','.join(axes)},H,P] and not empty, got shape {x.shape}")
+    *lead, heads, width = x.shape
+    if B.ndim != rank or 0 in B.shape or heads % B.shape[-2]:
+        raise ValueError(
+            f"B must be [{','.join(axes)},G,N] with G dividing H = {heads}, got shape {B.shape}"
+        )
+    groups, size = B.shape[-2:]
+    for name, array, *shapes in (
+        ("x", x, x.shape),
+        ("dt", dt, (*lead, heads)),
+        ("A", A, (heads,)),
+        ("B", B, (*lead, groups, size)),
+        ("C", C, (*lead, groups, size)),
+        ("D", D, (heads,), (heads, width)),
+        ("dt_bias", dt_bias, (heads,)),
+        ("the state", state, (lead[0], heads, width, size)),
+        ("segment_ids", segment_ids, tuple(lead)),
+    ):
         if array is None:
             continue
         if array.shape not in shapes:
-            wanted = " or ".join(map(str, sorted(shapes)))
-            raise ValueError(
-                f"{name} must have shape {wanted} to fit x {x.shape}, got {array.shape}"
-            )
+            wanted = " or ".join(map(str, shapes))
+            raise ValueError(f"{name} must have shape {wanted}, got {array.shape}")
         kind = jnp.integer if name == "segment_ids" else jnp.floating
         if not jnp.issubdtype(array.dtype, kind):
-            raise ValueError(f"{name} must be {kind.__name__}, got {array.dtype}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating, got {x.dtype}")
+            raise ValueError(f"{name} must hold {kind.__name__} numbers, got {array.dtype}")

@@ -1,0 +1,115 @@
+"""Speed and memory of the SSD operator, each implementation and chunk size.
+
+    python -m benchmarks.ssd [--tokens 3072] [--lengths 8 16 32 50 200 1024] [--repeats 20]
+
+Heads, widths and states are those of the 64-d models (H = 4, P = N = 32, G = 1), float32. A call
+sees `tokens` positions in all, about a micro-batch of training. Times are wall clock, smallest
+and median; "processor" is the median of processor time, all threads together, which says more
+than the clock where other programs run. Temporary memory is the compiler's figure.
+"""
+
+import argparse
+import os
+import platform
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.xla import default_chunk_size
+
+HEADS, WIDTH, STATE = 4, 32, 32
+
+
+def make_inputs(batch: int, length: int) -> dict[str, jax.Array]:
+    """Returns random inputs of the op."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "x": (batch, length, HEADS, WIDTH),
+        "dt": (batch, length, HEADS),
+        "B": (batch, length, 1, STATE),
+        "C": (batch, length, 1, STATE),
+        "D": (HEADS,),
+        "dt_bias": (HEADS,),
+    }
+    inputs = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    return inputs | {"A": -jnp.exp(jnp.asarray(rng.normal(size=HEADS), jnp.float32))}
+
+
+def measure(function, inputs, repeats: int) -> tuple[float, float, float, float]:
+    """Returns smallest and median wall time and median processor time in ms, and MiB."""
+    program = jax.jit(function).lower(inputs).compile()
+    jax.block_until_ready(program(inputs))
+    wall, processor = [], []
+    for _ in range(repeats):
+        start = time.perf_counter(), time.process_time()
+        jax.block_until_ready(program(inputs))
+        wall.append(time.perf_counter() - start[0])
+        processor.append(time.process_time() - start[1])
+    memory = program.memory_analysis().temp_size_in_bytes / 2**20
+    return min(wall) * 1e3, float(np.median(wall)) * 1e3, float(np.median(processor)) * 1e3, memory
+
+
+def variants(length: int) -> list[tuple[str, int | None]]:
+    """Returns implementations and chunk sizes worth comparing at a length."""
+    sizes = {size for size in (16, 32, 64, 128) if size < length}
+    sizes |= {default_chunk_size(length), *([length] if length <= 256 else [])}
+    return [("reference", None), *(("xla", size) for size in sorted(sizes))]
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd", description=__doc__)
+    parser.add_argument("--tokens", type=int, default=3072, help="positions in a call")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 50, 200, 1024])
+    parser.add_argument("--repeats", type=int, default=20)
+    flags = parser.parse_args()
+
+    device = jax.devices()[0]
+    title = (
+        f"jax {jax.__version__}, {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
+    )
+    table = Table("B x L", "implementation", "chunk", "pass", title=title)
+    for column in ("min ms", "median ms", "processor ms", "tokens/s", "temporary MiB"):
+        table.add_column(column, justify="right")
+
+    for length in flags.lengths:
+        batch = max(1, flags.tokens // length)
+        inputs = make_inputs(batch, length)
+        for implementation, chunk_size in variants(length):
+
+            def forward(inputs, implementation=implementation, chunk_size=chunk_size):
+                return ssd(
+                    **inputs,
+                    dt_softplus=True,
+                    chunk_size=chunk_size,
+                    implementation=implementation,
+                )
+
+            def both(inputs, forward=forward):
+                return jax.grad(lambda inputs: jnp.sum(forward(inputs) ** 2))(inputs)
+
+            chunk = "-" if chunk_size is None else str(chunk_size)
+            chunk += " *" if chunk_size == default_chunk_size(length) else ""
+            for name, function in (("forward", forward), ("forward + backward", both)):
+                least, median, processor, memory = measure(function, inputs, flags.repeats)
+                table.add_row(
+                    f"{batch} x {length}",
+                    implementation,
+                    chunk,
+                    name,
+                    *(f"{v:.2f}" for v in (least, median, processor)),
+                    f"{batch * length / least * 1e3:,.0f}",
+                    f"{memory:.1f}",
+                )
+        table.add_section()
+    Console(width=120).print(table)
+    print("* chosen when chunk_size is None; tokens/s from the smallest time")
+
+
+if __name__ == "__main__":
+    main()

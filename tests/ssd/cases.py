@@ -1,0 +1,116 @@
+"""Inputs on which every implementation of the op is compared with the float64 recurrence."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tim4rec_jax.ssd import IMPLEMENTATIONS, ssd
+
+# What is checked against the recurrence; a new implementation joins by itself.
+KERNELS = [name for name in IMPLEMENTATIONS if name != "reference"]
+TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-3}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One shape and set of options."""
+
+    name: str
+    length: int
+    heads: int = 2
+    groups: int = 1
+    width: int = 5
+    size: int = 3
+    chunk_size: int | None = None
+    decay: float | None = None  # largest |A dt|, dt given as it is; None: through softplus
+    still: bool = False  # dt = 0 at every other position
+    segments: bool = False
+    initial_state: bool = True
+    skip_per_channel: bool = False
+    dt_limit: tuple[float, float] = (0.0, float("inf"))
+
+
+LENGTHS = [Case(f"L{length}", length) for length in (1, 2, 31, 50, 63, 64, 65, 200, 257)]
+OPTIONS = [
+    Case("groups", 37, heads=4, groups=2, chunk_size=16, segments=True, skip_per_channel=True),
+    Case("segments in one chunk", 31, segments=True),
+    Case("strong decay", 65, chunk_size=16, decay=80.0, still=True, segments=True),
+    Case("strong decay in one chunk", 64, decay=80.0),
+]
+FURTHER_OPTIONS = [
+    Case("P = N", 24, heads=1, width=8, size=8, chunk_size=8),
+    Case("no initial state", 33, chunk_size=16, initial_state=False),
+    Case("one chunk and no initial state", 20, initial_state=False),
+    Case("dt = 0", 40, chunk_size=16, decay=2.0, still=True),
+    Case("dt limits", 30, chunk_size=8, dt_limit=(0.4, 0.9)),
+    Case("chunks of one", 7, chunk_size=1),
+]
+RUNS = [
+    *((case, "float32") for case in LENGTHS + OPTIONS + FURTHER_OPTIONS),
+    *((case, "float64") for case in OPTIONS + FURTHER_OPTIONS),
+    *((case, "bfloat16") for case in OPTIONS),
+]
+
+
+def make(case: Case, batch: int = 2) -> tuple[dict, list, dict]:
+    """Returns float64 inputs, weights of the outputs in an objective, and other arguments."""
+    rng = np.random.default_rng(case.length)
+    lead, heads = (batch, case.length), case.heads
+    state = (batch, heads, case.width, case.size)
+    inputs = {
+        "x": rng.normal(size=(*lead, heads, case.width)),
+        "dt": rng.normal(size=(*lead, heads)),
+        "A": -rng.uniform(0.5, 2, heads),
+        "B": rng.normal(size=(*lead, case.groups, case.size)),
+        "C": rng.normal(size=(*lead, case.groups, case.size)),
+        "D": rng.normal(size=(heads, case.width) if case.skip_per_channel else heads),
+    }
+    options = {"chunk_size": case.chunk_size, "dt_limit": case.dt_limit}
+    if case.decay is None:
+        inputs["dt_bias"] = rng.normal(size=heads)
+        options["dt_softplus"] = True
+    else:
+        # All orders of magnitude up to the largest: one row holds harmless and lethal steps.
+        inputs["dt"] = case.decay / 2 * 10.0 ** rng.uniform(-4, 0, (*lead, heads))
+    if case.still:
+        inputs["dt"][:, ::2] = 0
+    if case.initial_state:
+        inputs["initial_state"] = rng.normal(size=state)
+    if case.segments:
+        options["segment_ids"] = jnp.asarray(np.cumsum(rng.random(lead) < 0.15, axis=1))
+    weights = [rng.normal(size=inputs["x"].shape), rng.normal(size=state)]
+    return inputs, weights, options
+
+
+def outcome(inputs: dict, weights: list, **options) -> dict:
+    """Returns `y`, the final state, and the gradient of their weighted sum for every input."""
+
+    def objective(inputs):
+        results = ssd(**inputs, return_final_state=True, **options)
+        return sum(jnp.sum(r * w) for r, w in zip(results, weights, strict=True)), results
+
+    gradients, (y, final_state) = jax.grad(objective, has_aux=True)(inputs)
+    return {"y": y, "final_state": final_state, **gradients}
+
+
+# Optimising takes most of the time of compiling; runs that check arithmetic go without.
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+STATIC = ("implementation", "chunk_size", "dt_softplus", "dt_limit")
+optimised = jax.jit(outcome, static_argnames=STATIC)
+quick = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
+
+
+def to_dtype(tree, dtype):
+    """Returns the arrays of a tree in another dtype."""
+    return jax.tree.map(lambda v: jnp.asarray(v, dtype), tree)
+
+
+def assert_close(got: dict, wanted: dict, tolerance: float) -> None:
+    """Asserts that the norm of each difference is a small part of the wanted array's."""
+    assert got.keys() == wanted.keys()
+    for name, value in wanted.items():
+        value, result = (np.asarray(v, np.float64) for v in (value, got[name]))
+        error, scale = np.linalg.norm(result - value), np.linalg.norm(value)
+        assert error <= tolerance * scale, f"{name}: {error:.1e} of {scale:.1e}"

@@ -1,0 +1,129 @@
+"""What holds between calls of the op, and what it says of wrong ones."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests.ssd.cases import QUICK, Case, make, to_dtype
+from tim4rec_jax.ssd import IMPLEMENTATIONS, ssd, ssd_step
+
+CASE = Case("", 19, heads=4, groups=2, chunk_size=8, skip_per_channel=True, dt_limit=(0.1, 1.5))
+PER_POSITION = ("x", "dt", "B", "C")
+
+STATIC = ("dt_softplus", "dt_limit", "return_final_state", "chunk_size", "implementation")
+run = jax.jit(ssd, static_argnames=STATIC, compiler_options=QUICK)
+run_step = jax.jit(ssd_step, static_argnames=("dt_softplus", "dt_limit"), compiler_options=QUICK)
+
+implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+
+@pytest.fixture
+def arguments(x64):
+    inputs, _, options = make(CASE)
+    return to_dtype(inputs, "float64") | options
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Lets wrong arguments through to the op, as in a program without the tests' import hook."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def piece(arguments, positions):
+    """The arguments with some positions only."""
+    return arguments | {name: arguments[name][:, positions] for name in PER_POSITION}
+
+
+def test_steps_equal_the_sequence(arguments):
+    wanted = run(**arguments, return_final_state=True)
+    del arguments["chunk_size"]
+    state, ys = arguments.pop("initial_state"), []
+    for t in range(CASE.length):
+        state, y = run_step(state, **piece(arguments, t))
+        ys.append(y)
+    np.testing.assert_allclose(jnp.stack(ys, axis=1), wanted[0], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(state, wanted[1], rtol=1e-11, atol=1e-13)
+
+
+def test_step_keeps_its_state_in_float32():
+    inputs, _, _ = make(Case("", 1))
+    inputs = to_dtype(inputs, "bfloat16")
+    arguments = inputs | {name: inputs[name][:, 0] for name in PER_POSITION}
+    state, y = run_step(arguments.pop("initial_state"), **arguments, dt_softplus=True)
+    assert (state.dtype, y.dtype) == ("float32", "bfloat16")
+
+
+@implementations
+@pytest.mark.parametrize("cut", [1, 8, 11])
+def test_a_sequence_continues_from_its_state(arguments, implementation, cut):
+    arguments |= {"implementation": implementation, "return_final_state": True}
+    wanted, final = run(**arguments)
+    first, state = run(**piece(arguments, slice(cut)))
+    second, state = run(**piece(arguments, slice(cut, None)) | {"initial_state": state})
+    joined = jnp.concatenate([first, second], axis=1)
+    np.testing.assert_allclose(joined, wanted, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(state, final, rtol=1e-11, atol=1e-13)
+
+
+@implementations
+def test_segments_equal_sequences_run_apart(arguments, implementation):
+    arguments["implementation"] = implementation
+    bounds = (0, 5, 8, 16, 19)
+    ids = np.repeat([7, 3, 7, 0], np.diff(bounds))  # an id may come back: it is another segment
+    ids = jnp.tile(ids, (2, 1))
+    whole, final = run(**arguments, segment_ids=ids, return_final_state=True)
+    for start, end in itertools.pairwise(bounds):
+        apart = piece(arguments, slice(start, end))
+        if start:
+            del apart["initial_state"]
+        y, state = run(**apart, return_final_state=True)
+        np.testing.assert_allclose(whole[:, start:end], y, rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(final, state, rtol=1e-11, atol=1e-13)
+
+
+def test_the_default_is_an_implementation_by_name(arguments):
+    assert any(
+        bool(jnp.all(run(**arguments) == run(**arguments, implementation=name)))
+        for name in IMPLEMENTATIONS
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "triton"}, "'triton' is not available in this version; choose one of"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"dt_limit": (1.0, 0.5)}, r"dt_limit must be \(smallest, largest\)"),
+        (
+            {"x": jnp.ones((2, 19, 4))},
+            r"x must be \[B,L,H,P\] and not empty, got shape \(2, 19, 4\)",
+        ),
+        ({"x": jnp.ones((2, 0, 4, 5))}, "x must be .* not empty"),
+        ({"x": jnp.ones((2, 19, 4, 5), int)}, "x must hold floating numbers, got int"),
+        ({"B": jnp.ones((2, 19, 3, 3))}, "B must be .* with G dividing H = 4"),
+        ({"C": jnp.ones((2, 19, 1, 3))}, r"C must have shape \(2, 19, 2, 3\), got \(2, 19, 1, 3\)"),
+        ({"dt": jnp.ones((2, 18, 4))}, r"dt must have shape \(2, 19, 4\)"),
+        ({"A": jnp.ones((4, 1))}, r"A must have shape \(4,\)"),
+        ({"D": jnp.ones(5)}, r"D must have shape \(4,\) or \(4, 5\), got \(5,\)"),
+        ({"initial_state": jnp.ones((2, 4, 3, 5))}, r"the state must have shape \(2, 4, 5, 3\)"),
+        ({"segment_ids": jnp.ones((2, 19))}, "segment_ids must hold integer numbers, got float"),
+    ],
+)
+def test_says_what_is_wrong(arguments, change, message, no_shape_checks):
+    with pytest.raises(ValueError, match=message):
+        ssd(**arguments | change)
+
+
+def test_step_says_what_is_wrong(arguments, no_shape_checks):
+    del arguments["chunk_size"]
+    state = arguments.pop("initial_state")
+    with pytest.raises(ValueError, match=r"x must be \[B,H,P\] and not empty"):
+        ssd_step(state, **arguments)
+    with pytest.raises(ValueError, match=r"the state must have shape \(2, 4, 5, 3\)"):
+        ssd_step(state[:1], **piece(arguments, 0))
