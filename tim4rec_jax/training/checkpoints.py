@@ -1,6 +1,8 @@
 """What a run directory keeps: the latest state to resume from, the best parameters."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -8,15 +10,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
-from ml_collections import ConfigDict
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
 from tim4rec_jax.training.step import TrainState
 
-# Orbax reports every file it touches and warns of optional ones; what fails, raises.
-logging.set_verbosity(logging.ERROR)
+# Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
+logging.set_verbosity(logging.FATAL)
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
@@ -53,19 +54,21 @@ class Checkpoints:
         step = int(state.step)
         if step in self.latest.all_steps():
             return
-        self.latest.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_storable(state)),
-                data=CheckpointSave(iterator),
-                progress=ocp.args.JsonSave(dict(progress)),
-            ),
-        )
+        with self._naming_what_fails():
+            self.latest.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(_storable(state)),
+                    data=CheckpointSave(iterator),
+                    progress=ocp.args.JsonSave(dict(progress)),
+                ),
+            )
 
     def save_best(self, step: int, params: nnx.State) -> None:
         """Saves the parameters of the best validation so far."""
         if step not in self.best.all_steps():
-            self.best.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(params)))
+            with self._naming_what_fails():
+                self.best.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(params)))
 
     def restore(self, state: TrainState, iterator) -> tuple[TrainState, dict] | None:
         """The latest state that can be read, or None where there is none yet.
@@ -93,6 +96,9 @@ class Checkpoints:
                 where = self.latest.directory / str(step)
                 print(f"checkpoint {where} is damaged, passing over it: {_first_line(error)}")
                 continue
+            # The damaged ones would stand in the way of those that will be saved again.
+            for damaged in [later for later in steps if later > step]:
+                self.latest.delete(damaged)
             return _from_storable(state, restored["state"]), restored["progress"]
         if steps:
             raise UserError(
@@ -103,20 +109,38 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
-        self.latest.wait_until_finished()
-        self.best.wait_until_finished()
+        with self._naming_what_fails():
+            self.latest.wait_until_finished()
+            self.best.wait_until_finished()
 
     def close(self) -> None:
         """Waits for what is being written and ends the background threads."""
-        self.latest.close()
-        self.best.close()
+        with self._naming_what_fails():
+            self.latest.close()
+            self.best.close()
+
+    @contextmanager
+    def _naming_what_fails(self) -> Iterator[None]:
+        """Turns what the operating system refuses, a full disk say, into a `UserError`."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            # Tensorstore, below Orbax, raises ValueErrors that quote the system's.
+            if isinstance(error, ValueError) and "[os_error_code" not in str(error):
+                raise
+            reason = str(error).rpartition(": ")[2].partition(" [os_error")[0]
+            raise UserError(
+                f"a checkpoint cannot be written to {self.workdir} ({reason}); the one before "
+                "it is kept: put that right and run the same command again"
+            ) from error
 
 
 def _from_storable(state: TrainState, stored: dict) -> TrainState:
     params = jax.tree.map(lambda x: x, state.params)
     nnx.replace_by_pure_dict(params, stored["params"])
     rest = {name: stored[name] for name in ("step", "opt_state", "bad_step")}
-    return state.replace(
+    return dataclasses.replace(
+        state,
         **rest,
         params=params,
         rng=jax.random.wrap_key_data(stored["rng"]),
@@ -125,7 +149,7 @@ def _from_storable(state: TrainState, stored: dict) -> TrainState:
     )
 
 
-def load_best(workdir: str | Path) -> tuple[ConfigDict, nnx.Module]:
+def load_best(workdir: str | Path) -> tuple[config_lib.Config, nnx.Module]:
     """The settings of a run and its model with the parameters best on validation.
 
     Raises:

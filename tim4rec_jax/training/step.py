@@ -1,6 +1,8 @@
 """The jitted training step: gradients over micro-batches, one optimizer update."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,6 +51,7 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -
     )
 
 
+@functools.cache  # the same one again lets another run in this process keep compiled code
 def make_optimizer(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
     """Adam as the reference uses it: weight decay, if any, is added to the gradient."""
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
@@ -70,14 +73,14 @@ def micro_count(rows: int, length: int, devices: int) -> int:
     return count
 
 
-def micro_batches(batch: Batch, count: int) -> Batch:
-    """Splits rows [B, ...] into [count, B / count, ...].
+def micro_batches(rows: Any, count: int) -> Any:
+    """Splits every array [B, ...] of a tree into [count, B / count, ...].
 
     Row i goes to micro-batch i % count: with the rows of a batch laid out over devices in
     contiguous blocks, every micro-batch then has its share of rows on every device.
     """
     return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), batch
+        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), rows
     )
 
 
@@ -136,7 +139,8 @@ def train_step(
     old = (state.params, state.opt_state)
     params, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     weight = batch["weights"].sum()
-    state = state.replace(
+    state = dataclasses.replace(
+        state,
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
