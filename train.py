@@ -17,7 +17,7 @@ def main() -> None:
     # Without JAX, which `--help` and a mistyped flag need not wait for.
     from tim4rec_jax.flags import parse
 
-    config, workdir = parse(sys.argv, usage=__doc__)
+    config, workdir = parse(sys.argv, usage=__doc__ or "")
     from tim4rec_jax.training.command import train_and_report
 
     train_and_report(config, Path(workdir))

@@ -9,12 +9,10 @@ Variant `official`: the released settings to the letter, which ours only leave i
 of users validated at once.
 """
 
-from ml_collections import ConfigDict
-
 from tim4rec_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
     config_lib.check_variant(variant, ("official",))
     config = config_lib.default()

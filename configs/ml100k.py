@@ -9,12 +9,10 @@ Variant `official`: the settings released for ML-1M to the letter (none were rel
 this set): histories of 200, batches of 2048, patience 20.
 """
 
-from ml_collections import ConfigDict
-
 from tim4rec_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
     config_lib.check_variant(variant, ("official",))
     config = config_lib.default()

@@ -11,12 +11,10 @@ Variants:
     256d-official   the released 256-d settings to the letter, which switch time off
 """
 
-from ml_collections import ConfigDict
-
 from tim4rec_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
     config_lib.check_variant(variant, ("256d", "official", "256d-official"))
     config = config_lib.default()

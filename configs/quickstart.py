@@ -8,12 +8,10 @@ reach and within 15 % of what any model can; EXPECTED_TIME. The README has the
 figures. Variant `official`: the released ML-1M settings on this data.
 """
 
-from ml_collections import ConfigDict
-
 from tim4rec_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
     config_lib.check_variant(variant, ("official",))
     config = config_lib.default()

@@ -10,12 +10,10 @@ Variant `official`: none were released for this set, so those released for Beaut
 letter.
 """
 
-from ml_collections import ConfigDict
-
 from tim4rec_jax import config as config_lib
 
 
-def get_config(variant: str = "") -> ConfigDict:
+def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
     config_lib.check_variant(variant, ("official",))
     config = config_lib.default()

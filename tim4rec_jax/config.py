@@ -2,13 +2,17 @@
 
 import json
 from pathlib import Path
+from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
 from tim4rec_jax.errors import UserError
 
+# A ConfigDict: which attributes it has, no type checker can know.
+Config: TypeAlias = Any
 
-def default() -> ConfigDict:
+
+def default() -> Config:
     """Settings of a run, with the values of the released 64-d model.
 
     Keys under `model` carry the names of the reference's own configuration files.
@@ -65,7 +69,7 @@ def check_variant(variant: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"{variant!r} is not a variant; there are: {', '.join(known)}")
 
 
-def resolve(config: ConfigDict) -> ConfigDict:
+def resolve(config: Config) -> Config:
     """Fills in what follows from other settings and checks the rest.
 
     Raises:
@@ -108,7 +112,7 @@ def _one_of(name: str, value, values: tuple) -> None:
         raise UserError(f"config.{name} is {value!r}; it must be one of {', '.join(values)}")
 
 
-def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
+def flatten(config: Config, prefix: str = "") -> dict:
     """{"model.hidden_size": 64, ...}."""
     flat = {}
     for key, value in config.items():
@@ -117,14 +121,14 @@ def flatten(config: ConfigDict | dict, prefix: str = "") -> dict:
     return flat
 
 
-def write(config: ConfigDict, path: Path) -> None:
+def write(config: Config, path: Path) -> None:
     """Writes the settings as JSON, whole or not at all."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     partial.replace(path)
 
 
-def read(path: Path) -> ConfigDict:
+def read(path: Path) -> Config:
     """Reads settings that `write` wrote.
 
     Raises:
@@ -144,7 +148,7 @@ def read(path: Path) -> ConfigDict:
     return config
 
 
-def check_unchanged(config: ConfigDict, path: Path) -> None:
+def check_unchanged(config: Config, path: Path) -> None:
     """Makes sure that a run goes on with the settings it began with.
 
     Raises:

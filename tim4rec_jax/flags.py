@@ -6,13 +6,13 @@ import runpy
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
-from tim4rec_jax.config import flatten
+from tim4rec_jax.config import Config, flatten
 from tim4rec_jax.errors import UserError
 
 
-def parse(argv: list[str], usage: str) -> tuple[ConfigDict, str]:
+def parse(argv: list[str], usage: str) -> tuple[Config, str]:
     """Reads `--config FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir DIR`.
 
     Args:
@@ -45,7 +45,7 @@ def parse(argv: list[str], usage: str) -> tuple[ConfigDict, str]:
     return config.value, workdir.value
 
 
-def _load(argv: list[str]) -> ConfigDict:
+def _load(argv: list[str]) -> Config:
     """The settings of `--config FILE[:VARIANT]` as they stand in the file."""
     named = re.findall(r"(?:^|\n)--?config[=\n]([^\n]+)", "\n".join(argv))
     if not named:
@@ -61,7 +61,7 @@ def _load(argv: list[str]) -> ConfigDict:
         raise UserError(f"--config {named[-1]}: {error}") from error
 
 
-def _check_keys(argv: list[str], config: ConfigDict) -> None:
+def _check_keys(argv: list[str], config: Config) -> None:
     """Refuses a `--config.KEY` that is not a setting, naming those most like it."""
     known = flatten(config)
     for key in re.findall(r"(?:^|\n)--?config\.([\w.]+)", "\n".join(argv)):

@@ -100,7 +100,7 @@ class Block(nnx.Module):
     ) -> Float[Array, "B D"]:
         """The item stream at position `lengths - 1`, for a model's last layer."""
         factor = None
-        if self.mixer is not None:
+        if self.mixer is not None and tau is not None:
             factor = self.mixer(tau, fold(seeds, 2))[:, :, : h.shape[1]].swapaxes(1, 2)
         y = self.ssd.last(h, factor, lengths)
         return self._finish(y, take_position(h, lengths - 1), seeds)

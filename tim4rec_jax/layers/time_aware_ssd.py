@@ -1,5 +1,7 @@
 """The time-aware SSD layer: Mamba-2's mixer with step sizes scaled by the time stream."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -90,7 +92,7 @@ class TimeAwareSSD(nnx.Module):
         """Mixes the sequence; `factor` scales the raw step sizes (None: 1)."""
         z, mixed_dt = jnp.split(self.in_proj(h), [self.inner], axis=-1)
         x, B, C, dt = self._inputs(mixed_dt, factor)
-        y = ssd(
+        y: Any = ssd(
             x,
             dt,
             -jnp.exp(self.A_log[...]),
@@ -114,7 +116,9 @@ class TimeAwareSSD(nnx.Module):
         The gate, the output projection and the mask row of every other position are
         never computed.
         """
-        kernel, bias = (p[...].astype(self.dtype) for p in (self.in_proj.kernel, self.in_proj.bias))
+        kernel, bias = self.in_proj.kernel, self.in_proj.bias
+        assert bias is not None
+        kernel, bias = kernel[...].astype(self.dtype), bias[...].astype(self.dtype)
         mixed_dt = h.astype(self.dtype) @ kernel[:, self.inner :] + bias[self.inner :]
         z = take_position(h, lengths - 1) @ kernel[:, : self.inner] + bias[: self.inner]
         x, B, C, dt = self._inputs(mixed_dt, factor)

@@ -4,19 +4,17 @@
 `model.item_embedding`, whose rows score the items.
 """
 
-from collections.abc import Mapping
-
 import jax.numpy as jnp
 from flax import nnx
-from ml_collections import ConfigDict
 
+from tim4rec_jax.config import Config
 from tim4rec_jax.models.tim4rec import TiM4Rec
 
 MODELS = {"tim4rec": TiM4Rec}
 
 
 def build(
-    config: Mapping | ConfigDict,
+    config: Config,
     *,
     n_items: int,
     max_length: int,

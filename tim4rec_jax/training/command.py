@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from tim4rec_jax import compilation_cache
+from tim4rec_jax.config import Config
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.training.loop import train
 
 
-def train_and_report(config: ConfigDict, workdir: Path) -> None:
+def train_and_report(config: Config, workdir: Path) -> None:
     """Trains as `tim4rec_jax.training.loop.train` does and prints what came out.
 
     Raises:

@@ -1,5 +1,6 @@
 """The training of a run, from its settings to its metrics."""
 
+import dataclasses
 import fcntl
 import json
 import math
@@ -11,7 +12,6 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, TrainBatches, open_dataset
@@ -36,7 +36,7 @@ _AHEAD = 4
 _METRIC = "ndcg@10"
 
 
-def train(config: ConfigDict, workdir: Path) -> dict:
+def train(config: config_lib.Config, workdir: Path) -> dict:
     """Trains a model, or goes on with the training that `workdir` holds.
 
     After every epoch the model is validated by full ranking; training ends after
@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: Path) -> dict:
 class _Run:
     """One process's share in a run: what is needed to train, built once."""
 
-    def __init__(self, config: ConfigDict, dataset: Dataset, workdir: Path):
+    def __init__(self, config: config_lib.Config, dataset: Dataset, workdir: Path):
         settings = workdir / "config.json"
         if settings.exists():
             config_lib.check_unchanged(config, settings)
@@ -249,7 +249,7 @@ class _Run:
 
     def _reset_loss(self) -> None:
         zero = jax.device_put(np.zeros((), np.float32), self.replicated)
-        self.state = self.state.replace(loss_sum=zero, weight_sum=zero.copy())
+        self.state = dataclasses.replace(self.state, loss_sum=zero, weight_sum=zero.copy())
 
     def _evaluate(self, model: nnx.Module, split: Split) -> tuple[dict[str, float], np.ndarray]:
         data = self.config.data

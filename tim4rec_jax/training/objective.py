@@ -1,8 +1,9 @@
 """Training objectives."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
 
@@ -27,7 +28,7 @@ def cross_entropy(
     return jax.nn.logsumexp(scores, axis=1) - at_target
 
 
-def prefix_loss(model: nnx.Module, batch: dict, seeds: UInt32[Array, " B"] | None) -> jax.Array:
+def prefix_loss(model: Any, batch: dict, seeds: UInt32[Array, " B"] | None) -> jax.Array:
     """Sum over the batch of weight times the loss at each history's end (paper, section 3.5).
 
     Args:

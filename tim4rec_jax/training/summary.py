@@ -1,5 +1,7 @@
 """The size and cost of a model, as a run states them at its start."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,13 +14,15 @@ def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int)
     """
 
     def scores(params, items, lengths, gaps):
-        model = nnx.merge(graphdef, params)
+        model: Any = nnx.merge(graphdef, params)
         return model.encode(items, lengths, gaps) @ model.item_embedding.embedding[...].T
 
     history = jnp.zeros((1, max_length), jnp.int32)
     lengths = jnp.full((1,), max_length, jnp.int32)
     lowered = jax.jit(scores).lower(params, history, lengths, history.astype(jnp.float32))
-    return float(lowered.cost_analysis()["flops"])
+    analysis = lowered.cost_analysis()
+    assert analysis is not None
+    return float(analysis["flops"])
 
 
 def describe_model(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> str:

@@ -1,0 +1,223 @@
+"""Where the time of a training step goes.
+
+    python -m benchmarks.train_step                       # steps on random batches
+    python -m benchmarks.train_step --epoch data/beauty --config configs/beauty.py
+
+The first prints, for the released Beauty and ML-1M shapes, the step as trained and the step
+with one thing changed at a time; what a change saves is that thing's share. The second times
+whole epochs on a prepared dataset, as `train.py` runs them, data pipeline included.
+
+Columns: seconds of wall clock and of processor time (all cores) a step, median of the runs;
+page faults a step; what XLA allots for temporaries.
+"""
+
+import argparse
+import resource
+import runpy
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import TrainBatches, open_dataset
+from tim4rec_jax.data.pipeline import train_iterator
+from tim4rec_jax.models import build
+from tim4rec_jax.training.step import init_state, make_optimizer, micro_count, train_step
+
+# name: settings file, rows, items, seconds a step of the reference on two cores of such a
+# machine (torch 2.13 on CPU with an allocator tuned to keep its memory, minimum of 5).
+CASES = {
+    "Beauty, B 2048, L 50": ("configs/beauty.py", 2048, 12_101, 2.44),
+    "ML-1M, B 256, L 200": ("configs/ml1m.py", 256, 3_416, 0.96),
+}
+
+
+def load(path: str):
+    """The settings of a config file."""
+    return runpy.run_path(path)["get_config"]("")
+
+
+def random_batch(rows: int, length: int, n_items: int, seed: int = 0) -> dict:
+    """A batch of full histories."""
+    rng = np.random.default_rng(seed)
+    batch = {
+        "items": rng.integers(1, n_items + 1, (rows, length), np.int32),
+        "lengths": np.full(rows, length, np.int32),
+        "gaps": rng.exponential(1e5, (rows, length)).astype(np.float32),
+        "targets": rng.integers(1, n_items + 1, rows, np.int32),
+        "weights": np.ones(rows, np.float32),
+    }
+    return jax.device_put(batch)
+
+
+def measure(step, state, runs: int) -> tuple[float, float, float]:
+    """Medians of wall seconds, processor seconds and page faults of `state = step(state)`."""
+    state = jax.block_until_ready(step(state))
+    figures = []
+    for _ in range(runs):
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        wall, cpu = time.perf_counter(), time.process_time()
+        state = jax.block_until_ready(step(state))
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        figures.append((wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+    return tuple(statistics.median(column) for column in zip(*figures, strict=True))
+
+
+def train_stepper(config, rows: int, n_items: int, micro: int | None = None):
+    """(step, state, MB of temporaries) of training as `train.py` does it."""
+    length = config.data.max_length
+    model = build(config.model, n_items=n_items, max_length=length)
+    graphdef, params = nnx.split(model)
+    tx = make_optimizer(config.train.learning_rate, 0.0)
+    batch = random_batch(rows, length, n_items)
+    settings = dict(graphdef=graphdef, tx=tx, micro=micro or micro_count(rows, length, 1))
+    state = init_state(params, tx, 0)
+    analysis = train_step.lower(state, batch, **settings).compile().memory_analysis()
+    return (
+        lambda state: train_step(state, batch, **settings)[0],
+        state,
+        analysis.temp_size_in_bytes / 1e6,
+    )
+
+
+def matrix_products(config, rows: int, n_items: int):
+    """(step, state) of nothing but the step's dense products, forward and backward.
+
+    The projections of both layers (the last one's output side only at one position), the
+    feed-forward networks and the scores, in the shapes of one micro-batch each.
+    """
+    model, length = config.model, config.data.max_length
+    width, inner = model.hidden_size, model.hidden_size * model.expand
+    mixed = inner + 2 * model.d_state + inner // model.head_dim
+    micro = micro_count(rows, length, 1)
+    tokens, ends = rows * length // micro, rows // micro
+    last = [(ends, width, inner), (ends, inner, width)]
+    last += [(ends, width, 4 * width), (ends, 4 * width, width), (ends, width, n_items + 1)]
+    full = [(tokens, width, mixed), (tokens, width, inner + mixed), (tokens, inner, width)]
+    full += [(tokens, width, 4 * width), (tokens, 4 * width, width)]
+    shapes = full + last
+    x = [jnp.ones((m, k)) for m, k, _ in shapes]
+    w = [jnp.ones((k, n)) for _, k, n in shapes]
+    dy = [jnp.ones((m, n)) for m, _, n in shapes]
+
+    @jax.jit
+    def step(carry):
+        def one(carry, _):
+            # Each result leaves a trace in the carry: nothing can be dropped or hoisted.
+            for i in range(len(shapes)):
+                a, b, c = x[i] + carry, w[i] + carry, dy[i] + carry
+                carry += 1e-30 * ((a @ b)[0, 0] + (c @ b.T)[0, 0] + (a.T @ c)[0, 0])
+            return carry, None
+
+        return jax.lax.scan(one, carry, None, length=micro)[0]
+
+    flops = 6.0 * micro * sum(m * k * n for m, k, n in shapes)
+    return step, jnp.zeros(()), flops
+
+
+def steps(console: Console, runs: int) -> None:
+    """The table of steps."""
+    for name, (path, rows, n_items, reference) in CASES.items():
+        config = load(path)
+        variants = {"as trained": {}, "one micro-batch": {"micro": 1}}
+        changes = {
+            "without dropout": {"dropout_prob": 0.0, "time_drop_out": 0.0},
+            "without time": {"is_time": False},
+            "without feed-forward": {"is_ffn": False},
+        }
+        table = Table("step", title=f"{name}, {n_items:,} items, {jax.devices()[0].device_kind}")
+        for heading in ("wall s", "cpu s", "faults", "temp MB", "samples/s", "tokens/s", "share"):
+            table.add_column(heading, justify="right")
+        whole = 0.0
+        for label in (*variants, *changes):
+            changed = load(path)
+            changed.model.update(changes.get(label, {}))
+            step, state, temporaries = train_stepper(
+                changed, rows, n_items, **variants.get(label, {})
+            )
+            wall, cpu, faults = measure(step, state, runs)
+            whole = whole or cpu
+            share = f"{1 - cpu / whole:.0%}" if label in changes else ""
+            table.add_row(
+                label,
+                f"{wall:.3f}",
+                f"{cpu:.3f}",
+                f"{faults:,.0f}",
+                f"{temporaries:,.0f}",
+                f"{rows / wall:,.0f}",
+                f"{rows * config.data.max_length / wall:,.0f}",
+                share,
+            )
+            if label == "as trained":
+                trained = wall
+        step, state, flops = matrix_products(config, rows, n_items)
+        wall, cpu, _ = measure(step, state, runs)
+        rate = f"{flops / wall / 1e9:,.0f} GFLOP/s"
+        label = "matrix products alone"
+        table.add_row(label, f"{wall:.3f}", f"{cpu:.3f}", "", "", rate, "", f"{cpu / whole:.0%}")
+        console.print(table)
+        console.print(
+            f"the reference's step took {reference} s: {reference / trained:.2f} times as long\n"
+        )
+
+
+def epochs(console: Console, directory: str, path: str, count: int) -> None:
+    """Whole epochs, the first one apart: it compiles."""
+    config = config_lib.resolve(load(path))
+    dataset = open_dataset(directory)
+    batches = TrainBatches(
+        dataset,
+        max_length=config.data.max_length,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        convention=config.data.convention,
+        buckets=config.data.buckets,
+    )
+    model = build(config.model, n_items=dataset.n_items, max_length=config.data.max_length)
+    graphdef, params = nnx.split(model)
+    tx = make_optimizer(config.train.learning_rate, 0.0)
+    state = init_state(params, tx, config.seed)
+    iterator = train_iterator(batches)
+    console.print(
+        f"{dataset.name}: {batches.n_samples:,} samples in {batches.batches_per_epoch} batches, "
+        f"lengths {batches.buckets}, {batches.padding_share:.0%} padding"
+    )
+    for epoch in range(count + 1):
+        wall, cpu = time.perf_counter(), time.process_time()
+        for _ in range(batches.batches_per_epoch):
+            batch = next(iterator)
+            del batch["users"]
+            rows, width = batch["items"].shape
+            micro = micro_count(rows, width, 1)
+            state, _ = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
+        jax.block_until_ready(state)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        note = " (compiling included)" if epoch == 0 else ""
+        console.print(
+            f"epoch {epoch}: {wall:.1f} s wall, {cpu:.1f} s cpu, "
+            f"{batches.n_samples / wall:,.0f} samples/s{note}"
+        )
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
+    parser.add_argument("--epoch", metavar="DIR", help="time epochs on this prepared dataset")
+    parser.add_argument("--config", default="configs/beauty.py", help="settings for --epoch")
+    parser.add_argument("--runs", type=int, default=5, help="steps or epochs to measure")
+    flags = parser.parse_args()
+    console = Console()
+    if flags.epoch:
+        epochs(console, flags.epoch, flags.config, flags.runs)
+    else:
+        steps(console, flags.runs)
+
+
+if __name__ == "__main__":
+    main()
