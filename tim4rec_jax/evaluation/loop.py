@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -11,12 +10,13 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Int32
 from rich.console import Console
 from rich.progress import track
 
 from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches
+from tim4rec_jax.devices import place
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.evaluation.ranking import ranks
 
@@ -87,21 +87,18 @@ def run(
     of `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
     """
     batches = EvalBatches(ds, split, **settings)
-    devices = jax.local_devices()
-    devices = devices[: math.gcd(len(devices), batches.batch_size)]
-    mesh = Mesh(np.asarray(devices), ("batch",))
-    by_row = NamedSharding(mesh, PartitionSpec("batch"))
+    placement = place(batches.batch_size)
     graphdef, state = nnx.split(model)
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    state = jax.device_put(state, placement.replicated)
     replicated: Any = nnx.merge(graphdef, state)
     table = replicated.item_embedding.embedding[...]
 
     def dispatch(batch):
         inputs = [batch[name] for name in ("items", "lengths", "gaps", "targets")]
         exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
-        *inputs, targets, exclude = jax.device_put((*inputs, exclude), by_row)
+        *inputs, targets, exclude = jax.device_put((*inputs, exclude), placement.by_row)
         hidden = _encode(graphdef, state, *inputs)
-        return _score(score, mesh, hidden, table, targets, exclude)
+        return _score(score, placement.by_row.mesh, hidden, table, targets, exclude)
 
     def fetch(batch, result):
         real = batch["weights"] > 0

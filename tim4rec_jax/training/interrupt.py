@@ -1,8 +1,12 @@
-"""Ctrl-C and SIGTERM: finish the step, save, then stop."""
+"""Ctrl-C and SIGTERM finish the step, save, then stop; a run directory has one owner."""
 
+import fcntl
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from tim4rec_jax.errors import UserError
 
 
 class Stop:
@@ -33,3 +37,18 @@ def stop_on_signal() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def only_process(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in `workdir`; the system frees it however we end.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {workdir}; wait for it") from error
+        yield

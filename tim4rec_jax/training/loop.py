@@ -1,9 +1,7 @@
 """The training of a run, from its settings to its metrics."""
 
 import dataclasses
-import fcntl
 import json
-import math
 import time
 from collections import deque
 from pathlib import Path
@@ -11,17 +9,17 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
+from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.loop import Split
 from tim4rec_jax.models import build
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
-from tim4rec_jax.training.interrupt import stop_on_signal
+from tim4rec_jax.training.interrupt import only_process, stop_on_signal
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
 from tim4rec_jax.training.step import (
     init_state,
@@ -29,7 +27,7 @@ from tim4rec_jax.training.step import (
     micro_count,
     train_step,
 )
-from tim4rec_jax.training.summary import describe_model
+from tim4rec_jax.training.summary import describe_data, describe_model
 
 # Steps the host may be ahead of the device: enough to never wait, few enough to stop soon.
 _AHEAD = 4
@@ -58,11 +56,7 @@ def train(config: config_lib.Config, workdir: Path) -> dict:
     config = config_lib.resolve(config)
     dataset = open_dataset(config.dataset)
     workdir.mkdir(parents=True, exist_ok=True)
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is training in {workdir}; wait for it") from error
+    with only_process(workdir):
         return _Run(config, dataset, workdir).train()
 
 
@@ -86,19 +80,15 @@ class _Run:
             convention=data.convention,
             buckets=data.buckets,
         )
-        devices = jax.local_devices()
-        devices = devices[: math.gcd(len(devices), batch_size)]
-        mesh = Mesh(np.asarray(devices), ("batch",))
-        self.devices = len(devices)
-        self.by_row = NamedSharding(mesh, PartitionSpec("batch"))
-        self.replicated = NamedSharding(mesh, PartitionSpec())
-
+        self.placement = place(batch_size)
         model = build(
             config.model, n_items=dataset.n_items, max_length=data.max_length, seed=config.seed
         )
         self.graphdef, params = nnx.split(model)
         self.tx = make_optimizer(config.train.learning_rate, config.train.weight_decay)
-        self.state = jax.device_put(init_state(params, self.tx, config.seed), self.replicated)
+        self.state = jax.device_put(
+            init_state(params, self.tx, config.seed), self.placement.replicated
+        )
         self.iterator = train_iterator(self.batches)
         self.progress = {
             "dataset": [dataset.n_users, dataset.n_items, dataset.n_events],
@@ -128,11 +118,7 @@ class _Run:
             self.log.close()
 
     def _resume(self) -> None:
-        print(
-            f"{self.dataset.name}: {self.dataset.n_users:,} users, {self.dataset.n_items:,} items, "
-            f"{self.batches.n_samples:,} training samples in {self.batches.batches_per_epoch:,} "
-            f"batches, lengths {', '.join(map(str, self.batches.buckets))}"
-        )
+        print(describe_data(self.batches))
         print(describe_model(self.graphdef, self.state.params, self.config.data.max_length))
         expected = self.progress["dataset"]
         restored = self.checkpoints.restore(self.state, self.iterator)
@@ -191,10 +177,10 @@ class _Run:
         del batch["users"]
         self.state, metrics = train_step(
             self.state,
-            jax.device_put(batch, self.by_row),
+            jax.device_put(batch, self.placement.by_row),
             graphdef=self.graphdef,
             tx=self.tx,
-            micro=micro_count(rows, width, self.devices),
+            micro=micro_count(rows, width, self.placement.devices),
         )
         self._step += 1
         return metrics
@@ -248,7 +234,7 @@ class _Run:
         )
 
     def _reset_loss(self) -> None:
-        zero = jax.device_put(np.zeros((), np.float32), self.replicated)
+        zero = jax.device_put(np.zeros((), np.float32), self.placement.replicated)
         self.state = dataclasses.replace(self.state, loss_sum=zero, weight_sum=zero.copy())
 
     def _evaluate(self, model: nnx.Module, split: Split) -> tuple[dict[str, float], np.ndarray]:

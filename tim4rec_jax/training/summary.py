@@ -1,10 +1,22 @@
-"""The size and cost of a model, as a run states them at its start."""
+"""The size of the data, the size and cost of the model, as a run states them at its start."""
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from tim4rec_jax.data import TrainBatches
+
+
+def describe_data(batches: TrainBatches) -> str:
+    """One line: users, items, samples and how they are batched."""
+    dataset = batches.dataset
+    return (
+        f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
+        f"{batches.n_samples:,} training samples in {batches.batches_per_epoch:,} batches, "
+        f"lengths {', '.join(map(str, batches.buckets))}"
+    )
 
 
 def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> float:
