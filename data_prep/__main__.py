@@ -10,6 +10,7 @@ from rich.console import Console
 from data_prep import flags as flags_
 from data_prep import synthetic, writer
 from data_prep.download import fetch
+from data_prep.inspect import day
 from data_prep.prepare import prepare, print_steps
 from data_prep.sources import MD5, SOURCES
 from tim4rec_jax.data import open_dataset
@@ -63,7 +64,8 @@ def _make(flags: argparse.Namespace, console: Console) -> None:
     else:
         print_steps(metadata, console)
     counts = ", ".join(f"{metadata[key]:,} {key}" for key in ("users", "items", "events"))
-    console.print(f"{flags.out}: {counts}", highlight=False)
+    days = f"{day(metadata['first_time'])} to {day(metadata['last_time'])}"
+    console.print(f"{flags.out}: {counts}, {days}", highlight=False)
 
 
 def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:

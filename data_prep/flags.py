@@ -129,7 +129,12 @@ def _own_tables(commands) -> None:
             default="s",
             help="of the times: since 1970, or iso for dates (default: s)",
         )
-        command.add_argument("--delimiter", metavar="TEXT", help="default: found out by looking")
+        command.add_argument(
+            "--delimiter",
+            metavar="TEXT",
+            type=lambda value: value.replace("\\t", "\t"),
+            help="between fields (default: found out by looking)",
+        )
         _where(command, None)
 
 
@@ -170,7 +175,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     machine.add_argument("--memory-limit", metavar="SIZE", help="e.g. 4GB (default: 80 %% of all)")
     machine.add_argument(
         "--shard-events",
-        type=int,
+        type=_count,
         default=SHARD_EVENTS,
         metavar="N",
         help="start another sequences file after N events (default: %(default)s)",
@@ -218,7 +223,7 @@ def _protocol(group) -> None:
     group.add_argument("--until", type=_date, metavar="DATE", help="first moment to drop (UTC)")
     group.add_argument(
         "--k-core",
-        type=int,
+        type=_count,
         default=5,
         metavar="K",
         help="drop users and items with fewer than K events, again and again until all have K "
@@ -231,6 +236,12 @@ def _protocol(group) -> None:
         help="sort a user's events by time, or as RecBole does, by time rounded to 32 bits: most "
         "published numbers, the paper's too, stand on that (default: exact)",
     )
+
+
+def _count(value: str) -> int:
+    if not value.isdigit() or int(value) < 1:
+        raise argparse.ArgumentTypeError(f"{value!r} is no number of at least 1")
+    return int(value)
 
 
 def _date(value: str) -> datetime.datetime:

@@ -97,45 +97,55 @@ def _checked_rows(path: Path, layout: Layout) -> str:
 
 
 def _fields(path: Path, layout: Layout) -> str:
-    """SELECT of all columns as text, `#present` (False: an empty line) and `#broken` (why)."""
-    columns = [name(column) for column in layout.columns]
+    """SELECT of the columns as text, `#present` (False: an empty line) and `#broken` (why)."""
     if layout.kind == "parquet":
-        cast = ", ".join(f"CAST({column} AS VARCHAR) AS {column}" for column in columns)
+        columns = ", ".join(f"CAST({c} AS VARCHAR) AS {c}" for c in map(name, layout.columns))
         source = f"read_parquet({text(path)})"
-        return f'SELECT {cast}, TRUE AS "#present", NULL AS "#broken" FROM {source}'
+        return f'SELECT {columns}, TRUE AS "#present", NULL AS "#broken" FROM {source}'
     if layout.kind == "csv":
         quoted = f"delim = {text(layout.delimiter)}, quote = '\"', escape = '\"'"
         rows = _read_csv(path, layout.columns, f"{quoted}, strict_mode = true", layout.header)
         return f'SELECT *, TRUE AS "#present", NULL AS "#broken" FROM {rows}'
-    # A delimiter that text files do not hold: each line is one field.
-    whole_line = "delim = '\x1f', quote = '', escape = '', strict_mode = false"
-    whole = _read_csv(path, ("line",), whole_line, layout.header)
-    lines = f"SELECT rtrim(line, chr(13)) AS line FROM {whole}"
+    # With a delimiter that text files do not hold, each line is one field.
+    whole = "delim = '\x1f', quote = '', escape = '', strict_mode = false"
+    rows = _read_csv(path, ("line",), whole, layout.header)
+    columns = layout.columns
     if layout.kind == "split":
-        fields = f"string_split(line, {text(layout.delimiter)})"
-        picked = [f"fields[{number}]" for number in range(1, len(columns) + 1)]
-        broken = (
-            f"CASE WHEN len(fields) != {len(columns)} THEN 'the line has ' || len(fields) || "
-            f"' fields where {len(columns)} are expected' END"
-        )
-    elif layout.kind == "json":
-        keys = ", ".join(text(f"$.{column}") for column in columns)
-        fields = f"CASE WHEN json_valid(line) THEN json_extract_string(line, [{keys}]) END"
-        picked = [f"fields[{number}]" for number in range(1, len(columns) + 1)]
-        broken = "CASE WHEN fields IS NULL THEN 'the line is not valid JSON' END"
+        cut, picked, broken = _split(layout)
     else:
-        patterns = [text(_LITERAL.format(key=column)) for column in layout.columns]
-        fields = f"[{', '.join(f'regexp_extract(line, {pattern}, 1)' for pattern in patterns)}]"
-        # Without its quotes; what holds an escape keeps them for `_unescape`.
-        picked = [
-            f"CASE WHEN contains(fields[{number}], chr(92)) THEN fields[{number}] "
-            f"ELSE substr(fields[{number}], 2, len(fields[{number}]) - 2) END"
-            for number in range(1, len(columns) + 1)
-        ]
-        broken = "CASE WHEN line NOT LIKE '{%}' THEN 'the line is no dictionary' END"
-    aliased = ", ".join(f"{pick} AS {column}" for pick, column in zip(picked, columns, strict=True))
-    return f"""SELECT {aliased}, coalesce(line != '', FALSE) AS "#present", {broken} AS "#broken"
-        FROM (SELECT line, {fields} AS fields FROM ({lines}))"""
+        if not layout.where:  # no need to take long texts apart
+            used = (layout.user, layout.item, layout.time, layout.rating)
+            columns = tuple(column for column in columns if column in used)
+        cut, picked, broken = (_json if layout.kind == "json" else _literal)(columns)
+    fields = [picked.format(f"fields[{number}]") for number in range(1, len(columns) + 1)]
+    named = [f"{field} AS {name(column)}" for field, column in zip(fields, columns, strict=True)]
+    return f"""
+          SELECT {", ".join(named)}, coalesce(line != '', FALSE) AS "#present",
+            CASE WHEN {broken} END AS "#broken"
+          FROM (SELECT line, {cut} AS fields FROM (SELECT rtrim(line, chr(13)) AS line FROM {rows}))
+        """
+
+
+def _split(layout: Layout) -> tuple[str, str, str]:
+    """How to cut a line into `fields`, how to pick one, and when and why a line is broken."""
+    n = len(layout.columns)
+    broken = f"len(fields) != {n} THEN 'the line has ' || len(fields) || ' fields, not {n}'"
+    return f"string_split(line, {text(layout.delimiter)})", "{}", broken
+
+
+def _json(keys: tuple[str, ...]) -> tuple[str, str, str]:
+    """Likewise for a JSON object."""
+    paths = ", ".join(text(f"$.{name(key)}") for key in keys)
+    cut = f"CASE WHEN json_valid(line) THEN json_extract_string(line, [{paths}]) END"
+    return cut, "{}", "fields IS NULL THEN 'the line is not valid JSON'"
+
+
+def _literal(keys: tuple[str, ...]) -> tuple[str, str, str]:
+    """Likewise for a Python dictionary; fields with escapes keep their quotes for `_unescape`."""
+    patterns = [text(_LITERAL.format(key=key)) for key in keys]
+    cut = ", ".join(f"regexp_extract(line, {pattern}, 1)" for pattern in patterns)
+    bare = "CASE WHEN contains({0}, chr(92)) THEN {0} ELSE substr({0}, 2, len({0}) - 2) END"
+    return f"[{cut}]", bare, "line NOT LIKE '{%}' THEN 'the line is no dictionary'"
 
 
 def _read_csv(path: Path, columns: tuple[str, ...], quoting: str, header: bool) -> str:

@@ -39,26 +39,24 @@ def check(
         raise UserError(f"{sentence}; {_REMEDY}")
     _mark_coarser_times(con, layout, first)
     bad = con.execute(
-        "SELECT problem, count(*), min(rowid), arg_min(value, rowid) FROM raw "
+        "SELECT problem, min(rowid), arg_min(value, rowid), count(*) FROM raw "
         "WHERE rowid >= ? AND problem IS NOT NULL GROUP BY problem ORDER BY min(rowid)",
         [first],
     ).fetchall()
-    if bad:
-        problem, _, row, value = bad[0]
-        shown = f" ({value})" if value is not None else ""
-        sentence = f"{_place(path, layout, row - first)}: {problem}{shown}"
-        of_time = sum(count for problem, count, *_ in bad if problem.startswith("the time"))
-        kept = con.execute(
-            "SELECT count(*) FROM raw WHERE rowid >= ? AND kept", [first]
-        ).fetchall()[0][0]
-        if 2 * of_time > kept and (unit := _guess_unit(value, layout.time_unit)):
+    kept = con.execute("SELECT count(*) FROM raw WHERE rowid >= ? AND kept", [first]).fetchall()
+    for problem, row, value, count in bad:
+        unit = _guess_unit(value, layout.time_unit) if problem.startswith("the time") else None
+        if unit and 2 * count > kept[0][0]:
             raise UserError(
-                f"{sentence}, and so for {of_time:,} of {kept:,} rows; read the file with "
-                f"`python -m data_prep table` and --time-unit {unit}"
+                f"{_place(path, layout, row - first)}: {problem} ({value}), and so for {count:,} "
+                f"of {kept[0][0]:,} rows; read the file with `python -m data_prep table` and "
+                f"--time-unit {unit}"
             )
-        if not skip:
-            raise UserError(f"{sentence}; {_REMEDY}")
-    counts = collections.Counter({problem: count for problem, count, *_ in bad})
+    if bad and not skip:
+        problem, row, value, _ = bad[0]
+        shown = "" if value is None else f" ({value})"
+        raise UserError(f"{_place(path, layout, row - first)}: {problem}{shown}; {_REMEDY}")
+    counts = collections.Counter({problem: count for problem, _, _, count in bad})
     if unreadable:
         counts["the line is not readable"] = unreadable
     return counts
@@ -85,8 +83,10 @@ def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: i
 
 def _guess_unit(value: str | None, unit: str) -> str | None:
     """Returns the unit in which a time gives a date between 1973 and 2261, if not `unit`."""
+    if value is None:
+        return None
     try:
-        number = float(value or "")
+        number = float(value)
     except ValueError:
         return None if unit == "iso" else "iso"
     for candidate, tick in NANOSECONDS.items():

@@ -107,6 +107,9 @@ def write(
     items = _index(con, "item")
     lengths = users.column("events").to_numpy()
     shards = _write_sequences(con, directory, order, users.column("id"), lengths, shard_events)
+    first, last = con.execute(
+        "SELECT min(time) // 1000000000, max(time) // 1000000000 FROM events"
+    ).fetchall()[0]
     table = pa.Table.from_arrays(
         [items.column("index"), items.column("id"), items.column("events")], schema=fmt.ITEMS_SCHEMA
     )
@@ -123,6 +126,8 @@ def write(
         "order": order,
         "shards": shards,
         "time_unit": "s",
+        "first_time": first,
+        "last_time": last,
     } | metadata
     (directory / fmt.DATASET_FILE).write_text(
         json.dumps(metadata, indent=2, default=str) + "\n", "utf-8"

@@ -83,7 +83,7 @@ def test_json(run, write, line, problem):
 
 def test_lines_of_fields(run, write):
     path = write("ratings.dat", "1::2::3::4\n\n1::2::3\n")
-    expected = f"{path}, line 3: the line has 3 fields where 4 are expected; {ITS_REMEDY}"
+    expected = f"{path}, line 3: the line has 3 fields, not 4; {ITS_REMEDY}"
     assert run("movielens", "--source", path, fails=True) == expected
     path = write("a.inter", "user_id:token\titem_id:token\ttimestamp:float\nu\ti\t1\nu\ti\tx\n")
     assert run("recbole", path, fails=True).startswith(f"{path}, line 3: the time is not a number")
@@ -141,6 +141,19 @@ def test_wrong_unit(run, write, time, unit, right, on_bad_row):
     sentence = run("table", path, "--time-unit", unit, "--on-bad-row", on_bad_row, fails=True)
     assert sentence.startswith(f"{path}, line 2: the time is")
     assert sentence.endswith(f"--time-unit {right}")
+
+
+@pytest.mark.parametrize("time", ["", "-5"])
+def test_a_unit_is_suggested_only_for_what_another_unit_explains(run, write, time):
+    path = write("a.csv", HEADER + f"u,i,{time}\n" * 3)
+    assert run("table", path, fails=True).endswith(ITS_REMEDY)
+
+
+@pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "1969-12-31"])
+def test_dates_out_of_range(run, write, date):
+    path = write("a.csv", HEADER + "u,i,2020-01-01\n" * 3 + f"u,i,{date}\n")
+    sentence = run("table", path, "--time-unit", "iso", fails=True)
+    assert sentence.startswith(f"{path}, line 5: the time is ") and ITS_REMEDY in sentence
 
 
 def test_small_times_are_a_clock_of_its_own(run, histories, write):
