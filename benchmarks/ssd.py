@@ -10,7 +10,6 @@ than the clock where other programs run. Temporary memory is the compiler's figu
 
 import argparse
 import os
-import platform
 import time
 
 import jax
@@ -61,6 +60,32 @@ def variants(length: int) -> list[tuple[str, int | None]]:
     return [("reference", None), *(("xla", size) for size in sorted(sizes))]
 
 
+def compare(batch: int, length: int, repeats: int) -> Table:
+    """Returns a table of all variants at one shape."""
+    table = Table("implementation", "chunk", "pass", title=f"B = {batch}, L = {length}")
+    for column in ("min ms", "median ms", "processor ms", "tokens/s", "temporary MiB"):
+        table.add_column(column, justify="right")
+    inputs = make_inputs(batch, length)
+    for implementation, chunk_size in variants(length):
+
+        def forward(inputs, implementation=implementation, chunk_size=chunk_size):
+            return ssd(
+                **inputs, dt_softplus=True, chunk_size=chunk_size, implementation=implementation
+            )
+
+        def both(inputs, forward=forward):
+            return jax.grad(lambda inputs: jnp.sum(forward(inputs) ** 2))(inputs)
+
+        chunk = "-" if chunk_size is None else str(chunk_size)
+        chunk += " *" if chunk_size == default_chunk_size(length) else ""
+        for name, function in (("forward", forward), ("with gradient", both)):
+            least, median, processor, memory = measure(function, inputs, repeats)
+            times = (f"{v:.2f}" for v in (least, median, processor))
+            speed = f"{batch * length / least * 1e3:,.0f}"
+            table.add_row(implementation, chunk, name, *times, speed, f"{memory:.1f}")
+    return table
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ssd", description=__doc__)
@@ -70,45 +95,11 @@ def main() -> None:
     flags = parser.parse_args()
 
     device = jax.devices()[0]
-    title = (
-        f"jax {jax.__version__}, {device.device_kind}, {os.cpu_count()} cores, {platform.machine()}"
-    )
-    table = Table("B x L", "implementation", "chunk", "pass", title=title)
-    for column in ("min ms", "median ms", "processor ms", "tokens/s", "temporary MiB"):
-        table.add_column(column, justify="right")
-
+    console = Console(width=110)
+    console.print(f"jax {jax.__version__}, {device.device_kind}, {os.cpu_count()} cores")
     for length in flags.lengths:
-        batch = max(1, flags.tokens // length)
-        inputs = make_inputs(batch, length)
-        for implementation, chunk_size in variants(length):
-
-            def forward(inputs, implementation=implementation, chunk_size=chunk_size):
-                return ssd(
-                    **inputs,
-                    dt_softplus=True,
-                    chunk_size=chunk_size,
-                    implementation=implementation,
-                )
-
-            def both(inputs, forward=forward):
-                return jax.grad(lambda inputs: jnp.sum(forward(inputs) ** 2))(inputs)
-
-            chunk = "-" if chunk_size is None else str(chunk_size)
-            chunk += " *" if chunk_size == default_chunk_size(length) else ""
-            for name, function in (("forward", forward), ("forward + backward", both)):
-                least, median, processor, memory = measure(function, inputs, flags.repeats)
-                table.add_row(
-                    f"{batch} x {length}",
-                    implementation,
-                    chunk,
-                    name,
-                    *(f"{v:.2f}" for v in (least, median, processor)),
-                    f"{batch * length / least * 1e3:,.0f}",
-                    f"{memory:.1f}",
-                )
-        table.add_section()
-    Console(width=120).print(table)
-    print("* chosen when chunk_size is None; tokens/s from the smallest time")
+        console.print(compare(max(1, flags.tokens // length), length, flags.repeats))
+    console.print("* chosen when chunk_size is None; tokens/s from the smallest time")
 
 
 if __name__ == "__main__":
