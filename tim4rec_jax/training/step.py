@@ -66,9 +66,13 @@ def micro_count(rows: int, length: int, devices: int) -> int:
     """
     if jax.default_backend() != "cpu":
         return 1
-    largest = max(min(3072 // length, 128), 8 * devices)
+    largest = min(3072 // length, 128)
     count = 1
-    while rows % (2 * count * devices) == 0 and rows // count > largest:
+    while (
+        rows // count > largest
+        and rows % (2 * count * devices) == 0
+        and rows // (2 * count) >= 8 * devices
+    ):
         count *= 2
     return count
 
@@ -133,7 +137,7 @@ def train_step(
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.global_norm(grads))
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads))]).all()
     good = finite & (state.bad_step < 0)
     new = (params, opt_state)
     old = (state.params, state.opt_state)
