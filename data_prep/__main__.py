@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if isinstance(error, duckdb.IOException):
             raise UserError(message) from error
         raise
+    except RuntimeError as error:
+        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
+            raise KeyboardInterrupt from error
+        raise
 
 
 def _inspect(flags: argparse.Namespace, console: Console) -> None:

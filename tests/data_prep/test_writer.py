@@ -14,8 +14,10 @@ import pyarrow as pa
 import pytest
 
 from data_prep import filters, prepare, writer
+from data_prep.__main__ import main
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.errors import UserError, run_main
 
 ROWS = "user_id,item_id,timestamp\n" + "".join(
     f"u{user},i{(user * user + event) % 7},{event}\n" for event in range(6) for user in range(9)
@@ -73,9 +75,6 @@ def test_killed_runs_leave_nothing_and_do_not_hinder(run, write, tmp_path):
 
 
 def _while_another_runs(run, write, out):
-    from data_prep.__main__ import main
-    from tim4rec_jax.errors import UserError
-
     with pytest.raises(UserError) as error:
         main(["table", str(write("c.csv", ROWS)), "--out", str(out)])
     assert (out.parent / ".out.partial" / "dataset").exists(), "the other run's files are gone"
@@ -145,6 +144,16 @@ def test_full_disk(run, write, monkeypatch, tmp_path, module, function, error):
     sentence = run("table", write("a.csv", ROWS), fails=True)
     assert sentence.startswith(f"the disk that {tmp_path / 'out'} is on is full (")
     assert sentence.endswith("; make room there or choose another --out")
+
+
+def test_interrupted_query(write, monkeypatch, tmp_path):
+    def interrupted(con, settings):
+        raise RuntimeError("Query interrupted")  # DuckDB's word for Ctrl-C
+
+    path = write("a.csv", ROWS)
+    monkeypatch.setattr(filters, "apply", interrupted)
+    assert run_main(lambda: main(["table", str(path), "--out", str(tmp_path / "out")])) == 130
+    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
 
 
 def test_parent_that_is_a_file(run, write):
