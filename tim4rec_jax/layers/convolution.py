@@ -1,5 +1,6 @@
 """Causal depthwise convolution over the sequence."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -28,19 +29,37 @@ class CausalConv(nnx.Module):
     """y[t, c] = bias[c] + sum_k kernel[k, c] x[t - width + 1 + k, c], zeros before the start.
 
     A sum of `width` shifted products: XLA fuses it with what comes before and after, which
-    a call of a general convolution would not allow.
+    a call of a general convolution would not allow. Channels are the last axis, or with
+    `channels_first` the last but one: then few channels do not break the vector loops.
     """
 
-    def __init__(self, channels: int, width: int, *, kaiming: bool, dtype, param_dtype, rngs):
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        kaiming: bool,
+        dtype,
+        param_dtype,
+        rngs,
+        channels_first: bool = False,
+    ):
         kernel_init, bias_init = conv_initializers(kaiming, channels, width)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, channels), param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (channels,), param_dtype))
-        self.dtype = dtype
+        self.dtype, self.axis = dtype, -1 if channels_first else -2
 
     def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
         """Convolves each channel over the length with its own taps."""
-        kernel = self.kernel[...].astype(self.dtype)
-        width, length = kernel.shape[0], x.shape[1]
-        padded = jnp.pad(x, ((0, 0), (width - 1, 0), (0, 0)))
-        taps = (padded[:, k : k + length] * kernel[k] for k in range(width))
-        return sum(taps, self.bias[...].astype(self.dtype))
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+        if self.axis == -1:
+            kernel, bias = kernel[..., None], bias[..., None]
+        width, length = kernel.shape[0], x.shape[self.axis]
+        before = [(0, 0)] * x.ndim
+        before[self.axis] = (width - 1, 0)
+        padded = jnp.pad(x, before)
+        shifted = (
+            jax.lax.slice_in_dim(padded, k, k + length, axis=self.axis % x.ndim)
+            for k in range(width)
+        )
+        return sum((tap * x for tap, x in zip(kernel, shifted, strict=True)), bias)

@@ -81,7 +81,13 @@ class TimeMixer(nnx.Module):
 
         def conv():
             return CausalConv(
-                heads, width, kaiming=kaiming, dtype=dtype, param_dtype=dtype, rngs=rngs
+                heads,
+                width,
+                kaiming=kaiming,
+                dtype=dtype,
+                param_dtype=dtype,
+                rngs=rngs,
+                channels_first=True,
             )
 
         self.scale_in, self.scale_out = linear(length), linear(length)
@@ -100,9 +106,8 @@ class TimeMixer(nnx.Module):
             jax.nn.silu(self.scale_in(dropout(tau, self.dropout_rate, fold(seeds, 0))))
         )
         # The convolutions run over positions with the heads as channels.
-        x = (tau * scale).swapaxes(1, 2)
-        x = self.activation(self.conv_1(x))
-        return self.activation(self.conv_2(x)).swapaxes(1, 2)
+        x = self.activation(self.conv_1(tau * scale))
+        return self.activation(self.conv_2(x))
 
     def advance(
         self,

@@ -23,8 +23,10 @@ def cross_entropy(
       The loss of each row, in nats, computed in at least float32.
     """
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    scores = jnp.matmul(hidden, table.T.astype(hidden.dtype), preferred_element_type=accumulate)
-    at_target = jnp.take_along_axis(scores, targets[:, None], axis=1)[:, 0]
+    table = table.astype(hidden.dtype)
+    scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
+    # Picked out of `scores`, the target would cost a [B, V] scatter in the backward pass.
+    at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
     return jax.nn.logsumexp(scores, axis=1) - at_target
 
 
