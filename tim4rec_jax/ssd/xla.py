@@ -151,7 +151,7 @@ def _within_chunk_forward(x, dt, log_decay, B, C):
 def _within_chunk_backward(residuals, dy):
     # All matrices over pairs of positions are transposed here, [k, q]: one set does for all.
     x, dt, log_decay, B, C = residuals
-    decay = _transpose(_decay(log_decay))
+    decay = _decay(log_decay, transposed=True)
     scores = matmul(B, _transpose(C))[:, None]
     ddtx = _swap(matmul(scores * decay, _swap(dy)))
 
@@ -171,7 +171,7 @@ def _within_chunk_backward(residuals, dy):
 _within_chunk.defvjp(_within_chunk_forward, _within_chunk_backward)
 
 
-def _decay(log_decay):
+def _decay(log_decay, transposed=False):
     """[b,q,r] -> exp(log_decay[k+1] + ... + log_decay[q]) for k <= q, else 0: [b,r,q,k]."""
     log_decay = _swap(log_decay)
     # Multiples of 1/16 add up without rounding and the rests stay small: a step of 0.01 next to
@@ -179,12 +179,13 @@ def _decay(log_decay):
     coarse = jnp.round(log_decay * 16) / 16
     # Sums by matrix products: a compiler may fuse cumsum into the loop over all pairs.
     causal = _ones_up_to(log_decay.shape[-1], 0, log_decay)
-    difference = sum(
-        total[..., :, None] - total[..., None, :]
-        for total in (matmul(v, causal.T) for v in (coarse, log_decay - coarse))
-    )
+    totals = [matmul(v, causal.T) for v in (coarse, log_decay - coarse)]
+    # Built transposed where that is wanted, as transposing costs as much as building.
+    to_row, to_column = (-1, -2) if not transposed else (-2, -1)
+    difference = sum(jnp.expand_dims(v, to_row) - jnp.expand_dims(v, to_column) for v in totals)
+    visible = (causal.T if transposed else causal) > 0
     # Masked before exp: beyond the diagonal it may overflow.
-    return jnp.exp(jnp.where(causal > 0, difference, -jnp.inf))
+    return jnp.exp(jnp.where(visible, difference, -jnp.inf))
 
 
 def _ones_up_to(size, offset, like):
