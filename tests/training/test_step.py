@@ -1,0 +1,170 @@
+"""The training step: splitting a batch over time or devices changes nothing."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from small_dataset import in_memory, random_histories
+from tiny_run import MAX_LENGTH, tiny_config
+
+from tim4rec_jax.data import TrainBatches
+from tim4rec_jax.layers import row_seeds
+from tim4rec_jax.models import build
+from tim4rec_jax.training.step import (
+    init_state,
+    loss_and_gradients,
+    make_optimizer,
+    micro_count,
+    train_step,
+)
+
+ROWS = 16
+SEEDS = row_seeds(jax.random.key(3), ROWS)
+gradients_in_parts = jax.jit(loss_and_gradients, static_argnames=("graphdef", "micro"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = tiny_config("none").model
+    config.update(dropout_prob=0.3, time_drop_out=0.3)
+    return nnx.split(build(config, n_items=30, max_length=MAX_LENGTH))
+
+
+@pytest.fixture(scope="module")
+def batches():
+    dataset = in_memory(random_histories([20] * 6))
+    batches = TrainBatches(
+        dataset, max_length=MAX_LENGTH, batch_size=ROWS, seed=0, convention="recbole", buckets=[12]
+    )
+    keep = ("items", "lengths", "gaps", "targets", "weights")
+    return [{name: batches[number][name] for name in keep} for number in range(4)]
+
+
+def check_close(ours, theirs, tolerance):
+    """Norm by norm: single elements may be sums that cancel."""
+    pairs = zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True)
+    for a, b in pairs:
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        limit = tolerance * np.linalg.norm(b) + 1e-12
+        assert np.linalg.norm(a - b) <= limit, (a.shape, np.abs(a - b))
+
+
+def test_micro_batches_give_loss_and_gradients_of_the_whole(model, batches):
+    whole = gradients_in_parts(*model, batches[0], SEEDS, micro=1)
+    parts = gradients_in_parts(*model, batches[0], SEEDS, micro=4)
+    check_close(parts, whole, 3e-6)
+    # Dropout was on, or its masks would not have been tested.
+    others = gradients_in_parts(*model, batches[0], SEEDS + jnp.uint32(1), micro=1)
+    assert abs(others[0] - whole[0]) > 1e-4
+
+
+def test_filler_rows_change_nothing(model, batches):
+    weights = np.where(np.arange(ROWS) < 11, 1, 0).astype(np.float32)
+    batch = batches[0] | {"weights": weights}
+    other = (
+        {  # the same real rows, other filler
+            name: np.concatenate([batch[name][:11], batches[1][name][11:]]) for name in batch
+        }
+        | {"weights": weights}
+    )
+    loss, gradients = gradients_in_parts(*model, batch, SEEDS, micro=1)
+    same = gradients_in_parts(*model, other, SEEDS, micro=1)
+    jax.tree.map(np.testing.assert_array_equal, same, (loss, gradients))
+    single = [
+        gradients_in_parts(*model, batch | {"weights": np.eye(ROWS)[i]}, SEEDS, micro=1)[0]
+        for i in range(11)
+    ]
+    assert np.ptp(single) > 1e-3
+    assert loss == pytest.approx(np.mean(single), rel=1e-6)
+
+
+def new_state(model, tx):
+    _, params = model
+    return init_state(jax.tree.map(jnp.copy, params), tx, seed=5)
+
+
+def train(model, batches, tx, devices=1, micro=1):
+    graphdef, _ = model
+    mesh = Mesh(np.asarray(jax.devices()[:devices]), ("batch",))
+    state = jax.device_put(new_state(model, tx), NamedSharding(mesh, PartitionSpec()))
+    losses = []
+    for batch in batches:
+        batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch")))
+        state, metrics = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def test_eight_devices_give_the_parameters_of_one(model, batches):
+    # Not Adam: it would blow up the rounding of gradients that are all but zero.
+    tx = optax.sgd(0.3, momentum=0.9)
+    one, losses = train(model, batches, tx)
+    assert len(jax.devices()) == 8
+    eight, same_losses = train(model, batches, tx, devices=8, micro=2)
+    for leaf in jax.tree.leaves(eight.params):
+        assert len(leaf.sharding.device_set) == 8
+    check_close(eight.params, one.params, 1e-6)
+    np.testing.assert_allclose(same_losses, losses, rtol=1e-6)
+
+
+@functools.cache
+def sgd():
+    return optax.sgd(0.3, momentum=0.9)
+
+
+def test_the_loss_of_the_epoch_is_the_mean_of_its_rows(model, batches):
+    light = batches[1] | {"weights": np.eye(ROWS, dtype=np.float32)[0]}
+    graphdef, _ = model
+    state, expected = new_state(model, sgd()), []
+    for batch in (batches[0], light):
+        seeds = row_seeds(jax.random.fold_in(state.rng, state.step), ROWS)
+        loss, _ = gradients_in_parts(graphdef, state.params, batch, seeds, micro=1)
+        expected.append((float(loss), batch["weights"].sum()))
+        state, metrics = train_step(state, batch, graphdef=graphdef, tx=sgd(), micro=1)
+    losses, weights = zip(*expected, strict=True)
+    assert weights == (16, 1)
+    assert float(metrics["loss"]) == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
+
+
+def test_a_step_that_is_not_finite_changes_nothing_ever_after(model, batches):
+    graphdef, _ = model
+    broken = batches[1] | {"gaps": np.full_like(batches[1]["gaps"], np.nan)}
+    state, _ = train_step(new_state(model, sgd()), batches[0], graphdef=graphdef, tx=sgd(), micro=1)
+    before = jax.tree.map(np.array, (state.params, state.opt_state))
+    for step, batch in enumerate((broken, batches[2]), 1):
+        state, metrics = train_step(state, batch, graphdef=graphdef, tx=sgd(), micro=1)
+        assert (int(metrics["bad_step"]), int(state.step)) == (1, step + 1)
+        jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+
+
+def test_adam_with_the_decay_added_to_the_gradient():
+    tx = make_optimizer(0.01, 0.1)
+    parameter, state = np.array([2.0, -1.0]), tx.init(jnp.array([2.0, -1.0]))
+    mean = square = np.zeros(2)
+    for step, gradient in enumerate(([0.5, -0.2], [0.1, 0.4]), 1):
+        updates, state = tx.update(jnp.array(gradient), state, jnp.asarray(parameter))
+        total = np.array(gradient) + 0.1 * parameter
+        mean, square = 0.9 * mean + 0.1 * total, 0.999 * square + 0.001 * total**2
+        scale = np.sqrt(square / (1 - 0.999**step)) + 1e-8
+        expected = -0.01 * mean / (1 - 0.9**step) / scale
+        np.testing.assert_allclose(updates, expected, rtol=1e-4)
+        parameter = parameter + expected
+
+
+@pytest.mark.parametrize("rows", [1, 7, 48, 256, 2048, 4096])
+@pytest.mark.parametrize("length", [8, 50, 200])
+@pytest.mark.parametrize("devices", [1, 2, 8])
+def test_micro_batches_divide_the_rows_of_every_device(rows, length, devices):
+    devices = math.gcd(rows, devices)
+    count = micro_count(rows, length, devices)
+    assert rows % (count * devices) == 0
+    if count > 1:
+        assert rows // count >= 8 * devices
+    if rows % 256 == 0:
+        assert rows // count <= max(3072 // length, 8 * devices)
