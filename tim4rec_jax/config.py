@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
+from tim4rec_jax.data import Dataset
 from tim4rec_jax.errors import UserError
 
 # A ConfigDict: which attributes it has, no type checker can know.
@@ -63,6 +64,29 @@ def default() -> Config:
     )
 
 
+_POSITIVE = (
+    "data.max_length",
+    "model.hidden_size",
+    "model.num_layers",
+    "model.d_state",
+    "model.d_conv",
+    "model.expand",
+    "model.head_dim",
+    "model.norm_eps",
+    "train.batch_size",
+    "train.learning_rate",
+    "train.epochs",
+    "eval.batch_size",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "model.chunk_size",
+    "train.weight_decay",
+    "train.patience",
+    "train.checkpoint_minutes",
+)
+
+
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
     """Raises a ValueError that lists the variants if `variant` is none of them."""
     if variant not in ("", *known):
@@ -75,8 +99,11 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: a setting cannot be, with its name.
     """
+    from tim4rec_jax.models import MODELS  # with JAX, which the other functions do without
+
     config = config.copy_and_resolve_references()
     model, train = config.model, config.train
+    _one_of("model.name", model.name, tuple(MODELS))
     _one_of("model.time_encoding", model.time_encoding, ("paper", "masked"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("train.objective", train.objective, ("prefix",))
@@ -86,19 +113,14 @@ def resolve(config: Config) -> Config:
     for name in ("dropout_prob", "time_drop_out"):
         if not 0 <= model[name] < 1:
             raise UserError(f"config.model.{name} is {model[name]}; it must lie in [0, 1)")
-    positive = {
-        "data.max_length": config.data.max_length,
-        "train.batch_size": train.batch_size,
-        "train.learning_rate": train.learning_rate,
-        "train.epochs": train.epochs,
-        "eval.batch_size": config.eval.batch_size,
-        "model.num_layers": model.num_layers,
-        "model.hidden_size": model.hidden_size,
-        "model.head_dim": model.head_dim,
-    }
-    for name, value in positive.items():
-        if value <= 0:
-            raise UserError(f"config.{name} is {value}; it must be positive")
+    flat = flatten(config)
+    # Negated, so that a NaN does not pass.
+    for name in _POSITIVE:
+        if not flat[name] > 0:
+            raise UserError(f"config.{name} is {flat[name]}; it must be positive")
+    for name in _NOT_NEGATIVE:
+        if not flat[name] >= 0:
+            raise UserError(f"config.{name} is {flat[name]}; it must not be negative")
     if model.hidden_size * model.expand % model.head_dim:
         raise UserError(
             f"config.model.head_dim is {model.head_dim}; it must divide "
@@ -123,8 +145,12 @@ def flatten(config: Config, prefix: str = "") -> dict:
 
 def write(config: Config, path: Path) -> None:
     """Writes the settings as JSON, whole or not at all."""
+    _write_json(config.to_dict(), path)
+
+
+def _write_json(values: dict, path: Path) -> None:
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
     partial.replace(path)
 
 
@@ -162,4 +188,22 @@ def check_unchanged(config: Config, path: Path) -> None:
         raise UserError(
             f"{path.parent} holds a run with other settings: {listed}; "
             "choose another --workdir, or delete that one to start anew"
+        )
+
+
+def check_same_dataset(dataset: Dataset, path: Path) -> None:
+    """Makes sure that a run goes on with the dataset it began with, described in `path`.
+
+    Raises:
+      UserError: another dataset is in its place, with what tells them apart.
+    """
+    ours = dataset.metadata
+    if not path.exists():
+        _write_json(ours, path)
+    theirs = json.loads(path.read_text())
+    changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    if changed:
+        raise UserError(
+            f"{dataset.directory} is not the dataset that the run in {path.parent} began with "
+            f"(other {', '.join(changed)}); restore it, or choose another --workdir"
         )

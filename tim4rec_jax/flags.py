@@ -54,11 +54,14 @@ def _load(argv: list[str]) -> Config:
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     try:
-        return runpy.run_path(path)["get_config"](variant)
-    except KeyError as error:
-        raise UserError(f"--config: {path} has no function get_config") from error
-    except (ValueError, SyntaxError, ImportError, NameError, AttributeError) as error:
-        raise UserError(f"--config {named[-1]}: {error}") from error
+        get_config = runpy.run_path(path).get("get_config")
+        if get_config is not None:
+            return get_config(variant)
+    # The file is the user's: whatever it raises is for the user to put right.
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError | SyntaxError) else f"{type(error).__name__}: "
+        raise UserError(f"--config {named[-1]}: {kind}{error}") from error
+    raise UserError(f"--config: {path} has no function get_config")
 
 
 def _check_keys(argv: list[str], config: Config) -> None:

@@ -69,6 +69,7 @@ class _Run:
             config_lib.check_unchanged(config, settings)
         else:
             config_lib.write(config, settings)
+        config_lib.check_same_dataset(dataset, workdir / "dataset.json")
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         data, batch_size = config.data, config.train.batch_size
@@ -91,7 +92,6 @@ class _Run:
         )
         self.iterator = train_iterator(self.batches)
         self.progress = {
-            "dataset": [dataset.n_users, dataset.n_items, dataset.n_events],
             "best": None,  # validation metrics of the best epoch
             "best_epoch": 0,
             "stale_epochs": 0,  # epochs in a row that were not better
@@ -120,16 +120,10 @@ class _Run:
     def _resume(self) -> None:
         print(describe_data(self.batches))
         print(describe_model(self.graphdef, self.state.params, self.config.data.max_length))
-        expected = self.progress["dataset"]
         restored = self.checkpoints.restore(self.state, self.iterator)
         if restored is not None:
             self.state, self.progress = restored
             print(f"resuming at step {int(self.state.step):,}")
-        if self.progress["dataset"] != expected:
-            raise UserError(
-                f"{self.config.dataset} has changed since this run began (users, items, events "
-                f"were {self.progress['dataset']}, are {expected}); choose another --workdir"
-            )
         # Counted on the host: asking the device would wait for it.
         self._step = int(self.state.step)
         self._check_finite(self._step, int(self.state.bad_step))
