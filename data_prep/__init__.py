@@ -5,5 +5,6 @@ puts each user's events in order and writes the directory that `tim4rec_jax.data
 reads. DuckDB does the work, out of core: a log larger than memory is fine.
 
 Times are written as whole seconds, whatever the source has: one unit on disk, the model's own.
-Events are put in order by the source's full precision before that (`--order exact`).
+`--order exact` sorts by the source's full precision before that; `--order recbole` rounds the
+seconds to 32-bit floats and sorts by these. Ties stay in the order of the source.
 """

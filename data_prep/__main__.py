@@ -53,7 +53,7 @@ def _inspect(flags: argparse.Namespace, console: Console) -> None:
     inspect.print_statistics(dataset, figures, console)
     path = flags.plot or flags.directory / "inspect.png"
     plot.plot(dataset, figures, path)
-    console.print(f"picture: {path}")
+    console.print(f"picture: {path}", soft_wrap=True)
 
 
 def _make(flags: argparse.Namespace, console: Console) -> None:
@@ -69,7 +69,7 @@ def _make(flags: argparse.Namespace, console: Console) -> None:
         print_steps(metadata, console)
     counts = ", ".join(f"{metadata[key]:,} {key}" for key in ("users", "items", "events"))
     days = f"{day(metadata['first_time'])} to {day(metadata['last_time'])}"
-    console.print(f"{flags.out}: {counts}, {days}", highlight=False)
+    console.print(f"{flags.out}: {counts}, {days}", highlight=False, soft_wrap=True)
 
 
 def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:

@@ -15,8 +15,8 @@ ranks by the conditional probability given (interest, gap), who sees items alone
 average over the gap. Both rankings are Bayes-optimal for Hit and NDCG.
 
 Times are seconds since the user came, not unix times. In the published time encoding the first
-padding position holds minus the last time (DESIGN: it shares a normalisation with the gaps); with
-unix times it would leave nothing of them. They stay below 2**24, so float32 holds them exactly.
+padding position holds minus the last time and is normalised together with the gaps; a unix time
+there would leave nothing of them. Below 2**24 seconds float32 is exact, too.
 """
 
 import argparse
