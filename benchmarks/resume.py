@@ -126,7 +126,7 @@ def main() -> None:
         ]
         same_figures = figures(calm) == figures(killed)
         size = sum(array.nbytes for array in theirs.values())
-        print(f"{len(theirs)} arrays, {size:,} bytes; differing: {differing or 'none'}")
+        print(f"{len(theirs)} arrays, {size:,} bytes; differing: {len(differing)} {differing[:3]}")
         print(f"metrics.json: {'equal' if same_figures else 'DIFFERENT'}")
         sys.exit(bool(differing) or not same_figures)
 

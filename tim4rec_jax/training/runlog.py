@@ -102,7 +102,7 @@ class ProgressLine:
             self._width = 0
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Formats seconds as 1:02:03 or 2:03."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -1,0 +1,132 @@
+"""Checkpoints: what is damaged is passed over, what is half-written goes."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_dataset import in_memory, random_histories
+
+from tim4rec_jax.data import TrainBatches
+from tim4rec_jax.data.pipeline import train_iterator
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.training.checkpoints import Checkpoints
+from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
+
+
+def state(step, value) -> TrainState:
+    params = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Param)
+    fresh = init_state(params, make_optimizer(1e-3, 0.0), seed=value)
+    params, opt_state = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, value), (params, fresh.opt_state)
+    )
+    return fresh.replace(
+        step=jnp.int32(step), params=params, opt_state=opt_state, loss_sum=jnp.float32(value)
+    )
+
+
+def iterator(position):
+    batches = TrainBatches(
+        in_memory(random_histories([20] * 5)),
+        max_length=6,
+        batch_size=4,
+        seed=0,
+        convention="exact",
+        buckets=(6,),
+    )
+    return train_iterator(batches, start_batch=position, threads=0)
+
+
+def save(workdir, *steps):
+    checkpoints = Checkpoints(workdir)
+    for step in steps:
+        checkpoints.save(state(step, 2 * step), iterator(step), {"epoch": step})
+        checkpoints.save_best(step, state(step, 2 * step).params)
+    checkpoints.close()
+
+
+def restore(workdir):
+    """Step, progress and position in the data of what is restored; checks every value."""
+    data = iterator(0)
+    checkpoints = Checkpoints(workdir)
+    restored = checkpoints.restore(state(0, -1), data)
+    checkpoints.close()
+    if restored is None:
+        return None
+    found, progress = restored
+    step = int(found.step)
+    expected = state(step, 2 * step)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        if jax.dtypes.issubdtype(ours.dtype, jax.dtypes.prng_key):
+            ours, theirs = jax.random.key_data(ours), jax.random.key_data(theirs)
+        np.testing.assert_array_equal(ours, theirs)
+        assert ours.dtype == theirs.dtype
+    np.testing.assert_array_equal(next(data)["items"], next(iterator(step))["items"])
+    return step, progress["epoch"]
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def truncate(folder):
+    files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
+    assert files
+    for file in files:
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip(folder):
+    """Changes bits in the largest file, which holds the arrays."""
+    largest = max(folder.rglob("*"), key=lambda path: path.stat().st_size * path.is_file())
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    largest.write_bytes(content)
+
+
+def test_nothing_there(tmp_path):
+    assert restore(tmp_path) is None
+
+
+def test_the_last_two_states_and_the_best_parameters_are_kept(tmp_path):
+    save(tmp_path, 3, 5, 8)
+    assert names(tmp_path / "checkpoints") == {"5", "8"}
+    assert names(tmp_path / "best") == {"8"}
+    assert restore(tmp_path) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [truncate, flip, lambda folder: shutil.rmtree(folder / "state")],
+    ids=["truncated", "flipped", "half deleted"],
+)
+def test_damage_is_passed_over_with_a_word(tmp_path, capsys, damage):
+    save(tmp_path, 5, 8)
+    damage(tmp_path / "checkpoints" / "8")
+    assert restore(tmp_path) == (5, 5)
+    said = capsys.readouterr().out
+    assert f"checkpoint {tmp_path / 'checkpoints' / '8'} is damaged, passing over it" in said
+    # The next checkpoints take the place of the damaged one.
+    save(tmp_path, 6, 8)
+    assert restore(tmp_path) == (8, 8)
+
+
+def test_nothing_readable_left(tmp_path):
+    save(tmp_path, 5, 8)
+    for step in ("5", "8"):
+        truncate(tmp_path / "checkpoints" / step)
+    with pytest.raises(UserError, match="can be read; delete the run"):
+        restore(tmp_path)
+    assert names(tmp_path / "checkpoints") == {"5", "8"}
+
+
+def test_half_written_checkpoints_are_removed(tmp_path):
+    save(tmp_path, 5)
+    for folder in (tmp_path / "checkpoints", tmp_path / "best"):
+        shutil.copytree(folder / "5", folder / "7.orbax-checkpoint-tmp")
+        truncate(folder / "7.orbax-checkpoint-tmp")
+    assert restore(tmp_path) == (5, 5)
+    assert names(tmp_path / "checkpoints") == names(tmp_path / "best") == {"5"}
