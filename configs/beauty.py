@@ -3,7 +3,8 @@
     python -m data_prep amazon Beauty --order recbole --out data/beauty
     python train.py --config configs/beauty.py --workdir runs/beauty
 
-131,413 training samples. Expected: EXPECTED. Time: TIME.
+131,413 training samples. Expected (seed 2020): test Hit@10 .0730, NDCG@10 .0350 (validation .0870,
+.0414), best of 35 epochs the 14th; about 23 s an epoch on two CPU cores.
 
 Variant `official`: the released settings to the letter, which ours only leave in the number
 of users validated at once.

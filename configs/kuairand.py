@@ -4,7 +4,7 @@
     python train.py --config configs/kuairand.py --workdir runs/kuairand
 
 Published (paper v3, table 3; 64-d): HR@10 .1109, NDCG@10 .0611; an independent rerun of the
-code .1053 / .0598. Time: EXPECTED_TIME.
+code .1053 / .0598. Not trained by us yet: the log has to be fetched from its owner.
 
 Variant `official`: the released settings to the letter, which switch time off.
 """

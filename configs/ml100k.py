@@ -3,7 +3,8 @@
     python -m data_prep movielens ml-100k --order recbole --out data/ml-100k
     python train.py --config configs/ml100k.py --workdir runs/ml100k
 
-For quick comparisons: short histories, small batches. Expected: EXPECTED. Time: TIME.
+For quick comparisons: short histories, small batches. Expected (seeds 2020, 2021, 2022): test
+Hit@10 .137 +- .010, NDCG@10 .064 +- .003 after 8 to 13 epochs of about 40 s on two CPU cores.
 
 Variant `official`: the settings released for ML-1M to the letter (none were released for
 this set): histories of 200, batches of 2048, patience 20.

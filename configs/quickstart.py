@@ -3,9 +3,10 @@
     python -m data_prep synthetic --out data/synthetic
     python train.py --config configs/quickstart.py --workdir runs/quickstart
 
-`make quickstart` runs both. Expected: test NDCG@10 above what any model blind to time can
-reach and within 15 % of what any model can; under three minutes on two CPU cores. The README has the
-figures. Variant `official`: the released ML-1M settings on this data.
+`make quickstart` runs both. Expected (seed 2020): test NDCG@10 .46 to .47, where a model blind to
+time cannot exceed .345 and no model .497; under three minutes on two CPU cores.
+
+Variant `official`: the released ML-1M settings on this data.
 """
 
 from tim4rec_jax import config as config_lib
