@@ -43,7 +43,7 @@ def ssd(
         D: weight of the skip connection; None: none.
         dt_bias: added to `dt` first.
         dt_softplus: whether softplus is applied to `dt` next.
-        dt_limit: smallest and largest `dt`, applied last.
+        dt_limit: smallest and largest `dt`, applied last; `(0, inf)` changes nothing.
         initial_state: the state before the first position, zeros if None.
         segment_ids: the state starts from zeros where the id differs from the one before; the
             first segment starts from `initial_state`. None: one segment.

@@ -26,12 +26,12 @@ _BLOCK = 2**20
 
 
 def default_chunk_size(length: int) -> int:
-    """Returns the number of positions of equal chunks that cover `length`, at most 64.
+    """Returns the size of the fewest equal chunks of at most 64 positions that cover `length`.
 
-    On a CPU, one chunk is fastest up to 64 positions and chunks of 40-64 beyond, as long as no
-    filler is needed to complete the last one (P = N = 32, forward and backward; see
-    `benchmarks/ssd.py`). The work within chunks grows with their size, that between chunks
-    with N / size, so the optimum moves little from one platform to another.
+    Measured on a 2-core CPU (`benchmarks/ssd.py`; P = N = 32, with gradient): up to 64 one chunk
+    is fastest; beyond, sizes of 32 to 64 are within a tenth of each other and larger ones slower.
+    Equal chunks need next to no filler, which can double the time. Work within chunks grows with
+    their size and work between them falls with it, so other platforms start from the same rule.
     """
     return -(-length // -(-length // 64))
 
