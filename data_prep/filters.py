@@ -30,30 +30,46 @@ class Filters:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is there after one step."""
+    """What is there after one step; users and items are not counted before rows are checked."""
 
     step: str
     events: int
-    users: int
-    items: int
+    users: int | None = None
+    items: int | None = None
 
 
-def apply(con: duckdb.DuckDBPyConnection, filters: Filters) -> list[Step]:
+def apply(
+    con: duckdb.DuckDBPyConnection,
+    filters: Filters,
+    *,
+    where: str | None = None,
+    unreadable: int = 0,
+) -> list[Step]:
     """Turns `raw` into the table `events` (source row, user, item, time) of what is kept.
 
     `user` and `item` there are numbers, keys of the tables `users` and `items`.
 
+    Args:
+      con: holds `raw`.
+      filters: what to keep.
+      where: the condition that `raw.kept` is about, to be told.
+      unreadable: rows of the source that are not in `raw`, to be told.
+
     Raises:
       UserError: nothing is left; names the step that removed the last event.
     """
-    rows, good = con.execute(
-        "SELECT count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) FROM raw"
+    rows, kept, good = con.execute(
+        "SELECT count(kept), count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) "
+        "FROM raw"
     ).fetchall()[0]
     _number_ids(con)
-    steps = [_count(con, "rows read")]
-    if good < rows:
-        steps.insert(0, dataclasses.replace(steps[0], events=rows, step="rows in the source"))
-        steps[1] = dataclasses.replace(steps[1], step="bad rows skipped")
+    reading = {"rows in the source": rows + unreadable}
+    if where:
+        reading[f"where {where}"] = kept + unreadable
+    if good < kept + unreadable:
+        reading["bad rows skipped"] = good
+    steps = [Step(step, events) for step, events in reading.items()]
+    steps[-1] = _count(con, steps[-1].step)
     _refuse_empty(steps)
     for step, condition in _conditions(filters):
         _keep(con, condition)

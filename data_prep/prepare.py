@@ -64,6 +64,7 @@ def prepare(
     settings = filters.Filters(
         flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
     )
+    where = getattr(flags, "where", None)
     skipped: collections.Counter[str] = collections.Counter()
     with (
         contextlib.closing(connect(work, flags.memory_limit)) as con,
@@ -78,11 +79,11 @@ def prepare(
             skipped += _read_file(con, source, path, flags)
         sources = [fingerprint.result() for fingerprint in fingerprints]
         status.update("filtering")
-        steps = filters.apply(con, settings)
+        steps = filters.apply(con, settings, where=where, unreadable=skipped[rows.UNREADABLE])
         status.update("writing")
         metadata = {
             "name": flags.name,
-            "filters": dataclasses.asdict(settings) | {"where": getattr(flags, "where", None)},
+            "filters": dataclasses.asdict(settings) | {"where": where},
             "steps": [dataclasses.asdict(step) for step in steps],
             "bad_rows": dict(skipped),
             "sources": sources,
@@ -136,7 +137,7 @@ def print_steps(metadata: dict, console: Console) -> None:
     for step in metadata["steps"]:
         counts = [step[key] for key in ("events", "users", "items")]
         removed = "" if before is None else f"{before - step['events']:,}"
-        table.add_row(step["step"], *(f"{count:,}" for count in counts), removed)
+        table.add_row(step["step"], *("" if n is None else f"{n:,}" for n in counts), removed)
         before = step["events"]
     console.print(table)
     for reason, count in metadata["bad_rows"].items():

@@ -20,8 +20,8 @@ _LITERAL = r"""'{key}': u?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 def create(con: duckdb.DuckDBPyConnection) -> None:
     """Makes the empty table `raw` that `append` fills, one row per row of the files, in order.
 
-    `time` is in nanoseconds; `kept` is False where the layout's condition fails; `problem` says
-    what is wrong with a row, and `value` quotes the offending field.
+    `time` is in nanoseconds; `kept` is False where the layout's condition fails and null for an
+    empty line; `problem` says what is wrong with a row, `value` quotes the offending field.
     """
     con.execute(
         'CREATE TABLE raw ("user" VARCHAR, item VARCHAR, time BIGINT, rating DOUBLE, '
@@ -76,7 +76,7 @@ def _checked_rows(path: Path, layout: Layout) -> str:
     rating = name(layout.rating) if layout.rating else "NULL"
     return f"""
       SELECT "user", item, {ticks} AS ticks, TRY_CAST(rating AS DOUBLE), kept, CASE
-          WHEN NOT kept THEN NULL
+          WHEN kept IS NOT TRUE THEN NULL
           WHEN broken IS NOT NULL THEN broken
           WHEN "user" IS NULL THEN 'the user id is empty'
           WHEN item IS NULL THEN 'the item id is empty'
@@ -91,7 +91,7 @@ def _checked_rows(path: Path, layout: Layout) -> str:
       FROM (SELECT *, {parse} AS number FROM (
         SELECT nullif({name(layout.user)}, '') AS "user", nullif({name(layout.item)}, '') AS item,
           nullif({name(layout.time)}, '') AS time, {rating} AS rating, "#broken" AS broken,
-          coalesce("#present" AND ({layout.where or "TRUE"}), FALSE) AS kept
+          CASE WHEN "#present" THEN coalesce(({layout.where or "TRUE"}), FALSE) END AS kept
         FROM ({_fields(path, layout)})
       ))"""
 

@@ -13,6 +13,7 @@ from data_prep.read import LAST_SECOND, NANOSECONDS
 from data_prep.text import is_gzip, open_text
 from tim4rec_jax.errors import UserError
 
+UNREADABLE = "the line is not readable"
 _REMEDY = "correct it or pass --on-bad-row=skip"
 
 
@@ -58,7 +59,7 @@ def check(
         raise UserError(f"{_place(path, layout, row - first)}: {problem}{shown}; {_REMEDY}")
     counts = collections.Counter({problem: count for problem, _, _, count in bad})
     if unreadable:
-        counts["the line is not readable"] = unreadable
+        counts[UNREADABLE] = unreadable
     return counts
 
 

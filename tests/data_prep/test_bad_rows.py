@@ -203,7 +203,9 @@ def test_nothing_left(run, write):
         "and loosen the filters (--k-core, --min-rating, --since, --until, --where)"
     )
     sentence = run("table", write("b.csv", HEADER), fails=True)
-    assert sentence.startswith("nothing is left of the source: the step 'rows read' leaves no")
+    assert sentence.startswith(
+        "nothing is left of the source: the step 'rows in the source' leaves no"
+    )
 
 
 def test_damaged_gzip(run, write):

@@ -98,21 +98,36 @@ def test_dates_are_utc_and_half_open(run, histories, write):
 
 
 def test_steps_are_told(run, write, capsys):
-    rows = ["u,a,1,5", "u,a,1,5", "u,a,2,1", "u,a,9,5", "u,a,3,5", "v,a,4,5", "u,b,bad,5"]
+    rows = [
+        "u,a,1,5",
+        "u,a,1,5",
+        "u,a,2,1",
+        "u,a,9,5",
+        "u,a,3,5",
+        "v,a,4,5",
+        "u,b,bad,5",
+        "u,c,bad,5",
+        "u,b",
+    ]
     flags = ("--on-bad-row", "skip", "--deduplicate", "exact", "--min-rating", "2")
     flags += ("--until", "1970-01-01T00:00:08", "--k-core", "2", "--name", "shop")
+    flags += ("--where", "item_id != 'c'")
     ds = run("table", write("a.csv", HEADER + "\n".join(rows) + "\n"), *flags)
     assert ds.name == "shop"
     metadata = json.loads((ds.directory / "dataset.json").read_text())
     assert [tuple(step.values()) for step in metadata["steps"]] == [
-        ("rows in the source", 7, 2, 1),
+        ("rows in the source", 9, None, None),
+        ("where item_id != 'c'", 8, None, None),
         ("bad rows skipped", 6, 2, 1),
         ("duplicates (exact)", 5, 2, 1),
         ("rating >= 2", 4, 2, 1),
         ("until 1970-01-01 00:00:08+00:00", 3, 2, 1),
         ("2-core", 2, 1, 1),
     ]
-    assert metadata["bad_rows"] == {"the time is not a number": 1}
+    assert metadata["bad_rows"] == {
+        "the time is not a number": 1,
+        "the line is not readable": 1,
+    }
     assert metadata["filters"]["k_core"] == 2
 
 
@@ -122,4 +137,4 @@ def test_table_of_steps_is_printed(run, write, capsys):
     path = write("a.csv", HEADER + "u,a,1,5\nu,b,2,5\nu,a,3,5\n")
     main(["table", str(path), "--k-core", "2", "--out", str(path.parent / "printed")])
     shown = capsys.readouterr().out
-    assert "rows read" in shown and "2-core" in shown and "events removed" in shown
+    assert "rows in the source" in shown and "2-core" in shown and "events removed" in shown

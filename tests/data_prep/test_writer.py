@@ -147,7 +147,7 @@ def test_full_disk(run, write, monkeypatch, tmp_path, module, function, error):
 
 
 def test_interrupted_query(write, monkeypatch, tmp_path):
-    def interrupted(con, settings):
+    def interrupted(*arguments, **settings):
         raise RuntimeError("Query interrupted")  # DuckDB's word for Ctrl-C
 
     path = write("a.csv", ROWS)
