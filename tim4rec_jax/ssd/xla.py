@@ -21,7 +21,7 @@ vecdot = functools.partial(jnp.vecdot, precision=jax.lax.Precision.HIGHEST)
 # exp() of it is zero in float32 and float64. Bounded so, the decays of a chunk add up exactly.
 _FORGET_ALL = -1000.0
 
-# Elements of the largest array of a block of rows on a CPU: 2-4 MB, what a core's cache holds.
+# Numbers in the matrices and inputs of a block of rows on a CPU: what its caches hold.
 _BLOCK = 2**20
 
 
@@ -63,18 +63,16 @@ def ssd_xla(
     groups, size = B.shape[2:]
     chunk = min(chunk_size or default_chunk_size(length), length)
     chunks = -(-length // chunk)
+    per_group = heads // groups
 
-    def rows(v, lead, *shape):
+    def rows(v, *shape):
         """[B,L,G*...] -> [b,q,...]; the filler has dt = 0 and decay 1: it changes nothing."""
         v = jnp.pad(v, [(0, 0), (0, chunks * chunk - length)] + [(0, 0)] * (v.ndim - 2))
         v = v.reshape(batch, chunks, chunk, groups, *shape)
-        return jnp.moveaxis(v, 3, 1).reshape(lead, chunk, *shape)
+        return jnp.moveaxis(v, 3, 1).reshape(batch * groups * chunks, chunk, *shape)
 
-    lead = batch * groups * chunks
-    per_group = heads // groups
-    x = rows(x, lead, per_group, width)
-    dt, log_decay = rows(dt, lead, per_group), rows(log_decay, lead, per_group)
-    B, C = rows(B, lead, size), rows(C, lead, size)
+    x, B, C = rows(x, per_group, width), rows(B, size), rows(C, size)
+    dt, log_decay = rows(dt, per_group), rows(log_decay, per_group)
     log_decay = jnp.maximum(log_decay, _FORGET_ALL)
 
     y = _in_blocks(_within_chunk, x, dt, log_decay, B, C)
