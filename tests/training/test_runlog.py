@@ -50,7 +50,10 @@ def test_duration(seconds, text):
     assert duration(seconds) == text
 
 
-def test_the_first_signal_asks_and_the_second_acts():
+def test_the_first_signal_asks_and_the_second_acts(request):
+    # A shell starts background jobs with Ctrl-C ignored.
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, interrupt))
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt), stop_on_signal() as stop:
         assert not stop
