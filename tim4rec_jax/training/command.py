@@ -9,6 +9,7 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.report import print_report
+from tim4rec_jax.training.checkpoints import silence_echoes
 from tim4rec_jax.training.loop import train
 
 
@@ -23,6 +24,7 @@ def train_and_report(config: Config, workdir: Path) -> None:
             f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
         )
     compilation_cache.enable()
+    silence_echoes()
     figures = train(config, workdir)
     dataset = open_dataset(config.dataset)
     users = figures["users"]
