@@ -95,7 +95,7 @@ class _Run:
             "best": None,  # validation metrics of the best epoch
             "best_epoch": 0,
             "stale_epochs": 0,  # epochs in a row that were not better
-            "seconds": 0.0,  # spent training, over all sessions
+            "seconds": 0.0,  # spent training, over all starts
         }
         self.checkpoints = Checkpoints(workdir)
 
