@@ -126,8 +126,8 @@ class _Run:
             print(f"resuming at step {int(self.state.step):,}")
         # Counted on the host: asking the device would wait for it.
         self._step = int(self.state.step)
-        self._check_finite(self._step, int(self.state.bad_step))
         self._started = time.perf_counter()
+        self._check_finite(self._step, int(self.state.bad_step))
 
     @property
     def _epochs_done(self) -> int:
