@@ -1,0 +1,263 @@
+"""Training from start to end, in this process and on a tiny model."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from small_dataset import random_histories, write_dataset
+from tiny_run import MAX_LENGTH, tiny_config
+
+from tim4rec_jax.data import TrainBatches, open_dataset
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.models import build
+from tim4rec_jax.training import loop
+from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.training.interrupt import only_process
+from tim4rec_jax.training.loop import train
+
+
+def cycles(n_items=30):
+    """Every user walks round the items in the same order: the next one is certain."""
+    return [
+        ((start + np.arange(14)) % n_items + 1, 880_000_000 + 3600 * np.arange(14))
+        for start in range(n_items)
+    ]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    histories = [(items.astype(np.int32), times) for items, times in cycles()]
+    return write_dataset(tmp_path_factory.mktemp("data") / "cycles", histories)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch, request):
+    """A program for eight devices takes longer to compile."""
+    if "all_devices" not in request.fixturenames:
+        monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+
+
+@pytest.fixture
+def all_devices(): ...
+
+
+def records(workdir, kind):
+    lines = (workdir / "log.jsonl").read_text().splitlines()
+    return [record for record in map(json.loads, lines) if record["kind"] == kind]
+
+
+def parameters(workdir):
+    return nnx.to_pure_dict(nnx.state(load_best(workdir)[1], nnx.Param))
+
+
+@pytest.fixture(scope="module")
+def finished(dataset, tmp_path_factory):
+    """A run directory with a finished run of 15 epochs."""
+    workdir = tmp_path_factory.mktemp("runs") / "finished"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        train(tiny_config(dataset, epochs=15, learning_rate=0.01), workdir)
+    return workdir
+
+
+def test_learns_what_can_be_learnt(finished):
+    epochs = records(finished, "valid")
+    assert [record["epoch"] for record in epochs] == [*range(1, 16)]
+    losses = [record["train_loss"] for record in epochs]
+    assert losses[0] > 3.0
+    assert losses[-1] < 0.6
+    figures = json.loads((finished / "metrics.json").read_text())
+    assert figures["test"]["hit@10"] == 1.0
+    assert figures["test"]["ndcg@10"] > 0.9
+    assert (figures["users"], figures["epochs"]) == (30, 15)
+    best = max(round(record["ndcg@10"], 4) for record in epochs)
+    assert round(figures["valid"]["ndcg@10"], 4) == best
+    last_best = [r["epoch"] for r in epochs if round(r["ndcg@10"], 4) == best][-1]
+    assert figures["best_epoch"] == last_best
+    (test,) = records(finished, "test")
+    assert test["ndcg@10"] == figures["test"]["ndcg@10"]
+
+
+def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
+    monkeypatch.setattr(loop, "train_step", None)
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    figures = train(tiny_config(dataset, epochs=15, learning_rate=0.01), finished)
+    assert figures == json.loads((finished / "metrics.json").read_text())
+    assert "is finished already; its figures are in" in capsys.readouterr().out
+    after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert {path for path in after if after[path] != before.get(path)} <= {finished / ".lock"}
+    assert after.keys() == before.keys()
+
+
+def scripted(monkeypatch, scores):
+    """Replaces validation by scores to come one epoch after the other."""
+    scores = iter(scores)
+
+    def evaluate(model, dataset, split, **settings):
+        ndcg = next(scores) if split == "valid" else 0.5
+        return {"hit@10": ndcg, "ndcg@10": ndcg}, np.array([1, 2, 0])
+
+    monkeypatch.setattr(loop, "evaluate", evaluate)
+
+
+def test_the_loss_logged_is_the_mean_over_every_sample_once(dataset, tmp_path, monkeypatch):
+    def step(state, batch, **_):
+        """The loss of a sample is its target."""
+        weights = batch["weights"]
+        state = state.replace(
+            step=state.step + 1,
+            loss_sum=state.loss_sum + jnp.sum(weights * batch["targets"]),
+            weight_sum=state.weight_sum + weights.sum(),
+        )
+        metrics = {"loss": state.loss_sum / state.weight_sum, "bad_step": state.bad_step}
+        return state, metrics
+
+    monkeypatch.setattr(loop, "train_step", step)
+    scripted(monkeypatch, [0.1, 0.2])
+    train(tiny_config(dataset), tmp_path)
+    targets = np.concatenate([items[1:-2] for items, _ in cycles()])
+    assert len(targets) % 16  # so that the last batch has filler rows
+    losses = [record["train_loss"] for record in records(tmp_path, "valid")]
+    np.testing.assert_allclose(losses, [targets.mean()] * 2, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("scores", "epochs", "best"),
+    [
+        # More than `patience` = 2 epochs in a row that are not as good as the best.
+        ([0.1, 0.3, 0.2, 0.29, 0.2, 0.9], 5, 2),
+        # On figures rounded to four decimals a tie counts as better: .19996 is .2000.
+        ([0.2, 0.19996, 0.1, 0.19994, 0.20004, 0.1, 0.1, 0.1, 0.9], 8, 5),
+        ([0.1, 0.05, 0.05, 0.1, 0.05, 0.05, 0.3, 0.2, 0.1, 0.4], 10, 10),
+    ],
+)
+def test_early_stopping(dataset, tmp_path, monkeypatch, scores, epochs, best):
+    scripted(monkeypatch, scores)
+    config = tiny_config(dataset, epochs=10, patience=2, learning_rate=0.01)
+    figures = train(config, tmp_path)
+    assert (figures["epochs"], figures["best_epoch"]) == (epochs, best)
+    assert figures["valid"]["ndcg@10"] == scores[best - 1]
+    per_epoch = records(tmp_path, "valid")[0]["step"]
+    assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best * per_epoch)]
+
+
+def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
+    dataset, tmp_path, monkeypatch
+):
+    """A signal that comes while the last step of an epoch runs."""
+    config = tiny_config(dataset, epochs=3, learning_rate=0.01)
+    scripted(monkeypatch, [0.1, 0.3])
+    step = loop._Run._train_step
+
+    def signalled(run, batch):
+        metrics = step(run, batch)
+        if run._step % run.batches.batches_per_epoch == 0:
+            run.stop.signal = 15
+        return metrics
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_train_step", signalled)
+        for epoch in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                train(config, tmp_path)
+            assert [record["epoch"] for record in records(tmp_path, "valid")][-1] == epoch
+    scripted(monkeypatch, [0.2])
+    assert train(config, tmp_path)["best_epoch"] == 2
+    assert [record["ndcg@10"] for record in records(tmp_path, "valid")] == [0.1, 0.3, 0.2]
+
+
+def test_eight_devices_train_the_model_that_one_does(dataset, tmp_path, monkeypatch, all_devices):
+    config = tiny_config(dataset, epochs=2, learning_rate=0.01)
+    scripted(monkeypatch, [0.1, 0.2, 0.1, 0.2])
+    ran_on = []
+    step = loop.train_step
+    monkeypatch.setattr(
+        loop,
+        "train_step",
+        lambda state, batch, **rest: (
+            ran_on.append(len(batch["items"].sharding.device_set)) or step(state, batch, **rest)
+        ),
+    )
+    train(config, tmp_path / "eight")
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    train(config, tmp_path / "one")
+    assert set(ran_on[: len(ran_on) // 2]) == {8}
+    assert set(ran_on[len(ran_on) // 2 :]) == {1}
+    pairs = zip(
+        *map(jax.tree.leaves, (parameters(tmp_path / "eight"), parameters(tmp_path / "one"))),
+        strict=True,
+    )
+    difference = [float(jnp.abs(ours - theirs).max()) for ours, theirs in pairs]
+    # Adam turns the rounding of gradients close to 0 into steps of up to 1e-3.
+    assert np.median(difference) < 1e-6
+    assert max(difference) < 1e-4
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_path):
+    config = tiny_config(dataset, learning_rate=1e30)
+    for _ in range(2):  # the same command again has nothing else to say
+        with pytest.raises(UserError, match=r"not finite at step 1 .* lower config\.train"):
+            train(config, tmp_path)
+    checkpoints = loop.Checkpoints(tmp_path)
+    model = build(config.model, n_items=30, max_length=MAX_LENGTH)
+    state = loop.init_state(nnx.state(model, nnx.Param), loop.make_optimizer(1e30, 0.0), 0)
+    batches = TrainBatches(
+        open_dataset(dataset), max_length=12, batch_size=16, seed=0, convention="recbole"
+    )
+    state, _ = checkpoints.restore(state, loop.train_iterator(batches))
+    checkpoints.close()
+    assert int(state.bad_step) == 1
+    assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))
+    assert not (tmp_path / "metrics.json").exists()
+
+
+@pytest.fixture
+def copied(finished, dataset, tmp_path):
+    """Copies of a finished run, and its settings for a copy of its dataset."""
+    shutil.copytree(finished, tmp_path / "run")
+    return tmp_path / "run", tiny_config(dataset, epochs=15, learning_rate=0.01)
+
+
+def test_other_settings(copied):
+    workdir, config = copied
+    config.model.hidden_size, config.train.epochs = 32, 20
+    words = r"model.hidden_size \(16 -> 32\), train.epochs \(15 -> 20\); choose another --workdir"
+    with pytest.raises(UserError, match=words):
+        train(config, workdir)
+
+
+def test_damaged_settings(copied):
+    workdir, config = copied
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        train(config, workdir)
+
+
+@pytest.mark.parametrize("changes", [{"n_items": 31}, {"order": "recbole"}])
+def test_another_dataset_in_the_same_place(tmp_path, monkeypatch, changes):
+    """Another number of items, and the same numbers in another order."""
+    config = tiny_config(tmp_path / "data", epochs=1)
+    write_dataset(tmp_path / "data", random_histories([8] * 4))
+    scripted(monkeypatch, [0.1])
+    train(config, tmp_path / "run")
+    shutil.rmtree(tmp_path / "data")
+    write_dataset(tmp_path / "data", random_histories([8] * 4), **changes)
+    what = "items" if "n_items" in changes else "order"
+    with pytest.raises(UserError, match=rf"not the dataset that the run .* \(other {what}\)"):
+        train(config, tmp_path / "run")
+
+
+def test_two_at_once(dataset, tmp_path):
+    with only_process(tmp_path), pytest.raises(UserError, match="another process is training"):
+        train(tiny_config(dataset), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["file", "file/run"])
+def test_a_run_directory_that_cannot_be(dataset, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=str(tmp_path / "file")):
+        train(tiny_config(dataset), tmp_path / name)
