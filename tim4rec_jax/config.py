@@ -110,6 +110,9 @@ def resolve(config: Config) -> Config:
     if config.data.convention is None:
         config.data.convention = "exact" if model.time_encoding == "masked" else "recbole"
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
+    buckets = config.data.buckets
+    if buckets is not None and not all(isinstance(width, int) for width in buckets):
+        raise UserError(f"config.data.buckets is {buckets!r}; it must be whole numbers")
     for name in ("dropout_prob", "time_drop_out"):
         if not 0 <= model[name] < 1:
             raise UserError(f"config.model.{name} is {model[name]}; it must lie in [0, 1)")

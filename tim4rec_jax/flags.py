@@ -6,7 +6,7 @@ import runpy
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from tim4rec_jax.config import Config, flatten
 from tim4rec_jax.errors import UserError
@@ -28,12 +28,18 @@ def parse(argv: list[str], usage: str) -> tuple[Config, str]:
     if {"-h", "--help", "-help"} & set(argv):
         print(usage.strip())
         raise SystemExit
-    _check_keys(argv, _load(argv))
-    values = flags.FlagValues()
-    config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
-    workdir = flags.DEFINE_string("workdir", None, "run directory", flag_values=values)
+    files, settings = flags.FlagValues(), flags.FlagValues()
+    files.set_gnu_getopt(True)
+    file = flags.DEFINE_string("config", None, "settings", flag_values=files)
+    workdir = flags.DEFINE_string("workdir", None, "run directory", flag_values=files)
     try:
-        rest = values(argv)[1:]
+        argv = files(argv, known_only=True)
+        loaded = _load(file.value)
+        _check_keys(argv, loaded)
+        config = config_flags.DEFINE_config_dict(
+            "config", loaded, lock_config=True, flag_values=settings, sys_argv=argv
+        )
+        rest = settings(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
         # ml_collections wraps some messages in a tuple.
         message = re.sub(r"\('(.*?)', '.*'\)$", r"\1", str(error).strip())
@@ -45,23 +51,23 @@ def parse(argv: list[str], usage: str) -> tuple[Config, str]:
     return config.value, workdir.value
 
 
-def _load(argv: list[str]) -> Config:
-    """The settings of `--config FILE[:VARIANT]` as they stand in the file."""
-    named = re.findall(r"(?:^|\n)--?config[=\n]([^\n]+)", "\n".join(argv))
+def _load(named: str | None) -> Config:
+    """The settings of FILE[:VARIANT] as they stand in the file."""
     if not named:
         raise UserError("--config FILE.py is missing; see train.py --help")
-    path, _, variant = named[-1].partition(":")
+    path, _, variant = named.partition(":")
     if not Path(path).is_file():
         raise UserError(f"--config: there is no file {path}")
     try:
         get_config = runpy.run_path(path).get("get_config")
-        if get_config is not None:
-            return get_config(variant)
+        config = get_config(variant) if get_config else None
     # The file is the user's: whatever it raises is for the user to put right.
     except Exception as error:
         kind = "" if isinstance(error, ValueError | SyntaxError) else f"{type(error).__name__}: "
-        raise UserError(f"--config {named[-1]}: {kind}{error}") from error
-    raise UserError(f"--config: {path} has no function get_config")
+        raise UserError(f"--config {named}: {kind}{error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: {path} has no function get_config that returns a ConfigDict")
+    return config
 
 
 def _check_keys(argv: list[str], config: Config) -> None:
