@@ -1,6 +1,7 @@
 """Every mistake on the command line of `train.py`, as a user meets it: one sentence."""
 
 import runpy
+import sys
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,9 @@ def command(monkeypatch, capsys):
 
     def run(*flags):
         monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+        # What the command changes of its process stays with it.
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+        monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return exit.value.code or 0, *capsys.readouterr()
