@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_dataset import random_histories, write_dataset
 
+from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.flags import parse

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import EvalBatches, TrainBatches, prefix_batch
 from tim4rec_jax.errors import UserError
 

@@ -6,8 +6,8 @@ import grain
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.data.pipeline import train_iterator
 

@@ -8,8 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from small_dataset import random_histories, write_dataset
 
+from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset, reader
 from tim4rec_jax.errors import UserError

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from small_dataset import in_memory
 
+from tests.data.small_dataset import in_memory
 from tim4rec_jax.data import EvalBatches, TrainBatches, open_dataset, time_gaps
 
 L = 200

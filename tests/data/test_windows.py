@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import prefix_batch, time_gaps
 
 

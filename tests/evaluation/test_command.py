@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pyarrow.parquet as pq
 import pytest
 from flax import nnx
-from small_dataset import random_histories, write_dataset
 
+from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.evaluation import evaluate

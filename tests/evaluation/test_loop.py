@@ -1,9 +1,9 @@
 import jax
 import numpy as np
 import pytest
-from fake_model import MeanModel
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
+from tests.evaluation.fake_model import MeanModel
 from tim4rec_jax.data import EvalBatches
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, metrics

@@ -4,9 +4,9 @@ import sys
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from fake_model import MeanModel
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
+from tests.evaluation.fake_model import MeanModel
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.predictions import write_predictions
 
@@ -77,8 +77,8 @@ import resource, signal, sys
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 sys.path[:0] = {path!r}
-from fake_model import MeanModel
-from small_dataset import in_memory, random_histories
+from tests.evaluation.fake_model import MeanModel
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.errors import run_main
 from tim4rec_jax.evaluation.predictions import write_predictions
 

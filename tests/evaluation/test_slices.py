@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.evaluation import metrics
 from tim4rec_jax.evaluation.slices import SLICES, sliced_metrics
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_dataset import in_memory, random_histories
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small_dataset import random_histories, write_dataset
-from tiny_run import MAX_LENGTH, tiny_config
 
+from tests.data.small_dataset import random_histories, write_dataset
+from tests.training.tiny_run import MAX_LENGTH, tiny_config
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build

@@ -14,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from jax.tree_util import keystr, tree_leaves_with_path
-from small_dataset import random_histories, write_dataset
+
+from tests.data.small_dataset import random_histories, write_dataset
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {

@@ -10,9 +10,9 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from small_dataset import in_memory, random_histories
-from tiny_run import MAX_LENGTH, tiny_config
 
+from tests.data.small_dataset import in_memory, random_histories
+from tests.training.tiny_run import MAX_LENGTH, tiny_config
 from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
