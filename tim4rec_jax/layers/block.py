@@ -4,9 +4,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.dropout import dropout, fold
 from tim4rec_jax.layers.time_aware_ssd import TimeAwareSSD, take_position
-from tim4rec_jax.layers.time_stream import TimeMixer, linear_init
+from tim4rec_jax.layers.time_stream import TimeMixer
 
 
 def layer_norm(width: int, eps: float, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -25,17 +26,8 @@ class FeedForward(nnx.Module):
     """LayerNorm(drop(W2 drop(hardswish(W1 h))) + h) with inner width 4 D."""
 
     def __init__(self, width: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs):
-        def linear(inputs, outputs):
-            return nnx.Linear(
-                inputs,
-                outputs,
-                kernel_init=linear_init,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
-        self.fc1, self.fc2 = linear(width, 4 * width), linear(4 * width, width)
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
         self.norm = layer_norm(width, 1e-12, dtype, param_dtype, rngs)
         self.dropout_rate = dropout_rate
 
@@ -74,7 +66,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         h: Float[Array, "B L D"],
-        tau: Float[Array, "B H T"] | None,
+        tau: Float[Array, "B #H T"] | None,
         real: Bool[Array, "B 1 T"] | None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B H T"] | None]:
@@ -94,14 +86,14 @@ class Block(nnx.Module):
     def last(
         self,
         h: Float[Array, "B L D"],
-        tau: Float[Array, "B H T"] | None,
+        tau: Float[Array, "B #H T"] | None,
         lengths: Int[Array, "B"],
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
         """The item stream at position `lengths - 1`, for a model's last layer."""
         factor = None
         if self.mixer is not None and tau is not None:
-            factor = self.mixer(tau, fold(seeds, 2))[:, :, : h.shape[1]].swapaxes(1, 2)
+            factor = self.mixer(tau, fold(seeds, 2), h.shape[1]).swapaxes(1, 2)
         y = self.ssd.last(h, factor, lengths)
         return self._finish(y, take_position(h, lengths - 1), seeds)
 

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.layers.convolution import CausalConv
-from tim4rec_jax.layers.time_stream import linear_init
+from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.ssd import ssd
 from tim4rec_jax.ssd.last import ssd_last
 
@@ -62,19 +62,9 @@ class TimeAwareSSD(nnx.Module):
         self.heads = self.inner // head_width
         self.chunk_size, self.dtype = chunk_size, dtype
         self.activation = activation
-
-        def linear(inputs, outputs):
-            return nnx.Linear(
-                inputs,
-                outputs,
-                kernel_init=linear_init,
-                dtype=dtype,
-                param_dtype=param_dtype,
-                rngs=rngs,
-            )
-
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         mixed = self.inner + 2 * state
-        self.in_proj = linear(width, self.inner + mixed + self.heads)
+        self.in_proj = Dense(width, self.inner + mixed + self.heads, **kwargs)
         self.conv = CausalConv(
             mixed, conv_width, kaiming=kaiming, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
@@ -84,7 +74,7 @@ class TimeAwareSSD(nnx.Module):
         self.norm = nnx.RMSNorm(
             self.inner, epsilon=eps, param_dtype=param_dtype, use_fast_variance=False, rngs=rngs
         )
-        self.out_proj = linear(self.inner, width)
+        self.out_proj = Dense(self.inner, width, **kwargs)
 
     def __call__(
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
@@ -116,11 +106,8 @@ class TimeAwareSSD(nnx.Module):
         The gate, the output projection and the mask row of every other position are
         never computed.
         """
-        kernel, bias = self.in_proj.kernel, self.in_proj.bias
-        assert bias is not None
-        kernel, bias = kernel[...].astype(self.dtype), bias[...].astype(self.dtype)
-        mixed_dt = h.astype(self.dtype) @ kernel[:, self.inner :] + bias[self.inner :]
-        z = take_position(h, lengths - 1) @ kernel[:, : self.inner] + bias[: self.inner]
+        mixed_dt = self.in_proj(h, slice(self.inner, None))
+        z = self.in_proj(take_position(h, lengths - 1), slice(self.inner))
         x, B, C, dt = self._inputs(mixed_dt, factor)
         y = ssd_last(
             x,

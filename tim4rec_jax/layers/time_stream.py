@@ -10,9 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tim4rec_jax.layers.convolution import CausalConv
+from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.dropout import dropout, fold
-
-linear_init = nnx.initializers.normal(0.02)
 
 
 def _layer_norm(length: int, eps: float, dtype, rngs) -> nnx.LayerNorm:
@@ -30,17 +29,17 @@ def _normalize(norm: nnx.LayerNorm, x: jax.Array, real: jax.Array | None) -> jax
 class TimeEncoder(nnx.Module):
     """Gaps between events -> the normalised time stream of the first layer."""
 
-    def __init__(self, length: int, heads: int, *, dropout_rate: float, eps: float, dtype, rngs):
+    def __init__(self, length: int, *, dropout_rate: float, eps: float, dtype, rngs):
         self.norm = _layer_norm(length, eps, dtype, rngs)
-        self.heads, self.dropout_rate, self.dtype = heads, dropout_rate, dtype
+        self.dropout_rate, self.dtype = dropout_rate, dtype
 
     def __call__(
         self,
         gaps: Float[Array, "B L"],
         real: Bool[Array, "B 1 L"] | None,
         seeds: UInt32[Array, "B"] | None = None,
-    ) -> Float[Array, "B H L"]:
-        """Normalises the gaps and hands every head the same row.
+    ) -> Float[Array, "B 1 L"]:
+        """Normalises the gaps: one row, which every head of the first layer starts from.
 
         Args:
           gaps: seconds since the event before.
@@ -49,8 +48,7 @@ class TimeEncoder(nnx.Module):
           seeds: dropout seeds per row, or None for no dropout.
         """
         gaps = dropout(gaps.astype(self.dtype), self.dropout_rate, seeds)
-        tau = _normalize(self.norm, gaps[:, None, :], real)
-        return jnp.repeat(tau, self.heads, axis=1)
+        return _normalize(self.norm, gaps[:, None, :], real)
 
 
 class TimeMixer(nnx.Module):
@@ -75,9 +73,7 @@ class TimeMixer(nnx.Module):
         rngs: nnx.Rngs,
     ):
         def linear(features):
-            return nnx.Linear(
-                length, features, kernel_init=linear_init, param_dtype=dtype, rngs=rngs
-            )
+            return Dense(length, features, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         def conv():
             return CausalConv(
@@ -94,28 +90,42 @@ class TimeMixer(nnx.Module):
         self.conv_1, self.conv_2 = conv(), conv()
         self.gate = linear(length if gate_per_position else 1)
         self.norm = _layer_norm(length, eps, dtype, rngs)
-        self.activation, self.dropout_rate = activation, dropout_rate
+        self.activation, self.dropout_rate, self.heads = activation, dropout_rate, heads
 
     def __call__(
         self,
-        tau: Float[Array, "B H L"],
+        tau: Float[Array, "B #H T"],
         seeds: UInt32[Array, "B"] | None = None,
+        length: int | None = None,
     ) -> Float[Array, "B H L"]:
-        """tau', the factor on this layer's step sizes."""
-        scale = self.scale_out(
-            jax.nn.silu(self.scale_in(dropout(tau, self.dropout_rate, fold(seeds, 0))))
-        )
+        """tau', the factor on this layer's step sizes.
+
+        Args:
+          tau: time stream, one row per head or one that all heads share.
+          seeds: dropout seeds per row, or None for no dropout.
+          length: only the first so many positions (None: all).
+        """
+        inner = jax.nn.silu(self.scale_in(self._drop(tau, fold(seeds, 0))))
+        scale = self.scale_out(inner, slice(length))
         # The convolutions run over positions with the heads as channels.
-        x = self.activation(self.conv_1(tau * scale))
-        return self.activation(self.conv_2(x))
+        x = self._every_head(tau[..., :length] * scale)
+        return self.activation(self.conv_2(self.activation(self.conv_1(x))))
 
     def advance(
         self,
-        tau: Float[Array, "B H L"],
+        tau: Float[Array, "B #H L"],
         factor: Float[Array, "B H L"],
         real: Bool[Array, "B 1 L"] | None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B H L"]:
         """The next layer's time stream, a gated mean of this one and its `factor`."""
-        gate = jax.nn.sigmoid(self.gate(dropout(tau, self.dropout_rate, fold(seeds, 1))))
+        gate = jax.nn.sigmoid(self.gate(self._drop(tau, fold(seeds, 1))))
         return _normalize(self.norm, gate * tau + (1.0 - gate) * factor, real)
+
+    def _drop(self, tau, seeds):
+        if seeds is None or not self.dropout_rate:
+            return tau  # a row the heads share stays one row
+        return dropout(self._every_head(tau), self.dropout_rate, seeds)
+
+    def _every_head(self, tau):
+        return jnp.broadcast_to(tau, (tau.shape[0], self.heads, tau.shape[2]))

@@ -66,7 +66,6 @@ class TiM4Rec(nnx.Module):
         self.time = (
             TimeEncoder(
                 max_length,
-                inner // config["head_dim"],
                 dropout_rate=self.dropout_rate,
                 eps=eps,
                 dtype=param_dtype,
