@@ -30,6 +30,9 @@ def default() -> Config:
                 "convention": config_dict.placeholder(str),
                 # Lengths to pad batches to; by default chosen from the data.
                 "buckets": config_dict.placeholder(tuple),
+                # Windows of max_length an epoch takes from one history, at most; by default
+                # all. Only with train.objective "every_position".
+                "windows_per_user": config_dict.placeholder(int),
             },
             "model": {
                 "name": "tim4rec",
@@ -49,6 +52,9 @@ def default() -> Config:
                 "is_time": True,
                 "p2p_residual": False,
                 "is_kai_ming_init": True,
+                # Knows when the event to predict happens, as no recommender does beforehand
+                # unless it is asked at that very moment. Only with time_encoding "causal".
+                "knows_next_time": False,
             },
             "train": {
                 "objective": "prefix",
@@ -104,11 +110,23 @@ def resolve(config: Config) -> Config:
     config = config.copy_and_resolve_references()
     model, train = config.model, config.train
     _one_of("model.name", model.name, tuple(MODELS))
-    _one_of("model.time_encoding", model.time_encoding, ("paper", "masked"))
+    _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    _one_of("train.objective", train.objective, ("prefix",))
+    _one_of("train.objective", train.objective, ("prefix", "every_position"))
+    causal = model.time_encoding == "causal"
+    if train.objective == "every_position" and not causal:
+        raise UserError(
+            f"config.train.objective is every_position, which needs a causal model, but the time "
+            f"encoding {model.time_encoding} looks ahead; take config.model.time_encoding=causal, "
+            "or config.train.objective=prefix"
+        )
+    if model.knows_next_time and not causal:
+        raise UserError(
+            f"config.model.knows_next_time needs config.model.time_encoding=causal, which is "
+            f"{model.time_encoding}"
+        )
     if config.data.convention is None:
-        config.data.convention = "exact" if model.time_encoding == "masked" else "recbole"
+        config.data.convention = "recbole" if model.time_encoding == "paper" else "exact"
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
     buckets = config.data.buckets
     if buckets is not None and not all(isinstance(width, int) for width in buckets):
@@ -124,6 +142,9 @@ def resolve(config: Config) -> Config:
     for name in _NOT_NEGATIVE:
         if not flat[name] >= 0:
             raise UserError(f"config.{name} is {flat[name]}; it must not be negative")
+    windows = config.data.windows_per_user
+    if windows is not None and windows < 1:
+        raise UserError(f"config.data.windows_per_user is {windows}; it must be positive")
     if model.hidden_size * model.expand % model.head_dim:
         raise UserError(
             f"config.model.head_dim is {model.head_dim}; it must divide "

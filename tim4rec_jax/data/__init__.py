@@ -4,6 +4,7 @@ from tim4rec_jax.data.batches import Batch, EvalBatches, TrainBatches
 from tim4rec_jax.data.buckets import default_buckets
 from tim4rec_jax.data.dataset import Dataset
 from tim4rec_jax.data.format import FORMAT_VERSION
+from tim4rec_jax.data.packed import PackedBatches
 from tim4rec_jax.data.reader import open_dataset
 from tim4rec_jax.data.windows import Convention, prefix_batch, time_gaps
 
@@ -13,6 +14,7 @@ __all__ = [
     "Convention",
     "Dataset",
     "EvalBatches",
+    "PackedBatches",
     "TrainBatches",
     "default_buckets",
     "open_dataset",

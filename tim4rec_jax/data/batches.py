@@ -20,6 +20,35 @@ from tim4rec_jax.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
+def samples_of_users(dataset: Dataset) -> np.ndarray:
+    """Number of training samples of each user.
+
+    Raises:
+      UserError: there is none at all.
+    """
+    samples = np.maximum(dataset.lengths - 3, 0)
+    if not samples.any():
+        raise UserError(
+            f"{dataset.directory}: no user has the 4 events that a training sample takes"
+        )
+    return samples
+
+
+def rows_of_process(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
+    """Numbers of the rows of each batch that a process makes.
+
+    Raises:
+      UserError: the processes cannot share a batch evenly.
+    """
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"a batch size of {batch_size} cannot be shared by {process_count} processes; "
+            "take a multiple of their number"
+        )
+    share = batch_size // process_count
+    return np.arange(process_index * share, (process_index + 1) * share)
+
+
 class TrainBatches:
     """An endless, shuffled sequence of training batches with random access.
 
@@ -69,28 +98,23 @@ class TrainBatches:
           UserError: the numbers do not fit together, or there is nothing to train on.
         """
         self.buckets = _checked_buckets(dataset, buckets, max_length)
-        if batch_size < 1 or batch_size % process_count:
-            raise UserError(
-                f"a batch size of {batch_size} cannot be shared by {process_count} processes; "
-                "take a multiple of their number"
-            )
+        self._rows = rows_of_process(batch_size, process_index, process_count)
         self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
         self.max_length = max_length
         self.convention: Convention = convention
-        share = batch_size // process_count
-        self._rows = np.arange(process_index * share, (process_index + 1) * share)
 
-        prefixes = np.maximum(dataset.lengths - 3, 0)
+        prefixes = samples_of_users(dataset)
         self._plan = _plan(prefixes, self.buckets, batch_size)
         self.n_samples = int(prefixes.sum())
-        if not self.n_samples:
-            raise UserError(
-                f"{dataset.directory}: no user has the 4 events that a training sample takes"
-            )
         self.batches_per_epoch = sum(bucket.batches for bucket in self._plan)
         slots = batch_size * sum(bucket.batches * bucket.width for bucket in self._plan)
         events = train_prefixes(dataset.lengths, max_length) @ np.arange(max_length + 1)
         self.padding_share = 1 - float(events) / slots
+
+    @property
+    def layout(self) -> str:
+        """How samples are laid out, in words."""
+        return f"lengths {', '.join(map(str, self.buckets))}"
 
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from the start of training (0 and up)."""

@@ -5,10 +5,15 @@ import sys
 import grain
 
 from tim4rec_jax.data.batches import TrainBatches
+from tim4rec_jax.data.packed import PackedBatches
 
 
 def train_iterator(
-    batches: TrainBatches, *, start_batch: int = 0, threads: int = 2, prefetch: int = 8
+    batches: TrainBatches | PackedBatches,
+    *,
+    start_batch: int = 0,
+    threads: int = 2,
+    prefetch: int = 8,
 ) -> grain.DatasetIterator:
     """Iterates over training batches without end.
 

@@ -32,8 +32,9 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
         the row where there is one, and the remedy.
     """
     directory = Path(directory)
-    metadata = _read_metadata(directory / fmt.DATASET_FILE)
-    item_ids, item_counts = _read_items(directory / fmt.ITEMS_FILE, metadata)
+    metadata = read_metadata(directory)
+    catalogue = read_items(directory, metadata)
+    item_ids, item_counts = catalogue.column("item"), catalogue.column("count").to_numpy()
     users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
     for path in _sequence_files(directory, metadata["shards"]):
         for batch in _checked_batches(path, metadata):
@@ -58,7 +59,13 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     return Dataset(directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks))
 
 
-def _read_metadata(path: Path) -> dict:
+def read_metadata(directory: Path) -> dict:
+    """What dataset.json of a prepared dataset holds.
+
+    Raises:
+      UserError: it is missing, damaged or of another format version.
+    """
+    path = directory / fmt.DATASET_FILE
     if not path.is_file():
         raise UserError(
             f"{path.parent} is not a prepared dataset ({path.name} is missing); make it with "
@@ -83,7 +90,13 @@ def _read_metadata(path: Path) -> dict:
     return metadata
 
 
-def _read_items(path: Path, metadata: dict):
+def read_items(directory: Path, metadata: dict) -> pa.Table:
+    """The items of a prepared dataset: `ITEMS_SCHEMA`, and titles where there are any.
+
+    Raises:
+      UserError: the file is missing, damaged, or not the one that `metadata` describes.
+    """
+    path = directory / fmt.ITEMS_FILE
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
@@ -97,7 +110,7 @@ def _read_items(path: Path, metadata: dict):
         raise UserError(
             f"{path}: {what}, expected indices 1 to {metadata['items']} in order; {_AGAIN}"
         )
-    return table.column("item"), table.column("count").to_numpy()
+    return table
 
 
 def _sequence_files(directory: Path, shards: int) -> list[Path]:

@@ -59,7 +59,8 @@ def prefix_batch(
     Returns:
       `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
       [B, max_length], all columns whatever `width` is, because the time stream of the model
-      looks at whole rows; `targets` int32 [B]; `users` int32 [B].
+      looks at whole rows; `targets` int32 [B]; `waits` float32 [B], exact time from the last
+      event to the target; `users` int32 [B].
     """
     lengths = np.minimum(ends, max_length)
     stop = dataset.offsets[users] + ends
@@ -68,10 +69,14 @@ def prefix_batch(
     # The first pad column holds the spike of the recbole convention; beyond it all is 0.
     seen = min(width + 1, max_length)
     gaps[:, :seen] = time_gaps(dataset.timestamps(starts, lengths, seen), lengths, convention)
+    around = dataset.timestamps(stop - 1, np.full_like(lengths, 2), 2)
     return {
         "items": dataset.items(starts, lengths, width),
         "lengths": lengths.astype(np.int32),
         "gaps": gaps,
         "targets": dataset.items(stop, np.ones_like(lengths), 1)[:, 0],
+        "waits": np.diff(dataset.timestamps(stop - 1, np.full_like(lengths, 2), 2))[:, 0].astype(
+            np.float32
+        ),
         "users": users.astype(np.int32),
     }

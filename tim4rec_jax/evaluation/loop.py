@@ -94,7 +94,7 @@ def run(
     table = replicated.item_embedding.embedding[...]
 
     def dispatch(batch):
-        inputs = [batch[name] for name in ("items", "lengths", "gaps", "targets")]
+        inputs = [batch[name] for name in ("items", "lengths", "gaps", "waits", "targets")]
         exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
         *inputs, targets, exclude = jax.device_put((*inputs, exclude), placement.by_row)
         hidden = _encode(graphdef, state, *inputs)
@@ -114,8 +114,10 @@ def run(
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(graphdef, state, items, lengths, gaps):
-    return nnx.merge(graphdef, state).encode(items, lengths, gaps)
+def _encode(graphdef, state, items, lengths, gaps, waits):
+    model: Any = nnx.merge(graphdef, state)
+    hidden = model.encode(items, lengths, gaps)
+    return model.at(hidden, waits) if model.knows_next_time else hidden
 
 
 @partial(jax.jit, static_argnums=(0, 1))

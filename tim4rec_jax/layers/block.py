@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.layers.time_aware_ssd import TimeAwareSSD, take_position
+from tim4rec_jax.layers.time_aware_ssd import SSDLayer, TimeAwareSSD, take_position
 from tim4rec_jax.layers.time_stream import TimeMixer
 
 
@@ -39,16 +39,12 @@ class FeedForward(nnx.Module):
         return self.norm(dropout(self.fc2(inner), self.dropout_rate, fold(seeds, 1)) + h)
 
 
-class Block(nnx.Module):
-    """h = LayerNorm(drop(ssd(h)) + h), then the feed-forward network.
-
-    `mixer` shapes the layer's step sizes by time; without it time is not used.
-    """
+class ResidualBlock(nnx.Module):
+    """h = LayerNorm(drop(y) + h), then the feed-forward network; subclasses compute y."""
 
     def __init__(
         self,
-        ssd: TimeAwareSSD,
-        mixer: TimeMixer | None,
+        ssd: SSDLayer,
         feed_forward: FeedForward | None,
         *,
         width: int,
@@ -59,9 +55,33 @@ class Block(nnx.Module):
         param_dtype,
         rngs: nnx.Rngs,
     ):
-        self.ssd, self.mixer, self.feed_forward = ssd, mixer, feed_forward
+        self.ssd, self.feed_forward = ssd, feed_forward
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.residual, self.dropout_rate = residual, dropout_rate
+
+    def finish(
+        self,
+        y: Float[Array, "B ... D"],
+        h: Float[Array, "B ... D"],
+        seeds: UInt32[Array, "B"] | None,
+    ) -> Float[Array, "B ... D"]:
+        """What follows the SSD layer: `h` is its input, `y` its output."""
+        y = dropout(y, self.dropout_rate, fold(seeds, 0))
+        h = self.norm(y + h if self.residual else y)
+        return h if self.feed_forward is None else self.feed_forward(h, fold(seeds, 1))
+
+
+class Block(ResidualBlock):
+    """A layer with the paper's time stream.
+
+    `mixer` shapes the layer's step sizes by time; without it time is not used.
+    """
+
+    ssd: TimeAwareSSD
+
+    def __init__(self, ssd: TimeAwareSSD, mixer: TimeMixer | None, *args, **kwargs):
+        super().__init__(ssd, *args, **kwargs)
+        self.mixer = mixer
 
     def __call__(
         self,
@@ -81,7 +101,7 @@ class Block(nnx.Module):
         factor, next_tau = self._time(tau, real, seeds)
         if factor is not None:
             factor = factor[:, :, : h.shape[1]].swapaxes(1, 2)
-        return self._finish(self.ssd(h, factor), h, seeds), next_tau
+        return self.finish(self.ssd(h, factor), h, seeds), next_tau
 
     def last(
         self,
@@ -95,15 +115,10 @@ class Block(nnx.Module):
         if self.mixer is not None and tau is not None:
             factor = self.mixer(tau, fold(seeds, 2), h.shape[1]).swapaxes(1, 2)
         y = self.ssd.last(h, factor, lengths)
-        return self._finish(y, take_position(h, lengths - 1), seeds)
+        return self.finish(y, take_position(h, lengths - 1), seeds)
 
     def _time(self, tau, real, seeds):
         if self.mixer is None:
             return None, None
         factor = self.mixer(tau, fold(seeds, 2))
         return factor, self.mixer.advance(tau, factor, real, fold(seeds, 2))
-
-    def _finish(self, y, h, seeds):
-        y = dropout(y, self.dropout_rate, fold(seeds, 0))
-        h = self.norm(y + h if self.residual else y)
-        return h if self.feed_forward is None else self.feed_forward(h, fold(seeds, 1))

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 def conv_initializers(kaiming: bool, channels: int, width: int):
@@ -49,8 +49,15 @@ class CausalConv(nnx.Module):
         self.bias = nnx.Param(bias_init(rngs.params(), (channels,), param_dtype))
         self.dtype, self.axis = dtype, -1 if channels_first else -2
 
-    def __call__(self, x: Float[Array, "B L C"]) -> Float[Array, "B L C"]:
-        """Convolves each channel over the length with its own taps."""
+    def __call__(
+        self, x: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Float[Array, "B L C"]:
+        """Convolves each channel over the length with its own taps.
+
+        Args:
+          x: the input; [B,C,L] with `channels_first`, which knows no segments.
+          segment_ids: a position sees only those before it with its own id; None: all.
+        """
         kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
         if self.axis == -1:
             kernel, bias = kernel[..., None], bias[..., None]
@@ -62,4 +69,15 @@ class CausalConv(nnx.Module):
             jax.lax.slice_in_dim(padded, k, k + length, axis=self.axis % x.ndim)
             for k in range(width)
         )
+        if segment_ids is not None:
+            shifted = _within_segments(shifted, segment_ids, width)
         return sum((tap * x for tap, x in zip(kernel, shifted, strict=True)), bias)
+
+
+def _within_segments(shifted, segment_ids, width: int):
+    """Zeroes what comes from another segment than the position it has been shifted to."""
+    length = segment_ids.shape[1]
+    padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
+    for k, x in enumerate(shifted):
+        own = padded[:, k : k + length] == segment_ids
+        yield jnp.where(own[..., None], x, 0)

@@ -34,12 +34,11 @@ def _a_log_init(key, shape, dtype):
     return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
 
 
-class TimeAwareSSD(nnx.Module):
-    """in_proj -> causal convolution -> SSD -> gated RMSNorm -> out_proj.
+class SSDLayer(nnx.Module):
+    """in_proj -> causal convolution -> SSD -> gated RMSNorm -> out_proj: the parts of it.
 
-    Section 3.3 of the paper (arXiv 2409.16182) on the block of Mamba-2 (arXiv 2405.21060,
-    section 7): dt = softplus(dt_raw * factor + dt_bias), `factor` coming from the time
-    stream, or 1 where time is not used.
+    The block of Mamba-2 (arXiv 2405.21060, section 7) with one group. Subclasses put the
+    parts together; they differ in what time does to the step sizes.
     """
 
     def __init__(
@@ -76,6 +75,27 @@ class TimeAwareSSD(nnx.Module):
         )
         self.out_proj = Dense(self.inner, width, **kwargs)
 
+    def split(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """What leaves the convolution, as the op's x [*batch,H,P], B and C [*batch,1,N]."""
+        x, B, C = jnp.split(mixed, [self.inner, self.inner + self.state], axis=-1)
+        x = x.reshape(*x.shape[:-1], self.heads, self.head_width)
+        return x, B[..., None, :], C[..., None, :]
+
+    def output(
+        self, y: Float[Array, "*batch H P"], z: Float[Array, "*batch I"]
+    ) -> Float[Array, "*batch D"]:
+        """Gates the op's result with `z` and projects it."""
+        gated = self.norm(y.reshape(z.shape) * jax.nn.silu(z))
+        return self.out_proj(gated.astype(self.dtype))
+
+
+class TimeAwareSSD(SSDLayer):
+    """The paper's layer (arXiv 2409.16182, section 3.3).
+
+    dt = softplus(dt_raw * factor + dt_bias), `factor` coming from the time stream, or 1 where
+    time is not used.
+    """
+
     def __call__(
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
     ) -> Float[Array, "B L D"]:
@@ -93,7 +113,7 @@ class TimeAwareSSD(nnx.Module):
             dt_softplus=True,
             chunk_size=self.chunk_size,
         )
-        return self._output(y.reshape(z.shape), z)
+        return self.output(y, z)
 
     def last(
         self,
@@ -119,17 +139,12 @@ class TimeAwareSSD(nnx.Module):
             lengths,
             dt_bias=self.dt_bias[...],
         )
-        return self._output(y.reshape(z.shape), z)
+        return self.output(y, z)
 
     def _inputs(self, mixed_dt, factor):
         """The op's x [B,L,H,P], B and C [B,L,1,N] and raw step sizes [B,L,H]."""
         mixed, dt = jnp.split(mixed_dt, [self.inner + 2 * self.state], axis=-1)
-        mixed = self.activation(self.conv(mixed))
-        x, B, C = jnp.split(mixed, [self.inner, self.inner + self.state], axis=-1)
-        x = x.reshape(*x.shape[:2], self.heads, self.head_width)
+        x, B, C = self.split(self.activation(self.conv(mixed)))
         # Step sizes and decays stay in the parameters' precision.
         dt = dt.astype(self.dt_bias.dtype)
-        return x, B[:, :, None], C[:, :, None], dt if factor is None else dt * factor
-
-    def _output(self, y, z):
-        return self.out_proj(self.norm(y * jax.nn.silu(z)).astype(self.dtype))
+        return x, B, C, dt if factor is None else dt * factor

@@ -1,16 +1,18 @@
-"""Models: TiM4Rec, one file each, all with the same small protocol.
+"""Models, one file each, all with the same small protocol.
 
 `model(items, lengths, gaps) -> hidden [B,L,D]`, `model.encode(...) -> [B,D]` and
-`model.item_embedding`, whose rows score the items.
+`model.item_embedding`, whose rows score the items. Models whose `causal` is true also take
+`segment_ids`, and go on event by event with `init_state` and `step`.
 """
 
 import jax.numpy as jnp
 from flax import nnx
 
 from tim4rec_jax.config import Config
+from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec
 
-MODELS = {"tim4rec": TiM4Rec}
+MODELS = {"tim4rec": TiM4Rec}  # CausalTiM4Rec with `time_encoding="causal"`
 
 
 def build(
@@ -35,7 +37,10 @@ def build(
     """
     if config["name"] not in MODELS:
         raise ValueError(f"model {config['name']!r} is not one of {sorted(MODELS)}")
-    return MODELS[config["name"]](
+    model = MODELS[config["name"]]
+    if model is TiM4Rec and config["time_encoding"] == "causal":
+        model = CausalTiM4Rec
+    return model(
         config,
         n_items=n_items,
         max_length=max_length,
@@ -44,4 +49,4 @@ def build(
     )
 
 
-__all__ = ["MODELS", "TiM4Rec", "build"]
+__all__ = ["MODELS", "CausalTiM4Rec", "TiM4Rec", "build"]

@@ -22,6 +22,9 @@ class TiM4Rec(nnx.Module):
       max_length: L, the positions of the time stream, which the weights are tied to.
     """
 
+    causal = False  # the time stream looks ahead
+    knows_next_time = False
+
     def __init__(
         self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
     ):
@@ -76,7 +79,7 @@ class TiM4Rec(nnx.Module):
         )
         self.blocks = nnx.List(
             [
-                _block(config, max_length, dtype, param_dtype, rngs)
+                _block(config, max_length, dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs))
                 for _ in range(config["num_layers"])
             ]
         )
@@ -135,49 +138,63 @@ class TiM4Rec(nnx.Module):
         return h, self.time(gaps, real, fold(seeds, -1)), real
 
 
-def _block(config, max_length: int, dtype, param_dtype, rngs: nnx.Rngs) -> Block:
-    width, eps, kaiming = config["hidden_size"], config["norm_eps"], config["is_kai_ming_init"]
-    kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-    heads = width * config["expand"] // config["head_dim"]
-    # The reference's fast convolution runs for multiples of eight channels only, with SiLU;
-    # every released model has four heads and takes its other path, with hardswish.
-    path = config.get("conv_path") or ("hardswish" if heads % 8 else "silu")
-    activation = ACTIVATIONS[path]
-    ssd = TimeAwareSSD(
-        width,
+def activation(config, heads: int):
+    """The activation after the convolutions, as the reference chooses it.
+
+    Its fast convolution runs for multiples of eight channels only, with SiLU; every released
+    model has four heads and takes its other path, with hardswish.
+    """
+    return ACTIVATIONS[config.get("conv_path") or ("hardswish" if heads % 8 else "silu")]
+
+
+def ssd_settings(config, kwargs: dict) -> dict:
+    """Arguments of an `SSDLayer`; `kwargs` are its dtypes and rngs."""
+    heads = config["hidden_size"] * config["expand"] // config["head_dim"]
+    return dict(
         state=config["d_state"],
         head_width=config["head_dim"],
         expand=config["expand"],
         conv_width=config["d_conv"],
         chunk_size=config["chunk_size"] or None,
-        activation=activation,
-        kaiming=kaiming,
-        eps=eps,
+        activation=activation(config, heads),
+        kaiming=config["is_kai_ming_init"],
+        eps=config["norm_eps"],
         **kwargs,
     )
-    mixer = feed_forward = None
+
+
+def feed_forward(config, kwargs: dict) -> FeedForward | None:
+    """The feed-forward network of a layer, if the model has them."""
+    if not config["is_ffn"]:
+        return None
+    return FeedForward(config["hidden_size"], dropout_rate=config["dropout_prob"], **kwargs)
+
+
+def block_settings(config, kwargs: dict) -> dict:
+    """Arguments of a `ResidualBlock`."""
+    return dict(
+        width=config["hidden_size"],
+        residual=config["num_layers"] > 1,
+        dropout_rate=config["dropout_prob"],
+        eps=config["norm_eps"],
+        **kwargs,
+    )
+
+
+def _block(config, max_length: int, kwargs: dict) -> Block:
+    ssd = TimeAwareSSD(config["hidden_size"], **ssd_settings(config, kwargs))
+    mixer = None
     if config["is_time"]:
         mixer = TimeMixer(
             max_length,
-            heads,
+            ssd.heads,
             width=config["d_conv"],
-            activation=activation,
+            activation=activation(config, ssd.heads),
             dropout_rate=config["time_drop_out"],
             gate_per_position=config["p2p_residual"],
-            kaiming=kaiming,
-            eps=eps,
-            dtype=param_dtype,
-            rngs=rngs,
+            kaiming=config["is_kai_ming_init"],
+            eps=config["norm_eps"],
+            dtype=kwargs["param_dtype"],
+            rngs=kwargs["rngs"],
         )
-    if config["is_ffn"]:
-        feed_forward = FeedForward(width, dropout_rate=config["dropout_prob"], **kwargs)
-    return Block(
-        ssd,
-        mixer,
-        feed_forward,
-        width=width,
-        residual=config["num_layers"] > 1,
-        dropout_rate=config["dropout_prob"],
-        eps=eps,
-        **kwargs,
-    )
+    return Block(ssd, mixer, feed_forward(config, kwargs), **block_settings(config, kwargs))

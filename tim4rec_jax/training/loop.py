@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.data import Dataset, TrainBatches, open_dataset
+from tim4rec_jax.data import Dataset, PackedBatches, TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
@@ -73,14 +73,15 @@ class _Run:
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         data, batch_size = config.data, config.train.batch_size
-        self.batches = TrainBatches(
-            dataset,
-            max_length=data.max_length,
-            batch_size=batch_size,
-            seed=config.seed,
-            convention=data.convention,
-            buckets=data.buckets,
-        )
+        settings = dict(max_length=data.max_length, batch_size=batch_size, seed=config.seed)
+        if config.train.objective == "every_position":
+            self.batches = PackedBatches(
+                dataset, windows_per_user=data.windows_per_user, **settings
+            )
+        else:
+            self.batches = TrainBatches(
+                dataset, convention=data.convention, buckets=data.buckets, **settings
+            )
         self.placement = place(batch_size)
         model = build(
             config.model, n_items=dataset.n_items, max_length=data.max_length, seed=config.seed
@@ -168,13 +169,14 @@ class _Run:
     def _train_step(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Dispatches one step; returns its metrics, to be fetched later."""
         rows, width = batch["items"].shape
-        del batch["users"]
+        batch.pop("users", None)
         self.state, metrics = train_step(
             self.state,
             jax.device_put(batch, self.placement.by_row),
             graphdef=self.graphdef,
             tx=self.tx,
             micro=micro_count(rows, width, self.placement.devices),
+            objective=self.config.train.objective,
         )
         self._step += 1
         return metrics

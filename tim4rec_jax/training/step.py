@@ -10,7 +10,7 @@ import optax
 from flax import nnx, struct
 
 from tim4rec_jax.layers import row_seeds
-from tim4rec_jax.training.objective import prefix_loss
+from tim4rec_jax.training.objective import OBJECTIVES
 
 Batch = dict[str, jax.Array]
 
@@ -88,7 +88,9 @@ def micro_batches(rows: Any, count: int) -> Any:
     )
 
 
-def loss_and_gradients(graphdef, params, batch: Batch, seeds: jax.Array, micro: int):
+def loss_and_gradients(
+    graphdef, params, batch: Batch, seeds: jax.Array, micro: int, objective: str
+):
     """Mean loss of a batch and its gradient, `micro` micro-batches one after the other.
 
     On CPU a step's temporaries are fresh pages every time, and touching them costs more
@@ -98,7 +100,7 @@ def loss_and_gradients(graphdef, params, batch: Batch, seeds: jax.Array, micro: 
     total = jnp.maximum(batch["weights"].sum(), 1.0)
 
     def loss_fn(params, rows, seeds):
-        return prefix_loss(nnx.merge(graphdef, params), rows, seeds) / total
+        return OBJECTIVES[objective](nnx.merge(graphdef, params), rows, seeds) / total
 
     if micro == 1:
         return jax.value_and_grad(loss_fn)(params, batch, seeds)
@@ -110,7 +112,9 @@ def loss_and_gradients(graphdef, params, batch: Batch, seeds: jax.Array, micro: 
     return jax.lax.scan(accumulate, zero, micro_batches((batch, seeds), micro))[0]
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "tx", "micro"), donate_argnums=0)
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "tx", "micro", "objective"), donate_argnums=0
+)
 def train_step(
     state: TrainState,
     batch: Batch,
@@ -118,22 +122,24 @@ def train_step(
     graphdef: nnx.GraphDef,
     tx: optax.GradientTransformation,
     micro: int,
+    objective: str = "prefix",
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
     Args:
       state: donated.
-      batch: items [B,L], lengths, gaps [B,T], targets, weights [B].
+      batch: what the objective takes.
       graphdef: the model's structure.
       tx: the optimizer.
       micro: number of micro-batches; divides B.
+      objective: a name in `tim4rec_jax.training.objective.OBJECTIVES`.
 
     Returns:
       The next state, and for the log the mean `loss` of the epoch so far and `bad_step`, in
       arrays of their own that outlive the state.
     """
     seeds = row_seeds(jax.random.fold_in(state.rng, state.step), batch["targets"].shape[0])
-    loss, grads = loss_and_gradients(graphdef, state.params, batch, seeds, micro)
+    loss, grads = loss_and_gradients(graphdef, state.params, batch, seeds, micro, objective)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 

@@ -6,16 +6,16 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from tim4rec_jax.data import TrainBatches
+from tim4rec_jax.data import PackedBatches, TrainBatches
 
 
-def describe_data(batches: TrainBatches) -> str:
+def describe_data(batches: TrainBatches | PackedBatches) -> str:
     """One line: users, items, samples and how they are batched."""
     dataset = batches.dataset
     return (
         f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
         f"{batches.n_samples:,} training samples in {batches.batches_per_epoch:,} batches, "
-        f"lengths {', '.join(map(str, batches.buckets))}"
+        f"{batches.layout}"
     )
 
 

@@ -1,0 +1,138 @@
+"""TiM4Rec with a causal use of time: `time_encoding="causal"` (see `tim4rec_jax.layers.causal`)."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from tim4rec_jax.layers import CausalBlock, CausalSSD, GapModulator, gap_features
+from tim4rec_jax.layers.block import layer_norm
+from tim4rec_jax.layers.causal import LayerState, NextTime
+from tim4rec_jax.layers.dropout import dropout, fold
+from tim4rec_jax.layers.time_aware_ssd import take_position
+from tim4rec_jax.models.tim4rec import block_settings, feed_forward, ssd_settings
+
+
+class CausalTiM4Rec(nnx.Module):
+    """Every position predicts the event after it, from the events up to it and their gaps.
+
+    Attributes:
+      item_embedding: as in `TiM4Rec`.
+      max_length: histories are cut to so many events in batches; no weight depends on it.
+      knows_next_time: whether predictions are made for a given moment, see `at`.
+    """
+
+    causal = True
+
+    def __init__(
+        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+    ):
+        """Initialises the weights; arguments as for `TiM4Rec`.
+
+        Of `config` it does not use `time_drop_out` and `p2p_residual`, which belong to the
+        time stream, and uses `knows_next_time` besides.
+        """
+        width, eps, layers = config["hidden_size"], config["norm_eps"], config["num_layers"]
+        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        self.dropout_rate, self.is_time = config["dropout_prob"], config["is_time"]
+        self.item_embedding = nnx.Embed(
+            n_items + 1, width, embedding_init=nnx.initializers.normal(0.02), **kwargs
+        )
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.blocks = nnx.List([_block(config, kwargs) for _ in range(layers)])
+        self.knows_next_time = config["knows_next_time"]
+        self.next_time = NextTime(width, eps=eps, **kwargs) if self.knows_next_time else None
+
+    def __call__(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states at every position.
+
+        Args:
+          items: item indices, right padded with 0.
+          lengths: number of events of each row; not used, what follows changes nothing.
+          gaps: exact seconds since the event before, 0 at the first; columns after L unused.
+          segment_ids: which history a position belongs to, for rows of several; None: one.
+          dropout_seeds: one seed per row to train; None to evaluate.
+        """
+        del lengths
+        h = self._embed(items, fold(dropout_seeds, 0))
+        features = self._features(gaps[:, : items.shape[1]])
+        for i, block in enumerate(self.blocks):
+            h = block(h, features, segment_ids, fold(dropout_seeds, i + 1))
+        return h
+
+    def encode(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1`."""
+        return take_position(self(items, lengths, gaps, dropout_seeds=dropout_seeds), lengths - 1)
+
+    def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
+        """Hidden states for a prediction `wait` seconds after the last event.
+
+        Raises:
+          ValueError: the model was not trained so.
+        """
+        if self.next_time is None:
+            raise ValueError("this model does not know when the next event happens")
+        return self.next_time(hidden, gap_features(wait))
+
+    def init_state(self, batch: int) -> list[LayerState]:
+        """The state of `batch` users without events."""
+        return [block.ssd.init_state(batch) for block in self.blocks]
+
+    def step(
+        self, state: list[LayerState], items: Int32[Array, "B"], gaps: Float[Array, "B"]
+    ) -> tuple[list[LayerState], Float[Array, "B D"]]:
+        """One event of each user: constant cost, whatever came before.
+
+        Args:
+          state: from `init_state` or the last `step`.
+          items: item indices.
+          gaps: exact seconds since the user's event before, 0 for the first.
+
+        Returns:
+          The next state, and the hidden state that `__call__` has at this position.
+        """
+        h, features = self._embed(items, None), self._features(gaps)
+        following = []
+        for block, layer in zip(self.blocks, state, strict=True):
+            layer, h = block.step(layer, h, features)
+            following.append(layer)
+        return following, h
+
+    def _embed(self, items, seeds):
+        return self.norm(dropout(self.item_embedding(items), self.dropout_rate, seeds))
+
+    def _features(self, gaps):
+        if not self.is_time:
+            return None
+        return gap_features(gaps.astype(self.item_embedding.embedding.dtype))
+
+
+def _block(config, kwargs: dict) -> CausalBlock:
+    ssd = CausalSSD(config["hidden_size"], **ssd_settings(config, kwargs))
+    modulator = None
+    if config["is_time"]:
+        modulator = GapModulator(
+            config["hidden_size"], ssd.heads, param_dtype=kwargs["param_dtype"]
+        )
+    return CausalBlock(
+        ssd, modulator, feed_forward(config, kwargs), **block_settings(config, kwargs)
+    )
