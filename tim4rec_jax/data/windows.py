@@ -75,8 +75,6 @@ def prefix_batch(
         "lengths": lengths.astype(np.int32),
         "gaps": gaps,
         "targets": dataset.items(stop, np.ones_like(lengths), 1)[:, 0],
-        "waits": np.diff(dataset.timestamps(stop - 1, np.full_like(lengths, 2), 2))[:, 0].astype(
-            np.float32
-        ),
+        "waits": (around[:, 1] - around[:, 0]).astype(np.float32),
         "users": users.astype(np.int32),
     }

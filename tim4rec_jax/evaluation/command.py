@@ -12,7 +12,7 @@ from flax import nnx
 from rich.console import Console
 
 from tim4rec_jax import compilation_cache
-from tim4rec_jax.data import Dataset, open_dataset
+from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.loop import Split, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
@@ -60,7 +60,7 @@ def evaluate_run(
     compilation_cache.enable()
     config, model = load_best(workdir)
     ds = open_dataset(dataset or config.dataset)
-    _check(model, ds, workdir)
+    check_model(model, ds.n_items, ds.directory, workdir)
     settings: dict[str, Any] = dict(
         max_length=config.data.max_length,
         batch_size=config.eval.batch_size,
@@ -98,13 +98,18 @@ def evaluate_run(
     return report
 
 
-def _check(model: Any, ds: Dataset, workdir: Path) -> None:
+def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
+    """Makes sure that a run's model can score the items of a dataset.
+
+    Raises:
+        UserError: the weights are not finite, or belong to another number of items.
+    """
     params = nnx.state(model, nnx.Param)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
-    n_items = model.item_embedding.num_embeddings - 1
-    if n_items != ds.n_items:
+    trained = model.item_embedding.num_embeddings - 1
+    if trained != n_items:
         raise UserError(
-            f"{workdir} was trained on {n_items} items and {ds.directory} has {ds.n_items}; name "
+            f"{workdir} was trained on {trained} items and {dataset} has {n_items}; name "
             "the dataset of the training with --dataset, or train anew"
         )
