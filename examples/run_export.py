@@ -1,0 +1,89 @@
+"""Recommends from a folder that `python -m tim4rec_jax.serving export` wrote.
+
+python run_export.py DIR ITEM@TIME ITEM@TIME ... [--top 10] [--at TIME]
+
+Times are unix seconds. Needs jax, flatbuffers, numpy and pyarrow, and nothing of the package
+that trained the model.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pyarrow.parquet as pq
+from jax import export
+
+
+class Exported:
+    """The folder in memory."""
+
+    def __init__(self, folder: Path):
+        self.metadata = json.loads((folder / "metadata.json").read_text())
+        self.items = pq.read_table(folder / "items.parquet", columns=["item"])["item"]
+        self.index = {item: i for i, item in enumerate(self.items.to_pylist(), start=1)}
+        with np.load(folder / "weights.npz") as weights:
+            self.weights = jax.device_put(dict(weights))
+        program = export.deserialize(bytearray((folder / "recommend.stablehlo").read_bytes()))
+        self.program = jax.jit(program.call)  # compiled once per number of rows and exclusions
+
+    def recommend(
+        self, history: list[tuple[str, int]], at: int | None = None
+    ) -> list[tuple[str, float]]:
+        """The best new items after (item, time) events, oldest first, with their scores.
+
+        `at`: the moment of prediction, for models that were trained to know it.
+        """
+        known = [(self.index[item], time) for item, time in history if item in self.index]
+        if not known:
+            raise SystemExit("error: none of the items is in the vocabulary")
+        length = self.metadata["max_length"]
+        recent = known[-length:]
+        items = np.zeros((1, length), np.int32)
+        times = np.zeros((1, length), np.int64)
+        items[0, : len(recent)], times[0, : len(recent)] = zip(*recent, strict=True)
+        seen = sorted({item for item, _ in known})
+        exclude = np.zeros((1, 1 << (len(seen) - 1).bit_length()), np.int32)  # few widths
+        exclude[0, : len(seen)] = seen
+        lengths = np.array([len(recent)], np.int32)
+        gaps = self.gaps(times, lengths)
+        arguments = [self.weights, items, lengths, gaps, exclude]
+        if "wait" in self.metadata["arguments"]:
+            last = recent[-1][1]
+            arguments.append(np.array([(last if at is None else at) - last], np.float32))
+        scores, best = self.program(*arguments)
+        ranked = zip(np.asarray(best)[0], np.asarray(scores)[0], strict=True)
+        return [(self.items[i - 1].as_py(), float(score)) for i, score in ranked if i]
+
+    def gaps(self, times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Seconds since the event before, as the model was trained on them."""
+        gaps = np.zeros(times.shape, np.float32)
+        if self.metadata["gaps"] == "recbole":  # float32 times, and a spike at the first padding
+            gaps[:, 1:] = np.diff(times.astype(np.float32), axis=1)
+            return gaps
+        gaps[:, 1:] = np.diff(times, axis=1)
+        return np.where(np.arange(times.shape[1]) < lengths[:, None], gaps, 0)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("history", nargs="+", metavar="ITEM@TIME")
+    parser.add_argument("--top", type=int, default=10, help="how many (default: 10)")
+    parser.add_argument("--at", type=int, metavar="TIME", help="moment of prediction, if known")
+    flags = parser.parse_args()
+    history = []
+    for event in flags.history:
+        item, _, time = event.rpartition("@")
+        if not item or not time.lstrip("-").isdecimal():
+            parser.error(f"{event!r} is not ITEM@TIME with TIME in whole unix seconds")
+        history.append((item, int(time)))
+    history.sort(key=lambda event: event[1])
+    for item, score in Exported(flags.folder).recommend(history, flags.at)[: flags.top]:
+        print(f"{item}\t{score:.6f}")
+
+
+if __name__ == "__main__":
+    main()

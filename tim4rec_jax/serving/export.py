@@ -1,0 +1,189 @@
+"""A run as a folder that recommends without this package: StableHLO, weights, vocabulary.
+
+`python -m tim4rec_jax.serving export --workdir RUN --out DIR` writes
+
+- `recommend.stablehlo`: what `jax.export.deserialize` reads; for CPU, CUDA and TPU, any number
+  of rows;
+- `weights.npz`: its first argument, an array for each parameter;
+- `items.parquet`: `index` (from 1) and `item`, the original id, `count`, and `title` where known;
+- `metadata.json`: the other arguments in words, and what the model was trained with.
+
+Weights are an argument and no constants: the program stays small, compiles fast and has no
+limit on the catalogue. `examples/run_export.py` shows how it is called.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import export as jax_export
+
+import tim4rec_jax
+from tim4rec_jax.data import format as fmt
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.command import check_model
+from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.training.checkpoints import load_best
+
+FORMAT_VERSION = 1
+PLATFORMS = ("cpu", "cuda", "tpu")
+PROGRAM, WEIGHTS, METADATA = "recommend.stablehlo", "weights.npz", "metadata.json"
+
+
+def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = None) -> dict:
+    """Writes the best model of a run as a folder of its own, complete or not there at all.
+
+    Args:
+      workdir: of the run.
+      out: the folder to write; must not exist, or be empty.
+      top: items that a call returns (fewer where the catalogue has fewer).
+      dataset: the prepared dataset with the vocabulary; None takes the one of the training.
+
+    Returns:
+      What `metadata.json` holds.
+
+    Raises:
+      UserError: the run or the dataset is missing or damaged, they do not belong together, or
+        `out` holds something.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: choose another --out")
+    config: Any
+    model: Any
+    config, model = load_best(workdir)
+    directory = dataset or Path(config.dataset)
+    catalogue = Catalogue(directory)
+    check_model(model, len(catalogue), directory, workdir)
+    top = min(top, len(catalogue))
+    recommend, weights = program(model, top)
+    metadata = _metadata(config, model, catalogue, top)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        exported = lower(recommend, weights, model)
+        (partial / PROGRAM).write_bytes(exported.serialize())
+        np.savez(partial / WEIGHTS, **weights)
+        shutil.copyfile(directory / fmt.ITEMS_FILE, partial / fmt.ITEMS_FILE)
+        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return metadata
+
+
+def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndarray]]:
+    """The function to export and its weights.
+
+    Args:
+      model: see `tim4rec_jax.models`.
+      top: items that it returns.
+
+    Returns:
+      `recommend(weights, items [B,L], lengths [B], gaps [B,L], exclude [B,S]) -> (scores [B,K],
+      items [B,K])`, and the weights by the path of the parameter (`"blocks.0.ssd.A_log"`). A
+      model that knows when the next event happens takes `wait [B]` too, seconds until then.
+    """
+    graphdef, params = nnx.split(model)
+    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(params)}
+    weights = {
+        ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)
+    }
+
+    def recommend(weights, items, lengths, gaps, exclude, wait=None):
+        values = {paths[name]: value for name, value in weights.items()}
+        state = jax.tree.map(lambda leaf: leaf, params)
+        nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
+        model = nnx.merge(graphdef, state)
+
+        # Row by row under vmap: the layers choose block sizes by the number of rows, which
+        # is unknown here.
+        def encode(*row):
+            return model.encode(*(value[None] for value in row))[0]
+
+        hidden = jax.vmap(encode)(items, lengths, gaps)
+        if wait is not None:
+            hidden = model.at(hidden, wait)
+        return top_k(hidden, model.item_embedding.embedding[...], top, exclude=exclude)
+
+    return recommend, weights
+
+
+def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_export.Exported:
+    """Lowers the function of `program` for all `PLATFORMS`, rows and exclusions left open."""
+    rows, excluded = jax_export.symbolic_shape("rows, excluded")
+    kinds = [
+        ((rows, model.max_length), jnp.int32),
+        ((rows,), jnp.int32),
+        ((rows, model.max_length), jnp.float32),
+        ((rows, excluded), jnp.int32),
+    ]
+    if model.knows_next_time:
+        kinds.append(((rows,), jnp.float32))
+    arguments = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
+    return jax_export.export(jax.jit(recommend), platforms=PLATFORMS)(weights, *arguments)
+
+
+def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
+    wait = {"wait": "float32 [rows]: seconds from the last event to the moment of prediction"}
+    return {
+        "format_version": FORMAT_VERSION,
+        "made_by": f"tim4rec-jax {tim4rec_jax.__version__}, jax {jax.__version__}",
+        "dataset": catalogue.metadata["name"],
+        "items": len(catalogue),
+        "max_length": model.max_length,
+        "top_k": top,
+        "gaps": config.data.convention,
+        "platforms": PLATFORMS,
+        "arguments": {
+            "weights": f"the arrays of {WEIGHTS} by name",
+            "items": "int32 [rows, max_length]: item indices of the last events, oldest first, "
+            "right padded with 0",
+            "lengths": "int32 [rows]: how many events, 1 or more",
+            "gaps": "float32 [rows, max_length]: seconds since the event before, 0 for the first; "
+            "exact: 0 at padding; recbole: differences of the times as float32, padded with 0 "
+            "first, so the first padding position holds minus the last time",
+            "exclude": "int32 [rows, any]: item indices not to recommend, 0 for none",
+        }
+        | (wait if model.knows_next_time else {}),
+        "returns": "scores float32 [rows, top_k] and item indices int32 [rows, top_k], best "
+        "first; index 0 where no item was left",
+    }
+
+
+def add_command(subparsers: Any) -> None:
+    """Adds `export` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "export",
+        help="write a run as StableHLO, weights and vocabulary that need only jax",
+        description="Writes a folder that recommends without this package (CPU, CUDA, TPU).",
+    )
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a run")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--top-k", type=int, default=100, metavar="K", help="items a call returns (default: 100)"
+    )
+    parser.add_argument("--dataset", type=Path, help="the prepared dataset, if it has moved")
+    parser.set_defaults(run=_run)
+
+
+def _run(flags: argparse.Namespace) -> int:
+    if flags.top_k < 1:
+        raise UserError(f"--top-k is {flags.top_k}; it must be 1 or more")
+    metadata = export(flags.workdir, flags.out, top=flags.top_k, dataset=flags.dataset)
+    size = sum(file.stat().st_size for file in flags.out.iterdir())
+    print(
+        f"wrote {flags.out}: {metadata['items']:,} items, {size / 1e6:.1f} MB, for "
+        f"{', '.join(PLATFORMS)}"
+    )
+    return 0
