@@ -103,6 +103,15 @@ class Block(ResidualBlock):
             factor = factor[:, :, : h.shape[1]].swapaxes(1, 2)
         return self.finish(self.ssd(h, factor), h, seeds), next_tau
 
+    def mask(
+        self, h: Float[Array, "B L D"], tau: Float[Array, "B #H T"] | None
+    ) -> Float[Array, "B H L L"]:
+        """What each event counts for in each later one, per head, before their content."""
+        factor = None
+        if self.mixer is not None and tau is not None:
+            factor = self.mixer(tau, None, h.shape[1]).swapaxes(1, 2)
+        return self.ssd.mask(h, factor)
+
     def last(
         self,
         h: Float[Array, "B L D"],

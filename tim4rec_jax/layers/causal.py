@@ -16,6 +16,7 @@ from tim4rec_jax.layers.block import ResidualBlock, layer_norm
 from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.time_aware_ssd import SSDLayer
 from tim4rec_jax.ssd import ssd, ssd_step
+from tim4rec_jax.ssd.mask import decay_mask
 
 KNOTS = 24
 _LONGEST = 10 * 365.25 * 86_400.0  # seconds; longer gaps count as this
@@ -92,6 +93,13 @@ class CausalSSD(SSDLayer):
         )
         return self._gated(y, x, z)
 
+    def mask(self, h: Float[Array, "B L D"], time: GapModulation | None) -> Float[Array, "B H L L"]:
+        """The time-aware mask that `__call__` mixes with, see `tim4rec_jax.ssd.mask`."""
+        *_, dt = self._project(h, time)
+        dt, rate = self._steps(dt, time)
+        decay = dt if rate is None else dt * rate
+        return decay_mask(dt, decay * -jnp.exp(self.A_log[...]))
+
     def init_state(self, batch: int) -> LayerState:
         """The state before the first event."""
         taps, channels = self.conv.kernel.shape
@@ -159,6 +167,12 @@ class CausalBlock(ResidualBlock):
           seeds: dropout seeds per row, or None for no dropout.
         """
         return self.finish(self.ssd(h, self._time(features), segment_ids), h, seeds)
+
+    def mask(
+        self, h: Float[Array, "B L D"], features: Float[Array, "B L K"] | None
+    ) -> Float[Array, "B H L L"]:
+        """What each event counts for in each later one, per head, before their content."""
+        return self.ssd.mask(h, self._time(features))
 
     def step(
         self, state: LayerState, h: Float[Array, "B D"], features: Float[Array, "B K"] | None

@@ -11,6 +11,7 @@ from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.ssd import ssd
 from tim4rec_jax.ssd.last import ssd_last
+from tim4rec_jax.ssd.mask import decay_mask
 
 
 def take_position(x: Float[Array, "B L ..."], position: Int[Array, "B"]) -> Float[Array, "B ..."]:
@@ -140,6 +141,14 @@ class TimeAwareSSD(SSDLayer):
             dt_bias=self.dt_bias[...],
         )
         return self.output(y, z)
+
+    def mask(
+        self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
+    ) -> Float[Array, "B H L L"]:
+        """The time-aware mask that `__call__` mixes with, see `tim4rec_jax.ssd.mask`."""
+        *_, dt = self._inputs(self.in_proj(h, slice(self.inner, None)), factor)
+        step = jax.nn.softplus(dt + self.dt_bias[...])
+        return decay_mask(step, step * -jnp.exp(self.A_log[...]))
 
     def _inputs(self, mixed_dt, factor):
         """The op's x [B,L,H,P], B and C [B,L,1,N] and raw step sizes [B,L,H]."""

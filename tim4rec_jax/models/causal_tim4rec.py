@@ -117,6 +117,18 @@ class CausalTiM4Rec(nnx.Module):
             following.append(layer)
         return following, h
 
+    def masks(
+        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+    ) -> list[Float[Array, "B H L L"]]:
+        """The time-aware mask of every layer (`tim4rec_jax.ssd.mask`), to look at."""
+        del lengths
+        h, features = self._embed(items, None), self._features(gaps[:, : items.shape[1]])
+        masks = []
+        for block in self.blocks:
+            masks.append(block.mask(h, features))
+            h = block(h, features, None)
+        return masks
+
     def _embed(self, items, seeds):
         return self.norm(dropout(self.item_embedding(items), self.dropout_rate, seeds))
 

@@ -128,6 +128,17 @@ class TiM4Rec(nnx.Module):
             h, tau = block(h, tau, real, fold(dropout_seeds, i + 1))
         return self.blocks[last].last(h, tau, lengths, fold(dropout_seeds, last + 1))
 
+    def masks(
+        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+    ) -> list[Float[Array, "B H L L"]]:
+        """The time-aware mask of every layer (`tim4rec_jax.ssd.mask`), to look at."""
+        h, tau, real = self._embed(items, lengths, gaps, None)
+        masks = []
+        for block in self.blocks:
+            masks.append(block.mask(h, tau))
+            h, tau = block(h, tau, real)
+        return masks
+
     def _embed(self, items, lengths, gaps, seeds):
         h = self.norm(dropout(self.item_embedding(items), self.dropout_rate, fold(seeds, 0)))
         if self.time is None:

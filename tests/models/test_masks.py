@@ -1,0 +1,75 @@
+"""The masks of a model are those its layers mix with."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.layers import CausalSSD
+from tim4rec_jax.models import build
+from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.mask import decay_mask
+
+LENGTH, LENGTHS = 6, [6, 4]
+
+
+def test_mask_is_the_op_written_out():
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(2, 7, 4, 3)), jnp.float32)
+    dt = jnp.asarray(rng.uniform(0.1, 1, (2, 7, 4)), jnp.float32)
+    B, C = (jnp.asarray(rng.normal(size=(2, 7, 1, 5)), jnp.float32) for _ in range(2))
+    A = -jnp.arange(1.0, 5.0)
+    mask = decay_mask(dt, dt * A)
+    content = jnp.einsum("blgn,bsgn->bls", C, B)[:, None]
+    y = jnp.einsum("bhls,bshp->blhp", mask * content, x)
+    np.testing.assert_allclose(y, ssd(x, dt, A, B, C), atol=1e-5)
+    assert not np.triu(mask, 1).any()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "is_time"), [("paper", True), ("causal", True), ("causal", False)]
+)
+def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
+    config = config_lib.default().model
+    config.update(hidden_size=16, head_dim=8, d_state=4, num_layers=2)
+    config.update(time_encoding=encoding, is_time=is_time)
+    model = build(config, n_items=20, max_length=LENGTH)
+    rng = np.random.default_rng(1)
+    nnx.update(  # modulation by time starts at zero
+        model,
+        nnx.map_state(
+            lambda _, leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype),
+            nnx.state(model, nnx.Param),
+        ),
+    )
+    items = jnp.asarray(rng.integers(1, 21, (2, LENGTH)), jnp.int32)
+    gaps = jnp.asarray(rng.integers(0, 10**6, (2, LENGTH)), jnp.float32).at[:, 0].set(0)
+    inputs = items, jnp.array(LENGTHS), gaps
+
+    masks, calls = model.masks(*inputs), []
+    layer = type(model.blocks[0].ssd)
+    forward = layer.__call__
+
+    def recorded(self, *args):
+        calls.append((self, args, forward(self, *args)))
+        return calls[-1][2]
+
+    monkeypatch.setattr(layer, "__call__", recorded)
+    model(*inputs)
+    for mask, (ssd_layer, (h, time, *_), output) in zip(masks, calls, strict=True):
+        assert mask.shape == (2, ssd_layer.heads, LENGTH, LENGTH)
+        np.testing.assert_allclose(mixed(ssd_layer, h, time, mask), output, atol=1e-5)
+
+
+def mixed(layer, h, time, mask):
+    """A layer's output by way of its mask."""
+    if isinstance(layer, CausalSSD):
+        z, inner, _ = layer._project(h, time)
+        x, B, C = layer.split(layer.activation(layer.conv(inner)))
+    else:
+        z, inner = jnp.split(layer.in_proj(h), [layer.inner], axis=-1)
+        x, B, C, _ = layer._inputs(inner, time)
+    content = jnp.einsum("blgn,bsgn->bls", C, B)[:, None]
+    y = jnp.einsum("bhls,bshp->blhp", mask * content, x) + layer.D[...][:, None] * x
+    return layer.output(y, z)
