@@ -6,7 +6,6 @@ from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
-from tim4rec_jax.data import Dataset
 from tim4rec_jax.errors import UserError
 
 # A ConfigDict: which attributes it has, no type checker can know.
@@ -215,19 +214,23 @@ def check_unchanged(config: Config, path: Path) -> None:
         )
 
 
-def check_same_dataset(dataset: Dataset, path: Path) -> None:
+def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
     """Makes sure that a run goes on with the dataset it began with, described in `path`.
+
+    Args:
+      directory: of the dataset.
+      ours: its metadata.
+      path: the metadata of the one the run began with; written if missing.
 
     Raises:
       UserError: another dataset is in its place, with what tells them apart.
     """
-    ours = dataset.metadata
     if not path.exists():
         _write_json(ours, path)
     theirs = json.loads(path.read_text())
     changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     if changed:
         raise UserError(
-            f"{dataset.directory} is not the dataset that the run in {path.parent} began with "
+            f"{directory} is not the dataset that the run in {path.parent} began with "
             f"(other {', '.join(changed)}); restore it, or choose another --workdir"
         )

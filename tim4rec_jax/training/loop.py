@@ -69,7 +69,7 @@ class _Run:
             config_lib.check_unchanged(config, settings)
         else:
             config_lib.write(config, settings)
-        config_lib.check_same_dataset(dataset, workdir / "dataset.json")
+        config_lib.check_same_dataset(dataset.directory, dataset.metadata, workdir / "dataset.json")
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         data, batch_size = config.data, config.train.batch_size

@@ -1,0 +1,33 @@
+import pytest
+
+from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
+
+KINDS = {
+    "masked": dict(time_encoding="masked"),
+    "paper": dict(time_encoding="paper"),
+    "causal": dict(time_encoding="causal", num_layers=2),
+    "next_time": dict(time_encoding="causal", knows_next_time=True),
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory):
+    return tiny_dataset(tmp_path_factory.mktemp("serving") / "data")
+
+
+@pytest.fixture(scope="session")
+def tiny_workdir(tmp_path_factory, tiny_data):
+    return save_run(tmp_path_factory.mktemp("serving") / "run", tiny_data, **KINDS["causal"])
+
+
+@pytest.fixture(scope="session")
+def recommenders(tiny_data):
+    """Gives the recommender of a kind, for tests that store nothing."""
+    made = {}
+
+    def get(kind):
+        if kind not in made:
+            made[kind] = tiny_recommender(tiny_data, **KINDS[kind])
+        return made[kind]
+
+    return get

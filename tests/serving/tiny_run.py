@@ -1,0 +1,66 @@
+"""Recommenders over untrained models, large enough weights for everything to matter."""
+
+import json
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from flax import nnx
+
+from tests.data.small_dataset import random_histories, write_dataset
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.models import build
+from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.serving.engine import Engine
+from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.training.checkpoints import Checkpoints
+
+MAX_LENGTH = 6
+LENGTHS = [2, 3, 5, 9, 14, 2, 30, 7]
+N_ITEMS = 30
+
+
+def tiny_dataset(folder, **kwargs):
+    """A prepared dataset with the titles "Title of i1" and so on; i3 has none."""
+    dataset = write_dataset(folder, random_histories(LENGTHS), n_items=N_ITEMS, **kwargs)
+    table = pq.read_table(dataset / "items.parquet")
+    titles = [f"Title of {item}" if item != "i3" else None for item in table["item"].to_pylist()]
+    titles = table.append_column("title", pa.array(titles, pa.string()))
+    pq.write_table(titles, dataset / "items.parquet")
+    return dataset
+
+
+def tiny_model(dataset, *, seed=0, **settings):
+    """Settings of a run and its model; `settings` are those of the model."""
+    config = config_lib.default()
+    config.dataset, config.data.max_length = str(dataset), MAX_LENGTH
+    small = dict(hidden_size=8, head_dim=8, d_state=4, num_layers=1, time_encoding="masked")
+    config.model.update(small | settings)
+    config = config_lib.resolve(config)
+    model = build(config.model, n_items=N_ITEMS, max_length=MAX_LENGTH)
+    graphdef, params = nnx.split(model)
+    rng = np.random.default_rng(seed)
+    params = jax.tree.map(
+        lambda leaf: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)), params
+    )
+    return config, nnx.merge(graphdef, params)
+
+
+def tiny_recommender(dataset, store=None, **settings):
+    config, model = tiny_model(dataset, **settings)
+    catalogue = Catalogue(dataset)
+    return Recommender(Engine(config, model, catalogue.ids), catalogue, store)
+
+
+def save_run(workdir, dataset, **settings):
+    """A run directory as train.py leaves it."""
+    config, model = tiny_model(dataset, **settings)
+    workdir.mkdir()
+    config_lib.write(config, workdir / "config.json")
+    metadata = json.loads((dataset / "dataset.json").read_text())
+    (workdir / "dataset.json").write_text(json.dumps(metadata))
+    checkpoints = Checkpoints(workdir)
+    checkpoints.save_best(1, nnx.state(model, nnx.Param))
+    checkpoints.close()
+    return workdir

@@ -1,0 +1,189 @@
+"""The model behind functions of few shapes: compiled once each, safe to call from many threads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int, Int32
+
+from tim4rec_jax.config import Config
+from tim4rec_jax.data import time_gaps
+from tim4rec_jax.evaluation import top_k
+from tim4rec_jax.serving.history import Events
+
+MAX_ROWS = 1024  # histories computed at once
+_MAX_STEPS = 512  # events of one user that one compiled loop takes
+_MIN_WIDTH = 8
+
+
+def power_of_two(size: int, least: int = 1) -> int:
+    """The smallest power of two that is `size` or more, and at least `least`."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
+
+
+class Engine:
+    """Hidden states of histories, states of users, and the best items for them.
+
+    Rows and lengths are padded to powers of two, so that few programs are compiled.
+
+    Attributes:
+        table: item embeddings, [V+1, D]; row 0 is padding.
+        causal: whether users have a state of fixed size, see `advance`.
+        knows_next_time: whether the moment of the prediction can be given.
+        fingerprint: of everything that a user's state depends on.
+    """
+
+    def __init__(self, config: Config, model, item_ids: Sequence[str]):
+        """Takes a model as `tim4rec_jax.training.checkpoints.load_best` returns it."""
+        graphdef, self._params = nnx.split(model)
+        self.max_length: int = config.data.max_length
+        self.convention = config.data.convention
+        self.causal, self.knows_next_time = model.causal, model.knows_next_time
+        self.table: Array = model.item_embedding.embedding[...]
+        self.fingerprint = _fingerprint(config, self._params, item_ids)
+
+        def encode(params, items, lengths, gaps):
+            return nnx.merge(graphdef, params).encode(items, lengths, gaps)
+
+        def advance(params, state, hidden, items, gaps, lengths):
+            model = nnx.merge(graphdef, params)
+
+            def step(carry, event):
+                number, items, gaps = event
+                advanced = model.step(carry[0], items, gaps)
+
+                def keep(new, old):
+                    going_on = number < lengths
+                    return jnp.where(going_on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+                return jax.tree.map(keep, advanced, carry), None
+
+            numbers = jnp.arange(items.shape[1])
+            return lax.scan(step, (state, hidden), (numbers, items.T, gaps.T))[0]
+
+        self._encode, self._advance = jax.jit(encode), jax.jit(advance)
+        self._at = jax.jit(lambda params, *args: nnx.merge(graphdef, params).at(*args))
+        if self.causal:
+            one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
+            _, hidden = jax.eval_shape(lambda: model.step(model.init_state(1), *one))
+            hidden = np.zeros(hidden.shape, hidden.dtype)
+            self._initial = jax.tree.map(np.asarray, (model.init_state(1), hidden))
+
+    def encode(self, events: Events) -> Float[Array, "R D"]:
+        """Hidden states after each history's last `max_length` events.
+
+        Rows beyond those of `events`, up to a power of two, and of empty histories mean nothing.
+        """
+        lengths = np.minimum(np.diff(events.offsets), self.max_length)
+        starts = events.offsets[1:] - lengths
+        missing = (0, power_of_two(len(lengths)) - len(lengths))
+        lengths, starts = np.pad(lengths, missing), np.pad(starts, missing)
+        width = min(power_of_two(int(lengths.max()), _MIN_WIDTH), self.max_length)
+        # The time stream of some models looks at whole rows, whatever the width of `items`.
+        items = _windows(events.items, starts, lengths, width)
+        times = _windows(events.timestamps, starts, lengths, self.max_length)
+        lengths = np.maximum(lengths, 1).astype(np.int32)
+        gaps = time_gaps(times, lengths, self.convention)
+        return self._encode(self._params, items, lengths, gaps)
+
+    def at(self, hidden: Float[Array, "R D"], wait: Float32[np.ndarray, " B"]) -> Array:
+        """Hidden states for predictions `wait` seconds after the last event."""
+        return self._at(self._params, hidden, np.pad(wait, (0, len(hidden) - len(wait))))
+
+    def best(
+        self,
+        hidden: Float[Array, "R D"],
+        table: Float[Array, "C D"],
+        k: int,
+        exclude: Int32[np.ndarray, "B S"] | None,
+    ) -> tuple[Float[np.ndarray, "R k"], Int[np.ndarray, "R k"]]:
+        """Scores and rows of `table` of the `k` best, as `tim4rec_jax.evaluation.top_k`."""
+        if exclude is not None:
+            width = power_of_two(exclude.shape[1], 16)
+            missing = ((0, len(hidden) - len(exclude)), (0, width - exclude.shape[1]))
+            exclude = np.pad(exclude, missing)
+        scores, rows = top_k(hidden, table, power_of_two(k, 16), exclude=exclude)
+        return np.asarray(scores)[:, :k], np.asarray(rows)[:, :k]
+
+    def advance(
+        self, states: Sequence[bytes | None], new: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> list[bytes]:
+        """States of users after further events, of causal models.
+
+        Args:
+            states: before; None for a user without events.
+            new: items and times of each user's events to come. Where there is a state, the first
+                one is the event before, which only tells the time since when.
+
+        Returns:
+            A state per user: the model's own and the last hidden state, as bytes.
+        """
+        skipped = [int(state is not None) for state in states]
+        lengths = np.array([len(items) for items, _ in new]) - skipped
+        rows = power_of_two(len(states))
+        state, hidden = self._unpack(states, rows)
+        for first in range(0, int(lengths.max()), _MAX_STEPS):
+            left = np.clip(lengths - first, 0, _MAX_STEPS)
+            shape = (rows, power_of_two(int(left.max())))
+            items, gaps = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+            for row, (events, times) in enumerate(new):
+                begin, count = first + skipped[row], int(left[row])
+                items[row, :count] = events[begin : begin + count]
+                gaps[row, :count] = self._gaps(times, begin, count)
+            counts = np.pad(left, (0, rows - len(left))).astype(np.int32)
+            state, hidden = self._advance(self._params, state, hidden, items, gaps, counts)
+        return self._pack((state, hidden), len(states))
+
+    def hidden(self, state: bytes) -> Float[np.ndarray, "1 D"]:
+        """The hidden state that a user's state ends with."""
+        return self._unpack([state], 1)[1]
+
+    def _gaps(self, timestamps, begin: int, count: int):
+        """Gaps of events `begin` to `begin + count`; a history's first has none."""
+        before = min(begin, 1)
+        row = timestamps[None, begin - before : begin + count]
+        return time_gaps(row, np.array([row.shape[1]]), self.convention)[0, before:]
+
+    def _pack(self, tree, rows: int) -> list[bytes]:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+        return [b"".join(leaf[row].tobytes() for leaf in leaves) for row in range(rows)]
+
+    def _unpack(self, states: Sequence[bytes | None], rows: int):
+        leaves, structure = jax.tree.flatten(self._initial)
+        initial = b"".join(leaf.tobytes() for leaf in leaves)
+        packed = np.frombuffer(b"".join(state or initial for state in states), np.uint8)
+        packed = packed.reshape(len(states), len(initial))
+        ends = np.cumsum([leaf.nbytes for leaf in leaves])
+        parts = np.split(packed, ends[:-1], axis=1)
+        unpacked = [
+            np.pad(
+                np.ascontiguousarray(part).view(leaf.dtype).reshape(-1, *leaf.shape[1:]),
+                [(0, rows - len(states)), *[(0, 0)] * (leaf.ndim - 1)],
+            )
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+        return jax.tree.unflatten(structure, unpacked)
+
+
+def _windows(values: np.ndarray, starts, lengths, width: int) -> np.ndarray:
+    """`values[start : start + length]` of every row, padded with 0."""
+    column = np.arange(width)
+    inside = column < lengths[:, None]
+    out = np.zeros((len(starts), width), values.dtype)
+    out[inside] = values[(starts[:, None] + column)[inside]]
+    return out
+
+
+def _fingerprint(config: Config, params: nnx.State, item_ids: Sequence[str]) -> str:
+    settings = [config.model.to_dict(), config.data.convention, list(item_ids)]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,131 @@
+"""Users in an SQLite file, shared by threads and processes; whole after `kill -9`."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.serving.store import Change, Snapshot
+
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE events (
+  user TEXT, timestamp INTEGER, number INTEGER, item TEXT, PRIMARY KEY (user, timestamp, number)
+) WITHOUT ROWID;
+CREATE TABLE users (user TEXT PRIMARY KEY, events INTEGER, last INTEGER, model TEXT, state BLOB);
+PRAGMA user_version = {_VERSION};
+"""
+
+
+class SQLiteStore:
+    """Keeps users in a file on a local disk.
+
+    An update is one transaction: after a crash of the process it is there whole or not at all.
+    A power cut may take the last ones with it.
+    """
+
+    def __init__(self, path: str | Path, *, timeout: float = 60.0):
+        """Opens the file, or makes it.
+
+        Args:
+            path: of the file; SQLite keeps two more beside it.
+            timeout: seconds to wait for other processes that write.
+
+        Raises:
+            UserError: the file cannot be opened or is no such store.
+        """
+        self.path = Path(path)
+        # One connection for all threads: SQLite takes one writer at a time anyway.
+        self._lock = threading.Lock()
+        with self._naming_what_fails():
+            self._connection = sqlite3.connect(
+                self.path, timeout=timeout, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+                with self._transaction():
+                    self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def _prepare(self) -> None:
+        [version] = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == _VERSION:
+            return
+        [tables] = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if version or tables:
+            raise UserError(
+                f"{self.path} is not a store of version {_VERSION} of this package; "
+                "name another file"
+            )
+        for statement in _SCHEMA.split(";"):
+            self._connection.execute(statement)
+
+    def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
+        """See `Store`."""
+        select = "SELECT events, last, CASE WHEN model = ? THEN state END FROM users WHERE user = ?"
+        with self._naming_what_fails(), self._lock:
+            rows = [self._connection.execute(select, (model, user)).fetchone() for user in users]
+        return [Snapshot(*row) if row else Snapshot(0, None, None) for row in rows]
+
+    def history(self, user: str) -> tuple[list[str], list[int]]:
+        """See `Store`."""
+        select = "SELECT item, timestamp FROM events WHERE user = ? ORDER BY timestamp, number"
+        with self._naming_what_fails(), self._lock:
+            rows = self._connection.execute(select, (user,)).fetchall()
+        return [item for item, _ in rows], [timestamp for _, timestamp in rows]
+
+    def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
+        """See `Store`; all in one transaction."""
+        with self._naming_what_fails(), self._lock, self._transaction():
+            return [self._apply(change, model) for change in changes]
+
+    def _apply(self, change: Change, model: str) -> bool:
+        execute = self._connection.execute
+        row = execute("SELECT events, last FROM users WHERE user = ?", (change.user,)).fetchone()
+        events, last = row or (0, None)
+        if events != change.expected:
+            return False
+        self._connection.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?)",
+            [
+                (change.user, timestamp, events + number, item)
+                for number, (item, timestamp) in enumerate(
+                    zip(change.items, change.timestamps, strict=True)
+                )
+            ],
+        )
+        last = max([*change.timestamps, *([] if last is None else [last])], default=None)
+        execute(
+            "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)",
+            (change.user, events + len(change.items), last, model, change.state),
+        )
+        return True
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    @contextmanager
+    def _naming_what_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(f"the store {self.path} cannot be used: {error}") from error
