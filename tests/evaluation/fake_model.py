@@ -8,6 +8,7 @@ class MeanModel(nnx.Module):
     """Ignores order; adds the log of the last gap, so that gaps matter."""
 
     traces = 0
+    knows_next_time = False
 
     def __init__(self, n_items, width=8, seed=0):
         self.item_embedding = nnx.Embed(n_items + 1, width, rngs=nnx.Rngs(seed))

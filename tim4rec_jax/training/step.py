@@ -89,7 +89,7 @@ def micro_batches(rows: Any, count: int) -> Any:
 
 
 def loss_and_gradients(
-    graphdef, params, batch: Batch, seeds: jax.Array, micro: int, objective: str
+    graphdef, params, batch: Batch, seeds: jax.Array, micro: int, objective: str = "prefix"
 ):
     """Mean loss of a batch and its gradient, `micro` micro-batches one after the other.
 

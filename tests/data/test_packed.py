@@ -1,0 +1,142 @@
+"""Packed epochs hold every target once, with its own past and nobody else's."""
+
+import collections
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.small_dataset import in_memory, random_histories
+from tim4rec_jax.data import PackedBatches
+from tim4rec_jax.errors import UserError
+
+
+def events(dataset, start, count):
+    """Items and times of `count` events."""
+    window = np.array([start]), np.array([count]), int(count)
+    return dataset.items(*window)[0], dataset.timestamps(*window)[0]
+
+
+@st.composite
+def plans(draw):
+    return {
+        "lengths": [*draw(st.lists(st.integers(1, 40), max_size=12)), draw(st.integers(4, 9))],
+        "max_length": draw(st.integers(1, 16)),
+        "batch_size": draw(st.integers(1, 5)),
+        "seed": draw(st.integers(0, 2**32)),
+    }
+
+
+def packed(*, lengths, **arguments):
+    dataset = in_memory(random_histories(lengths, n_items=1000), n_items=1000)
+    return dataset, PackedBatches(dataset, **arguments)
+
+
+def epoch_of(batches, epoch=0):
+    first = epoch * batches.batches_per_epoch
+    return [batches[first + number] for number in range(batches.batches_per_epoch)]
+
+
+def segments_of(batch):
+    """The segments of a batch, each a dict of its columns, row by row."""
+    for row in range(len(batch["items"])):
+        ids = np.where(batch["weights"][row] > 0, batch["segment_ids"][row], -1)
+        for segment in np.unique(ids[ids >= 0]):
+            yield {name: values[row][ids == segment] for name, values in batch.items()}
+
+
+@given(plan=plans(), epoch=st.integers(0, 3))
+def test_an_epoch_holds_every_target_once(plan, epoch):
+    dataset, batches = packed(**plan)
+    expected = collections.Counter()
+    for start, length in zip(dataset.offsets, dataset.lengths, strict=False):
+        if length > 3:
+            expected.update(events(dataset, start + 1, length - 3)[0])
+    found = collections.Counter()
+    for batch in epoch_of(batches, epoch):
+        found.update(batch["targets"][batch["weights"] > 0])
+    assert found == expected
+    assert sum(found.values()) == batches.n_samples
+
+
+@given(plan=plans(), windows=st.none() | st.integers(1, 3))
+def test_segments_are_runs_of_one_history(plan, windows):
+    dataset, batches = packed(**plan, windows_per_user=windows)
+    histories = [
+        (items.tolist(), times)
+        for start, length in zip(dataset.offsets, dataset.lengths, strict=False)
+        if length > 3
+        for items, times in [events(dataset, start, length - 2)]
+    ]
+    for batch in epoch_of(batches):
+        for segment in segments_of(batch):
+            run = [*segment["items"].tolist(), int(segment["targets"][-1])]
+            assert segment["targets"][:-1].tolist() == segment["items"][1:].tolist()
+            places = [
+                (times, at)
+                for items, times in histories
+                for at in range(len(items) - len(run) + 1)
+                if items[at : at + len(run)] == run
+            ]
+            assert places
+            waits = [np.diff(times[at : at + len(run)]).tolist() for times, at in places]
+            assert segment["waits"].tolist() in waits
+            assert segment["gaps"].tolist() == [0.0, *segment["waits"][:-1].tolist()]
+
+
+@given(plan=plans())
+def test_only_the_end_of_an_epoch_is_padded(plan):
+    _, batches = packed(**plan)
+    weights = np.concatenate([batch["weights"].ravel() for batch in epoch_of(batches)])
+    assert weights.tolist() == sorted(weights, reverse=True)
+    assert batches.fill == pytest.approx(weights.mean())
+
+
+@given(plan=plans(), windows=st.integers(1, 2))
+def test_no_user_gives_more_than_the_windows_asked_for(plan, windows):
+    dataset, batches = packed(**plan, windows_per_user=windows)
+    most = windows * plan["max_length"]
+    assert batches.n_samples == np.minimum(np.maximum(dataset.lengths - 3, 0), most).sum()
+    assert sum(b["weights"].sum() for b in epoch_of(batches)) == batches.n_samples
+
+
+def test_windows_move_from_epoch_to_epoch():
+    _, batches = packed(lengths=[40], max_length=5, batch_size=1, seed=0, windows_per_user=1)
+    firsts = {int(batches[epoch]["items"][0, 0]) for epoch in range(30)}
+    assert len(firsts) > 10
+
+
+@given(plan=plans(), processes=st.integers(1, 3))
+def test_processes_share_the_batches(plan, processes):
+    plan["batch_size"] *= processes
+    dataset, whole = packed(**plan)
+    lengths = plan.pop("lengths")
+    assert lengths
+    parts = [
+        PackedBatches(dataset, **plan, process_index=index, process_count=processes)
+        for index in range(processes)
+    ]
+    for number in range(whole.batches_per_epoch):
+        for name, values in whole[number].items():
+            if name != "segment_ids":
+                shared = np.concatenate([part[number][name] for part in parts])
+                np.testing.assert_array_equal(shared, values)
+
+
+def test_batches_are_a_function_of_their_number():
+    arguments = dict(lengths=[9, 30, 4, 22], max_length=6, batch_size=2, seed=3)
+    _, batches = packed(**arguments)
+    seen = [batches[number] for number in range(12)]
+    _, again = packed(**arguments)
+    for number in (11, 0, 7, 3):
+        for name, values in again[number].items():
+            np.testing.assert_array_equal(values, seen[number][name])
+    assert any((seen[0]["items"] != seen[batches.batches_per_epoch]["items"]).ravel())
+
+
+def test_nothing_to_train_on_is_an_error():
+    with pytest.raises(UserError, match="4 events"):
+        packed(lengths=[3, 2], max_length=4, batch_size=1, seed=0)
+    with pytest.raises(UserError, match="cannot be shared"):
+        packed(lengths=[9], max_length=4, batch_size=3, seed=0, process_count=2)
