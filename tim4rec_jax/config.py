@@ -59,6 +59,7 @@ def default() -> Config:
                 "objective": "prefix",
                 "batch_size": 2048,
                 "learning_rate": 1e-3,
+                "schedule": "constant",  # or "cosine": down to 0 at the end of all epochs
                 "weight_decay": 0.0,
                 "epochs": 300,
                 "patience": 20,  # epochs without a better NDCG@10 before training stops
@@ -112,6 +113,7 @@ def resolve(config: Config) -> Config:
     _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("train.objective", train.objective, ("prefix", "every_position"))
+    _one_of("train.schedule", train.schedule, ("constant", "cosine"))
     causal = model.time_encoding == "causal"
     if train.objective == "every_position" and not causal:
         raise UserError(

@@ -141,9 +141,9 @@ class Engine:
             state, hidden = self._advance(self._params, state, hidden, items, gaps, counts)
         return self._pack((state, hidden), len(states))
 
-    def hidden(self, state: bytes) -> Float[np.ndarray, "1 D"]:
+    def hidden(self, state: bytes) -> Float[Array, "1 D"]:
         """The hidden state that a user's state ends with."""
-        return self._unpack([state], 1)[1]
+        return jnp.asarray(self._unpack([state], 1)[1])
 
     def _gaps(self, timestamps, begin: int, count: int):
         """Gaps of events `begin` to `begin + count`; a history's first has none."""

@@ -87,7 +87,12 @@ class _Run:
             config.model, n_items=dataset.n_items, max_length=data.max_length, seed=config.seed
         )
         self.graphdef, params = nnx.split(model)
-        self.tx = make_optimizer(config.train.learning_rate, config.train.weight_decay)
+        steps = config.train.epochs * self.batches.batches_per_epoch
+        self.tx = make_optimizer(
+            config.train.learning_rate,
+            config.train.weight_decay,
+            steps if config.train.schedule == "cosine" else None,
+        )
         self.state = jax.device_put(
             init_state(params, self.tx, config.seed), self.placement.replicated
         )

@@ -52,9 +52,20 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -
 
 
 @functools.cache  # the same one again lets another run in this process keep compiled code
-def make_optimizer(learning_rate: float, weight_decay: float) -> optax.GradientTransformation:
-    """Adam as the reference uses it: weight decay, if any, is added to the gradient."""
-    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(learning_rate))
+def make_optimizer(
+    learning_rate: float, weight_decay: float, cosine_steps: int | None = None
+) -> optax.GradientTransformation:
+    """Adam as the reference uses it: weight decay, if any, is added to the gradient.
+
+    Args:
+      learning_rate: of the first step.
+      weight_decay: weight of the squared norm of all parameters, halved.
+      cosine_steps: the learning rate falls along a cosine to 0 in so many steps; None: never.
+    """
+    rate: optax.ScalarOrSchedule = learning_rate
+    if cosine_steps is not None:
+        rate = optax.cosine_decay_schedule(learning_rate, cosine_steps)
+    return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(rate))
 
 
 def micro_count(rows: int, length: int, devices: int) -> int:
