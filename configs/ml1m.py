@@ -7,6 +7,7 @@ Not trained to the end by us yet: an epoch of the prefix objective is about half
 CPU cores. Strongest ID-only full-ranking results elsewhere: HR@10 .31-.33, NDCG@10 .18-.193.
 
 Variants:
+    causal          causal time, trained at every position
     256d            the wide model: width 256, state 64, heads of 128, batches of 512
     official        the released 64-d settings to the letter
     256d-official   the released 256-d settings to the letter, which switch time off
@@ -17,11 +18,14 @@ from tim4rec_jax import config as config_lib
 
 def get_config(variant: str = "") -> config_lib.Config:
     """Settings of the run."""
-    config_lib.check_variant(variant, ("256d", "official", "256d-official"))
+    config_lib.check_variant(variant, ("causal", "256d", "official", "256d-official"))
     config = config_lib.default()
     config.dataset = "data/ml-1m"
     config.prepare = "python -m data_prep movielens ml-1m --order recbole --out data/ml-1m"
     config.data.max_length = 200
+    if variant == "causal":
+        config_lib.use_causal_time(config, rows=16, epochs=35)
+        config.train.learning_rate = 1.5e-3
     official = variant.endswith("official")
     if variant.startswith("256d"):
         config.model.update(hidden_size=256, d_state=64, head_dim=128, is_time=not official)

@@ -70,6 +70,20 @@ def default() -> Config:
     )
 
 
+def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
+    """Switches to causal time, trained at every position of packed rows.
+
+    Args:
+      config: changed in place.
+      rows: of `data.max_length` positions, a batch.
+      epochs: the learning rate falls to 0 in so many.
+    """
+    config.model.time_encoding = "causal"
+    config.train.update(
+        objective="every_position", batch_size=rows, epochs=epochs, schedule="cosine"
+    )
+
+
 _POSITIVE = (
     "data.max_length",
     "model.hidden_size",
