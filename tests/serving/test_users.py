@@ -1,0 +1,264 @@
+"""Users of a store: streaming, concurrent callers, other models, `kill -9`."""
+
+import itertools
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.small_dataset import random_histories
+from tests.serving.conftest import KINDS
+from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, tiny_recommender
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
+from tim4rec_jax.serving.history import Events
+from tim4rec_jax.serving.store import Change, Snapshot
+
+ROOT = Path(__file__).parents[2]
+HISTORIES = [
+    ([f"i{item}" for item in items], times.tolist()) for items, times in random_histories(LENGTHS)
+]
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request, tmp_path):
+    store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")
+    yield store
+    store.close()
+
+
+def with_store(recommender, store):
+    return Recommender(recommender.engine, recommender.catalogue, store)
+
+
+def interleaved(histories):
+    """All events of all histories, first events first."""
+    rows = [[(f"u{user}", *event) for event in zip(*h, strict=True)] for user, h in histories]
+    return [event for events in itertools.zip_longest(*rows) for event in events if event]
+
+
+def full_forward(recommender, items, times):
+    """Hidden state after the whole history by the model itself, in one pass."""
+    indices = recommender.catalogue.indices(items)
+    engine = recommender.engine
+    window, engine.max_length = engine.max_length, 128
+    hidden = engine.encode(Events(indices, np.asarray(times), np.array([0, len(items)])))
+    engine.max_length = window
+    return np.asarray(hidden)[:1]
+
+
+def test_streaming_equals_the_full_forward(recommenders, store):
+    """Whatever the steps: one event, a few, users mixed, thousands at once."""
+    recommender = with_store(recommenders("causal"), store)
+    events = interleaved(enumerate(HISTORIES))
+    for first, last in itertools.pairwise([0, 1, 2, 9, 20, len(events)]):
+        assert all(recommender.update_batch(events[first:last]))
+    for user, (items, times) in enumerate(HISTORIES):
+        state = recommender._users.state(f"u{user}")
+        ours, theirs = recommender.engine.hidden(state), full_forward(recommender, items, times)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+        found = recommender.recommend_user(f"u{user}", k=5)
+        assert not set(found.items) & set(items)
+        if len(items) <= MAX_LENGTH:
+            assert found.items == recommender.recommend(items, times, k=5).items
+
+
+@pytest.mark.parametrize("kind", ["masked", "paper"])
+def test_other_models_compute_the_last_events(recommenders, store, kind):
+    recommender = with_store(recommenders(kind), store)
+    recommender.update_batch(interleaved(enumerate(HISTORIES)))
+    for user, (items, times) in enumerate(HISTORIES[:4]):
+        assert recommender.recommend_user(f"u{user}") == recommender.recommend(items, times)
+
+
+def test_filters_and_moments_of_stored_users(recommenders, store):
+    recommender, (items, times) = with_store(recommenders("next_time"), store), HISTORIES[2]
+    recommender.update_batch(interleaved([(0, HISTORIES[2])]))
+    at, filters = times[-1] + 500, dict(allow=["i2", "i9", "i7"], deny=["i9"], exclude_seen=False)
+    ours = recommender.recommend_user("u0", 5, at=at, **filters)
+    theirs = recommender.recommend(items, times, 5, at=at, **filters)
+    assert ours.items == theirs.items
+    assert ours.scores == pytest.approx(theirs.scores, rel=1e-5)
+    with pytest.raises(UserError, match="before the last event"):
+        recommender.recommend_user("u0", at=times[-1] - 1)
+
+
+def test_strangers_and_unknown_items(recommenders, store):
+    recommender = with_store(recommenders("causal"), store)
+    assert recommender.update("anna", "new", 5) is False
+    assert recommender.unknown_events == 1
+    assert recommender.recommend_user("anna").fallback
+    assert recommender.update(7, "i1", np.int64(5)) is True
+    assert not recommender.recommend_user("7").fallback
+    assert store.history("7") == (["i1"], [5])
+
+
+def test_late_events(recommenders, store):
+    recommender = with_store(recommenders("causal"), store)
+    recommender.update("u", "i1", 10)
+    recommender.update("u", "i3", 30)
+    for events in ([("u", "i2", 20)], [("u", "i4", 40), ("u", "i2", 35)]):
+        with pytest.raises(UserError, match=r"event of user 'u' at time .* is earlier than one at"):
+            recommender.update_batch(events)
+    assert store.history("u") == (["i1", "i3"], [10, 30])
+    recommender.update("u", "i2", 20, sort=True)
+    assert store.history("u") == (["i1", "i2", "i3"], [10, 20, 30])
+    recommender.update("u", "i4", 30)
+    items, times = ["i1", "i2", "i3", "i4"], [10, 20, 30, 30]
+    assert store.history("u") == (items, times)
+    hidden = recommender.engine.hidden(recommender._users.state("u"))
+    np.testing.assert_allclose(hidden, full_forward(recommender, items, times), atol=1e-5)
+
+
+def test_a_state_of_another_model_is_computed_anew(tiny_data, recommenders, store):
+    with_store(recommenders("causal"), store).update_batch(interleaved([(0, HISTORIES[4])]))
+    other = tiny_recommender(tiny_data, store, **KINDS["causal"], seed=5)
+    [snapshot] = store.snapshots(["u0"], other.engine.fingerprint)
+    assert (snapshot.events, snapshot.state) == (14, None)
+    hidden = other.engine.hidden(other._users.state("u0"))
+    np.testing.assert_allclose(hidden, full_forward(other, *HISTORIES[4]), rtol=1e-5, atol=1e-5)
+    assert store.snapshots(["u0"], other.engine.fingerprint)[0].state is not None  # and kept
+    # An update finds the same way, without being asked for a recommendation first.
+    (items, times), later = HISTORIES[4], HISTORIES[4][1][-1] + 9
+    first = with_store(recommenders("causal"), store)
+    first.update("u0", "i8", later)
+    hidden = first.engine.hidden(first._users.state("u0"))
+    expected = full_forward(first, [*items, "i8"], [*times, later])
+    np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
+    monkeypatch.setattr("tim4rec_jax.serving.engine._MAX_STEPS", 4)
+    recommender = with_store(recommenders("causal"), store)
+    recommender.update_batch(interleaved(enumerate(HISTORIES)))
+    for user, history in enumerate(HISTORIES):
+        hidden = recommender.engine.hidden(recommender._users.state(f"u{user}"))
+        np.testing.assert_allclose(hidden, full_forward(recommender, *history), atol=1e-5)
+
+
+def test_stores_refuse_what_was_computed_from_an_older_state(store):
+    assert store.apply([Change("u", 0, ["i1"], [5], b"one")], "m") == [True]
+    changes = [Change("u", 0, ["i2"], [6], b"x"), Change("v", 0, ["i3"], [7], b"y")]
+    assert store.apply(changes, "m") == [False, True]
+    assert store.history("u") == (["i1"], [5])
+    users = store.snapshots(["u", "v", "w"], "m")
+    assert users == [Snapshot(1, 5, b"one"), Snapshot(1, 7, b"y"), Snapshot(0, None, None)]
+    assert store.snapshots(["u"], "another") == [Snapshot(1, 5, None)]
+
+
+def test_threads_lose_nothing(recommenders, store):
+    """All update the same three users; a state in which an event was lost would be another."""
+    recommender = with_store(recommenders("causal"), store)
+    errors = []
+
+    def work(number):
+        try:
+            for event in range(10):
+                recommender.update(f"u{event % 3}", f"i{number + 1}", 5)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    check_users(recommender, {"u0": 24, "u1": 18, "u2": 18})
+
+
+def check_users(recommender, counts):
+    for user, count in counts.items():
+        items, times = recommender.store.history(user)
+        assert len(items) == count
+        [snapshot] = recommender.store.snapshots([user], recommender.engine.fingerprint)
+        assert (snapshot.events, snapshot.last) == (count, times[-1])
+        hidden = recommender.engine.hidden(snapshot.state)
+        expected = full_forward(recommender, items, times)
+        np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
+
+
+PROCESS = """
+import sys
+from tim4rec_jax.serving import Recommender, SQLiteStore
+
+workdir, path, first, last = sys.argv[1:]
+recommender = Recommender.load(workdir, SQLiteStore(path))
+print("ready", flush=True)
+sys.stdin.readline()
+for event in range(int(first), int(last)):
+    recommender.update(f"u{event % 3}", f"i{event % 30 + 1}", 5)
+    print(event, flush=True)
+"""
+
+
+def start_process(*arguments):
+    return subprocess.Popen(
+        [sys.executable, "-c", PROCESS, *map(str, arguments)],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_processes_lose_nothing_and_a_kill_leaves_whole_events(tiny_workdir, tmp_path):
+    """Two processes update the same users; one of them is killed in the midst of it."""
+    path = tmp_path / "users.db"
+    arguments = [(0, 60), (120, 10**6)]
+    processes = [start_process(tiny_workdir, path, *bounds) for bounds in arguments]
+    for process in processes:
+        assert process.stdout.readline() == "ready\n"
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    killed, done = processes[-1], [120]
+    while done[-1] < 150:
+        done.append(int(killed.stdout.readline()))
+    time.sleep(0.003)
+    os.kill(killed.pid, signal.SIGKILL)
+    done += map(int, killed.communicate()[0].split())
+    processes[0].communicate()
+    assert processes[0].returncode == 0
+
+    store = SQLiteStore(path)
+    recommender = Recommender.load(tiny_workdir, store)
+    counts = {user: len(store.history(user)[0]) for user in ("u0", "u1", "u2")}
+    # Everything that was reported is there; the last one may be, before it was reported.
+    assert sum(counts.values()) - 60 - len(done[1:]) in (0, 1)
+    check_users(recommender, counts)
+    store.close()
+
+
+def test_a_file_that_is_no_store(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no database at all" * 100)
+    with pytest.raises(UserError, match="file is not a database"):
+        SQLiteStore(path)
+    SQLiteStore(tmp_path / "users.db").close()
+    SQLiteStore(tmp_path / "users.db").close()  # opens it again
+    other = sqlite3.connect(tmp_path / "other.db")
+    other.execute("CREATE TABLE orders (id INTEGER)")
+    other.close()
+    with pytest.raises(UserError, match="not a store of version 1"):
+        SQLiteStore(tmp_path / "other.db")
+    with pytest.raises(UserError, match="cannot be used: unable to open"):
+        SQLiteStore(tmp_path / "no" / "folder.db")
+
+
+def test_a_store_that_fills_its_disk(tmp_path):
+    store = SQLiteStore(tmp_path / "users.db")
+    store._connection.execute("PRAGMA max_page_count = 8")
+    with pytest.raises(UserError, match="database or disk is full"):
+        store.apply([Change("u", 0, ["i1"], [5], bytes(10**6))], "m")
+    assert store.history("u") == ([], [])
+    assert store.apply([Change("u", 0, ["i1"], [5], b"small")], "m") == [True]
+    store.close()
