@@ -11,6 +11,7 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tests.training.tiny_run import MAX_LENGTH, tiny_config
+from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
@@ -80,6 +81,43 @@ def test_learns_what_can_be_learnt(finished):
     assert figures["best_epoch"] == last_best
     (test,) = records(finished, "test")
     assert test["ndcg@10"] == figures["test"]["ndcg@10"]
+
+
+@pytest.mark.parametrize("knows_next_time", [False, True])
+def test_learns_at_every_position(dataset, tmp_path, capsys, knows_next_time):
+    config = tiny_config(dataset)
+    config_lib.use_causal_time(config, rows=2, epochs=15)
+    config.train.learning_rate = 0.02
+    config.model.knows_next_time = knows_next_time
+    figures = train(config, tmp_path / "run")
+    assert figures["test"]["hit@10"] == 1.0
+    assert figures["test"]["ndcg@10"] > 0.9
+    assert "rows of 12 packed to 98.2%" in capsys.readouterr().out
+    losses = [record["train_loss"] for record in records(tmp_path / "run", "valid")]
+    assert losses[0] > 2.5
+    assert losses[-1] < 0.6
+
+
+def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
+    config = tiny_config(dataset)
+    config_lib.use_causal_time(config, rows=2, epochs=2)
+    config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
+    calm = train(config, tmp_path / "calm")
+    steps = iter(range(1, 1000))
+
+    def dying(self, batch):
+        if next(steps) == 20:
+            raise RuntimeError("killed")
+        return train_step(self, batch)
+
+    train_step = loop._Run._train_step
+    monkeypatch.setattr(loop._Run, "_train_step", dying)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "hit")
+    hit = train(config, tmp_path / "hit")
+    assert hit["test"] == calm["test"]
+    pairs = [parameters(tmp_path / name) for name in ("calm", "hit")]
+    jax.tree.map(np.testing.assert_array_equal, *pairs)
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.data.small_dataset import in_memory, random_histories
 from tests.training.tiny_run import MAX_LENGTH, tiny_config
-from tim4rec_jax.data import TrainBatches
+from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.training.step import (
@@ -26,7 +26,7 @@ from tim4rec_jax.training.step import (
 
 ROWS = 16
 SEEDS = row_seeds(jax.random.key(3), ROWS)
-gradients_in_parts = jax.jit(loss_and_gradients, static_argnames=("graphdef", "micro"))
+gradients_in_parts = jax.jit(loss_and_gradients, static_argnames=("graphdef", "micro", "objective"))
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,28 @@ def test_micro_batches_give_loss_and_gradients_of_the_whole(model, batches):
     # Dropout was on, or its masks would not have been tested.
     others = gradients_in_parts(*model, batches[0], SEEDS + jnp.uint32(1), micro=1)
     assert abs(others[0] - whole[0]) > 1e-4
+
+
+def test_micro_batches_of_packed_rows():
+    config = tiny_config("none").model
+    config.update(time_encoding="causal", dropout_prob=0.3)
+    model = nnx.split(build(config, n_items=30, max_length=MAX_LENGTH))
+    dataset = in_memory(random_histories([20] * 6))
+    batch = jax.device_put(PackedBatches(dataset, max_length=MAX_LENGTH, batch_size=8, seed=0)[0])
+    settings = dict(objective="every_position")
+    whole = gradients_in_parts(*model, batch, SEEDS[:8], micro=1, **settings)
+    parts = gradients_in_parts(*model, batch, SEEDS[:8], micro=4, **settings)
+    check_close(parts, whole, 3e-6)
+
+
+def test_the_cosine_falls_to_nothing():
+    tx = make_optimizer(0.1, 0.0, 10)
+    params, sizes = jnp.ones(3), []
+    state = tx.init(params)
+    for _ in range(11):
+        updates, state = tx.update(jnp.ones(3), state, params)
+        sizes.append(float(jnp.abs(updates).max()))
+    np.testing.assert_allclose(sizes, 0.05 * (1 + np.cos(np.pi * np.arange(11) / 10)), atol=1e-6)
 
 
 def test_filler_rows_change_nothing(model, batches):
