@@ -38,9 +38,10 @@ CASES = {
 }
 
 
-def load(path: str):
-    """The settings of a config file."""
-    return runpy.run_path(path)["get_config"]("")
+def load(named: str):
+    """The settings of a config, FILE.py[:VARIANT]."""
+    path, _, variant = named.partition(":")
+    return runpy.run_path(path)["get_config"](variant)
 
 
 def random_batch(rows: int, length: int, n_items: int, seed: int = 0) -> dict:
