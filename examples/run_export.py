@@ -50,8 +50,9 @@ class Exported:
         gaps = self.gaps(times, lengths)
         arguments = [self.weights, items, lengths, gaps, exclude]
         if "wait" in self.metadata["arguments"]:
-            last = recent[-1][1]
-            arguments.append(np.array([(last if at is None else at) - last], np.float32))
+            if at is None:
+                raise SystemExit("error: this model takes the moment of prediction, --at TIME")
+            arguments.append(np.array([at - recent[-1][1]], np.float32))
         scores, best = self.program(*arguments)
         ranked = zip(np.asarray(best)[0], np.asarray(scores)[0], strict=True)
         return [(self.items[i - 1].as_py(), float(score)) for i, score in ranked if i]

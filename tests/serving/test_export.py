@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from tests.serving.saved_run import MAX_LENGTH, N_ITEMS, save_run
+from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
@@ -36,7 +36,7 @@ def run_alone(folder, *events, top=5):
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
-def expected(workdir, history, k):
+def expected(workdir, history, k, wait):
     """Indices and scores of the best unseen items by the model itself."""
     config, model = load_best(workdir)
     recent = history[-MAX_LENGTH:]
@@ -47,18 +47,20 @@ def expected(workdir, history, k):
     gaps = time_gaps(times, lengths, config.data.convention)
     encode = nnx.jit(lambda model, *inputs: model.encode(*inputs))
     hidden = encode(model, items, lengths, gaps)
+    if wait is not None:
+        hidden = model.at(hidden, jnp.array([wait], jnp.float32))
     seen = np.array([[item for item, _ in history]], np.int32)
     scores, best = top_k(hidden, model.item_embedding.embedding[...], k, exclude=jnp.asarray(seen))
     return np.asarray(best)[0], np.asarray(scores)[0]
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    return exported_run(tmp_path_factory.mktemp("paper"), "paper")
+def run(tmp_path_factory, tiny_data):
+    return exported_run(tmp_path_factory.mktemp("paper"), tiny_data, time_encoding="paper")
 
 
-def exported_run(folder, time_encoding):
-    workdir = save_run(folder, time_encoding=time_encoding)
+def exported_run(folder, dataset, **settings):
+    workdir = save_run(folder / "run", dataset, **settings)
     export(workdir, folder / "exported", top=12)
     return workdir
 
@@ -67,18 +69,20 @@ def test_recommends_what_the_model_does(run):
     compare(run)
 
 
-def test_exact_gaps(tmp_path):
-    compare(exported_run(tmp_path, "masked"))
+def test_knows_the_next_time(tmp_path, tiny_data):
+    settings = dict(time_encoding="causal", num_layers=2, knows_next_time=True)
+    compare(exported_run(tmp_path, tiny_data, **settings), wait=86_400)
 
 
-def compare(run):
+def compare(run, wait=None):
     # 16 events are more than the model's window; an unknown item is left out.
     history = [(item, time + n * 10**7) for n in range(4) for item, time in HISTORY]
     events = [f"i{item}@{time}" for item, time in history]
-    result = run_alone(run.parent / "exported", "nobody@1", *events)
+    at = [] if wait is None else [f"--at={history[-1][1] + wait}"]
+    result = run_alone(run.parent / "exported", "nobody@1", *events, *at)
     assert result.returncode == 0, result.stderr
     lines = [line.split("\t") for line in result.stdout.splitlines()]
-    best, scores = expected(run, history, 5)
+    best, scores = expected(run, history, 5, wait)
     assert [item for item, _ in lines] == [f"i{index}" for index in best]
     np.testing.assert_allclose([float(score) for _, score in lines], scores, atol=2e-6)
 
@@ -95,7 +99,11 @@ def test_folder_says_what_it_is(run):
     assert names == {"items.parquet", "metadata.json", "recommend.stablehlo", "weights.npz"}
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["platforms"] == list(PLATFORMS)
-    assert (metadata["top_k"], metadata["items"], metadata["max_length"]) == (12, N_ITEMS, 8)
+    assert (metadata["top_k"], metadata["items"], metadata["max_length"]) == (
+        12,
+        N_ITEMS,
+        MAX_LENGTH,
+    )
 
 
 def test_more_asked_than_the_catalogue_has(run, tmp_path):

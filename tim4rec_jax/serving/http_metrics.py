@@ -1,0 +1,60 @@
+"""What the HTTP service tells Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from tim4rec_jax.serving.recommender import Recommendations
+
+_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+class Metrics:
+    """Counters and histograms of one service.
+
+    Attributes:
+        registry: all of them.
+        batch: histories computed at once.
+        events: told by callers, by whether the model knows their item.
+    """
+
+    def __init__(self):
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "tim4rec_requests", "HTTP requests.", ["path", "status"], registry=self.registry
+        )
+        self._seconds = Histogram(
+            "tim4rec_request_seconds",
+            "Time from a request's header to the end of its answer.",
+            ["path"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.batch = Histogram(
+            "tim4rec_batch_size",
+            "Histories computed at once.",
+            buckets=_SIZES,
+            registry=self.registry,
+        )
+        self.events = Counter(
+            "tim4rec_events", "Events told by callers.", ["item"], registry=self.registry
+        )
+        self._unknown = Counter(
+            "tim4rec_history_events_unknown",
+            "Events of histories left out because the model does not know their item.",
+            registry=self.registry,
+        )
+        self._fallbacks = Counter(
+            "tim4rec_fallbacks",
+            "Answers with the most popular items, for want of a known event.",
+            registry=self.registry,
+        )
+
+    def request(self, path: str, status: int, seconds: float) -> None:
+        """Counts one request."""
+        self._requests.labels(path, str(status)).inc()
+        self._seconds.labels(path).observe(seconds)
+
+    def count(self, found: Recommendations) -> None:
+        """Counts what was peculiar about an answer."""
+        self._unknown.inc(found.unknown)
+        self._fallbacks.inc(found.fallback)
