@@ -1,0 +1,207 @@
+"""`python -m tim4rec_jax.serving recommend` and `batch`."""
+
+import io
+import json
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.small_dataset import random_histories
+from tests.serving.tiny_run import LENGTHS
+from tim4rec_jax.errors import run_main
+from tim4rec_jax.serving import Recommender
+from tim4rec_jax.serving.__main__ import main
+
+HISTORIES = [
+    ([f"i{item}" for item in items], times.tolist()) for items, times in random_histories(LENGTHS)
+]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, recommenders):
+    """Runs the command line over an untrained model; gives exit code, output and errors."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # leave the process's settings alone
+    monkeypatch.setattr(Recommender, "load", lambda workdir, dataset: recommenders("causal"))
+
+    def run(*flags):
+        code = run_main(lambda: main([*map(str, flags)]))
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_a_history_as_json(run, recommenders):
+    items, times = HISTORIES[3]
+    history = ",".join(f"{item}@{time}" for item, time in zip(items, times, strict=True))
+    code, printed, _ = run("recommend", "--workdir=run", "--history", history, "-k", 4, "--json")
+    found, expected = json.loads(printed), recommenders("causal").recommend(items, times, 4)
+    assert code == 0
+    assert (found["items"], found["scores"]) == (expected.items, expected.scores)
+    assert found["titles"] == [
+        None if item == "i3" else f"Title of {item}" for item in expected.items
+    ]
+    events = history.split(",")
+    assert run("recommend", "--workdir=run", "--history", *events, "-k4", "--json")[1] == printed
+
+
+def test_a_history_as_a_table(run, tmp_path, recommenders):
+    file = tmp_path / "history.csv"
+    file.write_text('timestamp,item,price\n30,"i7",1\n10,i8,2\n20,"of, old",3\n')
+    flags = ["recommend", "--workdir=run", "--file", file]
+    code, _, error = run(*flags)
+    assert (code, error.count("\n")) == (1, 1)
+    assert "event 2 (item i8, time 10) is earlier than the one before" in error
+    code, printed, _ = run(*flags, "--sort", "--top-k=3")
+    assert code == 0
+    for item in recommenders("causal").recommend(["i8", "i7"], [10, 30], 3).items:
+        assert item in printed
+    assert "1 events left out" in printed
+
+
+def test_standard_input_and_filters(run, monkeypatch, tmp_path):
+    (tmp_path / "some").write_text("i1\ni2\n\ni4\n")
+    (tmp_path / "others").write_text("i4\n")
+    flags = ["recommend", "--workdir=run", "--allow", tmp_path / "some", "--json"]
+    flags += ["--deny", tmp_path / "others"]
+    found = []
+    for more in ([], ["--file=-", "--include-seen"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("item,timestamp\ni1,5\n"))
+        found.append(json.loads(run(*flags, *more)[1])["items"])
+    assert found[0] == ["i2"]
+    assert sorted(found[1]) == ["i1", "i2"]
+
+
+def test_without_a_known_event(run):
+    code, printed, _ = run("recommend", "--workdir=run", "--history", "new@5")
+    assert code == 0
+    assert "these are the most popular items" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "COMMAND"),
+        (["recommend", "--history", "i1@5"], "--workdir"),
+        (["recommend", "--workdir=run", "--history", "i1"], "'i1' is not"),
+        (["recommend", "--workdir=run", "--history", "i1@5,@7"], "'@7' is not"),
+        (["recommend", "--workdir=run", "--history", "i1@noon"], "ITEM@TIME"),
+        (["recommend", "--workdir=run", "--file", "no.csv"], "no file no.csv"),
+        (["recommend", "--workdir=run", "--file", "bad.csv"], "columns item and timestamp"),
+        (["recommend", "--workdir=run", "--file", "half.csv"], "line 3 has not"),
+        (["recommend", "--workdir=run", "--history", "i1@5", "--allow=no.txt"], "no.txt"),
+        (["recommend", "--workdir=run", "--history", "i1@5", "-k0"], "k is 0"),
+        (["recommend", "--workdir=run", "--history", "i1@5", "--at=9"], "not trained to know"),
+        (["batch", "--workdir=run", "--events=no.parquet", "--out=o"], "no.parquet"),
+        (["batch", "--workdir=run", "--events=bad.csv", "--out=o"], "bad.csv"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=no/o"], "folder no does not"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=."], "is a folder"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--user=u"], "no column u"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--timestamp=item"], "type"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--memory-limit=x"], "size"),
+        (["batch", "--workdir=run", "--events=null.parquet", "--out=o"], "row 1 has no item"),
+        (["batch", "--workdir=run", "--events=ms.parquet", "--out=o"], "row 0 has the time 16"),
+        (["batch", "--workdir=run", "--events=none.parquet", "--out=o"], "no events"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--on-unknown=error"], "new"),
+    ],
+)
+def test_mistakes(run, flags, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "half.csv").write_text("item,timestamp\ni1,5\ni2\n")
+    write_events("e.parquet", [("a", "i1", 5), ("a", "new", 6)])
+    write_events("null.parquet", [("a", "i1", 5), ("a", None, 6)])
+    write_events("ms.parquet", [("a", "i1", 1_600_000_000_000)])
+    write_events("none.parquet", [])
+    code, _, error = run(*flags)
+    assert code == 1
+    assert error.startswith("error: ")
+    assert words in error
+    assert error.count("\n") == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "o"))]
+
+
+def write_events(path, events, user_type=None, names=("user", "item", "timestamp")):
+    columns = list(zip(*events, strict=True)) or [(), (), ()]
+    arrays = [
+        pa.array(column, kind)
+        for column, kind in zip(
+            columns, (user_type or pa.string(), pa.string(), pa.int64()), strict=True
+        )
+    ]
+    pq.write_table(pa.table(arrays, list(names)), path)
+
+
+def test_all_users_of_a_file(run, tmp_path, recommenders, monkeypatch):
+    """Rows in any order, users in several pieces of the stream; ids keep their type."""
+    monkeypatch.setattr("tim4rec_jax.serving.parquet_events._STREAM_EVENTS", 16)
+    histories = [
+        ([f"i{item}" for item in items], times.tolist())
+        for items, times in random_histories([3] * 700 + LENGTHS)
+    ]
+    histories[5] = (["new", "newer"], [1, 2])
+    histories[6] = (["i1", "new", "i2", "i3"], [1, 2, 3, 4])
+    events = [
+        (1000 + user, item, time)
+        for user, (items, times) in enumerate(histories)
+        for item, time in zip(items, times, strict=True)
+    ]
+    mixed = [events[row] for row in np.random.default_rng(0).permutation(len(events))]
+    names = ("who", "what", "when")
+    write_events(tmp_path / "in.parquet", mixed, pa.int64(), names)
+    flags = ["--workdir=run", "--events", tmp_path / "in.parquet", "--out", tmp_path / "o.parquet"]
+    flags += ["--user=who", "--item=what", "--timestamp=when", "--top-k=3"]
+    code, printed, _ = run("batch", *flags)
+    assert code == 0
+    assert "recommendations to 708 users" in printed
+    assert "skipped 3 events" in printed
+    assert "1 users had no known event" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "o.parquet"]
+    table = pq.read_table(tmp_path / "o.parquet")
+    assert table.schema.types == [pa.int64(), pa.int32(), pa.string(), pa.float32(), pa.bool_()]
+    # Equal times stay in the order of the file.
+    histories = [([], []) for _ in histories]
+    for user, item, time in sorted(mixed, key=lambda event: event[2]):
+        histories[user - 1000][0].append(item)
+        histories[user - 1000][1].append(time)
+    expected = recommenders("causal").recommend_batch(histories, 3)
+    rows = table.to_pylist()
+    assert [row["user"] for row in rows[::3]] == [1000 + user for user in range(708)]
+    for user, found in enumerate(expected):
+        mine = rows[3 * user : 3 * user + 3]
+        assert [row["rank"] for row in mine] == [1, 2, 3]
+        assert [row["item"] for row in mine] == found.items
+        assert [row["score"] for row in mine] == pytest.approx(found.scores, rel=1e-4, abs=1e-4)
+        assert [row["fallback"] for row in mine] == [found.fallback] * 3
+    assert [found.fallback for found in expected].count(True) == 1
+
+
+def test_timestamps_of_parquet(run, tmp_path):
+    """Columns of type TIMESTAMP are whole seconds since 1970, UTC."""
+    write_events(tmp_path / "s.parquet", [("a", "i1", 86_400), ("a", "i2", 86_405)])
+    table = pq.read_table(tmp_path / "s.parquet")
+    times = table["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("ms"))
+    pq.write_table(table.set_column(2, "timestamp", times), tmp_path / "t.parquet")
+    for name in "st":
+        flags = ["--events", tmp_path / f"{name}.parquet", "--out", tmp_path / f"{name}.out"]
+        assert run("batch", "--workdir=run", *flags)[0] == 0
+    assert pq.read_table(tmp_path / "t.out") == pq.read_table(tmp_path / "s.out")
+
+
+def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):
+    out = tmp_path / "o.parquet"
+    out.write_text("before")
+    write_events(tmp_path / "in.parquet", [("a", "i1", 5)])
+
+    def fail(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", fail)
+    code, _, error = run(
+        "batch", "--workdir=run", "--events", tmp_path / "in.parquet", "--out", out
+    )
+    assert (code, error) == (1, f"error: {out} cannot be written: No space left on device\n")
+    assert out.read_text() == "before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.parquet", "o.parquet"]
