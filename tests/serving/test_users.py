@@ -58,7 +58,7 @@ def test_streaming_equals_the_full_forward(recommenders, store):
     """Whatever the steps: one event, a few, users mixed, thousands at once."""
     recommender = with_store(recommenders("causal"), store)
     events = interleaved(enumerate(HISTORIES))
-    for first, last in itertools.pairwise([0, 1, 2, 9, 20, len(events)]):
+    for first, last in itertools.pairwise([0, 1, 9, len(events)]):
         assert all(recommender.update_batch(events[first:last]))
     for user, (items, times) in enumerate(HISTORIES):
         state = recommender._users.state(f"u{user}")
@@ -70,9 +70,8 @@ def test_streaming_equals_the_full_forward(recommenders, store):
             assert found.items == recommender.recommend(items, times, k=5).items
 
 
-@pytest.mark.parametrize("kind", ["masked", "paper"])
-def test_other_models_compute_the_last_events(recommenders, store, kind):
-    recommender = with_store(recommenders(kind), store)
+def test_other_models_compute_the_last_events(recommenders, store):
+    recommender = with_store(recommenders("masked"), store)
     recommender.update_batch(interleaved(enumerate(HISTORIES)))
     for user, (items, times) in enumerate(HISTORIES[:4]):
         assert recommender.recommend_user(f"u{user}") == recommender.recommend(items, times)

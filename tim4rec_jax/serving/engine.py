@@ -38,12 +38,15 @@ class Engine:
         causal: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         fingerprint: of everything that a user's state depends on.
+        one_width: compute every history at full length: one program per number of rows, for
+            services that cannot wait for a compilation.
     """
 
     def __init__(self, config: Config, model, item_ids: Sequence[str]):
         """Takes a model as `tim4rec_jax.training.checkpoints.load_best` returns it."""
         graphdef, self._params = nnx.split(model)
         self.max_length: int = config.data.max_length
+        self.one_width = False
         self.convention = config.data.convention
         self.causal, self.knows_next_time = model.causal, model.knows_next_time
         self.table: Array = model.item_embedding.embedding[...]
@@ -86,6 +89,8 @@ class Engine:
         missing = (0, power_of_two(len(lengths)) - len(lengths))
         lengths, starts = np.pad(lengths, missing), np.pad(starts, missing)
         width = min(power_of_two(int(lengths.max()), _MIN_WIDTH), self.max_length)
+        if self.one_width:
+            width = self.max_length
         # The time stream of some models looks at whole rows, whatever the width of `items`.
         items = _windows(events.items, starts, lengths, width)
         times = _windows(events.timestamps, starts, lengths, self.max_length)
@@ -151,25 +156,27 @@ class Engine:
         row = timestamps[None, begin - before : begin + count]
         return time_gaps(row, np.array([row.shape[1]]), self.convention)[0, before:]
 
+    # A state is tens of kilobytes: every needless copy of a thousand of them is felt.
+
     def _pack(self, tree, rows: int) -> list[bytes]:
-        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-        return [b"".join(leaf[row].tobytes() for leaf in leaves) for row in range(rows)]
+        leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(tree)]
+        leaves = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
+        return [b"".join([leaf[row] for leaf in leaves]) for row in range(rows)]
 
     def _unpack(self, states: Sequence[bytes | None], rows: int):
-        leaves, structure = jax.tree.flatten(self._initial)
-        initial = b"".join(leaf.tobytes() for leaf in leaves)
-        packed = np.frombuffer(b"".join(state or initial for state in states), np.uint8)
-        packed = packed.reshape(len(states), len(initial))
-        ends = np.cumsum([leaf.nbytes for leaf in leaves])
-        parts = np.split(packed, ends[:-1], axis=1)
-        unpacked = [
-            np.pad(
-                np.ascontiguousarray(part).view(leaf.dtype).reshape(-1, *leaf.shape[1:]),
-                [(0, rows - len(states)), *[(0, 0)] * (leaf.ndim - 1)],
-            )
-            for part, leaf in zip(parts, leaves, strict=True)
+        initial, structure = jax.tree.flatten(self._initial)
+        [nothing] = self._pack(self._initial, 1)
+        ends = np.cumsum([leaf.nbytes for leaf in initial]).tolist()
+        leaves = [np.zeros((rows, leaf.nbytes), np.uint8) for leaf in initial]
+        for row, state in enumerate(states):
+            packed = np.frombuffer(state or nothing, np.uint8)
+            for leaf, end in zip(leaves, ends, strict=True):
+                leaf[row] = packed[end - leaf.shape[1] : end]
+        leaves = [
+            leaf.view(like.dtype).reshape(rows, *like.shape[1:])
+            for leaf, like in zip(leaves, initial, strict=True)
         ]
-        return jax.tree.unflatten(structure, unpacked)
+        return jax.tree.unflatten(structure, leaves)
 
 
 def _windows(values: np.ndarray, starts, lengths, width: int) -> np.ndarray:
