@@ -28,7 +28,7 @@ from tim4rec_jax.serving.http_metrics import Metrics
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
 MAX_BODY = 1 << 20  # bytes of a request
-MAX_BATCH = 256  # histories computed at once
+BATCHES = (1, 4, 16, 64, 256)  # histories computed at once, each a program to compile
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -69,9 +69,13 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
     def recommend_batch(requests: list[schema.RecommendRequest], options: _Options):
         histories: list = [(request.items, request.timestamps) for request in requests]
         at: Any = [request.at for request in requests] if options.timed else None
-        return recommender.recommend_batch(histories, at=at, **_keywords(options))
+        missing = next(size for size in BATCHES if size >= len(requests)) - len(requests)
+        histories += histories[-1:] * missing
+        at = at and at + at[-1:] * missing
+        found = recommender.recommend_batch(histories, at=at, **_keywords(options))
+        return found[: len(requests)]
 
-    batcher = Batcher(recommend_batch, max_batch=MAX_BATCH, observe=metrics.batch.observe)
+    batcher = Batcher(recommend_batch, max_batch=BATCHES[-1], observe=metrics.batch.observe)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

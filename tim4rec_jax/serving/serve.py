@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.sqlite_store import SQLiteStore
 
-_WARM_UP = (1, 2, 4, 8, 16, 32, 64)
+_LEAST_EXCLUDED = 16  # of the powers of two that `Engine.best` pads to
 
 
 def add_command(subparsers: Any) -> None:
@@ -35,7 +36,7 @@ def _run(flags: argparse.Namespace) -> None:
     try:
         import uvicorn
 
-        from tim4rec_jax.serving.http_service import create_app
+        from tim4rec_jax.serving.http_service import BATCHES, create_app
     except ModuleNotFoundError as error:
         if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
             raise
@@ -54,17 +55,21 @@ def _run(flags: argparse.Namespace) -> None:
     compilation_cache.enable()
     store = SQLiteStore(flags.store) if flags.store else None
     recommender = Recommender.load(flags.workdir, store, flags.dataset)
-    warm_up(recommender)
+    warm_up(recommender, BATCHES)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(create_app(recommender), log_level="warning", access_log=False)
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
     uvicorn.Server(config).run(sockets=[listener])
 
 
-def warm_up(recommender: Recommender) -> None:
-    """Compiles what requests of up to a full window in small batches will need."""
-    length = recommender.engine.max_length
-    history = (recommender.catalogue.ids[:1] * length, list(range(length)))
-    at = length if recommender.engine.knows_next_time else None
-    for rows in _WARM_UP:
-        recommender.recommend_batch([history] * rows, at=at)
+def warm_up(recommender: Recommender, batches: Sequence[int]) -> None:
+    """Compiles what histories of up to a full window will need, in batches of these sizes."""
+    engine = recommender.engine
+    engine.one_width = True
+    at = engine.max_length if engine.knows_next_time else None
+    item, lengths = recommender.catalogue.ids[:1], [engine.max_length]
+    while lengths[-1] > _LEAST_EXCLUDED:  # the items left out have a width of their own
+        lengths.append(lengths[-1] // 2)
+    for rows in batches:
+        for length in lengths:
+            recommender.recommend_batch([(item * length, list(range(length)))] * rows, at=at)

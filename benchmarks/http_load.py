@@ -1,0 +1,97 @@
+"""HTTP service under load: latency and requests/s by number of clients, each waiting its turn.
+
+python -m tim4rec_jax.serving serve --workdir RUN --port 8000 &
+python -m benchmarks.http_load [--url http://127.0.0.1:8000] [--seconds 5] [--events 20]
+
+Clients are coroutines of this process on the same machine, so they share its cores with the
+service: figures are a lower bound of what the service can do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import time
+import urllib.request
+from urllib.parse import urlsplit
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+CLIENTS = (1, 4, 16, 64, 256)
+
+
+def requests(url: str, events: int, count: int = 500) -> list[bytes]:
+    """Requests for random histories, as they go over the wire."""
+    with urllib.request.urlopen(f"{url}/items?limit=100") as answer:
+        items = [item["item"] for item in json.load(answer)]
+    address, drawn = urlsplit(url).netloc, random.Random(0)
+    made = []
+    for _ in range(count):
+        times = sorted(drawn.sample(range(1_600_000_000, 1_700_000_000), events))
+        body = json.dumps({"items": drawn.choices(items, k=events), "timestamps": times}).encode()
+        head = (
+            f"POST /recommend HTTP/1.1\r\nHost: {address}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        made.append(head.encode() + body)
+    return made
+
+
+async def client(url: str, made: list[bytes], until: float, seconds: list[float]) -> None:
+    """Sends one request after the other on one connection.
+
+    By hand: a client library would take more of the cores than the service.
+    """
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+    number = random.randrange(len(made))
+    while time.perf_counter() < until:
+        start = time.perf_counter()
+        writer.write(made[number % len(made)])
+        head = (await reader.readuntil(b"\r\n\r\n")).lower()
+        if not head.startswith(b"http/1.1 200"):
+            raise SystemExit(f"error: {url} answered {head.splitlines()[0].decode()}")
+        length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
+        await reader.readexactly(length)
+        seconds.append(time.perf_counter() - start)
+        number += 1
+    writer.close()
+    await writer.wait_closed()
+
+
+async def measure(url: str, made: list[bytes], clients: int, length: float) -> list[float]:
+    """Seconds of every request that `clients` at once make in `length` seconds."""
+    seconds: list[float] = []
+    until = time.perf_counter() + length
+    await asyncio.gather(*(client(url, made, until, seconds) for _ in range(clients)))
+    return seconds
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--seconds", type=float, default=5.0, help="per row of the table")
+    parser.add_argument("--events", type=int, default=20, help="events of a history")
+    flags = parser.parse_args()
+    made = requests(flags.url, flags.events)
+    table = Table(title=f"POST /recommend, {flags.events} events, {flags.seconds:g} s a row")
+    for column in ("clients", "requests/s", "p50, ms", "p99, ms", "requests"):
+        table.add_column(column, justify="right")
+    for clients in CLIENTS:
+        asyncio.run(measure(flags.url, made, clients, 1.0))  # shapes of the batches compile
+        seconds = asyncio.run(measure(flags.url, made, clients, flags.seconds))
+        low, high = np.quantile(seconds, (0.5, 0.99)) * 1e3
+        rate = len(seconds) / flags.seconds
+        table.add_row(
+            str(clients), f"{rate:,.0f}", f"{low:.1f}", f"{high:.1f}", f"{len(seconds):,}"
+        )
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
