@@ -28,7 +28,8 @@ from tim4rec_jax.serving.http_metrics import Metrics
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
 MAX_BODY = 1 << 20  # bytes of a request
-BATCHES = (1, 4, 16, 64, 256)  # histories computed at once, each a program to compile
+# Histories computed at once, each a program to compile. A CPU gains nothing by larger ones.
+BATCHES = (1, 4, 16, 64)
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
