@@ -73,7 +73,7 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
     try:
         exported = lower(recommend, weights, model)
         (partial / PROGRAM).write_bytes(exported.serialize())
-        np.savez(partial / WEIGHTS, **weights)
+        np.savez(partial / WEIGHTS, allow_pickle=False, **weights)
         shutil.copyfile(directory / fmt.ITEMS_FILE, partial / fmt.ITEMS_FILE)
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
         partial.replace(out)

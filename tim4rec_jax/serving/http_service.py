@@ -182,7 +182,7 @@ def _keywords(options: _Options) -> dict[str, Any]:
 def _answer_errors(app: FastAPI) -> None:
     """Gives every error the body of `http_schema.ErrorBody`."""
 
-    def body(status: int, kind: str, message: str, field: str | None = None) -> JSONResponse:
+    def body(status: int, kind: Any, message: str, field: str | None = None) -> JSONResponse:
         error = schema.Error(type=kind, message=message, field=field)
         return JSONResponse(schema.ErrorBody(error=error).model_dump(), status)
 

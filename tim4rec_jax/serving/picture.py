@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 
@@ -137,12 +138,13 @@ def _masks(figure: Figure, panels: np.ndarray, bar: Axes, found: Explanation) ->
             color=color,
         )
     highest = max(float(mask.max()) for mask in found.masks)
-    norm = LogNorm(highest / 10**_DECADES, highest, clip=True)
+    lowest = highest / 10**_DECADES
+    norm = LogNorm(lowest, highest, clip=True)
     for (layer, head), panel in np.ndenumerate(panels):
         mask = found.masks[layer][head]
         future = np.triu(np.ones(mask.shape, bool), 1)
-        shown = np.ma.array(np.maximum(mask, norm.vmin), mask=future)
-        image = panel.imshow(shown, norm=norm, cmap="Blues", interpolation="nearest")
+        shown = np.ma.array(np.maximum(mask, lowest), mask=future)
+        panel.imshow(shown, norm=norm, cmap="Blues", interpolation="nearest")
         panel.set(xticks=[], yticks=[], facecolor=_EMPTY)
         panel.spines[:].set_visible(False)
         panel.text(
@@ -155,7 +157,7 @@ def _masks(figure: Figure, panels: np.ndarray, bar: Axes, found: Explanation) ->
             color=_GREY,
             transform=panel.transAxes,
         )
-    figure.colorbar(image, cax=bar)
+    figure.colorbar(ScalarMappable(norm, "Blues"), cax=bar)
     bar.spines["outline"].set_visible(False)
     bar.tick_params(labelsize=7, colors=_GREY, which="both", width=0.5)
 
