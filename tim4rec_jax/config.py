@@ -76,11 +76,16 @@ def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
     Args:
       config: changed in place.
       rows: of `data.max_length` positions, a batch.
-      epochs: the learning rate falls to 0 in so many.
+      epochs: the learning rate falls to 0 in so many; nothing stops training before, because the
+        last ones are the best.
     """
     config.model.time_encoding = "causal"
     config.train.update(
-        objective="every_position", batch_size=rows, epochs=epochs, schedule="cosine"
+        objective="every_position",
+        batch_size=rows,
+        epochs=epochs,
+        patience=epochs,
+        schedule="cosine",
     )
 
 
