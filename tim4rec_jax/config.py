@@ -136,14 +136,14 @@ def resolve(config: Config) -> Config:
     causal = model.time_encoding == "causal"
     if train.objective == "every_position" and not causal:
         raise UserError(
-            f"config.train.objective is every_position, which needs a causal model, but the time "
+            f"config.train.objective is 'every_position', which needs a causal model, but the time "
             f"encoding {model.time_encoding} looks ahead; take config.model.time_encoding=causal, "
             "or config.train.objective=prefix"
         )
     if model.knows_next_time and not causal:
         raise UserError(
-            f"config.model.knows_next_time needs config.model.time_encoding=causal, which is "
-            f"{model.time_encoding}"
+            f"config.model.knows_next_time is True, which needs config.model.time_encoding=causal; "
+            f"it is {model.time_encoding}"
         )
     if config.data.convention is None:
         config.data.convention = "recbole" if model.time_encoding == "paper" else "exact"
