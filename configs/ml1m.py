@@ -3,8 +3,8 @@
     python -m data_prep movielens ml-1m --order recbole --out data/ml-1m
     python train.py --config configs/ml1m.py --workdir runs/ml1m
 
-Not trained to the end by us yet: an epoch of the prefix objective is about half an hour on two
-CPU cores. Strongest ID-only full-ranking results elsewhere: HR@10 .31-.33, NDCG@10 .18-.193.
+Variant `causal`, seed 2020: test Hit@10 .3174, NDCG@10 .1813 after 35 epochs of about 40 s on two idle CPU
+cores. The paper's prefix objective, about half an hour an epoch there, we have not trained to the end. Strongest ID-only full-ranking results elsewhere: HR@10 .31-.33, NDCG@10 .18-.193.
 
 Variants:
     causal          causal time, trained at every position
