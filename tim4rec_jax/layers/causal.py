@@ -80,11 +80,10 @@ class CausalSSD(SSDLayer):
         """Mixes each segment of each row."""
         z, mixed, dt = self._project(h, time)
         x, B, C = self.split(self.activation(self.conv(mixed, segment_ids)))
-        dt, rate = self._steps(dt, time)
-        # The op has one step size for input and decay: what the decay gets more, x loses.
+        inputs, decay = self._for_op(x, dt, time)
         y = ssd(
-            x if rate is None else x / rate[..., None].astype(x.dtype),
-            dt if rate is None else dt * rate,
+            inputs,
+            decay,
             -jnp.exp(self.A_log[...]),
             B,
             C,
@@ -114,11 +113,11 @@ class CausalSSD(SSDLayer):
         z, mixed, dt = self._project(h, time)
         window = jnp.concatenate([state.window, mixed[:, None]], axis=1)
         x, B, C = self.split(self.activation(self.conv(window)[:, -1]))
-        dt, rate = self._steps(dt, time)
+        inputs, decay = self._for_op(x, dt, time)
         hidden, y = ssd_step(
             state.ssd,
-            x if rate is None else x / rate[..., None].astype(x.dtype),
-            dt if rate is None else dt * rate,
+            inputs,
+            decay,
             -jnp.exp(self.A_log[...]),
             B,
             C,
@@ -136,6 +135,13 @@ class CausalSSD(SSDLayer):
         if time is None:
             return jax.nn.softplus(dt), None
         return jax.nn.softplus(dt + time.step), jnp.exp(time.rate)
+
+    def _for_op(self, x, dt, time):
+        """The op has one step size for input and decay: what the decay gets more, x loses."""
+        dt, rate = self._steps(dt, time)
+        if rate is None:
+            return x, dt
+        return x / rate[..., None].astype(x.dtype), dt * rate
 
     def _gated(self, y, x, z):
         y = y + self.D[...].astype(x.dtype)[:, None] * x
