@@ -30,6 +30,15 @@ def add_command(subparsers: Any) -> None:
         help="recommend to one history",
         description="Recommends items to one history: --history, --file or standard input.",
     )
+    add_history_flags(parser)
+    add_shared_flags(parser)
+    parser.add_argument("--sort", action="store_true", help="the events are not in order of time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_run)
+
+
+def add_history_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that `read_history` reads."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument(
         "--history",
@@ -38,10 +47,6 @@ def add_command(subparsers: Any) -> None:
         help="events, oldest first; times in whole seconds since 1970",
     )
     source.add_argument("--file", help=f"{_CSV}; - is standard input")
-    add_shared_flags(parser)
-    parser.add_argument("--sort", action="store_true", help="the events are not in order of time")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=_run)
 
 
 def add_shared_flags(parser: argparse.ArgumentParser) -> None:

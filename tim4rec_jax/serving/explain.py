@@ -31,7 +31,7 @@ from jaxtyping import Float, Int64
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.catalogue import Catalogue
-from tim4rec_jax.serving.command import read_history
+from tim4rec_jax.serving.command import add_history_flags, read_history
 from tim4rec_jax.serving.engine import Engine
 from tim4rec_jax.serving.history import Events, read_histories
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
@@ -161,14 +161,7 @@ def add_command(subparsers: Any) -> None:
     )
     add = parser.add_argument
     add("--workdir", type=Path, required=True, help="directory of a run")
-    source = parser.add_mutually_exclusive_group()
-    source.add_argument(
-        "--history",
-        nargs="+",
-        metavar="ITEM@TIME,...",
-        help="events, oldest first; times in whole seconds since 1970",
-    )
-    source.add_argument("--file", help="or a CSV file with the columns item and timestamp")
+    add_history_flags(parser)
     add("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
     add("--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it")
     add("--dataset", type=Path, help="the prepared dataset, if it has moved since the training")
