@@ -34,6 +34,7 @@ class Engine:
     Rows and lengths are padded to powers of two, so that few programs are compiled.
 
     Attributes:
+        model: itself.
         table: item embeddings, [V+1, D]; row 0 is padding.
         causal: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
@@ -44,6 +45,7 @@ class Engine:
 
     def __init__(self, config: Config, model, item_ids: Sequence[str]):
         """Takes a model as `tim4rec_jax.training.checkpoints.load_best` returns it."""
+        self.model = model
         graphdef, self._params = nnx.split(model)
         self.max_length: int = config.data.max_length
         self.one_width = False

@@ -35,7 +35,6 @@ from tim4rec_jax.serving.command import add_history_flags, read_history
 from tim4rec_jax.serving.engine import Engine
 from tim4rec_jax.serving.history import Events, read_histories
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
-from tim4rec_jax.training.checkpoints import load_best
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,10 +83,7 @@ def explain(
       UserError: the run or the dataset is missing or damaged, times fall, or the model knows
         fewer than two of the events.
     """
-    config: Any
-    model: Any
     recommender = Recommender.load(workdir, dataset=dataset)
-    config, model = load_best(workdir)
     engine, catalogue = recommender.engine, recommender.catalogue
     (known, times, _), _ = read_histories([(items, timestamps)], catalogue, sort=False)
     if len(known) < 2:
@@ -105,7 +101,7 @@ def explain(
         events=_titles(catalogue, [catalogue.ids[item - 1] for item in known[window]]),
         timestamps=times[window],
         weights=log_probability[0] - log_probability[1:],
-        masks=_masks(model, known[window], times[window], config.data.convention),
+        masks=_masks(engine.model, known[window], times[window], engine.convention),
         recommendations=found,
         titles=_titles(catalogue, found.items),
         probability=float(np.exp(log_probability[0])),
