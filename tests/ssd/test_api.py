@@ -8,8 +8,9 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from tests.ssd.cases import QUICK, Case, make, to_dtype
-from tim4rec_jax.ssd import IMPLEMENTATIONS, ssd, ssd_step
+from tests.ssd.cases import ANYWHERE, QUICK, Case, make, to_dtype
+from tim4rec_jax.ssd import compile_for, ssd, ssd_step
+from tim4rec_jax.ssd.dispatch import Implementation, choose, target
 
 CASE = Case("", 19, heads=4, groups=2, chunk_size=8, skip_per_channel=True, dt_limit=(0.1, 1.5))
 PER_POSITION = ("x", "dt", "B", "C")
@@ -18,7 +19,7 @@ STATIC = ("dt_softplus", "dt_limit", "return_final_state", "chunk_size", "implem
 run = jax.jit(ssd, static_argnames=STATIC, compiler_options=QUICK)
 run_step = jax.jit(ssd_step, static_argnames=("dt_softplus", "dt_limit"), compiler_options=QUICK)
 
-implementations = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+implementations = pytest.mark.parametrize("implementation", ANYWHERE)
 
 
 @pytest.fixture
@@ -90,14 +91,15 @@ def test_segments_equal_sequences_run_apart(arguments, implementation):
 def test_the_default_is_an_implementation_by_name(arguments):
     assert any(
         bool(jnp.all(run(**arguments) == run(**arguments, implementation=name)))
-        for name in IMPLEMENTATIONS
+        for name in ANYWHERE
     )
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"implementation": "triton"}, "'triton' is not available in this version; choose one of"),
+        ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of reference, xla"),
+        ({"precision": "high"}, "precision must be 'ieee' or 'tf32', got 'high'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"dt_limit": (1.0, 0.5)}, r"dt_limit must be \(smallest, largest\)"),
         (
@@ -127,3 +129,28 @@ def test_step_says_what_is_wrong(arguments, no_shape_checks):
         ssd_step(state, **arguments)
     with pytest.raises(ValueError, match=r"the state must have shape \(2, 4, 5, 3\)"):
         ssd_step(state[:1], **piece(arguments, 0))
+
+
+def test_the_best_that_can_run_is_chosen():
+    table = {
+        "xla": Implementation(abs),
+        "fast": Implementation(min, "gpu", lambda v: "v is 0" if v == 0 else None),
+    }
+    assert choose(table, None, 1) is table["xla"]
+    with pytest.raises(ValueError, match="'fast' runs on the platform 'gpu', and this is 'cpu'"):
+        choose(table, "fast", 1)
+    with compile_for("gpu", 90):
+        assert target() == ("gpu", 90)
+        assert choose(table, None, 1) is choose(table, "fast", 1) is table["fast"]
+        assert choose(table, None, 0) is choose(table, "xla", 0) is table["xla"]
+        with pytest.raises(ValueError, match="'fast' cannot run: v is 0"):
+            choose(table, "fast", 0)
+    assert target() == ("cpu", None)
+
+
+def test_programs_are_traced_again_for_another_platform():
+    platform = jax.jit(lambda: len(target().platform) * jnp.arange(target().compute_capability))
+    with compile_for("gpu", 2):
+        first = platform()
+    with compile_for("tpu", 3):
+        assert (first.size, platform().size) == (2, 3)

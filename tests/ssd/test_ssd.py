@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from tests.ssd.cases import (
+    ANYWHERE,
     KERNELS,
     QUICK,
     RUNS,
@@ -23,7 +24,7 @@ from tests.ssd.cases import (
     quick,
     to_dtype,
 )
-from tim4rec_jax.ssd import IMPLEMENTATIONS, ssd, xla
+from tim4rec_jax.ssd import ssd, xla
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("op_ssd_*.npz"))
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=8, segments=True)
@@ -75,7 +76,7 @@ def golden_outcome(inputs, implementation, chunk_size):
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 @pytest.mark.parametrize(
     ("implementation", "dtype"),
-    [*((name, "float64") for name in IMPLEMENTATIONS), *((name, "float32") for name in KERNELS)],
+    [*((name, "float64") for name in ANYWHERE), *((name, "float32") for name in KERNELS)],
 )
 def test_equals_the_published_code(path, implementation, dtype, x64):
     with np.load(path) as file:
@@ -106,7 +107,7 @@ run_float64 = {
             **inputs, return_final_state=True, chunk_size=4, implementation=implementation
         )
     )
-    for name in IMPLEMENTATIONS
+    for name in ANYWHERE
 }
 
 
@@ -117,7 +118,7 @@ run_float64 = {
     segment_ids=arrays(np.int32, LENGTH, elements=st.integers(0, 2)),
     initial_state=arrays(np.float64, (2, 3), elements=SOME),
 )
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_any_steps_and_segments(implementation, x, dt, segment_ids, initial_state):
     B, C = np.random.default_rng(0).normal(size=(2, LENGTH, 3))
     wanted = numpy_recurrence(x, dt, -1.0, B, C, 0.5, initial_state, segment_ids)
@@ -136,7 +137,7 @@ def test_any_steps_and_segments(implementation, x, dt, segment_ids, initial_stat
         np.testing.assert_allclose(np.squeeze(result), value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ANYWHERE)
 def test_extreme_steps_leave_finite_gradients(implementation):
     inputs, weights, options = make(SMALL)
     for step in (0.0, 80.0, 1e4):

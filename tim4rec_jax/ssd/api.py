@@ -2,14 +2,60 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
 from tim4rec_jax.ssd.xla import ssd_xla
 
-IMPLEMENTATIONS = {"reference": ssd_reference, "xla": ssd_xla}
+
+class Arguments(NamedTuple):
+    """What `ssd` was called with, shapes checked; what every implementation is a function of."""
+
+    x: jax.Array
+    dt: jax.Array
+    A: jax.Array
+    B: jax.Array
+    C: jax.Array
+    D: jax.Array | None
+    dt_bias: jax.Array | None
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    initial_state: jax.Array | None
+    segment_ids: jax.Array | None
+    chunk_size: int | None
+    precision: str
+
+
+def _from_decays(compute):
+    """Makes an implementation of a function of step sizes and decays that are ready to use."""
+
+    def implementation(v: Arguments):
+        dtype = _accumulator(v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
+        x, B, C = (array.astype(dtype) for array in (v.x, v.B, v.C))
+        dt = _step_size(v.dt.astype(dtype), v.dt_bias, v.dt_softplus, v.dt_limit)
+        log_decay = dt * v.A.astype(dtype)
+        if v.segment_ids is not None:
+            restart = v.segment_ids[:, 1:] != v.segment_ids[:, :-1]
+            log_decay = log_decay.at[:, 1:].set(
+                jnp.where(restart[..., None], -jnp.inf, log_decay[:, 1:])
+            )
+        state = None if v.initial_state is None else v.initial_state.astype(dtype)
+        y, state = compute(x, dt, log_decay, B, C, state, v.chunk_size)
+        return _skip(y, x, v.D).astype(v.x.dtype), state
+
+    return implementation
+
+
+# The choice of None: the first that prefers the platform and can run, else "xla".
+IMPLEMENTATIONS = {
+    "reference": Implementation(_from_decays(ssd_reference)),
+    "xla": Implementation(_from_decays(ssd_xla)),
+}
 
 
 def ssd(
@@ -27,6 +73,7 @@ def ssd(
     segment_ids: Int[Array, "B L"] | None = None,
     return_final_state: bool = False,
     chunk_size: int | None = None,
+    precision: str = "ieee",
     implementation: str | None = None,
 ) -> Float[Array, "B L H P"] | tuple[Float[Array, "B L H P"], Float[Array, "B H P N"]]:
     """State-space dual operator of Mamba-2 (arXiv 2405.21060), core of TiM4Rec (arXiv 2409.16182).
@@ -49,7 +96,10 @@ def ssd(
             first segment starts from `initial_state`. None: one segment.
         return_final_state: whether the state after the last position is returned as well.
         chunk_size: positions per quadratic block, for implementations with blocks; None chooses.
-        implementation: a name in `IMPLEMENTATIONS`; None chooses.
+        precision: of products of float32 matrices, "ieee" or "tf32" (10 bits of fraction, where
+            an implementation gains speed by it).
+        implementation: a name in `IMPLEMENTATIONS`, see `Implementation`; None chooses the best
+            for the platform.
 
     Returns:
         `y` in the dtype of `x`, or `y` and the final state in the dtype of the sums.
@@ -58,21 +108,23 @@ def ssd(
         ValueError: shapes or dtypes do not fit, or the implementation cannot run.
     """
     _check_arrays("BL", x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
-    _check_options(dt_limit, chunk_size)
-    compute = _implementation(implementation)
-    dtype = _accumulator(x, dt, A, B, C, D, dt_bias, initial_state)
-    x_, B, C = (v.astype(dtype) for v in (x, B, C))
-    dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
-    log_decay = dt * A.astype(dtype)
-    if segment_ids is not None:
-        restart = segment_ids[:, 1:] != segment_ids[:, :-1]
-        log_decay = log_decay.at[:, 1:].set(
-            jnp.where(restart[..., None], -jnp.inf, log_decay[:, 1:])
-        )
-    if initial_state is not None:
-        initial_state = initial_state.astype(dtype)
-    y, state = compute(x_, dt, log_decay, B, C, initial_state, chunk_size)
-    y = _skip(y, x_, D).astype(x.dtype)
+    _check_options(dt_limit, chunk_size, precision)
+    arguments = Arguments(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        D,
+        dt_bias,
+        dt_softplus,
+        dt_limit,
+        initial_state,
+        segment_ids,
+        chunk_size,
+        precision,
+    )
+    y, state = choose(IMPLEMENTATIONS, implementation, arguments).compute(arguments)
     return (y, state) if return_final_state else y
 
 
@@ -118,18 +170,6 @@ def ssd_step(
     return state, _skip(y, x_, D).astype(x.dtype)
 
 
-def _implementation(name):
-    if name is None:
-        # The place to choose by platform, shape and dtype once there is more than one fast one.
-        name = "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(
-            f"implementation {name!r} is not available in this version; "
-            f"choose one of {', '.join(IMPLEMENTATIONS)}, or None for the best"
-        )
-    return IMPLEMENTATIONS[name]
-
-
 def _accumulator(*arrays):
     wide = any(v is not None and v.dtype == jnp.float64 for v in arrays)
     return jnp.float64 if wide else jnp.float32
@@ -150,11 +190,13 @@ def _skip(y, x, D):
     return y + (D if D.ndim == 2 else D[:, None]) * x
 
 
-def _check_options(dt_limit, chunk_size=None):
+def _check_options(dt_limit, chunk_size=None, precision="ieee"):
     if not dt_limit[0] <= dt_limit[1]:
         raise ValueError(f"dt_limit must be (smallest, largest), got {dt_limit}")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
 
 
 def _check_arrays(axes, x, dt, A, B, C, D, dt_bias, state, segment_ids=None):

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from tim4rec_jax.ssd.dispatch import target
+
 # Sums of decays need every bit of float32, and so do float32 results on a GPU or TPU.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 vecdot = functools.partial(jnp.vecdot, precision=jax.lax.Precision.HIGHEST)
@@ -123,7 +125,7 @@ def _in_blocks(function, *arrays):
     fewest = max(1, rows * chunk * heads * (chunk + width) // _BLOCK)
     # Blocks of equal size without filler, which would cost more than blocks gain.
     blocks = next((n for n in range(fewest, 4 * fewest) if rows % n == 0), 1)
-    if blocks == 1 or jax.default_backend() != "cpu":
+    if blocks == 1 or target().platform != "cpu":
         return function(*arrays)
     split = [v.reshape(blocks, rows // blocks, *v.shape[1:]) for v in arrays]
     y = jax.lax.map(lambda block: function(*block), split)
