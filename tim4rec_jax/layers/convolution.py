@@ -1,9 +1,9 @@
-"""Causal depthwise convolution over the sequence."""
+"""The layer of causal depthwise convolution."""
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
+
+from tim4rec_jax.ssd.convolution import causal_convolution
 
 
 def conv_initializers(kaiming: bool, channels: int, width: int):
@@ -26,12 +26,7 @@ def conv_initializers(kaiming: bool, channels: int, width: int):
 
 
 class CausalConv(nnx.Module):
-    """y[t, c] = bias[c] + sum_k kernel[k, c] x[t - width + 1 + k, c], zeros before the start.
-
-    A sum of `width` shifted products: XLA fuses it with what comes before and after, which
-    a call of a general convolution would not allow. Channels are the last axis, or with
-    `channels_first` the last but one: then few channels do not break the vector loops.
-    """
+    """The layer of `tim4rec_jax.ssd.convolution`, over [B,C,L] with `channels_first`."""
 
     def __init__(
         self,
@@ -47,37 +42,16 @@ class CausalConv(nnx.Module):
         kernel_init, bias_init = conv_initializers(kaiming, channels, width)
         self.kernel = nnx.Param(kernel_init(rngs.params(), (width, channels), param_dtype))
         self.bias = nnx.Param(bias_init(rngs.params(), (channels,), param_dtype))
-        self.dtype, self.axis = dtype, -1 if channels_first else -2
+        self.dtype, self.channels_first = dtype, channels_first
 
     def __call__(
         self, x: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None = None
     ) -> Float[Array, "B L C"]:
-        """Convolves each channel over the length with its own taps.
-
-        Args:
-          x: the input; [B,C,L] with `channels_first`, which knows no segments.
-          segment_ids: a position sees only those before it with its own id; None: all.
-        """
-        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
-        if self.axis == -1:
-            kernel, bias = kernel[..., None], bias[..., None]
-        width, length = kernel.shape[0], x.shape[self.axis]
-        before = [(0, 0)] * x.ndim
-        before[self.axis] = (width - 1, 0)
-        padded = jnp.pad(x, before)
-        shifted = (
-            jax.lax.slice_in_dim(padded, k, k + length, axis=self.axis % x.ndim)
-            for k in range(width)
+        """Convolves each channel over the length with its own taps."""
+        return causal_convolution(
+            x,
+            self.kernel[...].astype(self.dtype),
+            self.bias[...].astype(self.dtype),
+            segment_ids,
+            channels_first=self.channels_first,
         )
-        if segment_ids is not None:
-            shifted = _within_segments(shifted, segment_ids, width)
-        return sum((tap * x for tap, x in zip(kernel, shifted, strict=True)), bias)
-
-
-def _within_segments(shifted, segment_ids, width: int):
-    """Zeroes what comes from another segment than the position it has been shifted to."""
-    length = segment_ids.shape[1]
-    padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
-    for k, x in enumerate(shifted):
-        own = padded[:, k : k + length] == segment_ids
-        yield jnp.where(own[..., None], x, 0)

@@ -1,0 +1,113 @@
+"""The block around the op, every implementation of it against the layer's own parts."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.ssd.cases import QUICK, TOLERANCE, assert_close, to_dtype
+from tim4rec_jax.ssd import BLOCK_IMPLEMENTATIONS, time_aware_ssd_block
+
+KERNELS = [name for name in BLOCK_IMPLEMENTATIONS if name != "reference"]
+STATIC = ("activation", "state", "groups", "eps", "chunk_size", "implementation")
+
+
+def make(length, *, batch=2, heads=2, groups=1, width=5, size=3, taps=4, **options):
+    """Returns float64 inputs, weights of the result in an objective, and other arguments."""
+    rng = np.random.default_rng(length)
+    inner, mixed = heads * width, heads * width + 2 * groups * size
+    inputs = {
+        "projected": rng.normal(size=(batch, length, inner + mixed + heads)),
+        "time_factor": rng.normal(size=(batch, length, heads)),
+        "conv_kernel": rng.normal(size=(taps, mixed)),
+        "conv_bias": rng.normal(size=mixed),
+        "A": -rng.uniform(0.5, 2, heads),
+        "D": rng.normal(size=heads),
+        "dt_bias": rng.normal(size=heads),
+        "norm_scale": rng.normal(size=inner),
+    }
+    if options.pop("segments", False):
+        ids = np.cumsum(rng.random((batch, length)) < 0.2, axis=1) % 3
+        options["segment_ids"] = jnp.asarray(ids)
+    options = {"activation": "hardswish", "state": size, "groups": groups} | options
+    return inputs, rng.normal(size=(batch, length, inner)), options
+
+
+def outcome(inputs, weights, **options):
+    """Returns `y` and the gradient of its weighted sum for every input."""
+
+    def objective(inputs):
+        y = time_aware_ssd_block(**inputs, **options)
+        return jnp.sum(y * weights), y
+
+    gradients, y = jax.grad(objective, has_aux=True)(inputs)
+    return {"y": y, **gradients}
+
+
+run = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
+
+
+@pytest.mark.parametrize("implementation", KERNELS)
+@pytest.mark.parametrize(
+    ("dtype", "case"),
+    [
+        ("float32", {"length": 1}),
+        ("float32", {"length": 2, "activation": "silu"}),
+        ("float32", {"length": 50, "heads": 4, "groups": 2, "segments": True}),
+        ("float32", {"length": 65, "chunk_size": 16, "segments": True, "taps": 3}),
+        ("float64", {"length": 65, "chunk_size": 16, "segments": True}),
+        ("bfloat16", {"length": 50, "segments": True}),
+    ],
+    ids=str,
+)
+def test_equals_the_float64_recurrence(case, dtype, implementation, x64):
+    inputs, weights, options = make(**case)
+    inputs, weights = to_dtype((inputs, weights), dtype)
+    got = run(inputs, weights, **options, implementation=implementation)
+    wanted = run(*to_dtype((inputs, weights), "float64"), **options, implementation="reference")
+    assert got["y"].dtype == dtype
+    assert_close(got, wanted, TOLERANCE[dtype])
+
+
+def test_equals_the_block_written_out(x64):
+    """The definition once more, one row and one position after the other."""
+    inputs, _, options = make(9, batch=1, heads=4, groups=2, segments=True)
+    got = time_aware_ssd_block(**to_dtype(inputs, "float64"), **options)[0]
+    ids, size, heads = np.asarray(options["segment_ids"])[0], 3, 4
+    z, mixed, dt = np.split(inputs["projected"][0], [20, 20 + 20 + 12], axis=-1)
+    dt = np.logaddexp(0, dt * inputs["time_factor"][0] + inputs["dt_bias"])
+    state = np.zeros((heads, 5, size))
+    for t in range(9):
+        restart = t > 0 and ids[t] != ids[t - 1]
+        if t == 0 or restart:
+            start = t
+            state[:] = 0
+        taps = [(3 - t + s, s) for s in range(max(start, t - 3), t + 1)]
+        u = inputs["conv_bias"] + sum(inputs["conv_kernel"][k] * mixed[s] for k, s in taps)
+        x, B, C = np.split(u * np.clip(u + 3, 0, 6) / 6, [20, 26])
+        x, B, C = x.reshape(heads, 5), *(np.repeat(v.reshape(2, size), 2, axis=0) for v in (B, C))
+        state *= np.exp(dt[t] * inputs["A"])[:, None, None]
+        state += (dt[t][:, None] * x)[..., None] * B[:, None]
+        y = np.einsum("hpn,hn->hp", state, C) + inputs["D"][:, None] * x
+        gated = y.reshape(-1) * z[t] / (1 + np.exp(-z[t]))
+        wanted = gated / np.sqrt(np.mean(gated**2) + 1e-5) * inputs["norm_scale"]
+        np.testing.assert_allclose(got[t], wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of reference, xla"),
+        ({"activation": "relu"}, "activation must be one of hardswish, silu, got 'relu'"),
+        ({"groups": 3}, "H = 2 must divide the 10 features of norm_scale, and G = 3 H"),
+        ({"state": 4}, r"projected must be \[B,L,2I\+2GN\+H\] = \[B,L,30\] and not empty, got"),
+        (
+            {"conv_kernel": jnp.ones((4, 3)), "conv_bias": jnp.ones(3)},
+            r"shape \(4, 16\), got \(4, 3\)",
+        ),
+    ],
+)
+def test_says_what_is_wrong(change, message):
+    inputs, _, options = make(5)
+    with pytest.raises(ValueError, match=message):
+        time_aware_ssd_block(**to_dtype(inputs, "float32") | options | change)

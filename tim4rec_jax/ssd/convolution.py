@@ -1,0 +1,50 @@
+"""Causal depthwise convolution over the sequence."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def causal_convolution(
+    x: Float[Array, "B _ _"],
+    kernel: Float[Array, "W C"],
+    bias: Float[Array, " C"],
+    segment_ids: Int[Array, "B L"] | None = None,
+    *,
+    channels_first: bool = False,
+) -> Float[Array, "B _ _"]:
+    """y[t, c] = bias[c] + sum_k kernel[k, c] x[t - W + 1 + k, c], zeros before the start.
+
+    A sum of W shifted products: XLA fuses it with what comes before and after, which a call of
+    a general convolution would not allow.
+
+    Args:
+      x: the input [B,L,C], or [B,C,L] with `channels_first`, which knows no segments.
+      kernel: the taps of each channel.
+      bias: of each channel.
+      segment_ids: a position sees only those before it with its own id; None: all.
+      channels_first: whether channels come before positions: then few channels do not break
+        the vector loops.
+    """
+    if channels_first:
+        kernel, bias = kernel[..., None], bias[..., None]
+    axis = x.ndim - 1 if channels_first else x.ndim - 2
+    width, length = kernel.shape[0], x.shape[axis]
+    before = [(0, 0)] * x.ndim
+    before[axis] = (width - 1, 0)
+    padded = jnp.pad(x, before)
+    shifted = (jax.lax.slice_in_dim(padded, k, k + length, axis=axis) for k in range(width))
+    if segment_ids is not None:
+        shifted = _within_segments(shifted, segment_ids, width)
+    return sum((tap * x for tap, x in zip(kernel, shifted, strict=True)), bias)
+
+
+def _within_segments(shifted, segment_ids, width: int):
+    """Zeroes what comes from another segment than the position it has been shifted to."""
+    length = segment_ids.shape[1]
+    padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
+    for k, x in enumerate(shifted):
+        own = padded[:, k : k + length] == segment_ids
+        yield jnp.where(own[..., None], x, 0)
