@@ -27,6 +27,7 @@ class Arguments(NamedTuple):
     dt_limit: tuple[float, float]
     initial_state: jax.Array | None
     segment_ids: jax.Array | None
+    return_final_state: bool  # if not, an implementation may return None for the state
     chunk_size: int | None
     precision: str
 
@@ -121,6 +122,7 @@ def ssd(
         dt_limit,
         initial_state,
         segment_ids,
+        return_final_state,
         chunk_size,
         precision,
     )
