@@ -10,6 +10,8 @@ Variants:
     causal     causal time, trained at every position: test Hit@10 .0735, NDCG@10 .0353 (seed 2020)
     official   the released settings to the letter, which ours only leave in the number of users
                validated at once
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -28,6 +30,8 @@ def get_config(variant: str = "") -> config_lib.Config:
         p2p_residual=True,
         is_kai_ming_init=False,
     )
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=32, epochs=25)
         config.model.dropout_prob = 0.5

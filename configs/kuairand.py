@@ -9,6 +9,8 @@ code .1053 / .0598. Not trained by us yet: the log has to be fetched from its ow
 Variants:
     causal     causal time, trained at every position
     official   the released settings to the letter, which switch time off
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -21,6 +23,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     config.dataset = "data/kuairand"
     config.prepare = "python -m data_prep kuairand Pure --order recbole --out data/kuairand"
     config.model.update(time_drop_out=0.0, norm_eps=1e-10, is_kai_ming_init=False)
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=64, epochs=25)
     if variant == "official":

@@ -10,6 +10,8 @@ Variants:
     causal     causal time, trained at every position: test Hit@10 .1410, NDCG@10 .0662 (seed 2020)
     official   the settings released for ML-1M to the letter (none were released for this set):
                histories of 200, batches of 2048, patience 20
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -21,6 +23,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     config = config_lib.default()
     config.dataset = "data/ml-100k"
     config.prepare = "python -m data_prep movielens ml-100k --order recbole --out data/ml-100k"
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "official":
         config.data.max_length = 200
         config.eval.batch_size = 4096

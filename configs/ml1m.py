@@ -12,6 +12,8 @@ Variants:
     256d            the wide model: width 256, state 64, heads of 128, batches of 512
     official        the released 64-d settings to the letter
     256d-official   the released 256-d settings to the letter, which switch time off
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -24,6 +26,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     config.dataset = "data/ml-1m"
     config.prepare = "python -m data_prep movielens ml-1m --order recbole --out data/ml-1m"
     config.data.max_length = 200
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=16, epochs=35)
         config.train.learning_rate = 1.5e-3

@@ -9,6 +9,8 @@ time cannot exceed .345 and no model .497; under three minutes on two CPU cores.
 Variants:
     causal     causal time, trained at every position
     official   the released ML-1M settings on this data
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -28,6 +30,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     config.data.buckets = (12, 32)
     config.model.update(dropout_prob=0.1, time_drop_out=0.0, p2p_residual=True)
     config.train.update(batch_size=256, learning_rate=2e-3, epochs=4)
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=32, epochs=12)
     return config

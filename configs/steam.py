@@ -9,6 +9,8 @@ structure it shares; its settings with the dropout of the denser sets.
 Variants:
     causal     causal time, trained at every position
     official   none were released for this set, so those released for Beauty to the letter
+
+Any comparison model by its name: `sasrec`, `gru4rec` and so on.
 """
 
 from tim4rec_jax import config as config_lib
@@ -23,6 +25,8 @@ def get_config(variant: str = "") -> config_lib.Config:
         "python -m data_prep steam --deduplicate first --order recbole --out data/steam"
     )
     config.model.update(time_drop_out=0.0, norm_eps=1e-5, p2p_residual=True, is_kai_ming_init=False)
+    if variant in config_lib.BASELINES:
+        config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=256, epochs=20)
     if variant == "official":

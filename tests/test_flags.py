@@ -108,7 +108,7 @@ def test_broken_config_files(tmp_path, text, words):
         ("model.name", "tim5rec", "must be one of tim4rec"),
         ("model.time_encoding", "casual", "must be one of paper, masked, causal"),
         ("model.dtype", "float16", "must be one of float32, bfloat16"),
-        ("train.objective", "every", "must be one of prefix, every_position"),
+        ("train.objective", "every", "must be one of prefix, every_position, cloze"),
         ("train.objective", "every_position", "needs a causal model"),
         ("model.knows_next_time", True, "needs config.model.time_encoding=causal"),
         ("train.schedule", "linear", "must be one of constant, cosine"),

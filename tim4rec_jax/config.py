@@ -7,16 +7,17 @@ from typing import Any, TypeAlias
 from ml_collections import ConfigDict, config_dict
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.model_settings import MODEL_SETTINGS
 
 # A ConfigDict: which attributes it has, no type checker can know.
 Config: TypeAlias = Any
 
 
-def default() -> Config:
-    """Settings of a run, with the values of the released 64-d model.
+BASELINES = tuple(name for name in MODEL_SETTINGS if name != "tim4rec")
 
-    Keys under `model` carry the names of the reference's own configuration files.
-    """
+
+def default() -> Config:
+    """Settings of a run, with the values of the released 64-d model."""
     return ConfigDict(
         {
             "dataset": "",  # a directory that data_prep wrote,
@@ -33,28 +34,7 @@ def default() -> Config:
                 # all. Only with train.objective "every_position".
                 "windows_per_user": config_dict.placeholder(int),
             },
-            "model": {
-                "name": "tim4rec",
-                "time_encoding": "paper",
-                "dtype": "float32",
-                "hidden_size": 64,
-                "num_layers": 2,
-                "dropout_prob": 0.2,
-                "time_drop_out": 0.2,
-                "d_state": 32,
-                "d_conv": 4,
-                "expand": 2,
-                "head_dim": 32,
-                "chunk_size": 0,  # 0: the op chooses; results do not depend on it
-                "norm_eps": 1e-12,
-                "is_ffn": True,
-                "is_time": True,
-                "p2p_residual": False,
-                "is_kai_ming_init": True,
-                # Knows when the event to predict happens, as no recommender does beforehand
-                # unless it is asked at that very moment. Only with time_encoding "causal".
-                "knows_next_time": False,
-            },
+            "model": {"name": "tim4rec", **MODEL_SETTINGS["tim4rec"]},
             "train": {
                 "objective": "prefix",
                 "batch_size": 2048,
@@ -68,6 +48,19 @@ def default() -> Config:
             "eval": {"batch_size": 512},  # changes the speed only
         }
     )
+
+
+def use_model(config: Config, name: str) -> None:
+    """Switches to another model, with its settings in TiM4Rec's comparison.
+
+    Args:
+      config: changed in place.
+      name: a key of `tim4rec_jax.model_settings.MODEL_SETTINGS`.
+    """
+    with config.unlocked():
+        config.model = ConfigDict({"name": name, **MODEL_SETTINGS[name]})
+    config.train.objective = "cloze" if name == "bert4rec" else "prefix"
+    config.train.patience = 20 if name in ("tim4rec", "mamba4rec") else 10
 
 
 def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
@@ -91,31 +84,38 @@ def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
 
 _POSITIVE = (
     "data.max_length",
-    "model.hidden_size",
-    "model.num_layers",
-    "model.d_state",
-    "model.d_conv",
-    "model.expand",
-    "model.head_dim",
-    "model.norm_eps",
     "train.batch_size",
     "train.learning_rate",
     "train.epochs",
     "eval.batch_size",
 )
+# Of the model's own settings all other numbers must be positive.
 _NOT_NEGATIVE = (
     "seed",
     "model.chunk_size",
+    "model.reg_weight",
     "train.weight_decay",
     "train.patience",
     "train.checkpoint_minutes",
 )
+_SHARES = (
+    "model.dropout_prob",
+    "model.time_drop_out",
+    "model.hidden_dropout_prob",
+    "model.attn_dropout_prob",
+    "model.mask_ratio",
+    "model.ft_ratio",
+)
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists the variants if `variant` is none of them."""
-    if variant not in ("", *known):
-        raise ValueError(f"{variant!r} is not a variant; there are: {', '.join(known)}")
+    """Raises a ValueError that lists the variants if `variant` is none of them.
+
+    Besides those `known`, a config has one for every comparison model.
+    """
+    if variant not in ("", *known, *BASELINES):
+        listed = ", ".join((*known, *BASELINES))
+        raise ValueError(f"{variant!r} is not a variant; there are: {listed}")
 
 
 def resolve(config: Config) -> Config:
@@ -124,53 +124,70 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: a setting cannot be, with its name.
     """
-    from tim4rec_jax.models import MODELS  # with JAX, which the other functions do without
+    from tim4rec_jax.models import MODELS, model_class  # with JAX; the others do without
 
     config = config.copy_and_resolve_references()
     model, train = config.model, config.train
     _one_of("model.name", model.name, tuple(MODELS))
-    _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
+    if model.name == "tim4rec":
+        _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    _one_of("train.objective", train.objective, ("prefix", "every_position"))
+    _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
     _one_of("train.schedule", train.schedule, ("constant", "cosine"))
-    causal = model.time_encoding == "causal"
-    if train.objective == "every_position" and not causal:
+    encoding = model.get("time_encoding")
+    if train.objective == "every_position" and not model_class(model).causal:
+        name = f"{model.name} with time encoding {encoding}" if encoding else model.name
         raise UserError(
-            f"config.train.objective is 'every_position', which needs a causal model, but the time "
-            f"encoding {model.time_encoding} looks ahead; take config.model.time_encoding=causal, "
-            "or config.train.objective=prefix"
+            f"config.train.objective is 'every_position', which needs a causal model, but {name} "
+            "looks ahead; take config.model.time_encoding=causal, or another model or objective"
         )
-    if model.knows_next_time and not causal:
+    if (train.objective == "cloze") != (model.name == "bert4rec"):
+        raise UserError(
+            f"config.train.objective is {train.objective!r} and the model {model.name}; "
+            "cloze is the objective of bert4rec and of no other model"
+        )
+    if model.get("knows_next_time") and encoding != "causal":
         raise UserError(
             f"config.model.knows_next_time is True, which needs config.model.time_encoding=causal; "
-            f"it is {model.time_encoding}"
+            f"it is {encoding}"
         )
     if config.data.convention is None:
-        config.data.convention = "recbole" if model.time_encoding == "paper" else "exact"
+        published = encoding == "paper" or model.name == "tisasrec"
+        config.data.convention = "recbole" if published else "exact"
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
     buckets = config.data.buckets
     if buckets is not None and not all(isinstance(width, int) for width in buckets):
         raise UserError(f"config.data.buckets is {buckets!r}; it must be whole numbers")
-    for name in ("dropout_prob", "time_drop_out"):
-        if not 0 <= model[name] < 1:
-            raise UserError(f"config.model.{name} is {model[name]}; it must lie in [0, 1)")
-    flat = flatten(config)
-    # Negated, so that a NaN does not pass.
-    for name in _POSITIVE:
-        if not flat[name] > 0:
-            raise UserError(f"config.{name} is {flat[name]}; it must be positive")
-    for name in _NOT_NEGATIVE:
-        if not flat[name] >= 0:
-            raise UserError(f"config.{name} is {flat[name]}; it must not be negative")
+    _check_numbers(flatten(config))
     windows = config.data.windows_per_user
     if windows is not None and windows < 1:
         raise UserError(f"config.data.windows_per_user is {windows}; it must be positive")
-    if model.hidden_size * model.expand % model.head_dim:
+    if "head_dim" in model and model.hidden_size * model.expand % model.head_dim:
         raise UserError(
             f"config.model.head_dim is {model.head_dim}; it must divide "
             f"expand * hidden_size = {model.expand * model.hidden_size}"
         )
+    if "n_heads" in model and model.hidden_size % model.n_heads:
+        raise UserError(
+            f"config.model.n_heads is {model.n_heads}; it must divide "
+            f"hidden_size = {model.hidden_size}"
+        )
     return config
+
+
+def _check_numbers(flat: dict) -> None:
+    numbers = {name: value for name, value in flat.items() if isinstance(value, int | float)}
+    for name, value in numbers.items():
+        of_model = name.startswith("model.") and not isinstance(value, bool)
+        # Negated, so that a NaN does not pass.
+        if name in _SHARES:
+            if not 0 <= value < 1:
+                raise UserError(f"config.{name} is {value}; it must lie in [0, 1)")
+        elif name in _NOT_NEGATIVE:
+            if not value >= 0:
+                raise UserError(f"config.{name} is {value}; it must not be negative")
+        elif (name in _POSITIVE or of_model) and not value > 0:
+            raise UserError(f"config.{name} is {value}; it must be positive")
 
 
 def _one_of(name: str, value, values: tuple) -> None:
@@ -211,6 +228,8 @@ def read(path: Path) -> Config:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
     config = default()
+    if "model" in values:
+        use_model(config, values["model"].get("name", "tim4rec"))
     with config.unlocked(), config.ignore_type():
         config.update(values)
         if config.data.buckets is not None:

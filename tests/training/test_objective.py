@@ -9,7 +9,7 @@ from flax import nnx
 from tests.data.small_dataset import in_memory, random_histories
 from tests.training.tiny_run import tiny_config
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.models import build
+from tim4rec_jax.models import SequenceModel, build
 from tim4rec_jax.training import objective
 from tim4rec_jax.training.objective import (
     cross_entropy,
@@ -55,16 +55,14 @@ def test_bfloat16_scores_add_up_in_float32():
     np.testing.assert_allclose(loss, exact, rtol=1e-5)
 
 
-class Fixed(nnx.Module):
+class Fixed(SequenceModel):
     """Encodes every history as the state it is given for it."""
-
-    knows_next_time = False
 
     def __init__(self):
         self.item_embedding = nnx.Embed(20, 8, rngs=nnx.Rngs(0))
         self.item_embedding.embedding[...] = jnp.asarray(TABLE, jnp.float32)
 
-    def encode(self, items, lengths, gaps, dropout_seeds):
+    def encode(self, items, lengths, gaps, *, dropout_seeds=None):
         return jnp.asarray(HIDDEN, jnp.float32)
 
 

@@ -1,6 +1,6 @@
 """Prepared datasets, windows over histories, batches. Needs no JAX, except `data.pipeline`."""
 
-from tim4rec_jax.data.batches import Batch, EvalBatches, TrainBatches
+from tim4rec_jax.data.batches import Batch, EvalBatches, TrainBatches, train_item_counts
 from tim4rec_jax.data.buckets import default_buckets
 from tim4rec_jax.data.dataset import Dataset
 from tim4rec_jax.data.format import FORMAT_VERSION
@@ -20,4 +20,5 @@ __all__ = [
     "open_dataset",
     "prefix_batch",
     "time_gaps",
+    "train_item_counts",
 ]

@@ -34,6 +34,13 @@ def samples_of_users(dataset: Dataset) -> np.ndarray:
     return samples
 
 
+def train_item_counts(dataset: Dataset) -> np.ndarray:
+    """Events of each item, int64 [n_items], among those that training sees."""
+    held_out = np.minimum(dataset.lengths, 2)
+    items = dataset.items(dataset.offsets[1:] - held_out, held_out, 2)
+    return dataset.item_counts - np.bincount(items.ravel(), minlength=dataset.n_items + 1)[1:]
+
+
 def rows_of_process(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
     """Numbers of the rows of each batch that a process makes.
 

@@ -107,9 +107,8 @@ def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
     params = nnx.state(model, nnx.Param)
     if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
         raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
-    trained = model.item_embedding.num_embeddings - 1
-    if trained != n_items:
+    if model.n_items != n_items:
         raise UserError(
-            f"{workdir} was trained on {trained} items and {dataset} has {n_items}; name "
+            f"{workdir} was trained on {model.n_items} items and {dataset} has {n_items}; name "
             "the dataset of the training with --dataset, or train anew"
         )

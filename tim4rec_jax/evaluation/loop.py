@@ -19,6 +19,7 @@ from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches
 from tim4rec_jax.devices import place
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.evaluation.ranking import ranks
+from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 
 Split = Literal["valid", "test"]
 # Batches the host may be ahead of the device: it never waits, and inputs do not pile up there.
@@ -26,7 +27,7 @@ _IN_FLIGHT = 8
 
 
 def evaluate(
-    model: nnx.Module,
+    model: SequenceModel,
     ds: Dataset,
     split: Split,
     *,
@@ -42,7 +43,7 @@ def evaluate(
     Batches are spread over the local devices. Compiled code is kept between calls.
 
     Args:
-        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_embedding.T`.
+        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_table().T`.
         ds: a prepared dataset.
         split: `"valid"` predicts the last event but one, `"test"` the last.
         max_length: histories are cut to their last events.
@@ -71,7 +72,7 @@ def evaluate(
 
 
 def run(
-    model: nnx.Module,
+    model: SequenceModel,
     ds: Dataset,
     split: Split,
     score: Callable[..., Any],
@@ -91,13 +92,16 @@ def run(
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, placement.replicated)
     replicated: Any = nnx.merge(graphdef, state)
-    table = replicated.item_embedding.embedding[...]
+    table = replicated.item_table()
+    needed = inputs(model)
 
     def dispatch(batch):
-        inputs = [batch[name] for name in ("items", "lengths", "gaps", "waits", "targets")]
         exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
-        *inputs, targets, exclude = jax.device_put((*inputs, exclude), placement.by_row)
-        hidden = _encode(graphdef, state, *inputs)
+        histories = {name: batch[name] for name in needed if name in batch}
+        histories, targets, exclude = jax.device_put(
+            (histories, batch["targets"], exclude), placement.by_row
+        )
+        hidden = _encode(graphdef, state, histories)
         return _score(score, placement.by_row.mesh, hidden, table, targets, exclude)
 
     def fetch(batch, result):
@@ -114,10 +118,9 @@ def run(
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(graphdef, state, items, lengths, gaps, waits):
+def _encode(graphdef, state, histories):
     model: Any = nnx.merge(graphdef, state)
-    hidden = model.encode(items, lengths, gaps)
-    return model.at(hidden, waits) if model.knows_next_time else hidden
+    return encode_batch(model, histories)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

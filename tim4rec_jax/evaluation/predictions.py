@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from flax import nnx
 
 from tim4rec_jax.data import Dataset
 from tim4rec_jax.evaluation.files import whole_file
 from tim4rec_jax.evaluation.loop import Split, run
 from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.models import SequenceModel
 
 SCHEMA = pa.schema(
     [("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())]
@@ -21,7 +21,7 @@ SCHEMA = pa.schema(
 
 
 def write_predictions(
-    path: Path, model: nnx.Module, ds: Dataset, split: Split, k: int, **settings: Any
+    path: Path, model: SequenceModel, ds: Dataset, split: Split, k: int, **settings: Any
 ) -> int:
     """Writes the `k` best items of every user with a target in the split, best first.
 

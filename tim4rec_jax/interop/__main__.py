@@ -17,7 +17,7 @@ from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import from_torch, model_config, parameter_names, to_torch
-from tim4rec_jax.models import TiM4Rec
+from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.training.checkpoints import Checkpoints
 from tim4rec_jax.training.summary import describe_model
 
@@ -66,7 +66,7 @@ def _check_dataset(directory: Path, n_items: int, checkpoint: Path) -> None:
         )
 
 
-def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, model: TiM4Rec):
+def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, model: SequenceModel):
     config = config_lib.default()
     with config.unlocked():  # conv_path is not among the defaults
         config.update({"dataset": dataset, "data": {"max_length": max_length}, "model": settings})

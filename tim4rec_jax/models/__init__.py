@@ -1,18 +1,31 @@
-"""Models, one file each, all with the same small protocol.
+"""Models, one file each; `tim4rec_jax.models.sequence_model` says what they have in common."""
 
-`model(items, lengths, gaps) -> hidden [B,L,D]`, `model.encode(...) -> [B,D]` and
-`model.item_embedding`, whose rows score the items. Models whose `causal` is true also take
-`segment_ids`, and go on event by event with `init_state` and `step`.
-"""
+from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
+from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.tim4rec import TiM4Rec
 
-MODELS = {"tim4rec": TiM4Rec}  # CausalTiM4Rec with `time_encoding="causal"`
+MODELS: dict[str, type[SequenceModel]] = {
+    "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
+}
+
+
+def model_class(config: Config) -> type[SequenceModel]:
+    """The model that `config["name"]` names.
+
+    Raises:
+      ValueError: the name is not known.
+    """
+    if config["name"] not in MODELS:
+        raise ValueError(f"model {config['name']!r} is not one of {sorted(MODELS)}")
+    model = MODELS[config["name"]]
+    return CausalTiM4Rec if model is TiM4Rec and config["time_encoding"] == "causal" else model
 
 
 def build(
@@ -20,33 +33,41 @@ def build(
     *,
     n_items: int,
     max_length: int,
+    n_users: int = 0,
+    item_counts: np.ndarray | None = None,
     seed: int = 0,
     param_dtype=jnp.float32,
-) -> nnx.Module:
+) -> SequenceModel:
     """Builds the model that `config["name"]` names.
 
     Args:
       config: the model's settings (`config.model` of a run).
       n_items: number of items, without padding.
       max_length: longest history.
+      n_users: number of users, for models that know them.
+      item_counts: int [n_items], events of each item in training, for `popularity`.
       seed: of the initial weights.
       param_dtype: dtype of the parameters.
 
     Raises:
       ValueError: the name or a setting is not known.
     """
-    if config["name"] not in MODELS:
-        raise ValueError(f"model {config['name']!r} is not one of {sorted(MODELS)}")
-    model = MODELS[config["name"]]
-    if model is TiM4Rec and config["time_encoding"] == "causal":
-        model = CausalTiM4Rec
-    return model(
-        config,
-        n_items=n_items,
-        max_length=max_length,
-        rngs=nnx.Rngs(params=seed),
-        param_dtype=param_dtype,
-    )
+    model: Any = model_class(config)
+    sizes: dict = {"n_items": n_items, "max_length": max_length}
+    if model.by_user:
+        sizes["n_users"] = n_users
+    if config["name"] == "popularity":
+        sizes["item_counts"] = item_counts
+    return model(config, **sizes, rngs=nnx.Rngs(params=seed), param_dtype=param_dtype)
 
 
-__all__ = ["MODELS", "CausalTiM4Rec", "TiM4Rec", "build"]
+__all__ = [
+    "MODELS",
+    "CausalTiM4Rec",
+    "SequenceModel",
+    "TiM4Rec",
+    "build",
+    "encode_batch",
+    "inputs",
+    "model_class",
+]

@@ -11,20 +11,17 @@ from tim4rec_jax.layers import CausalBlock, CausalSSD, GapModulator, gap_feature
 from tim4rec_jax.layers.block import layer_norm
 from tim4rec_jax.layers.causal import LayerState, NextTime
 from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.layers.time_aware_ssd import take_position
+from tim4rec_jax.models.sequence_model import SequenceModel
 from tim4rec_jax.models.tim4rec import block_settings, feed_forward, ssd_settings
 
 
-class CausalTiM4Rec(nnx.Module):
+class CausalTiM4Rec(SequenceModel):
     """Every position predicts the event after it, from the events up to it and their gaps.
 
-    Attributes:
-      item_embedding: as in `TiM4Rec`.
-      max_length: histories are cut to so many events in batches; no weight depends on it.
-      knows_next_time: whether predictions are made for a given moment, see `at`.
+    No weight depends on `max_length`.
     """
 
-    causal = True
+    causal = streams = True
 
     def __init__(
         self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
@@ -56,60 +53,28 @@ class CausalTiM4Rec(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Hidden states at every position.
-
-        Args:
-          items: item indices, right padded with 0.
-          lengths: number of events of each row; not used, what follows changes nothing.
-          gaps: exact seconds since the event before, 0 at the first; columns after L unused.
-          segment_ids: which history a position belongs to, for rows of several; None: one.
-          dropout_seeds: one seed per row to train; None to evaluate.
-        """
-        del lengths
+        """See `SequenceModel`; `gaps` are exact, columns after L unused."""
+        del lengths  # what follows a position changes nothing there
         h = self._embed(items, fold(dropout_seeds, 0))
         features = self._features(gaps[:, : items.shape[1]])
         for i, block in enumerate(self.blocks):
             h = block(h, features, segment_ids, fold(dropout_seeds, i + 1))
         return h
 
-    def encode(
-        self,
-        items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
-        gaps: Float[Array, "B T"],
-        *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
-    ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1`."""
-        return take_position(self(items, lengths, gaps, dropout_seeds=dropout_seeds), lengths - 1)
-
     def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
-        """Hidden states for a prediction `wait` seconds after the last event.
-
-        Raises:
-          ValueError: the model was not trained so.
-        """
+        """See `SequenceModel`."""
         if self.next_time is None:
-            raise ValueError("this model does not know when the next event happens")
+            return super().at(hidden, wait)
         return self.next_time(hidden, gap_features(wait))
 
     def init_state(self, batch: int) -> list[LayerState]:
-        """The state of `batch` users without events."""
+        """See `SequenceModel`."""
         return [block.ssd.init_state(batch) for block in self.blocks]
 
     def step(
         self, state: list[LayerState], items: Int32[Array, "B"], gaps: Float[Array, "B"]
     ) -> tuple[list[LayerState], Float[Array, "B D"]]:
-        """One event of each user: constant cost, whatever came before.
-
-        Args:
-          state: from `init_state` or the last `step`.
-          items: item indices.
-          gaps: exact seconds since the user's event before, 0 for the first.
-
-        Returns:
-          The next state, and the hidden state that `__call__` has at this position.
-        """
+        """See `SequenceModel`."""
         h, features = self._embed(items, None), self._features(gaps)
         following = []
         for block, layer in zip(self.blocks, state, strict=True):

@@ -8,22 +8,17 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers import Block, FeedForward, TimeAwareSSD, TimeEncoder, TimeMixer
 from tim4rec_jax.layers.block import layer_norm
 from tim4rec_jax.layers.dropout import dropout, fold
+from tim4rec_jax.models.sequence_model import SequenceModel
 
 TIME_ENCODINGS = ("paper", "masked")
 ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
-class TiM4Rec(nnx.Module):
+class TiM4Rec(SequenceModel):
     """The paper's model; field names of `config` are the reference's own.
 
-    Attributes:
-      item_embedding: `nnx.Embed` of n_items + 1 rows, row 0 the padding; also the output
-        layer: scores are dot products with its rows.
-      max_length: L, the positions of the time stream, which the weights are tied to.
+    Not causal: the time stream looks ahead. Its weights are tied to `max_length`.
     """
-
-    causal = False  # the time stream looks ahead
-    knows_next_time = False
 
     def __init__(
         self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
@@ -90,21 +85,15 @@ class TiM4Rec(nnx.Module):
         lengths: Int[Array, "B"],
         gaps: Float[Array, "B T"],
         *,
+        segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Hidden states at every position.
+        """See `SequenceModel`; one history a row.
 
-        Args:
-          items: item indices, right padded with 0; L <= T = max_length. Cutting L to
-            the longest history of the batch changes nothing before `lengths`.
-          lengths: number of events of each row, >= 1.
-          gaps: seconds since the event before (`tim4rec_jax.data.time_gaps`), all T positions.
-          dropout_seeds: one seed per row (`tim4rec_jax.layers.row_seeds`) to train; None to
-            evaluate.
-
-        Returns:
-          Hidden states; only those before `lengths` mean anything.
+        L <= T = max_length: cutting L to the longest history of the batch changes nothing
+        before `lengths`; `gaps` always have all T columns.
         """
+        assert segment_ids is None, "the time stream looks at whole rows"
         h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
         for i, block in enumerate(self.blocks):
             h, tau = block(h, tau, real, fold(dropout_seeds, i + 1))

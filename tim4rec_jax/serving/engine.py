@@ -36,7 +36,7 @@ class Engine:
     Attributes:
         model: itself.
         table: item embeddings, [V+1, D]; row 0 is padding.
-        causal: whether users have a state of fixed size, see `advance`.
+        streams: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         fingerprint: of everything that a user's state depends on.
         one_width: compute every history at full length: one program per number of rows, for
@@ -50,8 +50,8 @@ class Engine:
         self.max_length: int = config.data.max_length
         self.one_width = False
         self.convention = config.data.convention
-        self.causal, self.knows_next_time = model.causal, model.knows_next_time
-        self.table: Array = model.item_embedding.embedding[...]
+        self.streams, self.knows_next_time = model.streams, model.knows_next_time
+        self.table: Array = model.item_table()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
 
         def encode(params, items, lengths, gaps):
@@ -75,7 +75,7 @@ class Engine:
 
         self._encode, self._advance = jax.jit(encode), jax.jit(advance)
         self._at = jax.jit(lambda params, *args: nnx.merge(graphdef, params).at(*args))
-        if self.causal:
+        if self.streams:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
             _, hidden = jax.eval_shape(lambda: model.step(model.init_state(1), *one))
             hidden = np.zeros(hidden.shape, hidden.dtype)
@@ -122,7 +122,7 @@ class Engine:
     def advance(
         self, states: Sequence[bytes | None], new: Sequence[tuple[np.ndarray, np.ndarray]]
     ) -> list[bytes]:
-        """States of users after further events, of causal models.
+        """States of users after further events, of models that stream.
 
         Args:
             states: before; None for a user without events.

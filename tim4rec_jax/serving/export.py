@@ -114,7 +114,7 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
         hidden = jax.vmap(encode)(items, lengths, gaps)
         if wait is not None:
             hidden = model.at(hidden, wait)
-        return top_k(hidden, model.item_embedding.embedding[...], top, exclude=exclude)
+        return top_k(hidden, model.item_table(), top, exclude=exclude)
 
     return recommend, weights
 

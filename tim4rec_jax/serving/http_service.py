@@ -149,7 +149,7 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
             dataset=catalogue.metadata["name"],
             items=len(catalogue),
             max_length=recommender.engine.max_length,
-            streaming=recommender.engine.causal,
+            streaming=recommender.engine.streams,
             knows_next_time=recommender.engine.knows_next_time,
         )
 

@@ -223,11 +223,11 @@ class Recommender:
     ) -> Recommendations:
         """The best items for a user of the store; arguments as for `recommend`.
 
-        The state of a causal model has seen all the user's events and is not computed again;
+        The state of a model that streams has seen all the user's events and is not computed again;
         other models are given the last `max_length` events.
         """
         events, _ = self._users.log(str(user))
-        if self.engine.causal and events.items.size:
+        if self.engine.streams and events.items.size:
             hidden = self.engine.hidden(self._users.state(str(user)))
         else:
             hidden = self.engine.encode(events)

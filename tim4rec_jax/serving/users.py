@@ -30,7 +30,7 @@ class Users:
         return Events(items[known], times, np.array([0, len(times)])), len(ids)
 
     def state(self, user: str) -> bytes:
-        """The state of a user with events, of a causal model.
+        """The state of a user with events, of a model that streams.
 
         One that is missing, or that another model made, is computed from the log and kept.
         """
@@ -68,7 +68,7 @@ class Users:
             inputs.append(new)
             ids = [self.catalogue.ids[item - 1] for item, _ in events]
             changes.append(Change(user, expected, ids, [time for _, time in events], None))
-        if self.engine.causal:
+        if self.engine.streams:
             states = self.engine.advance(states, inputs)
             changes = [
                 change._replace(state=state) for change, state in zip(changes, states, strict=True)
@@ -79,7 +79,7 @@ class Users:
     def _input(self, user: str, events: list[tuple[int, int]], snapshot: Snapshot):
         """How many events the log has, and from which state which events lead to the next."""
         items, times = np.array(events, np.int64).T
-        if not self.engine.causal or snapshot.last is None:
+        if not self.engine.streams or snapshot.last is None:
             return snapshot.events, None, (items, times)
         if snapshot.state is not None and times[0] >= snapshot.last:
             before = np.append(0, items), np.append(snapshot.last, times)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,7 +16,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.models import build
+from tim4rec_jax.models import SequenceModel, build, model_class
 from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
@@ -167,7 +168,7 @@ def _from_storable(state: TrainState, stored: dict) -> TrainState:
     )
 
 
-def load_best(workdir: str | Path) -> tuple[config_lib.Config, nnx.Module]:
+def load_best(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
     """The settings of a run and its model with the parameters best on validation.
 
     Raises:
@@ -182,8 +183,8 @@ def load_best(workdir: str | Path) -> tuple[config_lib.Config, nnx.Module]:
     path = best.absolute() / str(max(steps)) / "default"
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            rows = checkpointer.metadata(path).item_metadata["item_embedding"]["embedding"].shape[0]
-            model = build(config.model, n_items=rows - 1, max_length=config.data.max_length)
+            sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
+            model = build(config.model, max_length=config.data.max_length, **sizes)
             graphdef, params = nnx.split(model)
             stored = checkpointer.restore(path, nnx.to_pure_dict(params))
     except Exception as error:
@@ -192,7 +193,17 @@ def load_best(workdir: str | Path) -> tuple[config_lib.Config, nnx.Module]:
             "run train.py again in this --workdir to make it anew"
         ) from error
     nnx.replace_by_pure_dict(params, stored)
-    return config, nnx.merge(graphdef, params)
+    best_model: Any = nnx.merge(graphdef, params)
+    return config, best_model
+
+
+def _sizes(config: config_lib.Config, stored: Any) -> dict[str, int]:
+    """Numbers of items and users that the stored tables are for."""
+    rows = stored["item_embedding"]["embedding"].shape[0]
+    sizes = {"n_items": rows - model_class(config.model).special_rows}
+    if "user_embedding" in stored:
+        sizes["n_users"] = stored["user_embedding"]["embedding"].shape[0] - 1
+    return sizes
 
 
 def _first_line(error: Exception) -> str:

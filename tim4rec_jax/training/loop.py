@@ -5,19 +5,26 @@ import json
 import time
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.data import Dataset, PackedBatches, TrainBatches, open_dataset
+from tim4rec_jax.data import (
+    Dataset,
+    PackedBatches,
+    TrainBatches,
+    open_dataset,
+    train_item_counts,
+)
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.loop import Split
-from tim4rec_jax.models import build
+from tim4rec_jax.models import build, inputs
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import only_process, stop_on_signal
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
@@ -84,8 +91,14 @@ class _Run:
             )
         self.placement = place(batch_size)
         model = build(
-            config.model, n_items=dataset.n_items, max_length=data.max_length, seed=config.seed
+            config.model,
+            n_items=dataset.n_items,
+            n_users=dataset.n_users,
+            item_counts=train_item_counts(dataset),
+            max_length=data.max_length,
+            seed=config.seed,
         )
+        self.needed = (*inputs(model), "targets", "weights")
         self.graphdef, params = nnx.split(model)
         steps = config.train.epochs * self.batches.batches_per_epoch
         self.tx = make_optimizer(
@@ -174,7 +187,7 @@ class _Run:
     def _train_step(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
         """Dispatches one step; returns its metrics, to be fetched later."""
         rows, width = batch["items"].shape
-        batch.pop("users", None)
+        batch = {name: batch[name] for name in self.needed if name in batch}
         self.state, metrics = train_step(
             self.state,
             jax.device_put(batch, self.placement.by_row),
@@ -238,7 +251,7 @@ class _Run:
         zero = jax.device_put(np.zeros((), np.float32), self.placement.replicated)
         self.state = dataclasses.replace(self.state, loss_sum=zero, weight_sum=zero.copy())
 
-    def _evaluate(self, model: nnx.Module, split: Split) -> tuple[dict[str, float], np.ndarray]:
+    def _evaluate(self, model: Any, split: Split) -> tuple[dict[str, float], np.ndarray]:
         data = self.config.data
         return evaluate(
             model,

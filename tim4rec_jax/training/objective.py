@@ -1,11 +1,12 @@
 """Training objectives."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
+
+from tim4rec_jax.models import SequenceModel, encode_batch
 
 
 def cross_entropy(
@@ -108,22 +109,22 @@ def _cross_entropy_backward(gradients, d_loss):
 summed_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
 
 
-def prefix_loss(model: Any, batch: dict, seeds: UInt32[Array, " B"] | None) -> jax.Array:
+def prefix_loss(model: SequenceModel, batch: dict, seeds: UInt32[Array, " B"] | None) -> jax.Array:
     """Sum over the batch of weight times the loss at each history's end (paper, section 3.5).
 
     Args:
       model: see `tim4rec_jax.models`.
-      batch: items [B,L], lengths, gaps [B,T], targets, waits, weights [B].
+      batch: of `tim4rec_jax.data.TrainBatches`.
       seeds: dropout seeds per row; None switches dropout off.
     """
-    hidden = model.encode(batch["items"], batch["lengths"], batch["gaps"], dropout_seeds=seeds)
-    if model.knows_next_time:
-        hidden = model.at(hidden, batch["waits"])
-    table = model.item_embedding.embedding[...]
-    return jnp.sum(batch["weights"] * cross_entropy(hidden, table, batch["targets"]))
+    hidden = encode_batch(model, batch, seeds)
+    losses = cross_entropy(hidden, model.item_table(), batch["targets"])
+    return jnp.sum(batch["weights"] * (losses + model.penalty()))
 
 
-def every_position_loss(model: Any, batch: dict, seeds: UInt32[Array, " R"] | None) -> jax.Array:
+def every_position_loss(
+    model: SequenceModel, batch: dict, seeds: UInt32[Array, " R"] | None
+) -> jax.Array:
     """Sum over all positions of packed rows of weight times the loss there.
 
     Args:
@@ -143,7 +144,7 @@ def every_position_loss(model: Any, batch: dict, seeds: UInt32[Array, " R"] | No
         hidden = model.at(hidden, batch["waits"])
     return summed_cross_entropy(
         hidden.reshape(-1, hidden.shape[-1]),
-        model.item_embedding.embedding[...],
+        model.item_table(),
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
     )

@@ -1,7 +1,5 @@
 """The size of the data, the size and cost of the model, as a run states them at its start."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -26,8 +24,8 @@ def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int)
     """
 
     def scores(params, items, lengths, gaps):
-        model: Any = nnx.merge(graphdef, params)
-        return model.encode(items, lengths, gaps) @ model.item_embedding.embedding[...].T
+        model = nnx.merge(graphdef, params)
+        return model.encode(items, lengths, gaps) @ model.item_table().T
 
     history = jnp.zeros((1, max_length), jnp.int32)
     lengths = jnp.full((1,), max_length, jnp.int32)

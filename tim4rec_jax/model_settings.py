@@ -1,0 +1,40 @@
+"""Settings of every model, with the values that TiM4Rec's comparison used (64-d).
+
+Keys carry the names of the published configuration files, model by model; those of the
+comparison models are RecBole's and those of the TiM4Rec repository's own copies.
+"""
+
+_ATTENTION = {
+    "hidden_size": 64,
+    "inner_size": 256,
+    "n_layers": 2,
+    "n_heads": 8,
+    "hidden_dropout_prob": 0.2,
+    "attn_dropout_prob": 0.2,
+    "layer_norm_eps": 1e-12,
+}
+
+MODEL_SETTINGS = {
+    "tim4rec": {
+        "time_encoding": "paper",
+        "hidden_size": 64,
+        "num_layers": 2,
+        "dropout_prob": 0.2,
+        "time_drop_out": 0.2,
+        "d_state": 32,
+        "d_conv": 4,
+        "expand": 2,
+        "head_dim": 32,
+        "chunk_size": 0,  # 0: the op chooses; results do not depend on it
+        "norm_eps": 1e-12,
+        "is_ffn": True,
+        "is_time": True,
+        "p2p_residual": False,
+        "is_kai_ming_init": True,
+        # Knows when the event to predict happens, as no recommender does beforehand unless it
+        # is asked at that very moment. Only with time_encoding "causal".
+        "knows_next_time": False,
+    },
+}
+for _settings in MODEL_SETTINGS.values():
+    _settings["dtype"] = "float32"  # of the activations; "bfloat16" halves their memory

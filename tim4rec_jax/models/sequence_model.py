@@ -1,0 +1,130 @@
+"""What all models have in common: how they are asked for hidden states and scores."""
+
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float, Int, Int32, UInt32
+
+from tim4rec_jax.layers.time_aware_ssd import take_position
+
+
+class SequenceModel(nnx.Module):
+    """Histories -> hidden states, whose dot products with the rows of a table score the items.
+
+    Attributes:
+      item_embedding: `nnx.Embed`; row 0 is padding, then one row for each item, then the other
+        `special_rows`.
+      n_items: number of items, without padding.
+      max_length: longest history.
+    """
+
+    # What a model can do; subclasses say so.
+    causal = False  # a position's hidden state depends on what came before only
+    streams = False  # `init_state` and `step`: constant cost for each further event
+    knows_next_time = False  # `at`: conditions on the moment of prediction
+    by_user = False  # `encode` takes `users`
+    special_rows = 1  # rows of `item_embedding` that are no items
+
+    item_embedding: nnx.Embed
+    n_items: int
+    max_length: int
+
+    def __call__(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        segment_ids: Int[Array, "B L"] | None = None,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Hidden states at every position; only those before `lengths` mean anything.
+
+        Args:
+          items: item indices, right padded with 0.
+          lengths: number of events of each row, >= 1.
+          gaps: seconds since the event before (`tim4rec_jax.data.time_gaps`), 0 at the first.
+          segment_ids: which history a position belongs to, for rows of several; None: one a
+            row. Causal models only.
+          dropout_seeds: one seed per row (`tim4rec_jax.layers.row_seeds`) to train; None to
+            evaluate.
+        """
+        raise NotImplementedError
+
+    def encode(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1`, what the next item is predicted from."""
+        return take_position(self(items, lengths, gaps, dropout_seeds=dropout_seeds), lengths - 1)
+
+    def item_table(self) -> Float[Array, "V D"]:
+        """The vector of each item: its score is the dot product with a hidden state."""
+        return self.item_embedding.embedding[...]
+
+    def penalty(self) -> Float[Array, ""] | float:
+        """What the training loss of a batch has on top of the mean loss of its samples."""
+        return 0.0
+
+    def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
+        """Hidden states for a prediction `wait` seconds after the last event.
+
+        Raises:
+          ValueError: the model was not trained so.
+        """
+        raise ValueError("this model does not know when the next event happens")
+
+    def init_state(self, batch: int) -> Any:
+        """The state of `batch` users without events.
+
+        Raises:
+          ValueError: the model has no state of constant size.
+        """
+        raise self._does_not_stream()
+
+    def step(
+        self, state: Any, items: Int32[Array, "B"], gaps: Float[Array, "B"]
+    ) -> tuple[Any, Float[Array, "B D"]]:
+        """One event of each user: constant cost, whatever came before.
+
+        Args:
+          state: from `init_state` or the last `step`.
+          items: item indices.
+          gaps: exact seconds since the user's event before, 0 for the first.
+
+        Returns:
+          The next state, and the hidden state that `__call__` has at this position.
+
+        Raises:
+          ValueError: the model has no state of constant size.
+        """
+        raise self._does_not_stream()
+
+    def _does_not_stream(self) -> ValueError:
+        return ValueError(
+            f"{type(self).__name__} cannot go on event by event; take a model that streams, "
+            "TiM4Rec with time_encoding='causal' for example"
+        )
+
+
+def encode_batch(
+    model: SequenceModel, batch: dict, dropout_seeds: UInt32[Array, "B"] | None = None
+) -> Float[Array, "B D"]:
+    """`model.encode` on a batch of `tim4rec_jax.data`, with all that this model makes use of."""
+    users: dict = {"users": batch["users"] + 1} if model.by_user else {}
+    hidden = model.encode(
+        batch["items"], batch["lengths"], batch["gaps"], dropout_seeds=dropout_seeds, **users
+    )
+    return model.at(hidden, batch["waits"]) if model.knows_next_time else hidden
+
+
+def inputs(model: SequenceModel) -> tuple[str, ...]:
+    """The arrays of a batch that a model makes use of; the others need not leave the host."""
+    needed = ("items", "lengths", "gaps", "segment_ids")
+    needed += ("users",) * model.by_user + ("waits",) * model.knows_next_time
+    return needed
