@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.layers.time_aware_ssd import SSDLayer, TimeAwareSSD, take_position
+from tim4rec_jax.layers.time_aware_ssd import TimeAwareSSD, take_position
 from tim4rec_jax.layers.time_stream import TimeMixer
 
 
@@ -23,19 +23,29 @@ def layer_norm(width: int, eps: float, dtype, param_dtype, rngs: nnx.Rngs) -> nn
 
 
 class FeedForward(nnx.Module):
-    """LayerNorm(drop(W2 drop(hardswish(W1 h))) + h) with inner width 4 D."""
+    """LayerNorm(drop(W2 drop(f(W1 h))) + h) with inner width 4 D; by default f is hard-swish."""
 
-    def __init__(self, width: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        width: int,
+        *,
+        dropout_rate: float,
+        dtype,
+        param_dtype,
+        rngs: nnx.Rngs,
+        activation=jax.nn.hard_swish,
+        eps: float = 1e-12,
+    ):
         kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
-        self.norm = layer_norm(width, 1e-12, dtype, param_dtype, rngs)
-        self.dropout_rate = dropout_rate
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.dropout_rate, self.activation = dropout_rate, activation
 
     def __call__(
         self, h: Float[Array, "B ... D"], seeds: UInt32[Array, "B"] | None = None
     ) -> Float[Array, "B ... D"]:
         """Applies the network to each position on its own."""
-        inner = dropout(jax.nn.hard_swish(self.fc1(h)), self.dropout_rate, fold(seeds, 0))
+        inner = dropout(self.activation(self.fc1(h)), self.dropout_rate, fold(seeds, 0))
         return self.norm(dropout(self.fc2(inner), self.dropout_rate, fold(seeds, 1)) + h)
 
 
@@ -44,7 +54,6 @@ class ResidualBlock(nnx.Module):
 
     def __init__(
         self,
-        ssd: SSDLayer,
         feed_forward: FeedForward | None,
         *,
         width: int,
@@ -55,7 +64,7 @@ class ResidualBlock(nnx.Module):
         param_dtype,
         rngs: nnx.Rngs,
     ):
-        self.ssd, self.feed_forward = ssd, feed_forward
+        self.feed_forward = feed_forward
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.residual, self.dropout_rate = residual, dropout_rate
 
@@ -65,7 +74,7 @@ class ResidualBlock(nnx.Module):
         h: Float[Array, "B ... D"],
         seeds: UInt32[Array, "B"] | None,
     ) -> Float[Array, "B ... D"]:
-        """What follows the SSD layer: `h` is its input, `y` its output."""
+        """What follows the sequence-mixing layer: `h` is its input, `y` its output."""
         y = dropout(y, self.dropout_rate, fold(seeds, 0))
         h = self.norm(y + h if self.residual else y)
         return h if self.feed_forward is None else self.feed_forward(h, fold(seeds, 1))
@@ -77,11 +86,9 @@ class Block(ResidualBlock):
     `mixer` shapes the layer's step sizes by time; without it time is not used.
     """
 
-    ssd: TimeAwareSSD
-
     def __init__(self, ssd: TimeAwareSSD, mixer: TimeMixer | None, *args, **kwargs):
-        super().__init__(ssd, *args, **kwargs)
-        self.mixer = mixer
+        super().__init__(*args, **kwargs)
+        self.ssd, self.mixer = ssd, mixer
 
     def __call__(
         self,

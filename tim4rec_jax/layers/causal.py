@@ -151,11 +151,9 @@ class CausalSSD(SSDLayer):
 class CausalBlock(ResidualBlock):
     """A layer whose time is the gaps; without a modulator time is not used."""
 
-    ssd: CausalSSD
-
     def __init__(self, ssd: CausalSSD, modulator: GapModulator | None, *args, **kwargs):
-        super().__init__(ssd, *args, **kwargs)
-        self.modulator = modulator
+        super().__init__(*args, **kwargs)
+        self.ssd, self.modulator = ssd, modulator
 
     def __call__(
         self,
