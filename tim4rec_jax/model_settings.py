@@ -35,6 +35,13 @@ MODEL_SETTINGS = {
         # is asked at that very moment. Only with time_encoding "causal".
         "knows_next_time": False,
     },
+    "sasrec": {**_ATTENTION},
+    "gru4rec": {
+        "embedding_size": 64,
+        "hidden_size": 128,
+        "num_layers": 2,
+        "dropout_prob": 0.4,
+    },
 }
 for _settings in MODEL_SETTINGS.values():
     _settings["dtype"] = "float32"  # of the activations; "bfloat16" halves their memory
