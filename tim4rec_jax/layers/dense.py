@@ -1,7 +1,5 @@
 """The dense layer."""
 
-import itertools
-
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -44,13 +42,3 @@ class Dense(nnx.Module):
         if self.bias is not None:
             rows = rows + self.bias[outputs].astype(self.dtype)
         return rows.reshape(*x.shape[:-1], rows.shape[-1])
-
-
-def joined(x: Float[Array, "*batch I"], *layers: Dense) -> list[Float[Array, "*batch O"]]:
-    """Several layers of one input as one product."""
-    dtype = layers[0].dtype
-    kernel = jnp.concatenate([layer.kernel[...].astype(dtype) for layer in layers], axis=1)
-    bias = jnp.concatenate([layer.bias[...].astype(dtype) for layer in layers])
-    rows = jnp.dot(x.reshape(-1, x.shape[-1]).astype(dtype), kernel) + bias
-    ends = list(itertools.accumulate(layer.bias.shape[0] for layer in layers))
-    return jnp.split(rows.reshape(*x.shape[:-1], ends[-1]), ends[:-1], axis=-1)

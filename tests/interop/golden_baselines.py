@@ -1,0 +1,57 @@
+"""The golden files of the comparison models: what their published code computed."""
+
+import functools
+import json
+from dataclasses import dataclass
+
+import numpy as np
+
+from tests.interop.golden_models import FOLDER as GOLDEN
+from tim4rec_jax.data import time_gaps
+from tim4rec_jax.interop import from_torch
+
+FOLDER = GOLDEN / "baselines"
+NAMES = sorted(p.stem for p in FOLDER.glob("*.npz") if not p.stem.startswith("op_"))
+
+
+@dataclass
+class GoldenBaseline:
+    config: dict
+    state_dict: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # in/*, out/*, hidden/*, grad/*, ...
+
+    @property
+    def batch(self) -> dict[str, np.ndarray]:
+        """As `tim4rec_jax.data` makes them."""
+        items, lengths = self.arrays["in/item_seq"], self.arrays["in/item_seq_len"]
+        times = self.arrays.get("in/timestamp_raw", np.zeros(items.shape, np.int64))
+        users = self.arrays.get("in/user_id", np.ones(len(items), np.int32))
+        return {
+            "items": items,
+            "lengths": lengths,
+            "gaps": time_gaps(times, lengths, "recbole"),
+            "users": users - 1,
+            "targets": self.arrays["in/target"],
+            "weights": np.ones(len(items), np.float32),
+        }
+
+    def model(self, dtype: str):
+        weights = {
+            name: value.astype(np.result_type(dtype, value) if value.dtype.kind == "c" else dtype)
+            for name, value in self.state_dict.items()
+        }
+        return from_torch(weights, self.config)
+
+
+@functools.cache
+def read_baseline(name: str) -> GoldenBaseline:
+    arrays = dict(np.load(FOLDER / f"{name}.npz"))
+    return GoldenBaseline(
+        config=json.loads(str(arrays["config_json"])),
+        state_dict={
+            key.removeprefix("param/"): value
+            for key, value in arrays.items()
+            if key.startswith("param/")
+        },
+        arrays=arrays,
+    )

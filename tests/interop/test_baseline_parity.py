@@ -1,0 +1,124 @@
+"""The comparison models against their published code: states, scores, loss, every gradient."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.interop.golden_baselines import FOLDER, NAMES, read_baseline
+from tests.interop.golden_models import FULL
+from tim4rec_jax.interop import to_torch
+from tim4rec_jax.interop.formats import FORMATS
+from tim4rec_jax.layers.attention import causal_mask
+from tim4rec_jax.models import encode_batch
+from tim4rec_jax.training.objective import OBJECTIVES
+
+TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
+COMPILER_OPTIONS = {} if FULL else {"xla_backend_optimization_level": 0}
+NAMES = [name for name in NAMES if read_baseline(name).config["model"] in FORMATS]
+# Once a model in float32, unless all of the files are there.
+SAMPLE = {read_baseline(name).config["model"]: name for name in reversed(NAMES)}.values()
+CASES = [(name, "float64") for name in NAMES]
+CASES += [(name, "float32") for name in NAMES if FULL or name in SAMPLE]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3), compiler_options=COMPILER_OPTIONS)
+def loss_and_gradients(graph, params, batch, objective):
+    def mean_loss(params):
+        model = nnx.merge(graph, params)
+        return OBJECTIVES[objective](model, batch, None) / batch["weights"].sum()
+
+    return jax.value_and_grad(mean_loss)(params)
+
+
+@functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
+def states_and_scores(graph, params, batch):
+    """What scores are computed from, the scores, and the state after every layer."""
+    model = nnx.merge(graph, params)
+    encoded = encode_batch(model, batch)
+    states = STATES.get(type(model).__name__)
+    layers = states(model, batch) if states else {}
+    return encoded, encoded @ model.item_table().T, layers
+
+
+def transformer(model, batch):
+    states = [model.positions(model.item_embedding(batch["items"]))]
+    mask = causal_mask(batch["items"].shape[1])
+    for layer in model.layers:
+        states.append(layer(states[-1], mask))
+    return {f"hidden/{i}": state for i, state in enumerate(states)}
+
+
+def recurrent(model, batch):
+    h, states = model.item_embedding(batch["items"]).swapaxes(0, 1), {}
+    for i, block in enumerate(model.blocks):
+        h = block(h)
+        states[f"hidden/{i + 1}"] = h.swapaxes(0, 1)
+    return states
+
+
+# The states of a model's layers [B,L,...] by their names in the golden files.
+STATES = {
+    "GRU4Rec": recurrent,
+    "SASRec": transformer,
+}
+
+
+def check(ours, reference, tolerance, what, atol=0.0):
+    if reference.dtype == np.float32:  # how the large files keep some of their arrays
+        tolerance = max(tolerance, 1e-7)
+    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    assert ours.shape == reference.shape, what
+    error = np.linalg.norm(ours - reference)
+    assert error <= tolerance * np.linalg.norm(reference) + atol, f"{what}: {error}"
+
+
+def figures(x):
+    """Norm, sum, greatest and a projection, as the golden files keep them."""
+    x = np.asarray(x, np.float64).ravel()
+    return np.array([np.linalg.norm(x), x.sum(), np.abs(x).max(), x @ np.cos(np.arange(x.size))])
+
+
+def check_gradient(ours, arrays, name, tolerance):
+    # The same added to all scores of a query changes nothing: rounding is all that is there.
+    atol = 1e-2 * tolerance if name.endswith("key.bias") else 0.0
+    what = f"gradient of {name}"
+    for kind in ("grad", "grad32"):
+        if f"{kind}/{name}" in arrays:
+            check(ours, arrays[f"{kind}/{name}"], tolerance, what, atol)
+    if f"gradsample/{name}" in arrays:
+        sample = ours.ravel()[:: int(arrays[f"gradstride/{name}"])]
+        check(sample, arrays[f"gradsample/{name}"], tolerance, what, atol)
+    expected = arrays[f"gradstat/{name}"]
+    parts = figures(ours) if expected.ndim == 1 else [figures(ours.real), figures(ours.imag)]
+    norm = np.linalg.norm(expected[..., 0])
+    limit = tolerance * norm * np.sqrt(ours.size) + atol * np.sqrt(ours.size)
+    np.testing.assert_allclose(parts, expected, rtol=0, atol=limit, err_msg=what)
+
+
+def test_there_are_golden_files():
+    assert len(NAMES) >= 1, FOLDER
+
+
+@pytest.mark.parametrize(("name", "dtype"), CASES)
+def test_states_scores_loss_and_gradients(name, dtype):
+    golden, tolerance = read_baseline(name), TOLERANCE[dtype]
+    arrays, batch = golden.arrays, golden.batch
+    with jax.enable_x64(dtype == "float64"):
+        graph, params = nnx.split(golden.model(dtype))
+        encoded, scores, layers = states_and_scores(graph, params, batch)
+        loss, gradients = loss_and_gradients(graph, params, batch, "prefix")
+        gradients = to_torch(nnx.merge(graph, gradients))
+
+    width = arrays["out/seq_output"].shape[1]  # ours may have a one behind, for the score bias
+    check(encoded[:, :width], arrays["out/seq_output"], tolerance, "state")
+    check(scores, arrays["out/scores"], tolerance, "scores")
+    check(loss, arrays["out/loss"], tolerance, "loss")
+    real = np.arange(batch["items"].shape[1]) < batch["lengths"][:, None]
+    for layer, state in layers.items():
+        check(np.asarray(state)[real], arrays[layer][real], tolerance, layer)
+    assert gradients.keys() == golden.state_dict.keys()
+    for parameter, gradient in gradients.items():
+        check_gradient(gradient, arrays, parameter, tolerance)

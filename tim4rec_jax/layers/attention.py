@@ -1,0 +1,204 @@
+"""Multi-head attention, and the encoder that SASRec, BERT4Rec and TiSASRec are made of."""
+
+from typing import Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from tim4rec_jax.layers.block import layer_norm
+from tim4rec_jax.layers.dense import Dense
+from tim4rec_jax.layers.dropout import dropout, fold
+
+
+def causal_mask(
+    length: int, segment_ids: Int[Array, "B L"] | None = None
+) -> Bool[Array, "#B 1 L L"]:
+    """Every query sees the keys up to its own position, in its own segment.
+
+    Padding behind a history needs no mask: no position in it looks that far.
+    """
+    mask = jnp.tri(length, dtype=bool)[None, None]
+    if segment_ids is None:
+        return mask
+    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+
+
+def segment_positions(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+    """How many positions before each belong to the same segment."""
+    index = jnp.arange(segment_ids.shape[1])
+    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def take_rows(x: Float[Array, "B L D"], positions: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
+    """Rows of each sample."""
+    return jnp.take_along_axis(x, positions[..., None], axis=1)
+
+
+@runtime_checkable
+class Relation(Protocol):
+    """What queries and keys have to do with each other besides their content."""
+
+    def scores(self, query: Float[Array, "B Q H P"]) -> Float[Array, "B H Q L"]:
+        """What is added to the scores, for queries that are scaled already."""
+        ...
+
+    def values(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B Q H P"]:
+        """What is added to the weighted sum of the values."""
+        ...
+
+
+class Attention(nnx.Module):
+    """softmax(Q K^T / sqrt(P)) V over heads that are slices of the width, all maps with bias."""
+
+    def __init__(
+        self, width: int, heads: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query, self.key = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
+        self.value, self.out = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
+        self.heads, self.scale = heads, (width // heads) ** -0.5
+        self.dropout_rate = dropout_rate
+
+    def __call__(
+        self,
+        h: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #L L"],
+        seeds: UInt32[Array, "B"] | None = None,
+        relation: Relation | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Attention from every position.
+
+        Args:
+          h: the input.
+          mask: which keys a query sees.
+          seeds: dropout seeds per row, or None for no dropout.
+          relation: of queries and keys, if it counts.
+        """
+        query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
+        query = query * self.scale
+        scores = jnp.einsum("bqhp,bkhp->bhqk", query, key)
+        weights = self._weights(scores, query, mask, seeds, relation)
+        y = jnp.einsum("bhqk,bkhp->bqhp", weights, value)
+        if relation is not None:
+            y += relation.values(weights)
+        return self.out(y.reshape(h.shape))
+
+    def at(
+        self,
+        h: Float[Array, "B L D"],
+        queries: Float[Array, "B Q D"],
+        mask: Bool[Array, "#B 1 #Q L"],
+        seeds: UInt32[Array, "B"] | None = None,
+        relation: Relation | None = None,
+    ) -> Float[Array, "B Q D"]:
+        """Attention from some positions only; `queries` are their rows of `h`.
+
+        No key and no value is ever computed: the few queries go through the transposed key
+        map instead, and the weighted sums of `h` through the value map. (A key bias adds the
+        same to all scores of a query and changes nothing.)
+        """
+        query = self._split(self.query(queries)) * self.scale
+        keys, values = (
+            dense.kernel[...].astype(h.dtype).reshape(-1, *query.shape[2:])  # [D,H,P]
+            for dense in (self.key, self.value)
+        )
+        scores = jnp.einsum("bqhd,bkd->bhqk", jnp.einsum("bqhp,dhp->bqhd", query, keys), h)
+        weights = self._weights(scores, query, mask, seeds, relation)
+        sums = jnp.einsum("bhqk,bkd->bqhd", weights, h)
+        # Dropped out, the weights do not add up to 1, which the bias of the values gets to feel.
+        bias = self._split(self.value.bias[...].astype(h.dtype))
+        y = jnp.einsum("bqhd,dhp->bqhp", sums, values)
+        y += jnp.einsum("bhq,hp->bqhp", weights.sum(-1), bias)
+        if relation is not None:
+            y += relation.values(weights)
+        return self.out(y.reshape(queries.shape))
+
+    def _split(self, x):
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def _weights(self, scores, query, mask, seeds, relation):
+        """Softmax in at least float32, then dropout."""
+        if relation is not None:
+            scores += relation.scores(query)
+        scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+        lowest = jnp.finfo(scores.dtype).min  # finite, so that a row without keys is no NaN
+        weights = jax.nn.softmax(jnp.where(mask, scores, lowest))
+        return dropout(weights.astype(query.dtype), self.dropout_rate, seeds)
+
+
+class EncoderLayer(nnx.Module):
+    """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h), exact GELU."""
+
+    def __init__(self, config, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width, inner = config["hidden_size"], config["inner_size"]
+        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attention = Attention(
+            width, config["n_heads"], dropout_rate=config["attn_dropout_prob"], **kwargs
+        )
+        eps = config["layer_norm_eps"]
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.fc1, self.fc2 = Dense(width, inner, **kwargs), Dense(inner, width, **kwargs)
+        self.out_norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.dropout_rate = config["hidden_dropout_prob"]
+
+    def __call__(
+        self,
+        h: Float[Array, "B L D"],
+        mask: Bool[Array, "#B 1 #L L"],
+        seeds: UInt32[Array, "B"] | None = None,
+        relation: Relation | None = None,
+    ) -> Float[Array, "B L D"]:
+        """All positions; arguments as `Attention`."""
+        y = self.attention(h, mask, fold(seeds, 0), relation)
+        return self._finish(y, h, seeds)
+
+    def at(
+        self,
+        h: Float[Array, "B L D"],
+        positions: Int[Array, "B Q"],
+        mask: Bool[Array, "#B 1 #Q L"],
+        seeds: UInt32[Array, "B"] | None = None,
+        relation: Relation | None = None,
+    ) -> Float[Array, "B Q D"]:
+        """`__call__` at some positions; rows of mask and relation are theirs."""
+        queries = take_rows(h, positions)
+        y = self.attention.at(h, queries, mask, fold(seeds, 0), relation)
+        return self._finish(y, queries, seeds)
+
+    def _finish(self, y, h, seeds):
+        h = self.norm(dropout(y, self.dropout_rate, fold(seeds, 1)) + h)
+        y = self.fc2(jax.nn.gelu(self.fc1(h), approximate=False))
+        return self.out_norm(dropout(y, self.dropout_rate, fold(seeds, 2)) + h)
+
+
+class Positions(nnx.Module):
+    """LayerNorm(x + a learned vector for each position from the left), then dropout."""
+
+    def __init__(self, config, max_length: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        width = config["hidden_size"]
+        self.embedding = nnx.Embed(
+            max_length,
+            width,
+            embedding_init=nnx.initializers.normal(0.02),
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.norm = layer_norm(width, config["layer_norm_eps"], dtype, param_dtype, rngs)
+        self.dropout_rate = config["hidden_dropout_prob"]
+
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """Positions count from the start of the segment, or of the row."""
+        if segment_ids is None:
+            vectors = self.embedding.embedding[: x.shape[1]].astype(x.dtype)
+        else:
+            vectors = self.embedding(segment_positions(segment_ids))
+        return dropout(self.norm(x + vectors), self.dropout_rate, seeds)
