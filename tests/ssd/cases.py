@@ -8,9 +8,11 @@ import numpy as np
 
 from tim4rec_jax.ssd import IMPLEMENTATIONS, ssd
 
-# What runs on every platform, and of it what is checked against the recurrence.
+# What runs on every platform, what an interpreter runs (without float64), and what of both is
+# checked against the recurrence.
 ANYWHERE = [name for name, way in IMPLEMENTATIONS.items() if way.platform is None]
-KERNELS = [name for name in ANYWHERE if name != "reference"]
+INTERPRETED = ["tpu"]
+KERNELS = [*(name for name in ANYWHERE if name != "reference"), *INTERPRETED]
 TOLERANCE = {"float64": 1e-9, "float32": 1e-5, "bfloat16": 5e-3}
 
 
@@ -49,9 +51,13 @@ FURTHER_OPTIONS = [
     Case("chunks of one", 7, chunk_size=1),
 ]
 RUNS = [
-    *((case, "float32") for case in LENGTHS + OPTIONS + FURTHER_OPTIONS),
-    *((case, "float64") for case in OPTIONS + FURTHER_OPTIONS),
-    *((case, "bfloat16") for case in OPTIONS),
+    *(("xla", case, "float32") for case in LENGTHS + OPTIONS + FURTHER_OPTIONS),
+    *(("xla", case, "float64") for case in OPTIONS + FURTHER_OPTIONS),
+    *(("xla", case, "bfloat16") for case in OPTIONS),
+    # Lengths in between are whole chunks or ragged ones like these.
+    *(("tpu", case, "float32") for case in (LENGTHS[0], LENGTHS[3], LENGTHS[-1])),
+    *(("tpu", case, "float32") for case in OPTIONS + FURTHER_OPTIONS[1:3]),
+    *(("tpu", case, "bfloat16") for case in OPTIONS[::2]),
 ]
 
 

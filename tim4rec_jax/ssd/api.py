@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.ssd import tpu
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
 from tim4rec_jax.ssd.xla import ssd_xla
@@ -38,13 +39,7 @@ def _from_decays(compute):
     def implementation(v: Arguments):
         dtype = _accumulator(v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
         x, B, C = (array.astype(dtype) for array in (v.x, v.B, v.C))
-        dt = _step_size(v.dt.astype(dtype), v.dt_bias, v.dt_softplus, v.dt_limit)
-        log_decay = dt * v.A.astype(dtype)
-        if v.segment_ids is not None:
-            restart = v.segment_ids[:, 1:] != v.segment_ids[:, :-1]
-            log_decay = log_decay.at[:, 1:].set(
-                jnp.where(restart[..., None], -jnp.inf, log_decay[:, 1:])
-            )
+        dt, log_decay = _steps(v, dtype)
         state = None if v.initial_state is None else v.initial_state.astype(dtype)
         y, state = compute(x, dt, log_decay, B, C, state, v.chunk_size)
         return _skip(y, x, v.D).astype(v.x.dtype), state
@@ -52,10 +47,27 @@ def _from_decays(compute):
     return implementation
 
 
+def _on_tpu(v: Arguments):
+    return tpu.ssd_tpu(*_steps(v, jnp.float32), v)
+
+
+def _steps(v: Arguments, dtype):
+    """Step sizes and logarithms of decays, ready to use: -inf where a segment starts."""
+    dt = _step_size(v.dt.astype(dtype), v.dt_bias, v.dt_softplus, v.dt_limit)
+    log_decay = dt * v.A.astype(dtype)
+    if v.segment_ids is not None:
+        restart = v.segment_ids[:, 1:] != v.segment_ids[:, :-1]
+        log_decay = log_decay.at[:, 1:].set(
+            jnp.where(restart[..., None], -jnp.inf, log_decay[:, 1:])
+        )
+    return dt, log_decay
+
+
 # The choice of None: the first that prefers the platform and can run, else "xla".
 IMPLEMENTATIONS = {
     "reference": Implementation(_from_decays(ssd_reference)),
     "xla": Implementation(_from_decays(ssd_xla)),
+    "tpu": Implementation(_on_tpu, "tpu", tpu.obstacle),
 }
 
 
