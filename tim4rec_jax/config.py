@@ -37,6 +37,9 @@ def default() -> Config:
             "model": {"name": "tim4rec", **MODEL_SETTINGS["tim4rec"]},
             "train": {
                 "objective": "prefix",
+                "loss": "cross_entropy",  # or sampled_softmax, gbce, bpr: for large catalogues
+                "negatives": 512,  # items that a sampled loss draws for a batch
+                "calibration": 0.75,  # t of gbce
                 "batch_size": 2048,
                 "learning_rate": 1e-3,
                 "schedule": "constant",  # or "cosine": down to 0 at the end of all epochs
@@ -85,6 +88,7 @@ def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
 _POSITIVE = (
     "data.max_length",
     "train.batch_size",
+    "train.negatives",
     "train.learning_rate",
     "train.epochs",
     "eval.batch_size",
@@ -105,6 +109,7 @@ _SHARES = (
     "model.attn_dropout_prob",
     "model.mask_ratio",
     "model.ft_ratio",
+    "train.calibration",
 )
 
 
@@ -133,6 +138,8 @@ def resolve(config: Config) -> Config:
         _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
+    losses = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
+    _one_of("train.loss", train.loss, losses)
     _one_of("train.schedule", train.schedule, ("constant", "cosine"))
     encoding = model.get("time_encoding")
     if train.objective == "every_position" and not model_class(model).causal:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.interop.golden_models import FOLDER, FULL, NAMES, read_golden
 from tim4rec_jax.interop import to_torch
-from tim4rec_jax.training.objective import cross_entropy
+from tim4rec_jax.training.losses import cross_entropy
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
 # Compiling is nearly all of the time here. Without the full set of files, it is done with

@@ -27,6 +27,7 @@ from tim4rec_jax.evaluation.loop import Split
 from tim4rec_jax.models import build, inputs
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import only_process, stop_on_signal
+from tim4rec_jax.training.losses import Loss, cumulative_counts
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
 from tim4rec_jax.training.step import (
     init_state,
@@ -98,6 +99,12 @@ class _Run:
             max_length=data.max_length,
             seed=config.seed,
         )
+        train = config.train
+        self.loss = Loss(train.loss, train.negatives, train.calibration)
+        self.up_to = None
+        if train.loss == "sampled_softmax":
+            counts = cumulative_counts(train_item_counts(dataset))
+            self.up_to = jax.device_put(counts, self.placement.replicated)
         self.needed = (*inputs(model), "targets", "weights")
         self.graphdef, params = nnx.split(model)
         steps = config.train.epochs * self.batches.batches_per_epoch
@@ -195,6 +202,8 @@ class _Run:
             tx=self.tx,
             micro=micro_count(rows, width, self.placement.devices),
             objective=self.config.train.objective,
+            loss=self.loss,
+            up_to=self.up_to,
         )
         self._step += 1
         return metrics

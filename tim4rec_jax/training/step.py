@@ -10,9 +10,11 @@ import optax
 from flax import nnx, struct
 
 from tim4rec_jax.layers import row_seeds
+from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
 from tim4rec_jax.training.objective import OBJECTIVES
 
 Batch = dict[str, jax.Array]
+CROSS_ENTROPY = Loss()
 
 
 @struct.dataclass
@@ -100,7 +102,13 @@ def micro_batches(rows: Any, count: int) -> Any:
 
 
 def loss_and_gradients(
-    graphdef, params, batch: Batch, seeds: jax.Array, micro: int, objective: str = "prefix"
+    graphdef,
+    params,
+    batch: Batch,
+    seeds: jax.Array,
+    micro: int,
+    objective: str = "prefix",
+    loss: SummedLoss = full_cross_entropy,
 ):
     """Mean loss of a batch and its gradient, `micro` micro-batches one after the other.
 
@@ -111,7 +119,7 @@ def loss_and_gradients(
     total = jnp.maximum(batch["weights"].sum(), 1.0)
 
     def loss_fn(params, rows, seeds):
-        return OBJECTIVES[objective](nnx.merge(graphdef, params), rows, seeds) / total
+        return OBJECTIVES[objective](nnx.merge(graphdef, params), rows, seeds, loss) / total
 
     if micro == 1:
         return jax.value_and_grad(loss_fn)(params, batch, seeds)
@@ -124,7 +132,7 @@ def loss_and_gradients(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "tx", "micro", "objective"), donate_argnums=0
+    jax.jit, static_argnames=("graphdef", "tx", "micro", "objective", "loss"), donate_argnums=0
 )
 def train_step(
     state: TrainState,
@@ -134,6 +142,8 @@ def train_step(
     tx: optax.GradientTransformation,
     micro: int,
     objective: str = "prefix",
+    loss: Loss = CROSS_ENTROPY,
+    up_to: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """One update.
 
@@ -144,17 +154,24 @@ def train_step(
       tx: the optimizer.
       micro: number of micro-batches; divides B.
       objective: a name in `tim4rec_jax.training.objective.OBJECTIVES`.
+      loss: how states are held against targets.
+      up_to: see `tim4rec_jax.training.losses.Loss.prepare`.
 
     Returns:
       The next state, and for the log the mean `loss` of the epoch so far and `bad_step`, in
       arrays of their own that outlive the state.
     """
-    seeds = row_seeds(jax.random.fold_in(state.rng, state.step), batch["targets"].shape[0])
-    loss, grads = loss_and_gradients(graphdef, state.params, batch, seeds, micro, objective)
+    key = jax.random.fold_in(state.rng, state.step)
+    seeds = row_seeds(key, batch["targets"].shape[0])
+    n_items = nnx.merge(graphdef, state.params).n_items
+    summed = loss.prepare(jax.random.fold_in(key, 1), n_items, up_to)
+    value, grads = loss_and_gradients(
+        graphdef, state.params, batch, seeds, micro, objective, summed
+    )
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, grads))]).all()
+    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads))]).all()
     good = finite & (state.bad_step < 0)
     new = (params, opt_state)
     old = (state.params, state.opt_state)
@@ -165,7 +182,7 @@ def train_step(
         step=state.step + 1,
         params=params,
         opt_state=opt_state,
-        loss_sum=state.loss_sum + loss * weight,
+        loss_sum=state.loss_sum + value * weight,
         weight_sum=state.weight_sum + weight,
         bad_step=jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step),
     )

@@ -1,0 +1,159 @@
+"""Losses against their definitions, and the gradients of the fast forms against the plain ones."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tim4rec_jax.training import losses
+from tim4rec_jax.training.losses import (
+    Loss,
+    bpr,
+    cross_entropy,
+    cumulative_counts,
+    gbce,
+    sampled_softmax,
+    summed_cross_entropy,
+)
+
+rng = np.random.default_rng(0)
+HIDDEN, TABLE = rng.standard_normal((6, 8)), rng.standard_normal((20, 8))
+TARGETS = jnp.array([0, 1, 5, 19, 7, 7], jnp.int32)
+
+
+def test_is_minus_log_softmax_over_all_rows_and_so_is_its_gradient(x64):
+    def plain(hidden, table):
+        return -jax.nn.log_softmax(hidden @ table.T)[jnp.arange(6), TARGETS]
+
+    def ours(hidden, table):
+        return cross_entropy(hidden, table, TARGETS)
+
+    inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
+    np.testing.assert_allclose(ours(*inputs), plain(*inputs), rtol=1e-13)
+    weights = jnp.arange(1.0, 7.0)
+    gradients = [
+        jax.grad(lambda *inputs, f=f: weights @ f(*inputs), argnums=(0, 1))(*inputs)
+        for f in (ours, plain)
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *gradients)
+
+
+def test_the_padding_row_counts(x64):
+    larger = TABLE.copy()
+    larger[0] *= 3
+    losses = [cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(t), TARGETS) for t in (TABLE, larger)]
+    assert np.all(np.abs(losses[0] - losses[1]) > 1e-6)
+
+
+def test_bfloat16_scores_add_up_in_float32():
+    hidden, table = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(TABLE, jnp.bfloat16)
+    loss = cross_entropy(hidden, table, TARGETS)
+    assert loss.dtype == jnp.float32
+    exact = cross_entropy(hidden.astype(jnp.float32), table.astype(jnp.float32), TARGETS)
+    np.testing.assert_allclose(loss, exact, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 40])
+def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, x64, monkeypatch):
+    monkeypatch.setattr(losses, "_block_rows", lambda items: 8)
+    hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
+    targets = jnp.asarray(rng.integers(0, 20, rows))
+    weights = jnp.asarray(rng.integers(0, 3, rows), jnp.float64)
+    inputs = jnp.asarray(hidden), jnp.asarray(table)
+
+    def plain(hidden, table):
+        return 0.5 * weights @ cross_entropy(hidden, table, targets)
+
+    def blocked(hidden, table):
+        return 0.5 * summed_cross_entropy(hidden, table, targets, weights)
+
+    np.testing.assert_allclose(blocked(*inputs), plain(*inputs), rtol=1e-12)
+    gradients = [jax.grad(f, argnums=(0, 1))(*inputs) for f in (plain, blocked)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *gradients)
+
+
+def test_scores_of_all_rows_never_exist_at_once():
+    hidden, table = jnp.ones((4096, 8)), jnp.ones((5000, 8))
+    targets, weights = jnp.zeros(4096, jnp.int32), jnp.ones(4096)
+    gradient = jax.jit(jax.grad(summed_cross_entropy, argnums=(0, 1)))
+    memory = gradient.lower(hidden, table, targets, weights).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 4096 * 5000 * 4 / 4
+
+
+WEIGHTS = np.array([1.0, 0.0, 1.0, 2.0, 1.0, 1.0])
+DRAWN = jnp.array([5, 3, 19, 3, 11], jnp.int32)
+LOG_SHARE = np.log(rng.dirichlet(np.ones(20)))
+
+
+def plain(name, hidden, table):
+    """The losses again, one row and one drawn item after the other."""
+    total = 0.0
+    for row, target, weight in zip(hidden, TARGETS, WEIGHTS, strict=True):
+        right = row @ table[target]
+        others = [(row @ table[j], LOG_SHARE[j]) for j in DRAWN if j != target]
+        if name == "sampled_softmax":
+            terms = [score - share - jnp.log(5.0) for score, share in others]
+            loss = -jax.nn.log_softmax(jnp.stack([right, *terms]))[0]
+        elif name == "gbce":
+            wrong = sum(-jnp.log(1 - jax.nn.sigmoid(score)) for score, _ in others)
+            loss = wrong - jnp.log(jax.nn.sigmoid(right) ** 0.4)
+        else:
+            pairs = [-jnp.log(jax.nn.sigmoid(right - score)) for score, _ in others]
+            loss = sum(pairs) / len(pairs)
+        total += weight * loss
+    return total
+
+
+SAMPLED = {
+    "sampled_softmax": sampled_softmax,
+    "gbce": functools.partial(gbce, power=0.4),
+    "bpr": bpr,
+}
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_sampled_losses_and_their_gradients(name, x64):
+    function, weights = SAMPLED[name], jnp.asarray(WEIGHTS)
+    if name == "sampled_softmax":
+        function = functools.partial(function, log_share=jnp.asarray(LOG_SHARE))
+
+    def ours(hidden, table):
+        return function(hidden, table, TARGETS, weights, drawn=DRAWN)
+
+    inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
+    np.testing.assert_allclose(ours(*inputs), plain(name, *inputs), rtol=1e-10)
+    gradients = [jax.grad(f, argnums=(0, 1))(*inputs) for f in (ours, lambda *i: plain(name, *i))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), *gradients)
+
+
+def test_items_are_drawn_by_their_frequency_and_scores_corrected_for_it():
+    counts = rng.integers(0, 50, 19)
+    up_to = cumulative_counts(counts)
+    summed = Loss("sampled_softmax", negatives=200_000).prepare(jax.random.key(0), 19, up_to)
+    drawn, log_share = (np.asarray(summed.keywords[k]) for k in ("drawn", "log_share"))
+    expected = (counts + 1) / (counts + 1).sum()
+    np.testing.assert_allclose(np.exp(log_share[1:]), expected, rtol=1e-5)
+    shares = np.bincount(drawn, minlength=20) / len(drawn)
+    assert shares[0] == 0  # padding
+    np.testing.assert_allclose(shares[1:], expected, atol=4e-3)
+    # With many drawn, the sums over them are those over all items (but the padding row).
+    hidden, table = jnp.asarray(HIDDEN[1:], jnp.float32), jnp.asarray(TABLE, jnp.float32)
+    rows = hidden, table, TARGETS[1:], jnp.asarray(WEIGHTS[1:], jnp.float32)
+    full = WEIGHTS[1:] @ cross_entropy(hidden, table[1:], TARGETS[1:] - 1)
+    np.testing.assert_allclose(summed(*rows), full, rtol=0.01)
+
+
+def test_the_power_of_gbce():
+    key = jax.random.key(0)
+    # Equation 8 of the paper at k = 3 of 12 others: a = 1/4, b = a (t (1 - 1/a) + 1/a).
+    assert Loss("gbce", 3, 0.0).prepare(key, 13, None).keywords["power"] == 1
+    assert Loss("gbce", 3, 1.0).prepare(key, 13, None).keywords["power"] == pytest.approx(0.25)
+    assert Loss("gbce", 3, 0.5).prepare(key, 13, None).keywords["power"] == pytest.approx(0.625)
+
+
+@pytest.mark.parametrize("name", ["gbce", "bpr"])
+def test_any_item_but_padding_is_drawn(name):
+    drawn = Loss(name, 500).prepare(jax.random.key(1), 19, None).keywords["drawn"]
+    assert sorted({int(item) for item in drawn}) == list(range(1, 20))

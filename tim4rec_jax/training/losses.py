@@ -1,0 +1,240 @@
+"""Losses by name: how the hidden states of a batch are held against their targets.
+
+All come as sums `loss(hidden, table, targets, weights)` over rows, and none ever holds the scores
+of all rows and items at once. The sampled ones score a few hundred items drawn for the batch,
+which all rows share: one matrix product, as cheap as it gets.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Int64, UInt32
+
+SummedLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+def cross_entropy(
+    hidden: Float[Array, "B D"], table: Float[Array, "V D"], targets: Int[Array, " B"]
+) -> Float[Array, " B"]:
+    """Full softmax cross-entropy over every row of `table`, the padding row 0 included.
+
+    The reference normalises over row 0 too (DESIGN.md section 4, point 7).
+
+    Args:
+      hidden: what the next item is predicted from.
+      table: item embeddings.
+      targets: row of the right item.
+
+    Returns:
+      The loss of each row, in nats, computed in at least float32.
+    """
+    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+    table = table.astype(hidden.dtype)
+    scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
+    # Picked out of `scores`, the target would cost a [B, V] scatter in the backward pass.
+    at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
+    return jax.nn.logsumexp(scores, axis=1) - at_target
+
+
+def _block_rows(items: int) -> int:
+    """Rows of scores to hold at once: on CPU what stays in cache."""
+    elements = 2**20 if jax.default_backend() == "cpu" else 2**26
+    return max(8, min(1024, elements // items) // 8 * 8)
+
+
+def _blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Cuts arrays [N, ...] into [blocks, rows, ...], the last block completed with zeros."""
+    count = -(-arrays[0].shape[0] // rows)
+
+    def cut(x):
+        padded = jnp.pad(x, [(0, count * rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(count, rows, *x.shape[1:])
+
+    return tuple(map(cut, arrays))
+
+
+@jax.custom_vjp
+def summed_cross_entropy(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+) -> Float[Array, ""]:
+    """sum_n weights[n] * cross_entropy(hidden[n], ...), without ever holding scores [N, V].
+
+    The scores of a block of rows at a time, and its part of the gradient with them, so that
+    nothing is computed twice. `weights` and `targets` get no gradient.
+
+    Args:
+      hidden: what the next items are predicted from.
+      table: item embeddings, the padding row 0 included.
+      targets: rows of the right items.
+      weights: of the losses; 0 for rows that do not count.
+
+    Returns:
+      The sum, in nats, in at least float32.
+    """
+    return _cross_entropy_forward(hidden, table, targets, weights)[0]
+
+
+def _cross_entropy_forward(hidden, table, targets, weights):
+    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+    matmul = functools.partial(jnp.matmul, preferred_element_type=accumulate)
+    narrow = table.astype(hidden.dtype)
+
+    def block(carry, rows):
+        loss, d_table = carry
+        h, t, w = rows
+        scores = matmul(h, narrow.T)
+        top = scores.max(axis=1, keepdims=True)
+        exp = jnp.exp(scores - top)
+        total = exp.sum(axis=1)
+        at_target = narrow[t]
+        picked = jnp.einsum("nd,nd->n", h, at_target, preferred_element_type=accumulate)
+        loss += jnp.sum(w * (jnp.log(total) + top[:, 0] - picked))
+        d_scores = (exp * (w / total)[:, None]).astype(h.dtype)
+        d_hidden = matmul(d_scores, narrow) - w[:, None] * at_target
+        return (loss, d_table + matmul(d_scores.T, h)), d_hidden.astype(h.dtype)
+
+    zero = (jnp.zeros((), accumulate), jnp.zeros(table.shape, accumulate))
+    weights = weights.astype(accumulate)
+    rows = _blocks(_block_rows(table.shape[0]), hidden, targets, weights)
+    (loss, d_table), d_hidden = jax.lax.scan(block, zero, rows)
+    d_table = d_table.at[targets].add(-weights[:, None] * hidden.astype(accumulate))
+    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
+    return loss, (d_hidden, d_table.astype(table.dtype))
+
+
+def _cross_entropy_backward(gradients, d_loss):
+    d_hidden, d_table = (gradient * d_loss.astype(gradient.dtype) for gradient in gradients)
+    return d_hidden, d_table, None, None
+
+
+summed_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def full_cross_entropy(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+) -> Float[Array, ""]:
+    """`summed_cross_entropy`, or its plain form for few scores, where blocks only cost."""
+    at_once = 2**23 if jax.default_backend() == "cpu" else 2**27
+    if len(hidden) * len(table) <= at_once:
+        return jnp.sum(weights * cross_entropy(hidden, table, targets))
+    return summed_cross_entropy(hidden, table, targets, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss by name.
+
+    Attributes:
+      name: `cross_entropy`, over all items; or over items drawn for the batch:
+        `sampled_softmax` (drawn by their frequency in training, which the scores are corrected
+        for: Bengio & Senecal 2008), `gbce` (drawn uniformly; arXiv 2308.07192) or `bpr` (drawn
+        uniformly; arXiv 1205.2618).
+      negatives: how many are drawn.
+      calibration: t of gBCE, from 0 (plain binary cross-entropy) to 1 (scores are
+        probabilities although most items are never seen as negatives).
+    """
+
+    name: Literal["cross_entropy", "sampled_softmax", "gbce", "bpr"] = "cross_entropy"
+    negatives: int = 512
+    calibration: float = 0.75
+
+    def prepare(self, key: jax.Array, items: int, up_to: UInt32[Array, " V"] | None) -> SummedLoss:
+        """The loss of one batch, with the items drawn for it.
+
+        Args:
+          key: of `jax.random`.
+          items: number of items, without padding.
+          up_to: for `sampled_softmax` the training events (at least one each) of the items up to
+            each row of the table, rising: `cumulative_counts`.
+        """
+        if self.name == "cross_entropy":
+            return full_cross_entropy
+        if self.name == "sampled_softmax":
+            assert up_to is not None
+            event = jax.random.bits(key, (self.negatives,)) % up_to[-1]
+            drawn = jnp.searchsorted(up_to, event, side="right").astype(jnp.int32)
+            # What a row of the table is drawn with: log of its share of the events.
+            count = jnp.diff(up_to, prepend=jnp.zeros(1, up_to.dtype)).astype(jnp.float32)
+            log_share = jnp.log(count) - jnp.log(up_to[-1].astype(jnp.float32))
+            return functools.partial(sampled_softmax, drawn=drawn, log_share=log_share)
+        drawn = jax.random.randint(key, (self.negatives,), 1, items + 1)
+        if self.name == "bpr":
+            return functools.partial(bpr, drawn=drawn)
+        share = min(1.0, self.negatives / max(items - 1, 1))
+        power = share * (self.calibration * (1 - 1 / share) + 1 / share)
+        return functools.partial(gbce, drawn=drawn, power=power)
+
+
+def cumulative_counts(counts: Int64[np.ndarray, " V"]) -> UInt32[Array, " V_and_1"]:
+    """`up_to` of `Loss.prepare` from the training events [n_items] of the items, one added each."""
+    return jnp.asarray(np.concatenate([[0], np.cumsum(counts + 1)]), jnp.uint32)
+
+
+def _scores(hidden, table, targets, drawn):
+    """Scores of the target [N] and of what was drawn [N,S], and whether that is another item."""
+    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
+    table = table.astype(hidden.dtype)
+    right = jnp.einsum("nd,nd->n", hidden, table[targets], preferred_element_type=accumulate)
+    others = jnp.matmul(hidden, table[drawn].T, preferred_element_type=accumulate)
+    return right, others, drawn != targets[:, None]
+
+
+def sampled_softmax(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    drawn: Int[Array, " S"],
+    log_share: Float[Array, " V"],
+) -> Float[Array, ""]:
+    """Cross-entropy over the target and the items drawn with shares `exp(log_share)`.
+
+    Scores are lowered by the log of how often an item is expected among those drawn, so that
+    the sums over what was drawn estimate those over all items.
+    """
+    right, others, different = _scores(hidden, table, targets, drawn)
+    others = others - (log_share[drawn] + jnp.log(len(drawn)))
+    others = jnp.where(different, others, -jnp.inf)
+    total = jax.nn.logsumexp(jnp.concatenate([right[:, None], others], axis=1), axis=1)
+    return jnp.sum(weights * (total - right))
+
+
+def gbce(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    drawn: Int[Array, " S"],
+    power: float,
+) -> Float[Array, ""]:
+    """Generalised binary cross-entropy (arXiv 2308.07192, section 5): sigmoid(target)^power."""
+    right, others, different = _scores(hidden, table, targets, drawn)
+    wrong = jnp.sum(jnp.where(different, jax.nn.softplus(others), 0), axis=1)
+    return jnp.sum(weights * (power * jax.nn.softplus(-right) + wrong))
+
+
+def bpr(
+    hidden: Float[Array, "N D"],
+    table: Float[Array, "V D"],
+    targets: Int[Array, " N"],
+    weights: Float[Array, " N"],
+    *,
+    drawn: Int[Array, " S"],
+) -> Float[Array, ""]:
+    """Bayesian personalised ranking (arXiv 1205.2618): mean of -log sigmoid(target - other)."""
+    right, others, different = _scores(hidden, table, targets, drawn)
+    losses = jnp.where(different, jax.nn.softplus(others - right[:, None]), 0)
+    return jnp.sum(weights * losses.sum(1) / jnp.maximum(different.sum(1), 1))
