@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, PartitionSpec
 
 
 def row_by_row(kernel: Callable[[Any, Any], Any], rows: Any, parameters: Any) -> Any:
-    """Calls a kernel so that the compiler may split it, and jax.vmap widen it, along the batch.
+    """Calls a kernel on each device's rows, and under jax.vmap once for all.
 
-    To the compiler a kernel is a black box: it would gather all rows on every device, or refuse.
+    To the compiler a kernel is a black box, which it could not split over devices.
 
     Args:
         kernel: a function of `rows` and `parameters` for any number of rows, all of whose results
@@ -26,23 +25,46 @@ def row_by_row(kernel: Callable[[Any, Any], Any], rows: Any, parameters: Any) ->
     Returns:
         The results of the kernel.
     """
+    mesh, axes = _split_axes(jax.tree.leaves(rows)[0])
+    call = _widened(kernel)
+    if not axes:
+        return call(rows, parameters)
+    split = jax.shard_map(
+        call,
+        mesh=mesh,
+        in_specs=(PartitionSpec(axes), PartitionSpec()),
+        out_specs=PartitionSpec(axes),
+        check_vma=False,
+    )
+    return split(rows, parameters)
+
+
+def _split_axes(v):
+    """The mesh of an array, and the axes of it that rows are spread over.
+
+    The compiler lays arrays out over automatic axes later. They are taken to carry the batch, as
+    they do wherever only the batch is split; another layout is moved, at a cost, not misread.
+    """
+    sharding = jax.typeof(v).sharding
+    given = jax.tree.leaves(sharding.spec[:1])
+    axes, size = [], 1
+    for name, kind in zip(sharding.mesh.axis_names, sharding.mesh.axis_types, strict=True):
+        parts = size * sharding.mesh.shape[name]
+        if name in given or (kind == AxisType.Auto and v.shape[0] % parts == 0):
+            axes.append(name)
+            size = parts
+    return sharding.mesh, tuple(axes)
+
+
+def _widened(kernel):
+    """Makes jax.vmap add rows to a call, not loops around it."""
 
     @custom_vmap
     def call(rows, parameters):
-        split = custom_partitioning(kernel)
-        split.def_partition(
-            partition=lambda mesh, arguments, results: (
-                mesh,
-                kernel,
-                _shardings(results),
-                _shardings(arguments),
-            ),
-            sharding_rule=functools.partial(_rule, len(jax.tree.leaves(rows))),
-        )
-        return split(rows, parameters)
+        return kernel(rows, parameters)
 
     @call.def_vmap
-    def widened(size, batched, rows, parameters):
+    def _(size, batched, rows, parameters):
         def every(v, own):
             return v if own else jnp.broadcast_to(v, (size, *v.shape))
 
@@ -56,22 +78,4 @@ def row_by_row(kernel: Callable[[Any, Any], Any], rows: Any, parameters: Any) ->
             results = jax.tree.map(lambda v: v.reshape(size, -1, *v.shape[1:]), results)
         return results, jax.tree.map(lambda v: True, results)
 
-    return call(rows, parameters)
-
-
-def _shardings(shapes):
-    return jax.tree.map(lambda shape: shape.sharding, shapes)
-
-
-def _rule(rows, mesh, operands, results):
-    """The batch may be split; every other axis is needed whole."""
-    del mesh
-    names, whole = [], []
-    for i, kind in enumerate([*operands, *results]):
-        axes = [f"v{i}a{axis}" for axis in range(kind.rank)]
-        if i < rows or i >= len(operands):
-            axes[0] = "b"
-        names.append(" ".join(axes))
-        whole += [axis for axis in axes if axis != "b"]
-    rule = f"{', '.join(names[: len(operands)])} -> {', '.join(names[len(operands) :])}"
-    return rule, {"need_replication_factors": tuple(whole)}
+    return call
