@@ -42,6 +42,19 @@ MODEL_SETTINGS = {
         "num_layers": 2,
         "dropout_prob": 0.4,
     },
+    "ssd4rec": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "dropout_prob": 0.2,
+        "d_state": 32,
+        "d_conv": 4,
+        "expand": 2,
+        "head_dim": 32,
+        "chunk_size": 0,
+        "norm_eps": 1e-12,
+        "is_ffn": True,
+        "is_kai_ming_init": False,
+    },
 }
 for _settings in MODEL_SETTINGS.values():
     _settings["dtype"] = "float32"  # of the activations; "bfloat16" halves their memory

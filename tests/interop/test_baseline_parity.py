@@ -59,9 +59,20 @@ def recurrent(model, batch):
     return states
 
 
+def after_blocks(model, batch):
+    """Output of the model cut after each of its blocks."""
+    blocks, states = list(model.blocks), {}
+    for count in range(len(blocks) + 1):
+        model.blocks = nnx.List(blocks[:count])
+        hidden = model(batch["items"], batch["lengths"], batch["gaps"])
+        states[f"hidden/{count}"] = hidden
+    return states
+
+
 # The states of a model's layers [B,L,...] by their names in the golden files.
 STATES = {
     "GRU4Rec": recurrent,
+    "SSD4Rec": after_blocks,
     "SASRec": transformer,
 }
 

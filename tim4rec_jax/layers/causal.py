@@ -14,8 +14,9 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from tim4rec_jax.layers.block import ResidualBlock, layer_norm
 from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.time_aware_ssd import SSDLayer
+from tim4rec_jax.layers.time_aware_ssd import SSDLayer, take_position
 from tim4rec_jax.ssd import ssd, ssd_step
+from tim4rec_jax.ssd.last import ssd_last
 from tim4rec_jax.ssd.mask import decay_mask
 
 KNOTS = 24
@@ -92,6 +93,29 @@ class CausalSSD(SSDLayer):
         )
         return self._gated(y, x, z)
 
+    def last(
+        self, h: Float[Array, "B L D"], time: GapModulation | None, lengths: Int[Array, "B"]
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
+        h = _with_inputs(h, time)
+        mixed, dt = jnp.split(
+            self.in_proj(h, slice(self.inner, None)), [self.inner + 2 * self.state], axis=-1
+        )
+        z = self.in_proj(take_position(h, lengths - 1), slice(self.inner))
+        x, B, C = self.split(self.activation(self.conv(mixed)))
+        inputs, decay = self._for_op(x, dt, time)
+        y = ssd_last(
+            inputs,
+            decay,
+            -jnp.exp(self.A_log[...]),
+            B,
+            take_position(C, lengths - 1),
+            None,
+            lengths,
+            dt_softplus=False,
+        )
+        return self._gated(y, take_position(x, lengths - 1), z)
+
     def mask(self, h: Float[Array, "B L D"], time: GapModulation | None) -> Float[Array, "B H L L"]:
         """The time-aware mask that `__call__` mixes with, see `tim4rec_jax.ssd.mask`."""
         *_, dt = self._project(h, time)
@@ -125,9 +149,8 @@ class CausalSSD(SSDLayer):
         return LayerState(window[:, 1:], hidden), self._gated(y, x, z)
 
     def _project(self, h, time):
-        if time is not None:
-            h = h + time.inputs.astype(h.dtype)
-        return jnp.split(self.in_proj(h), [self.inner, 2 * self.inner + 2 * self.state], axis=-1)
+        h = self.in_proj(_with_inputs(h, time))
+        return jnp.split(h, [self.inner, 2 * self.inner + 2 * self.state], axis=-1)
 
     def _steps(self, dt, time):
         """Step sizes and the factor on the rate of decay, in the parameters' precision."""
@@ -146,6 +169,10 @@ class CausalSSD(SSDLayer):
     def _gated(self, y, x, z):
         y = y + self.D[...].astype(x.dtype)[:, None] * x
         return self.output(y, z)
+
+
+def _with_inputs(h, time: GapModulation | None):
+    return h if time is None else h + time.inputs.astype(h.dtype)
 
 
 class CausalBlock(ResidualBlock):
@@ -177,6 +204,17 @@ class CausalBlock(ResidualBlock):
     ) -> Float[Array, "B H L L"]:
         """What each event counts for in each later one, per head, before their content."""
         return self.ssd.mask(h, self._time(features))
+
+    def last(
+        self,
+        h: Float[Array, "B L D"],
+        features: Float[Array, "B L K"] | None,
+        lengths: Int[Array, "B"],
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1` of rows of one history, for a model's last layer."""
+        y = self.ssd.last(h, self._time(features), lengths)
+        return self.finish(y, take_position(h, lengths - 1), seeds)
 
     def step(
         self, state: LayerState, h: Float[Array, "B D"], features: Float[Array, "B K"] | None

@@ -61,6 +61,22 @@ class CausalTiM4Rec(SequenceModel):
             h = block(h, features, segment_ids, fold(dropout_seeds, i + 1))
         return h
 
+    def encode(
+        self,
+        items: Int32[Array, "B L"],
+        lengths: Int[Array, "B"],
+        gaps: Float[Array, "B T"],
+        *,
+        dropout_seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """See `SequenceModel`; the last layer computes nothing else than that position."""
+        h = self._embed(items, fold(dropout_seeds, 0))
+        features = self._features(gaps[:, : items.shape[1]])
+        last = len(self.blocks) - 1
+        for i, block in enumerate(self.blocks[:last]):
+            h = block(h, features, None, fold(dropout_seeds, i + 1))
+        return self.blocks[last].last(h, features, lengths, fold(dropout_seeds, last + 1))
+
     def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
         """See `SequenceModel`."""
         if self.next_time is None:

@@ -10,14 +10,9 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers.dense import Dense
 from tim4rec_jax.layers.dropout import dropout
 from tim4rec_jax.layers.gru import GRU
+from tim4rec_jax.layers.initializers import uniform
 from tim4rec_jax.layers.time_aware_ssd import take_position
 from tim4rec_jax.models.sequence_model import SequenceModel
-
-
-def uniform(bound: float):
-    """An initialiser: uniform in [-bound, bound]."""
-    draw = nnx.initializers.uniform(2 * bound)
-    return lambda key, shape, dtype: draw(key, shape, dtype) - bound
 
 
 class GRU4Rec(SequenceModel):
