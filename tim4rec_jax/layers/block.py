@@ -1,5 +1,7 @@
 """One layer of TiM4Rec: time-aware SSD and feed-forward network, each with its norm."""
 
+from typing import Any
+
 import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -36,7 +38,7 @@ class FeedForward(nnx.Module):
         activation=jax.nn.hard_swish,
         eps: float = 1e-12,
     ):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.dropout_rate, self.activation = dropout_rate, activation

@@ -5,7 +5,7 @@ length of the row, so one pass trains every position, rows can hold many histori
 history can go on event by event from a state of fixed size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -234,7 +234,7 @@ class NextTime(nnx.Module):
     """
 
     def __init__(self, width: int, *, eps: float, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
         self.kernel = nnx.Param(jnp.zeros((KNOTS, 4 * width), param_dtype))
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
