@@ -24,6 +24,11 @@ def default() -> Config:
             "prepare": "",  # and the command that makes it
             "seed": 2020,  # of initial weights, shuffling and dropout
             "data": {
+                # Or "global_time": training ends at a date. See tim4rec_jax/data/splits.py.
+                "split": "leave_one_out",
+                # ISO dates, of "global_time" only; by default 80 and 90 % of events are before.
+                "valid_from": config_dict.placeholder(str),
+                "test_from": config_dict.placeholder(str),
                 "max_length": 50,  # longest history the model sees
                 # "recbole" rounds times to float32 and leaves the padding spike in, "exact" does
                 # neither; by default what the time encoding calls for.
@@ -137,6 +142,7 @@ def resolve(config: Config) -> Config:
     if model.name == "tim4rec":
         _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("data.split", config.data.split, ("leave_one_out", "global_time"))
     _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
     losses = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
     _one_of("train.loss", train.loss, losses)

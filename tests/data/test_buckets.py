@@ -9,24 +9,24 @@ from hypothesis import strategies as st
 from tim4rec_jax.data import default_buckets
 from tim4rec_jax.data.buckets import train_prefixes
 
-events = st.lists(st.integers(1, 60), min_size=1, max_size=12).map(np.array)
+samples = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(np.array)
 
 
-@given(events=events, max_length=st.integers(1, 40))
-def test_prefixes_by_length(events, max_length):
-    lengths = [min(end, max_length) for n in events for end in range(1, n - 2)]
+@given(samples=samples, max_length=st.integers(1, 40))
+def test_prefixes_by_length(samples, max_length):
+    lengths = [min(end, max_length) for n in samples for end in range(1, n + 1)]
     expected = np.bincount(np.array(lengths, int), minlength=max_length + 1)
-    np.testing.assert_array_equal(train_prefixes(events, max_length), expected)
+    np.testing.assert_array_equal(train_prefixes(samples, max_length), expected)
 
 
-@given(events=events, max_length=st.integers(1, 30), most=st.integers(1, 5))
-def test_no_other_buckets_pad_less(events, max_length, most):
-    lengths = np.repeat(np.arange(max_length + 1), train_prefixes(events, max_length))
+@given(samples=samples, max_length=st.integers(1, 30), most=st.integers(1, 5))
+def test_no_other_buckets_pad_less(samples, max_length, most):
+    lengths = np.repeat(np.arange(max_length + 1), train_prefixes(samples, max_length))
 
     def slots(buckets):
         return sum(min(width for width in buckets if width >= length) for length in lengths)
 
-    chosen = default_buckets(events, max_length, max_buckets=most)
+    chosen = default_buckets(samples, max_length, max_buckets=most)
     assert chosen[-1] == max_length
     assert len(chosen) <= most
     assert all(width % 4 == 0 for width in chosen[:-1])
@@ -40,4 +40,4 @@ def test_no_other_buckets_pad_less(events, max_length, most):
 
 def test_long_histories_need_one_bucket():
     assert default_buckets(np.array([10_000] * 50), 4) == (4,)
-    assert default_buckets(np.array([2]), 50) == (50,)
+    assert default_buckets(np.array([0]), 50) == (50,)

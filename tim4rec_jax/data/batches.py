@@ -1,9 +1,9 @@
 """Batches by number: which samples they hold is computed, never stored.
 
-Leave one out, as in the paper: the last event of a history tests, the one before validates,
-each earlier one (but the first) is the target of a training sample. A target needs an event
-before it: users with three events have no training sample, those with two only test, those
-with one do nothing.
+Every event that training sees (`tim4rec_jax.data.splits`) but a user's first is the target of a
+training sample. Leave one out, as in the paper: the last event of a history tests, the one
+before validates; users with three events have no training sample, those with two only test,
+those with one do nothing.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ def samples_of_users(dataset: Dataset) -> np.ndarray:
     Raises:
       UserError: there is none at all.
     """
-    samples = np.maximum(dataset.lengths - 3, 0)
+    samples = np.maximum(dataset.splits.train - 1, 0)
     if not samples.any():
         raise UserError(
             f"{dataset.directory}: no user has the 4 events that a training sample takes"
@@ -36,9 +36,13 @@ def samples_of_users(dataset: Dataset) -> np.ndarray:
 
 def train_item_counts(dataset: Dataset) -> np.ndarray:
     """Events of each item, int64 [n_items], among those that training sees."""
-    held_out = np.minimum(dataset.lengths, 2)
-    items = dataset.items(dataset.offsets[1:] - held_out, held_out, 2)
-    return dataset.item_counts - np.bincount(items.ravel(), minlength=dataset.n_items + 1)[1:]
+    counts = np.zeros(dataset.n_items + 1, np.int64)
+    for chunk in dataset.chunks:
+        numbers = chunk.start + np.arange(len(chunk.items))
+        users = np.searchsorted(dataset.offsets, numbers, side="right") - 1
+        seen = numbers - dataset.offsets[users] < dataset.splits.train[users]
+        counts += np.bincount(chunk.items[seen], minlength=len(counts))
+    return counts[1:]
 
 
 def rows_of_process(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
@@ -115,7 +119,7 @@ class TrainBatches:
         self.n_samples = int(prefixes.sum())
         self.batches_per_epoch = sum(bucket.batches for bucket in self._plan)
         slots = batch_size * sum(bucket.batches * bucket.width for bucket in self._plan)
-        events = train_prefixes(dataset.lengths, max_length) @ np.arange(max_length + 1)
+        events = train_prefixes(prefixes, max_length) @ np.arange(max_length + 1)
         self.padding_share = 1 - float(events) / slots
 
     @property
@@ -215,7 +219,7 @@ class EvalBatches:
         self.buckets = _checked_buckets(dataset, buckets, max_length)
         self.dataset, self.batch_size, self.max_length = dataset, batch_size, max_length
         self.convention: Convention = convention
-        ends = dataset.lengths - (1 if split == "test" else 2)
+        ends = getattr(dataset.splits, split)
         users = np.flatnonzero(ends >= 1)
         if not users.size:
             raise UserError(f"{dataset.directory}: no user has events enough for the {split} split")
@@ -254,7 +258,8 @@ def _checked_buckets(
     if max_length < 1:
         raise UserError(f"a maximum length of {max_length} leaves no event; take 1 or more")
     if buckets is None:
-        return default_buckets(dataset.lengths, max_length)
+        samples = np.maximum(dataset.splits.train - 1, 0)
+        return default_buckets(samples, max_length)
     rising = tuple(sorted({int(width) for width in buckets}))
     if not rising or rising[0] < 1 or rising[-1] != max_length:
         raise UserError(f"buckets {tuple(buckets)} must be positive and the longest {max_length}")

@@ -5,28 +5,29 @@ from jaxtyping import Int64
 
 
 def train_prefixes(
-    events: Int64[np.ndarray, "users"], max_length: int
+    samples: Int64[np.ndarray, "users"], max_length: int
 ) -> Int64[np.ndarray, "max_length_and_1"]:
     """Number of training samples by window length, 0 to `max_length`.
 
-    Leave one out: of n events the last tests, the one before validates, so events 1 to n - 3
-    (from 0) are training targets, and target number t has t events before it.
+    Args:
+      samples: of each user; with n the events 1 to n (from 0) are targets, and target number t
+        has t events before it.
+      max_length: longer windows are cut to it.
     """
-    per_user = np.maximum(events - 3, 0)
-    users = np.bincount(np.minimum(per_user, max_length), minlength=max_length + 1)
+    users = np.bincount(np.minimum(samples, max_length), minlength=max_length + 1)
     counts = np.cumsum(users[::-1])[::-1]  # users with at least that many prefixes
     counts[0] = 0
-    counts[max_length] += np.maximum(per_user - max_length, 0).sum()
+    counts[max_length] += np.maximum(samples - max_length, 0).sum()
     return counts
 
 
 def default_buckets(
-    events: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
+    samples: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
 ) -> tuple[int, ...]:
     """Bucket lengths that leave the least padding in an epoch of training.
 
     Args:
-      events: events of each user.
+      samples: training samples of each user.
       max_length: the longest window, always a bucket.
       max_buckets: at most so many; each is one more shape to compile.
       multiple: all but the longest are multiples of it.
@@ -34,7 +35,7 @@ def default_buckets(
     Returns:
       Lengths in rising order.
     """
-    below = np.cumsum(train_prefixes(events, max_length))
+    below = np.cumsum(train_prefixes(samples, max_length))
     lengths = [0, *range(multiple, max_length, multiple), max_length]
     # best[i]: fewest item slots for samples of up to lengths[i] events, and the buckets that do it.
     best = {0: (0, 0, ())}

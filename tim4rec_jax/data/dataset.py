@@ -8,6 +8,9 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int, Int32, Int64
 
+from tim4rec_jax.data.splits import Splits, by_time, date, leave_one_out, moment
+from tim4rec_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Chunk:
@@ -30,6 +33,8 @@ class Dataset:
       item_counts: events of each item, likewise.
       offsets: the events of user u are numbers `offsets[u]` to `offsets[u + 1]` of the dataset.
       chunks: the events themselves.
+      time_splits: how it is split, where not leave one out; see `split`.
+      split_in_words: the same, to be read.
     """
 
     directory: Path
@@ -39,6 +44,8 @@ class Dataset:
     item_counts: Int64[np.ndarray, "n_items"]
     offsets: Int64[np.ndarray, "n_users_and_1"]
     chunks: tuple[Chunk, ...]
+    time_splits: Splits | None = None
+    split_in_words: str = "leave one out"
 
     @property
     def name(self) -> str:
@@ -69,6 +76,40 @@ class Dataset:
     def lengths(self) -> Int64[np.ndarray, "n_users"]:
         """Events of each user."""
         return np.diff(self.offsets)
+
+    @cached_property
+    def splits(self) -> Splits:
+        """Which events train, validate and test."""
+        return self.time_splits or leave_one_out(self.lengths)
+
+    def split(
+        self, how: str, valid_from: str | None = None, test_from: str | None = None
+    ) -> "Dataset":
+        """The same dataset, split in another way; see `tim4rec_jax.data.splits`.
+
+        Args:
+          how: `"leave_one_out"` or `"global_time"`.
+          valid_from: for `global_time`, an ISO date or seconds since 1970; by default 80 % of all
+            events are before.
+          test_from: likewise; by default 90 % are.
+
+        Raises:
+          UserError: a date cannot be read, or they leave nothing to train, validate or test on.
+        """
+        if how == "leave_one_out":
+            return dataclasses.replace(self, time_splits=None, split_in_words="leave one out")
+        times = np.concatenate([chunk.timestamps for chunk in self.chunks])
+        valid = _moment("valid_from", valid_from, np.quantile(times, 0.8))
+        test = _moment("test_from", test_from, np.quantile(times, 0.9))
+        words = f"validation from {date(valid)}, test from {date(test)}"
+        splits = by_time(times, self.offsets, valid, test)
+        for name, numbers in splits._asdict().items():
+            if numbers.max() < (2 if name == "train" else 1):
+                raise UserError(
+                    f"{self.directory}, {words}, has no {name} events; choose other dates for "
+                    "config.data.valid_from and config.data.test_from"
+                )
+        return dataclasses.replace(self, time_splits=splits, split_in_words=words)
 
     @cached_property
     def _chunk_starts(self) -> Int64[np.ndarray, "chunks"]:
@@ -102,6 +143,16 @@ class Dataset:
         # A run goes on into the next user's events.
         out[np.arange(width) >= lengths[:, None]] = 0
         return out
+
+
+def _moment(name: str, text: str | None, default: float) -> int:
+    try:
+        return int(default) if text is None else moment(text)
+    except ValueError as error:
+        raise UserError(
+            f"config.data.{name} is {text!r}, which is neither an ISO date such as 2003-02-28 nor "
+            "seconds since 1970"
+        ) from error
 
 
 def _runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:

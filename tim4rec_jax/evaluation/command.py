@@ -59,7 +59,8 @@ def evaluate_run(
     config: Any
     compilation_cache.enable()
     config, model = load_best(workdir)
-    ds = open_dataset(dataset or config.dataset)
+    data = config.data
+    ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
     check_model(model, ds.n_items, ds.directory, workdir)
     settings: dict[str, Any] = dict(
         max_length=config.data.max_length,
@@ -80,7 +81,7 @@ def evaluate_run(
         "standard_errors": standard_errors(ranks[ranks > 0]),
         "slices": {name: sliced_metrics(ds, split, ranks, name) for name in by},
     }
-    if "oracle" in ds.metadata and not exclude_seen:
+    if "oracle" in ds.metadata and data.split == "leave_one_out" and not exclude_seen:
         report["oracle"] = ds.metadata["oracle"][split]
     console = Console()
     print_report(report, console)

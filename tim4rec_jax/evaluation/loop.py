@@ -38,14 +38,14 @@ def evaluate(
     exclude_seen: bool = False,
     progress: bool = False,
 ) -> tuple[dict[str, float], Int32[np.ndarray, " n_users"]]:
-    """Ranks every user's target among all items (leave one out, full ranking).
+    """Ranks every user's target among all items (full ranking).
 
     Batches are spread over the local devices. Compiled code is kept between calls.
 
     Args:
         model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_table().T`.
         ds: a prepared dataset.
-        split: `"valid"` predicts the last event but one, `"test"` the last.
+        split: whose targets, see `tim4rec_jax.data.splits`.
         max_length: histories are cut to their last events.
         batch_size: users at once.
         convention: of the time gaps; see `tim4rec_jax.data.time_gaps`.
@@ -143,14 +143,6 @@ def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:
     return track(batches, "users", console=Console(stderr=True), transient=True)
 
 
-def prefix_ends(ds: Dataset, split: Split) -> np.ndarray:
-    """Number of the target event of each user, which is the length of the history before it.
-
-    0 or less for users without a target in this split.
-    """
-    return ds.lengths - (1 if split == "test" else 2)
-
-
 def seen_items(
     ds: Dataset, split: Split, users: Int32[np.ndarray, " B"]
 ) -> Int32[np.ndarray, "B S"]:
@@ -158,6 +150,6 @@ def seen_items(
 
     S is a power of two, so that batches share few shapes.
     """
-    ends = prefix_ends(ds, split)[users]
+    ends = getattr(ds.splits, split)[users]
     width = 1 << int(ends.max() - 1).bit_length()
     return ds.items(ds.offsets[users], ends, width)

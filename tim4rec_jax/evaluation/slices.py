@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, Int, Int64
 
-from tim4rec_jax.data import Dataset
-from tim4rec_jax.evaluation.loop import Split, prefix_ends
+from tim4rec_jax.data import Dataset, train_item_counts
+from tim4rec_jax.evaluation.loop import Split
 from tim4rec_jax.evaluation.metrics import KS, metrics, standard_errors
 
 SLICES = ("length", "gap", "popularity")
@@ -78,24 +78,19 @@ def _duration(seconds: float) -> tuple[str, str]:
 
 
 def _lengths(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):
-    return prefix_ends(ds, split)[users].astype(np.float64)
+    return getattr(ds.splits, split)[users].astype(np.float64)
 
 
 def _gaps(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]) -> Float64[np.ndarray, " U"]:
-    ends = prefix_ends(ds, split)[users]
+    ends = getattr(ds.splits, split)[users]
     pair = ds.timestamps(ds.offsets[users] + np.maximum(ends - 2, 0), np.full(len(users), 2), 2)
     return np.where(ends >= 2, pair[:, 1] - pair[:, 0], np.nan)
 
 
 def _popularities(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):
-    held_out = [
-        _targets(ds, other, np.flatnonzero(prefix_ends(ds, other) >= 1))
-        for other in ("valid", "test")
-    ]
-    counts = np.bincount(np.concatenate(held_out), minlength=ds.n_items + 1)[1:]
-    return (ds.item_counts - counts)[_targets(ds, split, users) - 1].astype(np.float64)
+    return train_item_counts(ds)[_targets(ds, split, users) - 1].astype(np.float64)
 
 
 def _targets(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):
-    starts = ds.offsets[users] + prefix_ends(ds, split)[users]
+    starts = ds.offsets[users] + getattr(ds.splits, split)[users]
     return ds.items(starts, np.ones(len(users), np.int64), 1)[:, 0]

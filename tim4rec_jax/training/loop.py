@@ -62,7 +62,8 @@ def train(config: config_lib.Config, workdir: Path) -> dict:
       KeyboardInterrupt: Ctrl-C, after saving.
     """
     config = config_lib.resolve(config)
-    dataset = open_dataset(config.dataset)
+    data = config.data
+    dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
     workdir.mkdir(parents=True, exist_ok=True)
     with only_process(workdir):
         return _Run(config, dataset, workdir).train()

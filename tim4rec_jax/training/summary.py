@@ -13,7 +13,7 @@ def describe_data(batches: TrainBatches | PackedBatches) -> str:
     return (
         f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
         f"{batches.n_samples:,} training samples in {batches.batches_per_epoch:,} batches, "
-        f"{batches.layout}"
+        f"{batches.layout}; {dataset.split_in_words}"
     )
 
 
