@@ -19,64 +19,19 @@ from jax.experimental.pallas import tpu as pltpu
 from tim4rec_jax.ssd import tpu_chunk
 from tim4rec_jax.ssd.rows import row_by_row
 from tim4rec_jax.ssd.tpu_chunk import Heads
-
-# exp() of it is zero in float32. Bounded so, the decays of a chunk add up exactly.
-_FORGET_ALL = -1000.0
-# What the blocks of a program take of the 16 MiB of VMEM that the compiler grants by default,
-# and what they may take where one row needs more. The rest is for values on their way.
-_BLOCK_BYTES = 6 * 2**20
-_MOST_BYTES = 11 * 2**20
-_MOST_ROWS = 8
-
-
-class Plan(NamedTuple):
-    """The shape of the work: all of it known when a program is traced."""
-
-    heads: Heads
-    length: int
-    chunk: int
-    stateful: bool  # whether there is a state before or after a chunk
-    final: bool  # whether the state after the last is wanted
-
-    @property
-    def chunks(self) -> int:
-        """How many chunks cover the length; the last may be ragged."""
-        return -(-self.length // self.chunk)
-
-
-def plan_chunks(length: int, chunk_size: int | None) -> int:
-    """Returns the positions of a chunk: equal chunks of at most 128, one register's lanes.
-
-    A matrix over fewer pairs fills as many registers as one over 128 x 128. Whole registers of
-    bfloat16 hold 16 positions.
-    """
-    chunk = chunk_size or -(-length // -(-length // 128))
-    return -(-min(chunk, length) // 16) * 16
-
-
-def _row_bytes(chunk: int, heads: Heads) -> int:
-    """The VMEM of a row's blocks: x, y and B, C with gradients, in use and under way."""
-    features, cells, state = (
-        height * -(-width // 128) * 128 * 4
-        for height, width in (
-            (chunk, heads.number * heads.width),
-            (chunk, heads.groups * heads.size),
-            (heads.size, heads.number * heads.width),
-        )
-    )
-    return 2 * (3 * features + 4 * cells + 2 * state)
-
-
-def rows_per_program(batch: int, plan: Plan) -> int:
-    """Returns how many rows a program takes: a divisor of the batch that fits VMEM."""
-    most = min(_MOST_ROWS, _BLOCK_BYTES // _row_bytes(plan.chunk, plan.heads))
-    return next(n for n in range(max(1, most), 0, -1) if batch % n == 0)
-
-
-def by_chunk(v: jax.Array, plan: Plan) -> jax.Array:
-    """[B,L,H] -> [B,chunks,H,Q], zeros as filler: positions belong in lanes."""
-    v = jnp.pad(v, ((0, 0), (0, plan.chunks * plan.chunk - plan.length), (0, 0)))
-    return v.reshape(v.shape[0], plan.chunks, plan.chunk, -1).swapaxes(2, 3)
+from tim4rec_jax.ssd.tpu_launch import (
+    FORGET_ALL,
+    MOST_BYTES,
+    Blocks,
+    Plan,
+    by_chunk,
+    float32,
+    launch,
+    padded_bytes,
+    plan_chunks,
+    rows_per_program,
+    whole,
+)
 
 
 def obstacle(v) -> str | None:
@@ -85,7 +40,7 @@ def obstacle(v) -> str | None:
     if any(array is not None and array.dtype == jnp.float64 for array in arrays):
         return "a TPU has no float64"
     heads = Heads(*v.x.shape[2:], *v.B.shape[2:], dtype=None)
-    if _row_bytes(plan_chunks(v.x.shape[1], v.chunk_size), heads) > _MOST_BYTES:
+    if _row_bytes(plan_chunks(v.x.shape[1], v.chunk_size), heads) > MOST_BYTES:
         return "a chunk of one row does not fit VMEM; choose a smaller chunk_size"
     return None
 
@@ -124,7 +79,7 @@ def ssd_tpu(dt, log_decay, v):
         B=_fill(v.B, filler).reshape(batch, length, -1).astype(kind),
         C=_fill(v.C, filler).reshape(batch, length, -1).astype(kind),
         dt=by_chunk(dt, plan),
-        decay=by_chunk(jnp.maximum(log_decay, _FORGET_ALL), plan),
+        decay=by_chunk(jnp.maximum(log_decay, FORGET_ALL), plan),
         state=state,
     )
     results: Any = _ssd(plan, inputs, skip)
@@ -176,62 +131,24 @@ def _ssd_backward(plan, residuals, gradients):
 _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
-class Blocks:
-    """How arrays are cut into what a program sees: by rows of the batch, and by chunks."""
-
-    def __init__(self, plan: Plan, rows: int, reverse: bool = False):
-        self.plan, self.rows = plan, rows
-        self._at = (lambda c: plan.chunks - 1 - c) if reverse else (lambda c: c)
-
-    def positions(self, width: int) -> pl.BlockSpec:
-        """Of [B,L,width]."""
-        shape = (self.rows, self.plan.chunk, width)
-        return pl.BlockSpec(shape, lambda i, c: (i, self._at(c), 0))
-
-    def chunk(self, *shape: int) -> pl.BlockSpec:
-        """Of [B,chunks,*shape]."""
-        return pl.BlockSpec((self.rows, 1, *shape), lambda i, c: (i, self._at(c), 0, 0))
-
-    def row(self, *shape: int) -> pl.BlockSpec:
-        """Of [B,*shape], the same for all chunks."""
-        return pl.BlockSpec((self.rows, *shape), lambda i, c: (i, 0, 0))
-
-    def inputs(self, v: Inputs) -> Inputs:
-        """Of the inputs or their gradients."""
-        steps = self.chunk(*v.dt.shape[2:])
-        return Inputs(
-            x=self.positions(v.x.shape[2]),
-            B=self.positions(v.B.shape[2]),
-            C=self.positions(v.C.shape[2]),
-            dt=steps,
-            decay=steps,
-            state=None if v.state is None else self.row(*v.state.shape[1:]),
-        )
+def _row_bytes(chunk: int, heads: Heads) -> int:
+    """The VMEM of a row's blocks: x, y and B, C with gradients, in use and under way."""
+    features, cells = heads.number * heads.width, heads.groups * heads.size
+    positions = padded_bytes(chunk, *[features] * 3, *[cells] * 4)
+    return 2 * (positions + padded_bytes(heads.size, *[features] * 2))
 
 
-def launch(kernel, blocks: Blocks, arguments, in_specs, results, out_specs, scratch):
-    """Runs a kernel over blocks of rows and, one after the other, their chunks."""
-    batch = jax.tree.leaves(results)[0].shape[0]
-    return pl.pallas_call(
-        kernel,
-        out_shape=results,
-        grid=(batch // blocks.rows, blocks.plan.chunks),
-        in_specs=in_specs,
-        out_specs=out_specs,
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
-    )(*arguments)
-
-
-def whole(plan: Plan, chunk, *arrays):
-    """Values of a row's chunk in float32, zeros beyond the length of the sequence."""
-    arrays = [v.astype(jnp.float32) for v in arrays]
-    if plan.length % plan.chunk == 0:
-        return arrays
-    left = plan.length - chunk * plan.chunk
-    return [
-        jnp.where(jax.lax.broadcasted_iota(jnp.int32, v.shape, 0) < left, v, 0.0) for v in arrays
-    ]
+def _input_specs(blocks: Blocks, v: Inputs) -> Inputs:
+    """How the inputs or their gradients are cut."""
+    steps = blocks.chunk(*v.dt.shape[2:])
+    return Inputs(
+        x=blocks.positions(v.x.shape[2]),
+        B=blocks.positions(v.B.shape[2]),
+        C=blocks.positions(v.C.shape[2]),
+        dt=steps,
+        decay=steps,
+        state=None if v.state is None else blocks.row(*v.state.shape[1:]),
+    )
 
 
 def _forward(plan: Plan, save: bool, inputs: Inputs, skip) -> _Outputs:
@@ -260,7 +177,7 @@ def _forward(plan: Plan, save: bool, inputs: Inputs, skip) -> _Outputs:
 
         jax.lax.fori_loop(0, blocks.rows, row, None)
 
-    blocks = Blocks(plan, rows_per_program(batch, plan))
+    blocks = Blocks(plan, rows_per_program(batch, _row_bytes(plan.chunk, plan.heads)))
     results = _Outputs(
         jax.ShapeDtypeStruct(inputs.x.shape, inputs.x.dtype),
         float32(batch, size, features) if plan.final else None,
@@ -275,7 +192,7 @@ def _forward(plan: Plan, save: bool, inputs: Inputs, skip) -> _Outputs:
         kernel,
         blocks,
         (inputs, skip),
-        (blocks.inputs(inputs), pl.BlockSpec()),
+        (_input_specs(blocks, inputs), pl.BlockSpec()),
         (results,),
         (out_specs,),
         [pltpu.VMEM((blocks.rows, size, features), jnp.float32)],
@@ -314,9 +231,9 @@ def _backward(plan: Plan, rows, skip):
 
         jax.lax.fori_loop(0, blocks.rows, row, None)
 
-    blocks = Blocks(plan, rows_per_program(batch, plan), reverse=True)
+    blocks = Blocks(plan, rows_per_program(batch, _row_bytes(plan.chunk, plan.heads)), reverse=True)
     specs = (
-        blocks.inputs(inputs),
+        _input_specs(blocks, inputs),
         blocks.chunk(size, features) if plan.stateful else None,
         blocks.positions(features),
         blocks.row(size, features) if plan.final else None,
@@ -330,11 +247,6 @@ def _backward(plan: Plan, rows, skip):
             jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), inputs),
             float32(batch, 1, features),
         ),
-        (blocks.inputs(inputs), blocks.row(1, features)),
+        (_input_specs(blocks, inputs), blocks.row(1, features)),
         [pltpu.VMEM((blocks.rows, size, features), jnp.float32)],
     )
-
-
-def float32(*shape: int) -> jax.ShapeDtypeStruct:
-    """The shape of a float32 result."""
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
