@@ -36,11 +36,27 @@ MODEL_SETTINGS = {
         "knows_next_time": False,
     },
     "sasrec": {**_ATTENTION},
+    "bert4rec": {
+        **_ATTENTION,
+        "n_heads": 2,
+        "hidden_dropout_prob": 0.4,
+        "attn_dropout_prob": 0.4,
+        "mask_ratio": 0.2,
+        "ft_ratio": 0.5,  # share of batches where only the last item is masked
+    },
     "gru4rec": {
         "embedding_size": 64,
         "hidden_size": 128,
         "num_layers": 2,
         "dropout_prob": 0.4,
+    },
+    "mamba4rec": {
+        "hidden_size": 64,
+        "num_layers": 2,
+        "dropout_prob": 0.2,
+        "d_state": 32,
+        "d_conv": 4,
+        "expand": 2,
     },
     "ssd4rec": {
         "hidden_size": 64,

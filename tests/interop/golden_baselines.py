@@ -33,6 +33,17 @@ class GoldenBaseline:
             "users": users - 1,
             "targets": self.arrays["in/target"],
             "weights": np.ones(len(items), np.float32),
+            "masked": self.arrays.get("in/masked_item_seq", items),  # BERT4Rec's
+        }
+
+    def masked(self, prefix: str) -> dict[str, np.ndarray]:
+        """A batch masked for BERT4Rec: `in/`, or `in/ft_` where only the last items are."""
+        positions = self.arrays[f"{prefix}masked_index"]
+        return {
+            "items": self.arrays[f"{prefix}masked_item_seq"],
+            "positions": positions,
+            "targets": self.arrays[f"{prefix}pos_items"],
+            "weights": (positions > 0).astype(np.float32),
         }
 
     def model(self, dtype: str):

@@ -41,11 +41,11 @@ def take_rows(x: Float[Array, "B L D"], positions: Int[Array, "B Q"]) -> Float[A
 class Relation(Protocol):
     """What queries and keys have to do with each other besides their content."""
 
-    def scores(self, query: Float[Array, "B Q H P"]) -> Float[Array, "B H Q L"]:
+    def scores(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
         """What is added to the scores, for queries that are scaled already."""
         ...
 
-    def values(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B Q H P"]:
+    def values(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
         """What is added to the weighted sum of the values."""
         ...
 
@@ -79,12 +79,10 @@ class Attention(nnx.Module):
         """
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
-        scores = jnp.einsum("bqhp,bkhp->bhqk", query, key)
+        scores = jnp.einsum("bhqp,bhkp->bhqk", query, key)
         weights = self._weights(scores, query, mask, seeds, relation)
-        y = jnp.einsum("bhqk,bkhp->bqhp", weights, value)
-        if relation is not None:
-            y += relation.values(weights)
-        return self.out(y.reshape(h.shape))
+        y = jnp.einsum("bhqk,bhkp->bhqp", weights, value)
+        return self._finish(y, weights, relation)
 
     def at(
         self,
@@ -102,22 +100,20 @@ class Attention(nnx.Module):
         """
         query = self._split(self.query(queries)) * self.scale
         keys, values = (
-            dense.kernel[...].astype(h.dtype).reshape(-1, *query.shape[2:])  # [D,H,P]
-            for dense in (self.key, self.value)
+            layer.kernel[...].astype(h.dtype).reshape(-1, self.heads, query.shape[-1])
+            for layer in (self.key, self.value)
         )
-        scores = jnp.einsum("bqhd,bkd->bhqk", jnp.einsum("bqhp,dhp->bqhd", query, keys), h)
+        scores = jnp.einsum("bhqd,bkd->bhqk", jnp.einsum("bhqp,dhp->bhqd", query, keys), h)
         weights = self._weights(scores, query, mask, seeds, relation)
-        sums = jnp.einsum("bhqk,bkd->bqhd", weights, h)
-        # Dropped out, the weights do not add up to 1, which the bias of the values gets to feel.
-        bias = self._split(self.value.bias[...].astype(h.dtype))
-        y = jnp.einsum("bqhd,dhp->bqhp", sums, values)
-        y += jnp.einsum("bhq,hp->bqhp", weights.sum(-1), bias)
-        if relation is not None:
-            y += relation.values(weights)
-        return self.out(y.reshape(queries.shape))
+        y = jnp.einsum("bhqd,dhp->bhqp", jnp.einsum("bhqk,bkd->bhqd", weights, h), values)
+        # After dropout the weights do not add up to 1, which the bias of the values feels.
+        bias = self.value.bias[...].astype(h.dtype).reshape(self.heads, 1, -1)
+        y += weights.sum(-1, keepdims=True) * bias
+        return self._finish(y, weights, relation)
 
     def _split(self, x):
-        return x.reshape(*x.shape[:-1], self.heads, -1)
+        """[B,L,D] -> [B,H,L,P]."""
+        return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     def _weights(self, scores, query, mask, seeds, relation):
         """Softmax in at least float32, then dropout."""
@@ -127,6 +123,12 @@ class Attention(nnx.Module):
         lowest = jnp.finfo(scores.dtype).min  # finite, so that a row without keys is no NaN
         weights = jax.nn.softmax(jnp.where(mask, scores, lowest))
         return dropout(weights.astype(query.dtype), self.dropout_rate, seeds)
+
+    def _finish(self, y, weights, relation):
+        if relation is not None:
+            y += relation.values(weights)
+        y = y.swapaxes(1, 2)
+        return self.out(y.reshape(*y.shape[:2], -1))
 
 
 class EncoderLayer(nnx.Module):

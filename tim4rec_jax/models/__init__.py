@@ -7,8 +7,10 @@ import numpy as np
 from flax import nnx
 
 from tim4rec_jax.config import Config
+from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.gru4rec import GRU4Rec
+from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.ssd4rec import SSD4Rec
@@ -17,8 +19,10 @@ from tim4rec_jax.models.tim4rec import TiM4Rec
 MODELS: dict[str, type[SequenceModel]] = {
     "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
     "gru4rec": GRU4Rec,
+    "mamba4rec": Mamba4Rec,
     "ssd4rec": SSD4Rec,
     "sasrec": SASRec,
+    "bert4rec": BERT4Rec,
 }
 
 

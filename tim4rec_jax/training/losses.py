@@ -68,7 +68,8 @@ def summed_cross_entropy(
     """sum_n weights[n] * cross_entropy(hidden[n], ...), without ever holding scores [N, V].
 
     The scores of a block of rows at a time, and its part of the gradient with them, so that
-    nothing is computed twice. `weights` and `targets` get no gradient.
+    nothing is computed twice; blocks behind the last row that counts cost nothing. `weights`
+    and `targets` get no gradient.
 
     Args:
       hidden: what the next items are predicted from.
@@ -87,9 +88,12 @@ def _cross_entropy_forward(hidden, table, targets, weights):
     matmul = functools.partial(jnp.matmul, preferred_element_type=accumulate)
     narrow = table.astype(hidden.dtype)
 
-    def block(carry, rows):
-        loss, d_table = carry
-        h, t, w = rows
+    size = _block_rows(table.shape[0])
+    rows = _blocks(size, hidden, targets, weights.astype(accumulate))
+
+    def block(i, carry):
+        loss, d_hidden, d_table = carry
+        h, t, w = (x[i] for x in rows)
         scores = matmul(h, narrow.T)
         top = scores.max(axis=1, keepdims=True)
         exp = jnp.exp(scores - top)
@@ -98,13 +102,17 @@ def _cross_entropy_forward(hidden, table, targets, weights):
         picked = jnp.einsum("nd,nd->n", h, at_target, preferred_element_type=accumulate)
         loss += jnp.sum(w * (jnp.log(total) + top[:, 0] - picked))
         d_scores = (exp * (w / total)[:, None]).astype(h.dtype)
-        d_hidden = matmul(d_scores, narrow) - w[:, None] * at_target
-        return (loss, d_table + matmul(d_scores.T, h)), d_hidden.astype(h.dtype)
+        d_block = matmul(d_scores, narrow) - w[:, None] * at_target
+        d_hidden = d_hidden.at[i].set(d_block.astype(h.dtype))
+        return loss, d_hidden, d_table + matmul(d_scores.T, h)
 
-    zero = (jnp.zeros((), accumulate), jnp.zeros(table.shape, accumulate))
+    zero = jnp.zeros((), accumulate), jnp.zeros_like(rows[0]), jnp.zeros(table.shape, accumulate)
+    if len(rows[0]) == 1:
+        loss, d_hidden, d_table = block(0, zero)
+    else:
+        end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
+        loss, d_hidden, d_table = jax.lax.fori_loop(0, (end + size - 1) // size, block, zero)
     weights = weights.astype(accumulate)
-    rows = _blocks(_block_rows(table.shape[0]), hidden, targets, weights)
-    (loss, d_table), d_hidden = jax.lax.scan(block, zero, rows)
     d_table = d_table.at[targets].add(-weights[:, None] * hidden.astype(accumulate))
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     return loss, (d_hidden, d_table.astype(table.dtype))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from tim4rec_jax.models import SequenceModel, encode_batch
+from tim4rec_jax.training.cloze import cloze_loss
 from tim4rec_jax.training.losses import SummedLoss, full_cross_entropy
 
 
@@ -59,4 +60,8 @@ def every_position_loss(
     )
 
 
-OBJECTIVES = {"prefix": prefix_loss, "every_position": every_position_loss}
+OBJECTIVES = {
+    "prefix": prefix_loss,
+    "every_position": every_position_loss,
+    "cloze": cloze_loss,  # of batches that `tim4rec_jax.training.cloze.mask_batch` has masked
+}

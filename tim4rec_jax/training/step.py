@@ -10,6 +10,7 @@ import optax
 from flax import nnx, struct
 
 from tim4rec_jax.layers import row_seeds
+from tim4rec_jax.training.cloze import mask_batch
 from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
 from tim4rec_jax.training.objective import OBJECTIVES
 
@@ -163,8 +164,10 @@ def train_step(
     """
     key = jax.random.fold_in(state.rng, state.step)
     seeds = row_seeds(key, batch["targets"].shape[0])
-    n_items = nnx.merge(graphdef, state.params).n_items
-    summed = loss.prepare(jax.random.fold_in(key, 1), n_items, up_to)
+    model: Any = nnx.merge(graphdef, state.params)
+    summed = loss.prepare(jax.random.fold_in(key, 1), model.n_items, up_to)
+    if objective == "cloze":  # before the batch is cut: its targets are counted as a whole
+        batch = mask_batch(model, batch, jax.random.fold_in(key, 2))
     value, grads = loss_and_gradients(
         graphdef, state.params, batch, seeds, micro, objective, summed
     )
@@ -186,5 +189,6 @@ def train_step(
         weight_sum=state.weight_sum + weight,
         bad_step=jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step),
     )
-    metrics = {"loss": state.loss_sum / state.weight_sum, "bad_step": state.bad_step}
+    loss_so_far = state.loss_sum / jnp.maximum(state.weight_sum, 1.0)
+    metrics = {"loss": loss_so_far, "bad_step": state.bad_step}
     return state, jax.tree.map(lambda x: x + 0, metrics)

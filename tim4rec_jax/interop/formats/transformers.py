@@ -28,3 +28,10 @@ _MODULES = {
 }
 
 SASREC = Format(model="sasrec", settings=_SETTINGS, modules=_MODULES)
+
+BERT4REC = Format(
+    model="bert4rec",
+    settings={**_SETTINGS, "mask_ratio": float},
+    modules={**_MODULES, "head": "output_ffn", "head_norm": "output_ln"},
+    fixed={"ft_ratio": 0.5},
+)
