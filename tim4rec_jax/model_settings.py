@@ -44,6 +44,7 @@ MODEL_SETTINGS = {
         "mask_ratio": 0.2,
         "ft_ratio": 0.5,  # share of batches where only the last item is masked
     },
+    "tisasrec": {**_ATTENTION, "n_heads": 4, "time_span": 256},
     "gru4rec": {
         "embedding_size": 64,
         "hidden_size": 128,

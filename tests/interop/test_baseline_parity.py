@@ -14,6 +14,7 @@ from tim4rec_jax.interop import to_torch
 from tim4rec_jax.interop.formats import FORMATS
 from tim4rec_jax.layers.attention import causal_mask
 from tim4rec_jax.models import encode_batch
+from tim4rec_jax.models.tisasrec import time_index
 from tim4rec_jax.training.objective import OBJECTIVES
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
@@ -84,6 +85,15 @@ def bert4rec(model, batch):
     return states | {"out/train_output": filled}
 
 
+def tisasrec(model, batch):
+    index = time_index(batch["gaps"], model.time_span)
+    states = [model.positions(model.item_embedding(batch["items"]))]
+    mask = causal_mask(batch["items"].shape[1])
+    for layer in model.layers:
+        states.append(layer(states[-1], mask, None, model._relation(index, None)))
+    return {f"hidden/{i}": state for i, state in enumerate(states)}
+
+
 # The states of a model's layers [B,L,...] by their names in the golden files.
 STATES = {
     "GRU4Rec": recurrent,
@@ -91,6 +101,7 @@ STATES = {
     "Mamba4Rec": after_blocks,
     "SASRec": transformer,
     "BERT4Rec": bert4rec,
+    "TiSASRec": tisasrec,
 }
 
 

@@ -15,6 +15,7 @@ from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.ssd4rec import SSD4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec
+from tim4rec_jax.models.tisasrec import TiSASRec
 
 MODELS: dict[str, type[SequenceModel]] = {
     "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
@@ -23,6 +24,7 @@ MODELS: dict[str, type[SequenceModel]] = {
     "ssd4rec": SSD4Rec,
     "sasrec": SASRec,
     "bert4rec": BERT4Rec,
+    "tisasrec": TiSASRec,
 }
 
 

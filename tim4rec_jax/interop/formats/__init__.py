@@ -10,6 +10,7 @@ FORMATS: dict[str, Format] = {
     "SSD4Rec_r": ssd4rec.FORMAT,
     "SASRec": transformers.SASREC,
     "BERT4Rec": transformers.BERT4REC,
+    "TiSASRec": transformers.TISASREC,
 }
 
 __all__ = ["FORMATS", "Format"]
