@@ -41,11 +41,11 @@ def take_rows(x: Float[Array, "B L D"], positions: Int[Array, "B Q"]) -> Float[A
 class Relation(Protocol):
     """What queries and keys have to do with each other besides their content."""
 
-    def scores(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
+    def score(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
         """What is added to the scores, for queries that are scaled already."""
         ...
 
-    def values(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
+    def add_up(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
         """What is added to the weighted sum of the values."""
         ...
 
@@ -118,7 +118,7 @@ class Attention(nnx.Module):
     def _weights(self, scores, query, mask, seeds, relation):
         """Softmax in at least float32, then dropout."""
         if relation is not None:
-            scores += relation.scores(query)
+            scores += relation.score(query)
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
         lowest = jnp.finfo(scores.dtype).min  # finite, so that a row without keys is no NaN
         weights = jax.nn.softmax(jnp.where(mask, scores, lowest))
@@ -126,7 +126,7 @@ class Attention(nnx.Module):
 
     def _finish(self, y, weights, relation):
         if relation is not None:
-            y += relation.values(weights)
+            y += relation.add_up(weights)
         y = y.swapaxes(1, 2)
         return self.out(y.reshape(*y.shape[:2], -1))
 

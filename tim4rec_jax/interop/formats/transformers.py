@@ -35,3 +35,13 @@ BERT4REC = Format(
     modules={**_MODULES, "head": "output_ffn", "head_norm": "output_ln"},
     fixed={"ft_ratio": 0.5},
 )
+
+TISASREC = Format(
+    model="tisasrec",
+    settings={**_SETTINGS, "time_span": int},
+    modules={
+        **_MODULES,
+        "time_keys": "time_matrix_K_emb",
+        "time_values": "time_matrix_V_emb",
+    },
+)
