@@ -1,0 +1,191 @@
+"""Models beside each other: trains what is missing, then one table, one CSV and one picture.
+
+    python -m benchmarks.compare --datasets ml100k beauty --models tim4rec sasrec gru4rec --seeds 3
+
+Datasets are config files, models their variants (`tim4rec` is the config itself); `OPTION=VALUE`
+after a `--` goes to every training, `-- train.epochs=3` for a trial. Each training is a
+`python train.py` of its own in `RUNS/DATASET/MODEL/SEED`, with its output in `train.log`: a run
+that is there is reused, one that was interrupted goes on, one that fails is reported and the
+others go on.
+
+Writes OUT.md, OUT.csv and OUT.png: test metrics as mean and standard deviation over seeds, with
+a paired test over users against the first model named; parameters, operations, seconds and
+memory; quality against cost. Seconds are the processor's, all threads together and compilation
+included, which say more than the clock on a machine that does other things as well.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import time
+from importlib import import_module
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from rich.console import Console
+
+from benchmarks.compare_report import Run, markdown, picture
+from tim4rec_jax import compilation_cache
+from tim4rec_jax.data import open_dataset
+from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.training.summary import flops_per_sample
+
+ROOT = Path(__file__).parents[1]
+FIRST_SEED = 2020
+console = Console()
+
+
+def variant(model: str) -> str:
+    """The config's variant that trains a model."""
+    return "" if model == "tim4rec" else model
+
+
+def train(folder: Path, dataset: str, model: str, seed: int, options: list[str]) -> str:
+    """Trains a run unless it is finished; returns what went wrong, or nothing."""
+    if (folder / "run" / "metrics.json").exists():
+        return ""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"--config={ROOT / 'configs' / dataset}.py:{variant(model)}".removesuffix(":"),
+        f"--workdir={folder / 'run'}",
+        f"--config.seed={seed}",
+        *(f"--config.{option}" for option in options),
+    ]
+    with open(folder / "train.log", "a") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except KeyboardInterrupt:
+            process.wait()  # it was interrupted too, and saves
+            raise
+    _add_cost(folder / "cost.json", usage)
+    if process.returncode == 0:
+        return ""
+    lines = (folder / "train.log").read_text().strip().splitlines()
+    return lines[-1] if lines else f"exit code {process.returncode}"
+
+
+def _add_cost(path: Path, usage) -> None:
+    """Adds up the processor time of all starts of a run and keeps its largest memory."""
+    before = json.loads(path.read_text()) if path.exists() else {"cpu": 0.0, "memory": 0.0}
+    cost = {
+        "cpu": before["cpu"] + usage.ru_utime + usage.ru_stime,
+        "memory": max(before["memory"], usage.ru_maxrss / 1024),
+    }
+    path.write_text(json.dumps(cost))
+
+
+def measure(folder: Path) -> dict:
+    """What a finished run says of itself and what its best model costs to ask.
+
+    Kept in `measured.json` and `ranks.npy` beside it.
+    """
+    path = folder / "measured.json"
+    if not path.exists():
+        config, model = load_best(folder / "run")
+        data = config.data
+        ds = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
+        settings = dict(
+            max_length=data.max_length,
+            batch_size=config.eval.batch_size,
+            convention=data.convention,
+            buckets=data.buckets,
+        )
+        evaluate(model, ds, "test", **settings)  # compiles
+        start = time.process_time()
+        figures, ranks = evaluate(model, ds, "test", **settings)
+        seconds = time.process_time() - start
+        np.save(folder / "ranks.npy", ranks)
+        graphdef, params = nnx.split(model)
+        measured = {
+            "test": figures,
+            "inference": seconds,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "flops": flops_per_sample(graphdef, params, data.max_length),
+        }
+        path.write_text(json.dumps(measured))
+    told = json.loads((folder / "run" / "metrics.json").read_text())
+    cost = {"cpu": float("nan"), "memory": float("nan")}
+    if (folder / "cost.json").exists():
+        cost = json.loads((folder / "cost.json").read_text())
+    return told | cost | json.loads(path.read_text())
+
+
+def runs(flags: argparse.Namespace) -> list[Run]:
+    """Every run asked for, trained or with the reason why not."""
+    found = []
+    for dataset in flags.datasets:
+        get_config = import_module(f"configs.{dataset}").get_config
+        for model in flags.models:
+            directory = flags.data / Path(get_config(variant(model)).dataset).name
+            for seed in range(FIRST_SEED, FIRST_SEED + flags.seeds):
+                folder = flags.runs / dataset / model / str(seed)
+                console.print(f"{dataset} {model} {seed}", end=" ", highlight=False)
+                options = [f"dataset={directory}", *flags.options]
+                problem = train(folder, dataset, model, seed, options)
+                figures, ranks = {}, None
+                if not problem:
+                    figures, ranks = measure(folder), np.load(folder / "ranks.npy")
+                said = problem or "NDCG@10 {test[ndcg@10]:.4f}".format(**figures)
+                console.print(said, highlight=False)
+                found.append(Run(dataset, model, seed, problem, figures, ranks))
+    return found
+
+
+def write_csv(path: Path, found: list[Run]) -> None:
+    """One line a run, in full precision."""
+    rows = [run.row() for run in found]
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--datasets", nargs="+", required=True, help="config files, such as ml100k")
+    add("--models", nargs="+", required=True, help="their variants, or tim4rec")
+    add("--seeds", type=int, default=3, help="how many, from 2020 (default: 3)")
+    add("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
+    add("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
+    add("--out", type=Path, default=Path("runs/compare/table"), help="files to write, no suffix")
+    add("options", nargs="*", metavar="-- OPTION=VALUE", help="settings for every training")
+    flags = parser.parse_args()
+    for dataset in flags.datasets:
+        if not (ROOT / "configs" / f"{dataset}.py").exists():
+            raise UserError(f"--datasets: there is no configs/{dataset}.py")
+        for model in flags.models:
+            try:
+                import_module(f"configs.{dataset}").get_config(variant(model))
+            except ValueError as error:
+                raise UserError(f"--models, configs/{dataset}.py: {error}") from None
+    compilation_cache.enable()
+    found = runs(flags)
+    flags.out.parent.mkdir(parents=True, exist_ok=True)
+    flags.out.with_suffix(".md").write_text(markdown(found))
+    write_csv(flags.out.with_suffix(".csv"), found)
+    picture(found, flags.out.with_suffix(".png"))
+    console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)
+    if failed := [run for run in found if run.problem]:
+        raise UserError(f"{len(failed)} of {len(found)} runs failed; their train.log says why")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))

@@ -1,0 +1,188 @@
+"""The tables and the picture of `benchmarks.compare`."""
+
+import dataclasses
+import math
+import statistics
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+from tim4rec_jax.evaluation.metrics import KS, per_user
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+METRICS = [f"{name}@{k}" for k in KS for name in ("hit", "ndcg", "mrr")]
+# Test Hit@10 / NDCG@10 elsewhere, full ranking, leave one out. KuaiRand: arXiv 2409.16182, table 3.
+# The others: the best reported for the models' identifiers alone, under their own protocols.
+PUBLISHED = {
+    "kuairand": {
+        "caser": (0.0801, 0.0395),
+        "gru4rec": (0.1020, 0.0564),
+        "sasrec": (0.1055, 0.0584),
+        "bert4rec": (0.0938, 0.0510),
+        "tisasrec": (0.1057, 0.0590),
+        "lrurec": (0.1036, 0.0570),
+        "mamba4rec": (0.1094, 0.0608),
+        "ssd4rec": (0.1055, 0.0588),
+        "tim4rec": (0.1109, 0.0611),
+    },
+    "ml1m": {"sasrec": (0.3152, 0.1821), "mamba4rec": (0.3121, 0.1822)},
+    "beauty": {"sasrec": (0.0842, 0.0421), "mamba4rec": (0.0734, 0.0431)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training: `figures` as `metrics.json` and `benchmarks.compare.measure` give them.
+
+    Attributes:
+      problem: why it failed; empty for a finished run.
+      ranks: of each user's target in the test, 0 without one.
+    """
+
+    dataset: str
+    model: str
+    seed: int
+    problem: str
+    figures: dict
+    ranks: np.ndarray | None
+
+    def row(self) -> dict:
+        """For the CSV."""
+        row = {"dataset": self.dataset, "model": self.model, "seed": self.seed}
+        if self.problem:
+            return row | {"problem": self.problem}
+        return row | self.costs() | {f"test {name}": self.figures["test"][name] for name in METRICS}
+
+    def costs(self) -> dict:
+        """Epochs, seconds of processor time, megabytes."""
+        told = self.figures
+        per_epoch = told["cpu"] / told["epochs"]
+        return {
+            "parameters": told["parameters"],
+            "MFLOP a sample": told["flops"] / 1e6,
+            "best epoch": told["best_epoch"],
+            "epochs": told["epochs"],
+            "s an epoch": per_epoch,
+            "s to best": per_epoch * told["best_epoch"],
+            "inference s": told["inference"],
+            "peak MB": told["memory"],
+        }
+
+
+def _groups(found: list[Run]) -> dict[str, dict[str, list[Run]]]:
+    """Finished runs by dataset and model, in the order they were asked for."""
+    groups: dict = {}
+    for run in found:
+        models = groups.setdefault(run.dataset, {})
+        models.setdefault(run.model, [])
+        if not run.problem:
+            models[run.model].append(run)
+    return groups
+
+
+def spread(values: list[float]) -> str:
+    """Mean and, over several, standard deviation: `.1234 ± .0056`."""
+    text = f"{statistics.mean(values):.4f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.4f}"
+    return text.replace("0.", ".")
+
+
+def p_values(models: dict[str, list[Run]]) -> dict[str, float]:
+    """Of a paired t-test over users of NDCG@10, averaged over seeds, against the first model.
+
+    Corrected for the number of models by Holm's method.
+    """
+
+    def gains(runs):
+        tested = runs[0].ranks > 0
+        return np.mean([per_user(run.ranks[tested])["ndcg@10"] for run in runs], axis=0)
+
+    (_, first), *others = ((name, runs) for name, runs in models.items() if runs)
+    raw = {}
+    for name, runs in others:
+        difference = gains(runs) - gains(first)
+        raw[name] = float(stats.ttest_1samp(difference, 0).pvalue) if difference.any() else 1.0
+    corrected, largest = {}, 0.0
+    for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
+        largest = max(largest, min(1.0, raw[name] * (len(raw) - place)))
+        corrected[name] = largest
+    return corrected
+
+
+def _table(header: list[str], rows: list[list[str]]) -> list[str]:
+    lines = [header, ["---"] * len(header), *rows]
+    return ["| " + " | ".join(line) + " |" for line in lines] + [""]
+
+
+def markdown(found: list[Run]) -> str:
+    """Two tables for each dataset: quality and cost."""
+    lines = []
+    for dataset, models in _groups(found).items():
+        finished = {name: runs for name, runs in models.items() if runs}
+        failed = [run for run in found if run.dataset == dataset and run.problem]
+        lines += [f"## {dataset}", ""]
+        if finished:
+            lines += [*_quality(dataset, finished), *_cost(finished)]
+        lines += [f"- {run.model}, seed {run.seed}: {run.problem}" for run in failed]
+        lines += [""] * bool(failed)
+    return "\n".join(lines)
+
+
+def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
+    first, p = next(iter(models)), p_values(models)
+    published = PUBLISHED.get(dataset, {})
+    rows = []
+    for name, runs in models.items():
+        values = [spread([run.figures["test"][metric] for run in runs]) for metric in METRICS]
+        quoted = " / ".join(f"{v:.4f}"[1:] for v in published[name]) if name in published else ""
+        chance = f"{p[name]:.2g}" if name in p else ""
+        rows.append([name, str(len(runs)), *values, chance, quoted])
+    labels = [metric.upper().replace("HIT", "HR") for metric in METRICS]
+    header = ["model", "seeds", *labels, f"p against {first}", "published HR@10 / NDCG@10"]
+    return _table(header, rows)
+
+
+def _cost(models: dict[str, list[Run]]) -> list[str]:
+    rows = []
+    for name, runs in models.items():
+        costs = [run.costs() for run in runs]
+        means = {key: statistics.mean(cost[key] for cost in costs) for key in costs[0]}
+        rows.append([name, *map(_rounded, means.values())])
+    return _table(["model", *costs[0]], rows)
+
+
+def _rounded(value: float) -> str:
+    if math.isnan(value):  # a run that was trained elsewhere
+        return ""
+    digits = 0 if value >= 100 or value == int(value) else 1 if value >= 1 else 2
+    return f"{value:,.{digits}f}"
+
+
+def picture(found: list[Run], path: Path) -> None:
+    """NDCG@10 against the processor time to the best epoch, a panel for each dataset."""
+    groups = {name: {m: r for m, r in ms.items() if r} for name, ms in _groups(found).items()}
+    groups = {name: models for name, models in groups.items() if models}
+    if not groups:
+        return
+    figure, panels = plt.subplots(
+        1, len(groups), figsize=(6 * len(groups), 4.5), squeeze=False, layout="constrained"
+    )
+    for panel, (dataset, models) in zip(panels[0], groups.items(), strict=True):
+        for name, runs in models.items():
+            quality = [run.figures["test"]["ndcg@10"] for run in runs]
+            cost = [run.costs()["s to best"] for run in runs]
+            at = statistics.mean(cost), statistics.mean(quality)
+            deviation = statistics.stdev(quality) if len(quality) > 1 else 0
+            panel.errorbar(*at, yerr=deviation, fmt="o", capsize=3)
+            panel.annotate(name, at, textcoords="offset points", xytext=(6, 5))
+        panel.set(xscale="log", title=dataset, ylabel="test NDCG@10")
+        panel.set_xlabel("processor seconds to the best epoch")
+        panel.margins(0.15)
+        panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,79 @@
+"""The tables of the comparison: what they say of finished runs, and of runs that failed."""
+
+import csv
+
+import numpy as np
+import pytest
+
+from benchmarks.compare import train, write_csv
+from benchmarks.compare_report import METRICS, Run, markdown, p_values, picture, spread
+from tim4rec_jax.evaluation.metrics import metrics
+
+RNG = np.random.default_rng(0)
+USERS = 400
+
+
+def run(model, ranks, seed=2020):
+    figures = {
+        "test": metrics(ranks[ranks > 0]),
+        "cpu": 120.0,
+        "memory": 1000.0,
+        "epochs": 10,
+        "best_epoch": 5,
+        "parameters": 215_346,
+        "flops": 2.9e6,
+        "inference": 0.5,
+    }
+    return Run("beauty", model, seed, "", figures, ranks)
+
+
+def ranks(best):
+    found = RNG.integers(1, best, USERS)
+    found[:20] = 0  # without a target
+    return found
+
+
+GOOD, SAME, BAD = (run(name, ranks(best)) for name, best in (("a", 30), ("b", 30), ("c", 300)))
+FAILED = Run("beauty", "d", 2021, "error: no memory", {}, None)
+
+
+def test_a_paired_test_over_users_tells_models_apart():
+    found = p_values({"a": [GOOD], "b": [SAME], "c": [BAD]})
+    assert found["b"] > 0.05 > 1e-6 > found["c"]
+    assert p_values({"a": [GOOD], "same": [GOOD]}) == {"same": 1.0}
+
+
+def test_holm_multiplies_the_smallest_by_the_number_of_models():
+    alone = p_values({"a": [GOOD], "c": [BAD]})["c"]
+    among_two = p_values({"a": [GOOD], "b": [SAME], "c": [BAD]})["c"]
+    assert among_two == pytest.approx(2 * alone)
+
+
+def test_tables_and_files(tmp_path):
+    found = [GOOD, run("a", ranks(30), 2021), BAD, FAILED]
+    lines = markdown(found).splitlines()
+    assert lines[0] == "## beauty"
+    rows = {line.split(" | ")[0]: line for line in lines}
+    values = [each.figures["test"]["hit@10"] for each in found[:2]]
+    assert any(line.startswith(f"| a | 2 | {spread(values)} |") for line in lines)
+    assert rows["- d, seed 2021: error: no memory"]
+    assert rows["| a"] == "| a | 215,346 | 2.9 | 5 | 10 | 12 | 60 | 0.50 | 1,000 |"
+    write_csv(tmp_path / "table.csv", found)
+    with open(tmp_path / "table.csv") as file:
+        written = list(csv.DictReader(file))
+    assert float(written[2]["test ndcg@10"]) == BAD.figures["test"]["ndcg@10"]
+    assert (written[3]["problem"], written[3]["test hit@10"]) == ("error: no memory", "")
+    assert all(f"test {name}" in written[0] for name in METRICS)
+    picture(found, tmp_path / "table.png")
+    assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_the_published_stand_beside():
+    assert ".0842 / .0421" in markdown([run("sasrec", ranks(30))])
+
+
+def test_a_training_that_fails_says_why(tmp_path):
+    problem = train(tmp_path, "ml100k", "tim4rec", 2020, [f"dataset={tmp_path / 'none'}"])
+    assert problem.startswith(f"error: {tmp_path / 'none'} is not a prepared dataset")
+    assert problem in (tmp_path / "train.log").read_text()
+    assert (tmp_path / "cost.json").exists()
