@@ -45,6 +45,15 @@ MODEL_SETTINGS = {
         "ft_ratio": 0.5,  # share of batches where only the last item is masked
     },
     "tisasrec": {**_ATTENTION, "n_heads": 4, "time_span": 256},
+    # Not in the comparison: the settings of its paper for ML-1M, except for the size.
+    "hstu": {
+        "hidden_size": 64,
+        "n_layers": 2,
+        "n_heads": 1,
+        "hidden_dropout_prob": 0.2,
+        "time_buckets": 128,
+        "temperature": 0.05,
+    },
     "gru4rec": {
         "embedding_size": 64,
         "hidden_size": 128,
@@ -59,6 +68,7 @@ MODEL_SETTINGS = {
         "d_conv": 4,
         "expand": 2,
     },
+    "lrurec": {"hidden_size": 64, "n_layers": 2, "dropout_prob": 0.2},
     "ssd4rec": {
         "hidden_size": 64,
         "num_layers": 2,

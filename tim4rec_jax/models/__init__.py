@@ -10,8 +10,10 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.gru4rec import GRU4Rec
+from tim4rec_jax.models.hstu import HSTU
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.sasrec import SASRec
+from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.ssd4rec import SSD4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec
@@ -20,11 +22,13 @@ from tim4rec_jax.models.tisasrec import TiSASRec
 MODELS: dict[str, type[SequenceModel]] = {
     "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
     "gru4rec": GRU4Rec,
+    "lrurec": LRURec,
     "mamba4rec": Mamba4Rec,
     "ssd4rec": SSD4Rec,
     "sasrec": SASRec,
     "bert4rec": BERT4Rec,
     "tisasrec": TiSASRec,
+    "hstu": HSTU,
 }
 
 

@@ -1,0 +1,227 @@
+"""The models made of attention: what each position sees, and what time does."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.data.small_dataset import in_memory, random_histories
+from tim4rec_jax.data import PackedBatches, TrainBatches
+from tim4rec_jax.model_settings import MODEL_SETTINGS
+from tim4rec_jax.models import build
+from tim4rec_jax.models.hstu import time_buckets
+from tim4rec_jax.models.tisasrec import time_index
+from tim4rec_jax.training.objective import every_position_loss, prefix_loss
+
+ITEMS, LENGTH, ROWS = 30, 12, 3
+SMALL = dict(hidden_size=16, inner_size=32, n_heads=4)
+jit = functools.partial(
+    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
+)
+CAUSAL = ("sasrec", "tisasrec", "hstu")
+causal_models = pytest.mark.parametrize("name", CAUSAL)
+
+
+@functools.cache
+def make(name):
+    """A model whose every part moves the output: the initial weights are tiny or zero."""
+    settings = MODEL_SETTINGS[name] | {k: v for k, v in SMALL.items() if k in MODEL_SETTINGS[name]}
+    graph, params = nnx.split(build({"name": name, **settings}, n_items=ITEMS, max_length=LENGTH))
+    leaves, structure = jax.tree.flatten(params)
+    rng = np.random.default_rng(2)
+    leaves = [leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
+    return graph, jax.tree.unflatten(structure, leaves)
+
+
+def histories(rows=ROWS):
+    rng = np.random.default_rng(0)
+    items = rng.integers(1, ITEMS + 1, (rows, LENGTH), dtype=np.int32)
+    gaps = np.round(np.exp(rng.uniform(0, 7, (rows, LENGTH)))).astype(np.float32)
+    gaps[:, 0] = 0
+    return items, gaps
+
+
+@jit
+def call(graph, params, items, gaps, segment_ids=None):
+    lengths = jnp.full(items.shape[0], items.shape[1])
+    return nnx.merge(graph, params)(items, lengths, gaps, segment_ids=segment_ids)
+
+
+@jit
+def encode(graph, params, items, lengths, gaps):
+    return nnx.merge(graph, params).encode(items, lengths, gaps)
+
+
+def close(ours, expected):
+    np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
+
+
+@causal_models
+def test_sees_no_future_and_all_of_the_past(name):
+    model, (items, gaps) = make(name), histories()
+    whole = call(*model, items, gaps)
+    others, other_gaps = items.copy(), gaps.copy()
+    others[:, 7:] = others[:, 7:] % ITEMS + 1
+    other_gaps[:, 7:] += 30
+    changed = call(*model, others, other_gaps)
+    np.testing.assert_array_equal(changed[:, :7], whole[:, :7])
+    assert np.all(np.abs(changed[:, 7:] - whole[:, 7:]).max(-1) > 1e-3)
+    others = items.copy()
+    others[:, 0] = others[:, 0] % ITEMS + 1
+    assert np.all(np.abs(call(*model, others, gaps) - whole).max(-1) > 1e-5)
+
+
+@causal_models
+def test_segments_are_rows_of_their_own(name):
+    model, (items, gaps) = make(name), histories()
+    cuts = [0, 5, 6, LENGTH]
+    segments = np.repeat(np.arange(3), np.diff(cuts))[None].repeat(ROWS, 0)
+    gaps[:, cuts[:-1]] = 0
+    packed = call(*model, items, gaps, segments)
+    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+        part = np.zeros_like(items)
+        part[:, : end - begin] = items[:, begin:end]
+        part_gaps = np.zeros_like(gaps)
+        part_gaps[:, : end - begin] = gaps[:, begin:end]
+        alone = call(*model, part, part_gaps)
+        close(packed[:, begin:end], alone[:, : end - begin])
+
+
+@causal_models
+def test_encode_is_the_hidden_state_at_the_last_event(name):
+    model, (items, gaps) = make(name), histories()
+    lengths = np.array([1, 7, LENGTH])
+    items[np.arange(LENGTH) >= lengths[:, None]] = 0
+    gaps[np.arange(LENGTH) == lengths[:, None]] = -8.8e8  # as RecBole leaves it
+    hidden = call(*model, items, gaps)
+    close(encode(*model, items, lengths, gaps), hidden[np.arange(ROWS), lengths - 1])
+    cut = encode(*model, items[:2, :8], lengths[:2], gaps[:2])
+    close(cut, hidden[np.arange(2), lengths[:2] - 1])
+
+
+@causal_models
+def test_every_position_of_packed_rows_is_every_prefix(name):
+    dataset = in_memory(random_histories([9, 4, 7]))
+    prefixes = TrainBatches(
+        dataset, max_length=12, batch_size=11, seed=0, convention="exact", buckets=[12]
+    )
+    rows = PackedBatches(dataset, max_length=12, batch_size=1, seed=0)
+    batches = jax.device_put((prefixes[0], rows[0]))
+    graph, params = make(name)
+
+    @jit
+    def losses(graph, params, batches):
+        model = nnx.merge(graph, params)
+        return prefix_loss(model, batches[0], None), every_position_loss(model, batches[1], None)
+
+    by_prefix, at_once = losses(graph, params, batches)
+    np.testing.assert_allclose(at_once, by_prefix, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["tisasrec", "hstu"])
+def test_time_matters(name):
+    model, (items, gaps) = make(name), histories()
+    apart = np.abs(call(*model, items, gaps * 3) - call(*model, items, gaps)).max(-1)
+    assert np.all(apart[:, 0] == 0)
+    assert np.all(apart[:, 4:] > 1e-5)
+
+
+def test_bert4rec_sees_both_sides_and_no_padding():
+    model, (items, gaps) = make("bert4rec"), histories()
+    whole = call(*model, items, gaps)
+    for place in (0, LENGTH - 1):
+        others = items.copy()
+        others[:, place] = others[:, place] % ITEMS + 1
+        assert np.all(np.abs(call(*model, others, gaps) - whole).max(-1) > 1e-4)
+    items[:, 8:] = 0
+    longer = call(*model, items, gaps)[:, :8]
+    close(longer, call(*model, items[:, :8], gaps))
+    with pytest.raises(ValueError, match="one history each"):
+        call(*model, items, gaps, np.zeros_like(items))
+
+
+def test_bert4rec_predicts_what_fills_a_mask_behind_the_history():
+    model, (items, gaps) = make("bert4rec"), histories()
+    lengths = np.array([1, 7, LENGTH])
+    items[np.arange(LENGTH) >= lengths[:, None]] = 0
+    asked = np.zeros_like(items)
+    for row, length in enumerate(lengths):
+        asked[row, :length] = [*items[row, 1:length], ITEMS + 1]
+    filled = call(*model, asked, gaps)[np.arange(ROWS), lengths - 1]
+    close(encode(*model, items, lengths, gaps), filled)
+    assert np.all(filled[:, -1] == 1)
+
+
+def test_bert4rec_scores_all_items_but_the_mask_with_a_bias():
+    model = nnx.merge(*make("bert4rec"))
+    table = model.item_table()
+    assert table.shape == (ITEMS + 1, 17)
+    np.testing.assert_array_equal(table[:, -1], model.output_bias[...])
+
+
+def test_time_index_is_that_of_the_published_code(golden):
+    arrays = np.load(golden / "baselines/tisasrec_tiny.npz")
+    times = arrays["in/timestamp_list"]
+    span = json.loads(str(arrays["config_json"]))["time_span"]
+    index = time_index(jnp.asarray(np.diff(times, axis=1, prepend=times[:, :1])), span)
+    expected = arrays["out/time_matrix"]
+    for row, length in enumerate(arrays["in/item_seq_len"]):
+        below = np.tril_indices(length)
+        np.testing.assert_array_equal(index[row][below], expected[row][below])
+
+
+def test_time_index_of_gaps_that_no_integer_holds():
+    gaps = jnp.array([[0, 3.9, 1e14, 2, 0.5]], jnp.float32)
+    expected = [[3, 0], [256, 256], [256, 256], [256, 256]]
+    np.testing.assert_array_equal(time_index(gaps, 256)[0, 1:, :2], expected)
+    np.testing.assert_array_equal(time_index(gaps, 256)[0, 4], [256, 256, 2, 0, 0])
+
+
+def test_time_buckets_are_exact_after_years():
+    gaps = jnp.array([[0, 1e8, 2e8, 2, 100]], jnp.float32)
+    expected = np.log([100, 102]) / 0.301
+    np.testing.assert_array_equal(time_buckets(gaps, 128)[0, 4, 2:4][::-1], expected.astype(int))
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def plain_norm(x):
+    return (x - x.mean()) / np.sqrt(x.var() + 1e-6)
+
+
+def hstu_by_loops(weights, items, times, heads, max_length, temperature):
+    """Equations 1 to 3 of the paper, one history, one query, one key at a time."""
+    table, positions = weights["item_embedding"]["embedding"], weights["position_embedding"]
+    x = [table[item] * table.shape[1] ** 0.5 for item in items]
+    x = [vector + positions["embedding"][i] for i, vector in enumerate(x)]
+    for layer in weights["layers"].values():
+        projected = [silu(plain_norm(vector) @ layer["uqvk"]["kernel"]) for vector in x]
+        u, q, v, k = zip(*(np.split(p, 4) for p in projected), strict=True)
+        following = []
+        for i in range(len(x)):
+            mixed = np.zeros((heads, len(x[0]) // heads))
+            for j in range(i + 1):
+                bucket = int(np.log(max(abs(times[i] - times[j]), 1)) / 0.301)
+                bias = layer["time_bias"][bucket] + layer["position_bias"][i - j]
+                for h in range(heads):
+                    query, key, value = (np.split(z, heads)[h] for z in (q[i], k[j], v[j]))
+                    mixed[h] += silu(query @ key + bias) / max_length * value
+            y = u[i] * plain_norm(mixed.ravel())
+            following.append(x[i] + y @ layer["out"]["kernel"] + layer["out"]["bias"])
+        x = following
+    return [vector / np.linalg.norm(vector) / temperature for vector in x]
+
+
+def test_hstu_is_its_equations(x64):
+    settings = {"name": "hstu", **MODEL_SETTINGS["hstu"], "hidden_size": 8, "n_heads": 2}
+    model = build(settings, n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
+    items, gaps = histories(1)
+    weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    expected = hstu_by_loops(weights, items[0], np.cumsum(gaps[0]), 2, LENGTH, 0.05)
+    close(call(*nnx.split(model), items, gaps.astype(np.float64))[0], expected)
