@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK, TOLERANCE, assert_close, to_dtype
-from tim4rec_jax.ssd import BLOCK_IMPLEMENTATIONS, time_aware_ssd_block
+from tim4rec_jax.ssd import time_aware_ssd_block
 
-KERNELS = [name for name in BLOCK_IMPLEMENTATIONS if name != "reference"]
 STATIC = ("activation", "state", "groups", "eps", "chunk_size", "implementation")
 
 
-def make(length, *, batch=2, heads=2, groups=1, width=5, size=3, taps=4, **options):
+def make(length, *, batch=2, heads=2, groups=1, width=5, size=8, taps=4, **options):
     """Returns float64 inputs, weights of the result in an objective, and other arguments."""
     rng = np.random.default_rng(length)
     inner, mixed = heads * width, heads * width + 2 * groups * size
@@ -47,21 +46,22 @@ def outcome(inputs, weights, **options):
 run = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
 
 
-@pytest.mark.parametrize("implementation", KERNELS)
+CASES = {
+    "L2": {"length": 2, "activation": "silu"},
+    "groups": {"length": 50, "heads": 4, "groups": 2, "segments": True},
+    "chunks": {"length": 67, "chunk_size": 16, "segments": True, "taps": 3},
+}
+
+
+RUNS = [(case, "float32") for case in CASES] + [("chunks", "bfloat16")]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "case"),
-    [
-        ("float32", {"length": 1}),
-        ("float32", {"length": 2, "activation": "silu"}),
-        ("float32", {"length": 50, "heads": 4, "groups": 2, "segments": True}),
-        ("float32", {"length": 65, "chunk_size": 16, "segments": True, "taps": 3}),
-        ("float64", {"length": 65, "chunk_size": 16, "segments": True}),
-        ("bfloat16", {"length": 50, "segments": True}),
-    ],
-    ids=str,
+    ("implementation", "case", "dtype"),
+    [(name, *run) for name in ("xla", "tpu") for run in RUNS] + [("xla", "chunks", "float64")],
 )
-def test_equals_the_float64_recurrence(case, dtype, implementation, x64):
-    inputs, weights, options = make(**case)
+def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
+    inputs, weights, options = make(**CASES[case])
     inputs, weights = to_dtype((inputs, weights), dtype)
     got = run(inputs, weights, **options, implementation=implementation)
     wanted = run(*to_dtype((inputs, weights), "float64"), **options, implementation="reference")
@@ -73,8 +73,8 @@ def test_equals_the_block_written_out(x64):
     """The definition once more, one row and one position after the other."""
     inputs, _, options = make(9, batch=1, heads=4, groups=2, segments=True)
     got = time_aware_ssd_block(**to_dtype(inputs, "float64"), **options)[0]
-    ids, size, heads = np.asarray(options["segment_ids"])[0], 3, 4
-    z, mixed, dt = np.split(inputs["projected"][0], [20, 20 + 20 + 12], axis=-1)
+    ids, size, heads = np.asarray(options["segment_ids"])[0], 8, 4
+    z, mixed, dt = np.split(inputs["projected"][0], [20, 20 + 20 + 32], axis=-1)
     dt = np.logaddexp(0, dt * inputs["time_factor"][0] + inputs["dt_bias"])
     state = np.zeros((heads, 5, size))
     for t in range(9):
@@ -84,7 +84,7 @@ def test_equals_the_block_written_out(x64):
             state[:] = 0
         taps = [(3 - t + s, s) for s in range(max(start, t - 3), t + 1)]
         u = inputs["conv_bias"] + sum(inputs["conv_kernel"][k] * mixed[s] for k, s in taps)
-        x, B, C = np.split(u * np.clip(u + 3, 0, 6) / 6, [20, 26])
+        x, B, C = np.split(u * np.clip(u + 3, 0, 6) / 6, [20, 36])
         x, B, C = x.reshape(heads, 5), *(np.repeat(v.reshape(2, size), 2, axis=0) for v in (B, C))
         state *= np.exp(dt[t] * inputs["A"])[:, None, None]
         state += (dt[t][:, None] * x)[..., None] * B[:, None]
@@ -94,16 +94,47 @@ def test_equals_the_block_written_out(x64):
         np.testing.assert_allclose(got[t], wanted, rtol=1e-10)
 
 
+def test_under_vmap_remat_and_on_eight_devices(tpu):
+    """Two blocks at once, each with parameters of its own, and rows spread over devices."""
+    options = make(20)[2] | {"chunk_size": 16, "implementation": "tpu"}
+    inputs, weights, _ = make(20, batch=8)
+    inputs, weights = to_dtype((inputs, weights), "float32")
+    wanted = run(inputs, weights, **options)
+
+    def remat(inputs, weights):
+        block = jax.checkpoint(lambda inputs: time_aware_ssd_block(**inputs, **options))
+        return jax.grad(lambda inputs: jnp.sum(block(inputs) * weights))(inputs)
+
+    twice = jax.tree.map(lambda v: jnp.stack([v, v]), (inputs, weights))
+    got = jax.jit(jax.vmap(remat), compiler_options=QUICK)(*twice)
+    for row in range(2):
+        one = jax.tree.map(lambda v, row=row: v[row], got)
+        assert_close(one, {name: wanted[name] for name in one}, 1e-6)
+
+    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = (
+        jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        for axes in (("batch",), ())
+    )
+    spread = {
+        name: jax.device_put(v, rows if name in ("projected", "time_factor") else whole)
+        for name, v in inputs.items()
+    }
+    got = run(spread, jax.device_put(weights, rows), **options)
+    assert got["y"].sharding.is_equivalent_to(rows, 3)
+    assert_close(got, wanted, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of reference, xla"),
         ({"activation": "relu"}, "activation must be one of hardswish, silu, got 'relu'"),
         ({"groups": 3}, "H = 2 must divide the 10 features of norm_scale, and G = 3 H"),
-        ({"state": 4}, r"projected must be \[B,L,2I\+2GN\+H\] = \[B,L,30\] and not empty, got"),
+        ({"state": 4}, r"projected must be \[B,L,2I\+2GN\+H\] = \[B,L,30\] and not empty"),
         (
             {"conv_kernel": jnp.ones((4, 3)), "conv_bias": jnp.ones(3)},
-            r"shape \(4, 16\), got \(4, 3\)",
+            r"shape \(4, 26\), got \(4, 3\)",
         ),
     ],
 )

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.ssd import tpu_block
 from tim4rec_jax.ssd.api import ssd
-from tim4rec_jax.ssd.convolution import causal_convolution
+from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
 from tim4rec_jax.ssd.dispatch import Implementation, choose
-
-ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
 class BlockArguments(NamedTuple):
@@ -67,7 +66,7 @@ def _composed(v: BlockArguments, op: str) -> jax.Array:
 # Chosen as those of `ssd` are.
 BLOCK_IMPLEMENTATIONS = {
     name: Implementation(functools.partial(_composed, op=name)) for name in ("reference", "xla")
-}
+} | {"tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.obstacle)}
 
 
 def time_aware_ssd_block(

@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+# What follows the convolution.
+ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
+
 
 def causal_convolution(
     x: Float[Array, "B _ _"],

@@ -39,7 +39,7 @@ def obstacle(v) -> str | None:
     arrays = (v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
     if any(array is not None and array.dtype == jnp.float64 for array in arrays):
         return "a TPU has no float64"
-    heads = Heads(*v.x.shape[2:], *v.B.shape[2:], dtype=None)
+    heads = Heads(*v.x.shape[2:], *v.B.shape[2:], precision="")
     if _row_bytes(plan_chunks(v.x.shape[1], v.chunk_size), heads) > MOST_BYTES:
         return "a chunk of one row does not fit VMEM; choose a smaller chunk_size"
     return None
@@ -62,12 +62,13 @@ def ssd_tpu(dt, log_decay, v):
     batch, length, number, width = v.x.shape
     final, groups = v.return_final_state, v.B.shape[2]
     # Registers know no float16, and products over fewer than 8 numbers not everywhere.
-    kind = jnp.bfloat16 if jnp.result_type(v.x, v.B, v.C) == jnp.bfloat16 else jnp.float32
+    short = jnp.result_type(v.x, v.B, v.C) == jnp.bfloat16
+    kind, precision = (jnp.bfloat16, "1") if short else (jnp.float32, "float32")
     filler = -v.B.shape[3] % 8
     size = v.B.shape[3] + filler
     chunk = plan_chunks(length, v.chunk_size)
     stateful = chunk < length or final or v.initial_state is not None
-    plan = Plan(Heads(number, width, groups, size, kind), length, chunk, stateful, final)
+    plan = Plan(Heads(number, width, groups, size, precision), length, chunk, stateful, final)
 
     state = v.initial_state
     if state is not None:

@@ -10,7 +10,8 @@ tile. What differs by head is a row [H,Q] (positions in lanes) or a column [Q,H]
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,14 @@ class Heads(NamedTuple):
         width: P.
         groups: G.
         size: N.
-        dtype: bfloat16 for matrix products of bfloat16 numbers, else float32.
+        precision: of matrix products, see `_dot`.
     """
 
     number: int
     width: int
     groups: int
     size: int
-    dtype: Any
+    precision: str
 
     @property
     def features(self) -> int:
@@ -68,21 +69,23 @@ def forward(heads: Heads, x, B, C, dt, decay, state):
         decay: logarithms of the decays [H,Q], finite.
         state: the state before the chunk [N,I]; None: there is none, before or after.
     """
-    dtype = heads.dtype
+    precision = heads.precision
     sums = _Sums(decay)
-    scores = [_dot(_of(C, g, heads), _of(B, g, heads), "nt", dtype) for g in range(heads.groups)]
+    scores = [
+        _dot(_of(C, g, heads), _of(B, g, heads), "nt", precision) for g in range(heads.groups)
+    ]
     y, left = [], []
     for lanes, members in heads.tiles():
         tile = 0.0
         for h in members:
             mixing = scores[heads.group(h)] * sums.between(h) * dt[h : h + 1]
-            tile += _dot(mixing, _only(x[:, lanes], heads, members, [h]), "nn", dtype)
+            tile += _dot(mixing, _only(x[:, lanes], heads, members, [h]), "nn", precision)
         if state is not None:
             old = state[:, lanes]
-            seen = _for_groups(heads, members, C, old, "nn", dtype)
+            seen = _for_groups(heads, members, C, old, "nn", precision)
             tile += _spread(sums.from_start, heads, members) * seen
-            kept = _spread(sums.to_end * _columns(dt), heads, members) * x[:, lanes]
-            new = _for_groups(heads, members, B, kept, "tn", dtype)
+            kept = _spread(sums.to_end * columns(dt), heads, members) * x[:, lanes]
+            new = _for_groups(heads, members, B, kept, "tn", precision)
             left.append(new + _spread(sums.whole, heads, members) * old)
         y.append(tile)
     return _join(y), None if state is None else _join(left)
@@ -115,12 +118,14 @@ def backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
         state: the state before the chunk, or None.
         dleft: gradient of the state after the chunk [N,I], None if there is none.
     """
-    dtype = heads.dtype
+    precision = heads.precision
     sums = _Sums(decay)
     size = decay.shape[1]
     reaches, before = _ones(size, "ge"), _ones(size, "lt")
-    steps = _columns(dt)
-    scores = [_dot(_of(B, g, heads), _of(C, g, heads), "nt", dtype) for g in range(heads.groups)]
+    steps = columns(dt)
+    scores = [
+        _dot(_of(B, g, heads), _of(C, g, heads), "nt", precision) for g in range(heads.groups)
+    ]
     dscores, dB, dC = ([jnp.float32(0)] * heads.groups for _ in range(3))
     dx, dstate, dsteps = [], [], jnp.zeros_like(steps)
     ddt, ddecay = jnp.zeros_like(dt), jnp.zeros_like(decay)
@@ -130,38 +135,38 @@ def backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
         for h in members:
             g, decays = heads.group(h), sums.between(h, transposed=True)
             own = _only(dyt, heads, members, [h])
-            dfed += _dot(scores[g] * decays, own, "nn", dtype)
+            dfed += _dot(scores[g] * decays, own, "nn", precision)
             weight = steps[:, h : h + 1]
-            dmixing = _dot(xt, own, "nt", dtype) * decays
+            dmixing = _dot(xt, own, "nt", precision) * decays
             dscores[g] += dmixing * weight
             # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
             # digits that differences of row and column sums would lose.
-            later = _fine_dot(dmixing * scores[g], reaches, "nn", dtype)
+            later = _dot(dmixing * scores[g], reaches, "nn", "2" if precision == "1" else precision)
             dsteps = jnp.where(_head(dsteps.shape, 1) == h, later[:, :1], dsteps)
             taken = jnp.sum(later * weight * before, axis=0, keepdims=True)
             ddecay += jnp.where(_head(ddecay.shape, 0) == h, taken, 0.0)
         if state is not None:
             old, dnew = state[:, lanes], dleft[:, lanes]
             kept, fed = _spread(sums.to_end, heads, members), xt * step
-            arrived = kept * _for_groups(heads, members, B, dnew, "nn", dtype)
+            arrived = kept * _for_groups(heads, members, B, dnew, "nn", precision)
             dfed += arrived
             ddt += _by_head(heads, members, xt * arrived)
             shown = _spread(sums.from_start, heads, members) * dyt
-            seen = shown * _for_groups(heads, members, C, old, "nn", dtype)
+            seen = shown * _for_groups(heads, members, C, old, "nn", precision)
             lasting = _spread(sums.whole, heads, members) * dnew
             ddecay += _exact_dot(_by_head(heads, members, fed * arrived), before)
             ddecay += _exact_dot(_by_head(heads, members, seen), reaches)
             lost = jnp.sum(lasting * old, axis=0, keepdims=True)
             ddecay += jnp.sum(_indicator(heads, members) * lost, axis=1, keepdims=True)
             for g, own in _groups(heads, members):
-                dB[g] += _dot(_only(kept * fed, heads, members, own), dnew, "nt", dtype)
-                dC[g] += _dot(_only(shown, heads, members, own), old, "nt", dtype)
-            dstate.append(lasting + _for_groups(heads, members, C, shown, "tn", dtype))
+                dB[g] += _dot(_only(kept * fed, heads, members, own), dnew, "nt", precision)
+                dC[g] += _dot(_only(shown, heads, members, own), old, "nt", precision)
+            dstate.append(lasting + _for_groups(heads, members, C, shown, "tn", precision))
         dx.append(step * dfed)
     for g in range(heads.groups):
-        dB[g] += _dot(dscores[g], _of(C, g, heads), "nn", dtype)
-        dC[g] += _dot(dscores[g], _of(B, g, heads), "tn", dtype)
-    ddt += _exact_dot(dsteps, _ones(size, "eq"), "tn")
+        dB[g] += _dot(dscores[g], _of(C, g, heads), "nn", precision)
+        dC[g] += _dot(dscores[g], _of(B, g, heads), "tn", precision)
+    ddt += rows_of(dsteps)
     return Gradients(
         _join(dx), _join(dB), _join(dC), ddt, ddecay, None if state is None else _join(dstate)
     )
@@ -199,28 +204,37 @@ class _Sums:
 _CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
-def _dot(a, b, axes: str, dtype):
-    """Product of matrices, "t"ransposed or "n"ot, of numbers in `dtype` and sums in float32."""
+def _dot(a, b, axes: str, precision: str):
+    """Product of float32 matrices, "t"ransposed or "n"ot, with sums in float32.
+
+    Precision is "float32", or how many products of bfloat16 numbers make up for it: "1" rounds
+    both matrices; "2" keeps 16 bits of `a`, "3" of both.
+    """
     left, right = _CONTRACT[axes]
-    return jax.lax.dot_general(
-        a.astype(dtype),
-        b.astype(dtype),
-        (((left,), (right,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((left,), (right,)), ((), ())),
         preferred_element_type=jnp.float32,
     )
+    if precision == "float32":
+        return dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
+    product = dot(a, b)
+    if precision != "1":
+        product += dot(a_rest, b)
+    if precision == "3":
+        product += dot(a, b_rest)
+    return product
 
 
-def _fine_dot(a, b, axes: str, dtype):
-    """`_dot` that keeps 16 bits of the numbers in `a`."""
-    if dtype == jnp.float32:
-        return _dot(a, b, axes, dtype)
-    coarse = a.astype(dtype)
-    return _dot(coarse, b, axes, dtype) + _dot(a - coarse.astype(a.dtype), b, axes, dtype)
+def _halves(v):
+    """The upper 8 bits of the fraction and the next 8, as bfloat16."""
+    upper = v.astype(jnp.bfloat16)
+    return upper, (v - upper.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _exact_dot(a, b, axes: str = "nn"):
-    return _dot(a, b, axes, jnp.float32)
+    return _dot(a, b, axes, "float32")
 
 
 def _compare(size: int, relation: str):
@@ -234,9 +248,14 @@ def _ones(size: int, relation: str):
     return _compare(size, relation).astype(jnp.float32)
 
 
-def _columns(rows):
-    """[H,Q] -> [Q,H]."""
+def columns(rows):
+    """[H,Q] -> [Q,H], by a product with ones and zeros: what the matrix unit is fast at."""
     return _exact_dot(_ones(rows.shape[1], "eq"), rows, "nt")
+
+
+def rows_of(columns):
+    """[Q,H] -> [H,Q]."""
+    return _exact_dot(_ones(columns.shape[1], "eq"), columns, "nt")
 
 
 def _lane(shape, heads: Heads, h: int, members: range):
@@ -271,11 +290,11 @@ def _groups(heads: Heads, members: range):
     return [(g, [h for h in members if heads.group(h) == g]) for g in found]
 
 
-def _for_groups(heads: Heads, members: range, v, tile, axes: str, dtype):
+def _for_groups(heads: Heads, members: range, v, tile, axes: str, precision):
     """Product of each group's part of `v` [Q,GN] with its heads' lanes of a tile."""
     total = 0.0
     for g, own in _groups(heads, members):
-        total += _only(_dot(_of(v, g, heads), tile, axes, dtype), heads, members, own)
+        total += _only(_dot(_of(v, g, heads), tile, axes, precision), heads, members, own)
     return total
 
 
