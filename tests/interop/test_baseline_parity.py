@@ -67,7 +67,7 @@ def after_blocks(model, batch):
     for count in range(len(blocks) + 1):
         model.blocks = nnx.List(blocks[:count])
         hidden = model(batch["items"], batch["lengths"], batch["gaps"])
-        states[f"hidden/{count}"] = hidden
+        states[f"hidden/{count}"] = hidden[..., : model.item_embedding.features]
     return states
 
 
@@ -99,6 +99,7 @@ STATES = {
     "GRU4Rec": recurrent,
     "SSD4Rec": after_blocks,
     "Mamba4Rec": after_blocks,
+    "LRURec": after_blocks,
     "SASRec": transformer,
     "BERT4Rec": bert4rec,
     "TiSASRec": tisasrec,
@@ -108,7 +109,8 @@ STATES = {
 def check(ours, reference, tolerance, what, atol=0.0):
     if reference.dtype == np.float32:  # how the large files keep some of their arrays
         tolerance = max(tolerance, 1e-7)
-    ours, reference = np.asarray(ours, np.float64), np.asarray(reference, np.float64)
+    kind = np.result_type(reference, np.float64)  # or complex
+    ours, reference = np.asarray(ours, kind), np.asarray(reference, kind)
     assert ours.shape == reference.shape, what
     error = np.linalg.norm(ours - reference)
     assert error <= tolerance * np.linalg.norm(reference) + atol, f"{what}: {error}"

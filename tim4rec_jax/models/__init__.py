@@ -11,9 +11,9 @@ from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.gru4rec import GRU4Rec
 from tim4rec_jax.models.hstu import HSTU
+from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.sasrec import SASRec
-from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.ssd4rec import SSD4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec

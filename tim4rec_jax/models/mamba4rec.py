@@ -1,12 +1,10 @@
 """Mamba4Rec: Mamba blocks over the history (arXiv 2403.03900)."""
 
-import functools
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from tim4rec_jax.layers import FeedForward
+from tim4rec_jax.layers.activations import gelu
 from tim4rec_jax.layers.mamba import Mamba, MambaBlock
 from tim4rec_jax.models.causal_blocks import CausalBlocks
 
@@ -54,7 +52,6 @@ class Mamba4Rec(CausalBlocks):
             expand=config["expand"],
             **kwargs,
         )
-        gelu = functools.partial(jax.nn.gelu, approximate=False)
         feed_forward = FeedForward(width, dropout_rate=rate, activation=gelu, eps=_EPS, **kwargs)
         return MambaBlock(
             mamba,

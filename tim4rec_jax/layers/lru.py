@@ -1,0 +1,198 @@
+"""The linear recurrent unit (arXiv 2303.06349): a diagonal complex recurrence.
+
+Complex numbers are pairs of real arrays throughout, parameters included, so that an optimizer
+treats them as torch does: real and imaginary parts each with moments of their own.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt32
+
+from tim4rec_jax.layers.block import ResidualBlock
+from tim4rec_jax.layers.time_aware_ssd import take_position
+
+
+class Complex(NamedTuple):
+    """A complex array."""
+
+    real: Float[Array, "*shape"]
+    imag: Float[Array, "*shape"]
+
+    def times(self, other: "Complex") -> "Complex":
+        """The product."""
+        real = self.real * other.real - self.imag * other.imag
+        return Complex(real, self.real * other.imag + self.imag * other.real)
+
+    def plus(self, other: "Complex") -> "Complex":
+        """The sum."""
+        return Complex(self.real + other.real, self.imag + other.imag)
+
+    def conjugate(self) -> "Complex":
+        """The conjugate."""
+        return Complex(self.real, -self.imag)
+
+    def scaled(self, factor: jax.Array) -> "Complex":
+        """The product with a real array."""
+        return Complex(self.real * factor, self.imag * factor)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def linear_recurrence(
+    decay: Complex, inputs: Complex, starts: Bool[Array, "L B"] | None, implementation: str
+) -> Complex:
+    """h[t] = decay h[t-1] + inputs[t] over the first axis, from zeros.
+
+    Args:
+      decay: of every channel, [S].
+      inputs: [L, B, S].
+      starts: where the state is zero before the input; None: nowhere.
+      implementation: "loop" over the positions, or "associative": a parallel prefix sum with
+        several times the arithmetic.
+
+    Returns:
+      The states [L, B, S].
+    """
+    return _run(decay, inputs, starts, implementation)
+
+
+def _run(decay, inputs, starts, implementation):
+    """The recurrence; `starts[t]`: nothing passes from t - 1 to t."""
+    keep = None if starts is None else (~starts[..., None]).astype(decay.real.dtype)
+    if implementation == "loop":
+
+        def step(h, xs):
+            x, keep = xs
+            h = decay.times(h)
+            h = (h if keep is None else h.scaled(keep)).plus(x)
+            return h, h
+
+        zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), inputs)
+        return jax.lax.scan(step, zero, (inputs, keep))[1]
+
+    def join(before, after):
+        (a, x), (b, y) = before, after
+        return b.times(a), b.times(x).plus(y)
+
+    decays = jax.tree.map(lambda d, x: jnp.broadcast_to(d, x.shape), decay, inputs)
+    decays = decays if keep is None else decays.scaled(keep)
+    return jax.lax.associative_scan(join, (decays, inputs))[1]
+
+
+def _forward(decay, inputs, starts, implementation):
+    states = _run(decay, inputs, starts, implementation)
+    return states, (decay, states, starts)
+
+
+def _backward(implementation, residuals, d_states):
+    decay, states, starts = residuals
+    backwards = functools.partial(jax.tree.map, lambda x: x[::-1])
+    ends = None
+    if starts is not None:  # nothing passes from t + 1 back to t
+        ends = jnp.roll(starts, -1, axis=0)[::-1]
+    d_inputs = backwards(_run(decay.conjugate(), backwards(d_states), ends, implementation))
+    before = jax.tree.map(lambda h: jnp.pad(h[:-1], ((1, 0), (0, 0), (0, 0))), states)
+    if starts is not None:
+        before = before.scaled((~starts[..., None]).astype(decay.real.dtype))
+    d_decay = jax.tree.map(lambda g: g.sum((0, 1)), before.conjugate().times(d_inputs))
+    return d_decay, d_inputs, None
+
+
+linear_recurrence.defvjp(_forward, _backward)
+
+
+def _ring(key, states: int, smallest: float, largest: float, dtype) -> jax.Array:
+    """Logarithms [3, S] of rate, angle and input scale: decays uniform over a ring."""
+    magnitude, angle = jax.random.split(key)
+    squared = jax.random.uniform(magnitude, (states,), dtype, smallest**2, largest**2)
+    angle = jax.random.uniform(angle, (states,), dtype, 1e-6, 2 * jnp.pi)
+    rate, scale = jnp.log(-0.5 * jnp.log(squared)), 0.5 * jnp.log1p(-squared)
+    return jnp.stack([rate, jnp.log(angle), scale])
+
+
+class LRU(nnx.Module):
+    """Re(W_out h + b_out) of h[t] = decay h[t-1] + scale (W_in x[t] + b_in)."""
+
+    def __init__(self, width: int, *, states: int, dtype, param_dtype, rngs: nnx.Rngs):
+        """Decays start between 0.8 and 0.99 in magnitude; weights are pairs, N(0, 0.02^2)."""
+        draw = nnx.initializers.normal(0.02)
+        self.dtype = dtype
+        self.params_log = nnx.Param(_ring(rngs.params(), states, 0.8, 0.99, param_dtype))
+        self.in_kernel = nnx.Param(draw(rngs.params(), (2, width, states), param_dtype))
+        self.in_bias = nnx.Param(draw(rngs.params(), (2, states), param_dtype))
+        self.out_kernel = nnx.Param(draw(rngs.params(), (2, states, width), param_dtype))
+        self.out_bias = nnx.Param(draw(rngs.params(), (2, width), param_dtype))
+
+    def states(
+        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+    ) -> Complex:
+        """The states [L, B, S] after every position."""
+        starts = None
+        if segment_ids is not None:
+            starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]).T != 0
+        way = "loop" if jax.default_backend() == "cpu" else "associative"
+        return linear_recurrence(self._decay(), self._inputs(x.swapaxes(0, 1)), starts, way)
+
+    def step(self, state: Complex, x: Float[Array, "B D"]) -> Complex:
+        """The states [B, S] after one more position."""
+        return self._decay().times(state).plus(self._inputs(x))
+
+    def output(self, state: Complex) -> Float[Array, "*batch D"]:
+        """What the block takes from states [*batch, S]."""
+        kernel = jnp.concatenate([self.out_kernel[0], -self.out_kernel[1]]).astype(self.dtype)
+        rows = jnp.concatenate(state, axis=-1).astype(self.dtype)
+        y = rows.reshape(-1, rows.shape[-1]) @ kernel + self.out_bias[0].astype(self.dtype)
+        return y.reshape(*rows.shape[:-1], -1)
+
+    def _decay(self) -> Complex:
+        rate, angle = jnp.exp(self.params_log[0]), jnp.exp(self.params_log[1])
+        return Complex(jnp.cos(angle), jnp.sin(angle)).scaled(jnp.exp(-rate))
+
+    def _inputs(self, x) -> Complex:
+        kernel = jnp.concatenate(list(self.in_kernel), axis=1).astype(self.dtype)
+        rows = x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel
+        rows = rows.astype(self.in_bias.dtype).reshape(*x.shape[:-1], -1)
+        both = (rows + self.in_bias.reshape(-1)) * jnp.tile(jnp.exp(self.params_log[2]), 2)
+        return Complex(*jnp.split(both, 2, axis=-1))
+
+
+class LRUBlock(ResidualBlock):
+    """A linear recurrent unit, then what `ResidualBlock` adds."""
+
+    def __init__(self, lru: LRU, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.lru = lru
+
+    def __call__(
+        self,
+        h: Float[Array, "B L D"],
+        segment_ids: Int[Array, "B L"] | None = None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """One layer over rows of one or more histories each."""
+        y = self.lru.output(self.lru.states(h, segment_ids)).swapaxes(0, 1)
+        return self.finish(y, h, seeds)
+
+    def last(
+        self,
+        h: Float[Array, "B L D"],
+        lengths: Int[Array, "B"],
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1` of rows of one history each."""
+        states = self.lru.states(h)
+        state = jax.tree.map(lambda x: take_position(x.swapaxes(0, 1), lengths - 1), states)
+        return self.finish(self.lru.output(state), take_position(h, lengths - 1), seeds)
+
+    def init_state(self, batch: int) -> Complex:
+        """The state before the first event."""
+        zeros = jnp.zeros((batch, self.lru.params_log.shape[1]), self.lru.params_log.dtype)
+        return Complex(zeros, zeros)
+
+    def step(self, state: Complex, h: Float[Array, "B D"]) -> tuple[Complex, Float[Array, "B D"]]:
+        """`__call__` for one more event."""
+        state = self.lru.step(state, h)
+        return state, self.finish(self.lru.output(state), h, None)
