@@ -1,6 +1,7 @@
 """The models made of attention: what each position sees, and what time does."""
 
 import functools
+import itertools
 import json
 
 import jax
@@ -82,7 +83,7 @@ def test_segments_are_rows_of_their_own(name):
     segments = np.repeat(np.arange(3), np.diff(cuts))[None].repeat(ROWS, 0)
     gaps[:, cuts[:-1]] = 0
     packed = call(*model, items, gaps, segments)
-    for begin, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for begin, end in itertools.pairwise(cuts):
         part = np.zeros_like(items)
         part[:, : end - begin] = items[:, begin:end]
         part_gaps = np.zeros_like(gaps)
