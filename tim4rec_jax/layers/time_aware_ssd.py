@@ -9,7 +9,9 @@ from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.layers.convolution import CausalConv
 from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd import ssd, time_aware_ssd_block
+from tim4rec_jax.ssd.block import has_kernel
+from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.last import ssd_last
 from tim4rec_jax.ssd.mask import decay_mask
 
@@ -82,6 +84,35 @@ class SSDLayer(nnx.Module):
         x = x.reshape(*x.shape[:-1], self.heads, self.head_width)
         return x, B[..., None, :], C[..., None, :]
 
+    @property
+    def fuses(self) -> bool:
+        """Whether `fused` is the fastest way on the platform that is compiled for."""
+        return has_kernel() and self.activation in ACTIVATIONS.values()
+
+    def fused(
+        self,
+        h: Float[Array, "B L D"],
+        factor: Float[Array, "B L H"] | None,
+        segment_ids: Int[Array, "B L"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """The layer with one kernel for all between its projections."""
+        y = time_aware_ssd_block(
+            self.in_proj(h),
+            factor,
+            conv_kernel=self.conv.kernel[...],
+            conv_bias=self.conv.bias[...],
+            A=-jnp.exp(self.A_log[...]),
+            D=self.D[...],
+            dt_bias=self.dt_bias[...],
+            norm_scale=jnp.asarray(self.norm.scale),
+            activation=next(name for name, f in ACTIVATIONS.items() if f is self.activation),
+            state=self.state,
+            eps=self.norm.epsilon,
+            segment_ids=segment_ids,
+            chunk_size=self.chunk_size,
+        )
+        return self.out_proj(y)
+
     def output(
         self, y: Float[Array, "*batch H P"], z: Float[Array, "*batch I"]
     ) -> Float[Array, "*batch D"]:
@@ -101,6 +132,8 @@ class TimeAwareSSD(SSDLayer):
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
     ) -> Float[Array, "B L D"]:
         """Mixes the sequence; `factor` scales the raw step sizes (None: 1)."""
+        if self.fuses:
+            return self.fused(h, factor)
         z, mixed_dt = jnp.split(self.in_proj(h), [self.inner], axis=-1)
         x, B, C, dt = self._inputs(mixed_dt, factor)
         y: Any = ssd(

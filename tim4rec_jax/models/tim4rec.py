@@ -1,6 +1,5 @@
 """TiM4Rec: items and the gaps between them -> the next item (arXiv 2409.16182)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
@@ -9,9 +8,9 @@ from tim4rec_jax.layers import Block, FeedForward, TimeAwareSSD, TimeEncoder, Ti
 from tim4rec_jax.layers.block import layer_norm
 from tim4rec_jax.layers.dropout import dropout, fold
 from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 TIME_ENCODINGS = ("paper", "masked")
-ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
 class TiM4Rec(SequenceModel):

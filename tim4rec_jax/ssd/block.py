@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from tim4rec_jax.ssd import tpu_block
 from tim4rec_jax.ssd.api import ssd
 from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
-from tim4rec_jax.ssd.dispatch import Implementation, choose
+from tim4rec_jax.ssd.dispatch import Implementation, choose, target
 
 
 class BlockArguments(NamedTuple):
@@ -67,6 +67,11 @@ def _composed(v: BlockArguments, op: str) -> jax.Array:
 BLOCK_IMPLEMENTATIONS = {
     name: Implementation(functools.partial(_composed, op=name)) for name in ("reference", "xla")
 } | {"tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.obstacle)}
+
+
+def has_kernel() -> bool:
+    """Whether the platform that is compiled for has a kernel for the block."""
+    return any(way.platform == target().platform for way in BLOCK_IMPLEMENTATIONS.values())
 
 
 def time_aware_ssd_block(
