@@ -64,7 +64,7 @@ class SSDLayer(nnx.Module):
         self.heads = self.inner // head_width
         self.chunk_size, self.dtype = chunk_size, dtype
         self.activation = activation
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         mixed = self.inner + 2 * state
         self.in_proj = Dense(width, self.inner + mixed + self.heads, **kwargs)
         self.conv = CausalConv(
