@@ -100,6 +100,7 @@ STATES = {
     "SSD4Rec": after_blocks,
     "Mamba4Rec": after_blocks,
     "LRURec": after_blocks,
+    "Caser": lambda model, batch: {},
     "SASRec": transformer,
     "BERT4Rec": bert4rec,
     "TiSASRec": tisasrec,

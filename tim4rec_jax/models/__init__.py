@@ -8,6 +8,7 @@ from flax import nnx
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.models.bert4rec import BERT4Rec
+from tim4rec_jax.models.caser import Caser
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.gru4rec import GRU4Rec
 from tim4rec_jax.models.hstu import HSTU
@@ -22,6 +23,7 @@ from tim4rec_jax.models.tisasrec import TiSASRec
 MODELS: dict[str, type[SequenceModel]] = {
     "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
     "gru4rec": GRU4Rec,
+    "caser": Caser,
     "lrurec": LRURec,
     "mamba4rec": Mamba4Rec,
     "ssd4rec": SSD4Rec,
