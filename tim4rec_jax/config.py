@@ -24,6 +24,9 @@ def default() -> Config:
             "prepare": "",  # and the command that makes it
             "seed": 2020,  # of initial weights, shuffling and dropout
             "data": {
+                # Where batches are gathered: on the "host", on the "device" (the event log lies
+                # there), or "auto": on a GPU or TPU that has the memory.
+                "placement": "auto",
                 # Or "global_time": training ends at a date. See tim4rec_jax/data/splits.py.
                 "split": "leave_one_out",
                 # ISO dates, of "global_time" only; by default 80 and 90 % of events are before.
@@ -69,6 +72,8 @@ def use_model(config: Config, name: str) -> None:
         config.model = ConfigDict({"name": name, **MODEL_SETTINGS[name]})
     config.train.objective = "cloze" if name == "bert4rec" else "prefix"
     config.train.patience = 20 if name in ("tim4rec", "mamba4rec") else 10
+    if name == "popularity":
+        config.train.epochs = 1  # learns nothing
 
 
 def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
@@ -142,6 +147,7 @@ def resolve(config: Config) -> Config:
     if model.name == "tim4rec":
         _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    _one_of("data.placement", config.data.placement, ("auto", "device", "host"))
     _one_of("data.split", config.data.split, ("leave_one_out", "global_time"))
     _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
     losses = ("cross_entropy", "sampled_softmax", "gbce", "bpr")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +11,16 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tests.training.tiny_run import MAX_LENGTH, tiny_config
+from tests.training.tiny_run import MAX_LENGTH, die_at, parameters, tiny_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, open_dataset
+from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
-from tim4rec_jax.training import loop
-from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.training import loop, steps
 from tim4rec_jax.training.interrupt import only_process
 from tim4rec_jax.training.loop import train
+from tim4rec_jax.training.step import make_optimizer
 
 
 def cycles(n_items=30):
@@ -49,10 +51,6 @@ def all_devices(): ...
 def records(workdir, kind):
     lines = (workdir / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
-
-
-def parameters(workdir):
-    return nnx.to_pure_dict(nnx.state(load_best(workdir)[1], nnx.Param))
 
 
 @pytest.fixture(scope="module")
@@ -103,15 +101,7 @@ def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, m
     config_lib.use_causal_time(config, rows=2, epochs=2)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     calm = train(config, tmp_path / "calm")
-    steps = iter(range(1, 1000))
-
-    def dying(self, batch):
-        if next(steps) == 20:
-            raise RuntimeError("killed")
-        return train_step(self, batch)
-
-    train_step = loop._Run._train_step
-    monkeypatch.setattr(loop._Run, "_train_step", dying)
+    die_at(20, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path / "hit")
     hit = train(config, tmp_path / "hit")
@@ -121,7 +111,7 @@ def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, m
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "train_step", None)
+    monkeypatch.setattr(loop, "make_steps", None)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     figures = train(tiny_config(dataset, epochs=15, learning_rate=0.01), finished)
     assert figures == json.loads((finished / "metrics.json").read_text())
@@ -189,16 +179,15 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     """A signal that comes while the last step of an epoch runs."""
     config = tiny_config(dataset, epochs=3, learning_rate=0.01)
     scripted(monkeypatch, [0.1, 0.3])
-    step = loop._Run._train_step
+    run = steps.HostSteps.run
 
-    def signalled(run, batch):
-        metrics = step(run, batch)
-        if run._step % run.batches.batches_per_epoch == 0:
-            run.stop.signal = 15
-        return metrics
+    def signalled(self, state, left, done):
+        if left == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return run(self, state, left, done)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_train_step", signalled)
+        patch.setattr(steps.HostSteps, "run", signalled)
         for epoch in (1, 2):
             with pytest.raises(KeyboardInterrupt):
                 train(config, tmp_path)
@@ -212,9 +201,9 @@ def test_eight_devices_train_the_model_that_one_does(dataset, tmp_path, monkeypa
     config = tiny_config(dataset, epochs=2, learning_rate=0.01)
     scripted(monkeypatch, [0.1, 0.2, 0.1, 0.2])
     ran_on = []
-    step = loop.train_step
+    step = steps.train_step
     monkeypatch.setattr(
-        loop,
+        steps,
         "train_step",
         lambda state, batch, **rest: (
             ran_on.append(len(batch["items"].sharding.device_set)) or step(state, batch, **rest)
@@ -242,11 +231,11 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_p
             train(config, tmp_path)
     checkpoints = loop.Checkpoints(tmp_path)
     model = build(config.model, n_items=30, max_length=MAX_LENGTH)
-    state = loop.init_state(nnx.state(model, nnx.Param), loop.make_optimizer(1e30, 0.0), 0)
+    state = loop.init_state(nnx.state(model, nnx.Param), make_optimizer(1e30, 0.0), 0)
     batches = TrainBatches(
         open_dataset(dataset), max_length=12, batch_size=16, seed=0, convention="recbole"
     )
-    state, _ = checkpoints.restore(state, loop.train_iterator(batches))
+    state, _ = checkpoints.restore(state, train_iterator(batches))
     checkpoints.close()
     assert int(state.bad_step) == 1
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(state.params))

@@ -129,6 +129,36 @@ class TrainBatches:
 
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from the start of training (0 and up)."""
+        level, users, ends, weights = self._batch(number)
+        batch = prefix_batch(
+            self.dataset,
+            users,
+            ends,
+            width=self.buckets[level],
+            max_length=self.max_length,
+            convention=self.convention,
+        )
+        return batch | {"weights": weights}
+
+    def rows(self, number: int) -> Batch:
+        """What batch `number` is gathered from.
+
+        Returns:
+          `bucket` int32 [], which of `buckets` `items` is as wide as; and for every row `stops`
+          int32, the number of the target among all events of the dataset, `lengths` int32 of the
+          window before it, `users` int32 and `weights` float32.
+        """
+        level, users, ends, weights = self._batch(number)
+        return {
+            "bucket": np.array(level, np.int32),
+            "stops": (self.dataset.offsets[users] + ends).astype(np.int32),
+            "lengths": np.minimum(ends, self.max_length).astype(np.int32),
+            "users": users.astype(np.int32),
+            "weights": weights,
+        }
+
+    def _batch(self, number: int):
+        """Bucket, users, numbers of their target events and weights of a batch."""
         epoch, number = divmod(number, self.batches_per_epoch)
         key = (self.seed, epoch, len(self.buckets))
         number = permute(np.array([number]), self.batches_per_epoch, key)[0]
@@ -139,15 +169,7 @@ class TrainBatches:
         positions = first + self._rows
         real = positions < bucket.size
         users, ends = self._samples(epoch, level, np.where(real, positions, first))
-        batch = prefix_batch(
-            self.dataset,
-            users,
-            ends,
-            width=bucket.width,
-            max_length=self.max_length,
-            convention=self.convention,
-        )
-        return batch | {"weights": real.astype(np.float32)}
+        return level, users, ends, real.astype(np.float32)
 
     def _samples(self, epoch: int, level: int, positions: np.ndarray):
         """User and target event of the samples at `positions` of a bucket's shuffled list."""

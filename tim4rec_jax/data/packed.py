@@ -33,6 +33,7 @@ class PackedBatches:
       weights: float32 [R,L], 1, or 0 behind the end of an epoch.
 
     Attributes:
+      buckets: widths of rows, only one.
       n_samples: targets in an epoch.
       batches_per_epoch: batches in an epoch.
       fill: share of the positions of an epoch that hold an event.
@@ -73,6 +74,7 @@ class PackedBatches:
         self._taken = np.minimum(self._samples, most)
         self.n_samples = int(self._taken.sum())
         self._positions = batch_size * max_length
+        self.buckets = (max_length,)
         self.batches_per_epoch = -(-self.n_samples // self._positions)
         self.fill = self.n_samples / (self.batches_per_epoch * self._positions)
         # Threads work at the end of one epoch and at the beginning of the next.
@@ -85,17 +87,8 @@ class PackedBatches:
 
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from the start of training (0 and up)."""
-        epoch, number = divmod(number, self.batches_per_epoch)
-        plan, length = self._epoch(epoch), self.max_length
-        first = number * self._positions + int(self._rows[0]) * length
-        end = max(min(first + len(self._rows) * length, self.n_samples), first)
-        # A segment ends with a history or with a row.
-        histories = plan.starts[slice(*np.searchsorted(plan.starts, [first, end]))]
-        starts = np.union1d(np.arange(first, end, length), histories)
-        lengths = np.diff(starts, append=end)
-        user = np.searchsorted(plan.starts, starts, side="right") - 1
-        begins = plan.events[user] + starts - plan.starts[user]
-
+        begins, lengths = self._segments(number)
+        length, filled = self.max_length, int(lengths.sum())
         items = self.dataset.items(begins, lengths + 1, length + 1)
         times = self.dataset.timestamps(begins, lengths + 1, length + 1)
         waits = np.diff(times, axis=1).astype(np.float32)
@@ -104,10 +97,10 @@ class PackedBatches:
 
         def rows(values):
             flat = np.zeros(len(self._rows) * length, values.dtype)
-            flat[: end - first] = values[real]
+            flat[:filled] = values[real]
             return flat.reshape(-1, length)
 
-        segments = np.broadcast_to(np.arange(len(starts), dtype=np.int32)[:, None], real.shape)
+        segments = np.broadcast_to(np.arange(len(begins), dtype=np.int32)[:, None], real.shape)
         return {
             "items": rows(items[:, :-1]),
             "gaps": rows(gaps),
@@ -116,6 +109,38 @@ class PackedBatches:
             "waits": rows(waits),
             "weights": rows(real.astype(np.float32)),
         }
+
+    def rows(self, number: int) -> Batch:
+        """What batch `number` is gathered from.
+
+        Returns:
+          `bucket` int32 [], always 0; and for every position `events` int32 [R,L], the number of
+          its event among all of the dataset, `first` bool [R,L], whether a segment begins there,
+          and `weights` float32 [R,L]. All are 0 behind the end of an epoch.
+        """
+        begins, lengths = self._segments(number)
+        starts = np.cumsum(lengths) - lengths
+        filled = int(lengths.sum())
+        shape = (len(self._rows), self.max_length)
+        events, first, weights = (np.zeros(shape, kind) for kind in (np.int32, bool, np.float32))
+        within = np.arange(filled) - np.repeat(starts, lengths)
+        events.reshape(-1)[:filled] = np.repeat(begins, lengths) + within
+        first.reshape(-1)[starts] = True
+        weights.reshape(-1)[:filled] = 1
+        bucket = np.zeros((), np.int32)
+        return {"bucket": bucket, "events": events, "first": first, "weights": weights}
+
+    def _segments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of the first events of a batch's segments, and how many events they have."""
+        epoch, number = divmod(number, self.batches_per_epoch)
+        plan, length = self._epoch(epoch), self.max_length
+        first = number * self._positions + int(self._rows[0]) * length
+        end = max(min(first + len(self._rows) * length, self.n_samples), first)
+        # A segment ends with a history or with a row.
+        histories = plan.starts[slice(*np.searchsorted(plan.starts, [first, end]))]
+        starts = np.union1d(np.arange(first, end, length), histories)
+        user = np.searchsorted(plan.starts, starts, side="right") - 1
+        return plan.events[user] + starts - plan.starts[user], np.diff(starts, append=end)
 
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         order = permute(np.arange(len(self._users)), len(self._users), (self.seed, epoch))

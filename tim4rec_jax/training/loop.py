@@ -19,22 +19,16 @@ from tim4rec_jax.data import (
     open_dataset,
     train_item_counts,
 )
-from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.loop import Split
-from tim4rec_jax.models import build, inputs
+from tim4rec_jax.models import build
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import only_process, stop_on_signal
-from tim4rec_jax.training.losses import Loss, cumulative_counts
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
-from tim4rec_jax.training.step import (
-    init_state,
-    make_optimizer,
-    micro_count,
-    train_step,
-)
+from tim4rec_jax.training.step import init_state
+from tim4rec_jax.training.steps import make_steps
 from tim4rec_jax.training.summary import describe_data, describe_model
 
 # Steps the host may be ahead of the device: enough to never wait, few enough to stop soon.
@@ -100,24 +94,9 @@ class _Run:
             max_length=data.max_length,
             seed=config.seed,
         )
-        train = config.train
-        self.loss = Loss(train.loss, train.negatives, train.calibration)
-        self.up_to = None
-        if train.loss == "sampled_softmax":
-            counts = cumulative_counts(train_item_counts(dataset))
-            self.up_to = jax.device_put(counts, self.placement.replicated)
-        self.needed = (*inputs(model), "targets", "weights")
+        self.steps, tx = make_steps(config, dataset, self.batches, model, self.placement)
         self.graphdef, params = nnx.split(model)
-        steps = config.train.epochs * self.batches.batches_per_epoch
-        self.tx = make_optimizer(
-            config.train.learning_rate,
-            config.train.weight_decay,
-            steps if config.train.schedule == "cosine" else None,
-        )
-        self.state = jax.device_put(
-            init_state(params, self.tx, config.seed), self.placement.replicated
-        )
-        self.iterator = train_iterator(self.batches)
+        self.state = jax.device_put(init_state(params, tx, config.seed), self.placement.replicated)
         self.progress = {
             "best": None,  # validation metrics of the best epoch
             "best_epoch": 0,
@@ -147,7 +126,7 @@ class _Run:
     def _resume(self) -> None:
         print(describe_data(self.batches))
         print(describe_model(self.graphdef, self.state.params, self.config.data.max_length))
-        restored = self.checkpoints.restore(self.state, self.iterator)
+        restored = self.checkpoints.restore(self.state, self.steps.iterator)
         if restored is not None:
             self.state, self.progress = restored
             print(f"resuming at step {int(self.state.step):,}")
@@ -184,30 +163,15 @@ class _Run:
             if time.perf_counter() - saved > 60 * self.config.train.checkpoint_minutes:
                 self._save()
                 saved = time.perf_counter()
-            metrics = self._train_step(next(self.iterator))
+            left, done = end - self._step, self._step % per_epoch
+            self.state, metrics, count = self.steps.run(self.state, left, done)
+            self._step += count
             pending.append((self._step, metrics))
             if len(pending) > _AHEAD:
                 self._report(line, *pending.popleft())
         for step, metrics in pending:
             self._report(line, step, metrics)
         line.clear()
-
-    def _train_step(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        """Dispatches one step; returns its metrics, to be fetched later."""
-        rows, width = batch["items"].shape
-        batch = {name: batch[name] for name in self.needed if name in batch}
-        self.state, metrics = train_step(
-            self.state,
-            jax.device_put(batch, self.placement.by_row),
-            graphdef=self.graphdef,
-            tx=self.tx,
-            micro=micro_count(rows, width, self.placement.devices),
-            objective=self.config.train.objective,
-            loss=self.loss,
-            up_to=self.up_to,
-        )
-        self._step += 1
-        return metrics
 
     def _report(self, line: ProgressLine, step: int, metrics: dict[str, jax.Array]) -> None:
         self._check_finite(step, int(metrics["bad_step"]))
@@ -227,7 +191,7 @@ class _Run:
 
     def _save(self) -> None:
         progress = self.progress | {"seconds": self._seconds()}
-        self.checkpoints.save(self.state, self.iterator, progress)
+        self.checkpoints.save(self.state, self.steps.iterator, progress)
 
     def _seconds(self) -> float:
         return self.progress["seconds"] + time.perf_counter() - self._started

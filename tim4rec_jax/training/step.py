@@ -132,10 +132,7 @@ def loss_and_gradients(
     return jax.lax.scan(accumulate, zero, micro_batches((batch, seeds), micro))[0]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "tx", "micro", "objective", "loss"), donate_argnums=0
-)
-def train_step(
+def update(
     state: TrainState,
     batch: Batch,
     *,
@@ -149,7 +146,7 @@ def train_step(
     """One update.
 
     Args:
-      state: donated.
+      state: before; donated by `train_step`, which is this, compiled.
       batch: what the objective takes.
       graphdef: the model's structure.
       tx: the optimizer.
@@ -192,3 +189,8 @@ def train_step(
     loss_so_far = state.loss_sum / jnp.maximum(state.weight_sum, 1.0)
     metrics = {"loss": loss_so_far, "bad_step": state.bad_step}
     return state, jax.tree.map(lambda x: x + 0, metrics)
+
+
+train_step = jax.jit(
+    update, static_argnames=("graphdef", "tx", "micro", "objective", "loss"), donate_argnums=0
+)
