@@ -70,6 +70,7 @@ MODEL_SETTINGS = {
     },
     "lrurec": {"hidden_size": 64, "n_layers": 2, "dropout_prob": 0.2},
     "caser": {"embedding_size": 64, "nv": 4, "nh": 8, "dropout_prob": 0.2, "reg_weight": 1e-4},
+    "popularity": {},  # nothing to set
     "ssd4rec": {
         "hidden_size": 64,
         "num_layers": 2,

@@ -14,6 +14,7 @@ from tim4rec_jax.models.gru4rec import GRU4Rec
 from tim4rec_jax.models.hstu import HSTU
 from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
+from tim4rec_jax.models.popularity import Popularity
 from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
 from tim4rec_jax.models.ssd4rec import SSD4Rec
@@ -23,6 +24,7 @@ from tim4rec_jax.models.tisasrec import TiSASRec
 MODELS: dict[str, type[SequenceModel]] = {
     "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
     "gru4rec": GRU4Rec,
+    "popularity": Popularity,
     "caser": Caser,
     "lrurec": LRURec,
     "mamba4rec": Mamba4Rec,
