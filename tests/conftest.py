@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-# Both must be set before JAX starts; the suite is written for eight CPU devices.
+# All must be set before JAX and Triton start; the suite is written for eight CPU devices.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

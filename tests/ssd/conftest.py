@@ -5,7 +5,9 @@ import functools
 import pytest
 from jax.experimental import pallas
 
+from tests.ssd import interpreter
 from tim4rec_jax.ssd import compile_for
+from tim4rec_jax.ssd import triton as binding
 
 
 @pytest.fixture
@@ -17,9 +19,18 @@ def tpu(monkeypatch):
         yield
 
 
+@pytest.fixture
+def triton(monkeypatch):
+    """Programs are traced as for an H100, their kernels run by Triton's interpreter."""
+    monkeypatch.setattr(binding, "launch", interpreter.launch)
+    monkeypatch.setattr(binding.importlib.util, "find_spec", lambda name: name)
+    with compile_for("gpu", 90):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _own_platform(request):
     """Tests of an implementation run on its platform."""
     parameters = request.node.callspec.params if hasattr(request.node, "callspec") else {}
-    if parameters.get("implementation") == "tpu":
-        request.getfixturevalue("tpu")
+    if (name := parameters.get("implementation")) in ("tpu", "triton"):
+        request.getfixturevalue(name)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tim4rec_jax.ssd import tpu
+from tim4rec_jax.ssd import tpu, triton
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
 from tim4rec_jax.ssd.xla import ssd_xla
@@ -67,6 +67,7 @@ def _steps(v: Arguments, dtype):
 IMPLEMENTATIONS = {
     "reference": Implementation(_from_decays(ssd_reference)),
     "xla": Implementation(_from_decays(ssd_xla)),
+    "triton": Implementation(triton.ssd_triton, "gpu", triton.obstacle),
     "tpu": Implementation(_on_tpu, "tpu", tpu.obstacle),
 }
 
