@@ -12,7 +12,7 @@ quickstart: .venv/.base
 	$(PY) train.py --config configs/quickstart.py --workdir runs/quickstart
 	$(PY) eval.py --workdir runs/quickstart --split test
 
-test: .venv/.dev
+test: .venv/.dev .venv/.tpu
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
@@ -29,4 +29,12 @@ clean:
 
 .venv/.dev: .venv/.base
 	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the
+# way of all other programs, which would print its warnings. Where there is none, they are skipped.
+.venv/.tpu: .venv/.base
+	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/tpu \
+	  "$$($(PY) -c 'from importlib.metadata import requires as r; \
+	  print(next(v.split(";")[0] for v in r("jax") if v.startswith("libtpu")))')"
 	touch $@
