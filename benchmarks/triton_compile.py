@@ -1,0 +1,199 @@
+"""What the compiler makes of the Triton kernels, for GPUs that need not be in this machine.
+
+    python -m benchmarks.triton_compile [--capabilities 80 90] [--shapes 0 1] [--json]
+
+A row for every kernel, shape and GPU: registers of a thread, bytes of spills, shared memory of a
+program, kinds of instructions in the machine code, seconds to compile. "blocks" is positions of
+a chunk / heads of a program / warps / stages. The kernels are those that `tim4rec_jax.ssd` would
+launch, forward and backward, as in training (D, bias, softplus).
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+from unittest import mock
+
+os.environ["TRITON_INTERPRET"] = "0"
+
+import jax
+import jax.numpy as jnp
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+
+from tim4rec_jax.ssd import compile_for, ssd, triton_kernels
+from tim4rec_jax.ssd import triton as binding
+from tim4rec_jax.ssd.blocks import Blocks
+
+
+class Shape(NamedTuple):
+    """A shape of the op, with one group."""
+
+    length: int
+    heads: int
+    width: int
+    state: int
+    dtype: str = "float32"
+    precision: str = "ieee"
+
+
+SHAPES = [
+    *(Shape(length, 4, 32, 32) for length in (50, 200)),
+    *(Shape(length, 4, 32, 32, precision="tf32") for length in (50, 200)),
+    *(Shape(length, 4, 32, 32, "bfloat16") for length in (50, 200)),
+    *(Shape(length, 8, 64, 64) for length in (50, 200)),
+    *(Shape(length, 8, 64, 64, "bfloat16") for length in (50, 200)),
+    *(Shape(length, 4, 128, 128, "bfloat16") for length in (50, 200)),
+]
+
+
+class Launch(NamedTuple):
+    """What `tim4rec_jax.ssd.triton.launch` was asked for."""
+
+    kernel: str
+    signature: dict[str, str]
+    constants: dict
+    size: Blocks
+
+
+def launches(shape: Shape, capability: int) -> list[Launch]:
+    """Returns what the gradient of the op launches, forward and backward."""
+    found = {}
+
+    def record(kernel, inputs, outputs, programs, constants, size):
+        names = getattr(triton_kernels, kernel).arg_names
+        arrays = (*inputs, *outputs)
+        types = [_type(v) for v in arrays] + ["constexpr"] * len(constants)
+        found[kernel] = Launch(kernel, dict(zip(names, types, strict=True)), constants, size)
+        return [jnp.zeros(v.shape, v.dtype) for v in outputs]
+
+    wide, lead = jnp.dtype(shape.dtype), (2, shape.length)
+    inputs = {
+        "x": jax.ShapeDtypeStruct((*lead, shape.heads, shape.width), wide),
+        "dt": jax.ShapeDtypeStruct((*lead, shape.heads), jnp.float32),
+        "A": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
+        "B": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
+        "C": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
+        "D": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
+        "dt_bias": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
+    }
+
+    def total(inputs):
+        y = ssd(**inputs, dt_softplus=True, precision=shape.precision, implementation="triton")
+        return jnp.sum(y.astype(jnp.float32))
+
+    with compile_for("gpu", capability), mock.patch.object(binding, "launch", record):
+        jax.eval_shape(jax.grad(total), inputs)
+    return list(found.values())
+
+
+def _type(value) -> str:
+    names = {"float32": "fp32", "bfloat16": "bf16", "int32": "i32"}
+    return "i32" if isinstance(value, int) else f"*{names[str(value.dtype)]}"
+
+
+class Report(NamedTuple):
+    """What a compiled kernel needs."""
+
+    registers: int
+    spills: int  # bytes of stores and loads
+    shared: int  # bytes
+    instructions: dict[str, int]
+    seconds: float
+
+
+def compile_kernel(launch: Launch, capability: int) -> Report:
+    """Compiles to machine code and reads what the assembler says of it."""
+    kernel = getattr(triton_kernels, launch.kernel)
+    # As jax-triton does: all arrays begin at a multiple of 16 bytes.
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(launch.signature.values())
+        if kind.startswith("*")
+    }
+    source = triton.compiler.ASTSource(
+        kernel, signature=launch.signature, constexprs=launch.constants, attrs=aligned
+    )
+    start = time.perf_counter()
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={
+            "num_warps": launch.size.warps,
+            "num_stages": launch.size.stages,
+            "enable_fp_fusion": True,
+        },
+    )
+    seconds = time.perf_counter() - start
+    tools = Path(nvidia.__file__).parent / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        ptx.write_text(compiled.asm["ptx"])
+        gpu = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.M)[1]
+        said = subprocess.run(
+            [tools / "ptxas", "-v", f"--gpu-name={gpu}", ptx, "-o", cubin],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stderr
+        code = subprocess.run(
+            [tools / "cuobjdump", "--dump-sass", cubin], check=True, capture_output=True, text=True
+        ).stdout
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    operations = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)", code, re.M)
+    kinds = ("FFMA", "HMMA", "HGMMA", "LDS", "STS", "LDG", "STG", "BAR", "MUFU")
+    counts = {kind: sum(o == kind for o in operations) for kind in kinds}
+    return Report(
+        int(re.search(r"Used (\d+) registers", said)[1]),
+        sum(map(int, spills)),
+        compiled.metadata.shared,
+        {kind: count for kind, count in counts.items() if count} | {"all": len(operations)},
+        seconds,
+    )
+
+
+def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
+    """Compiles the kernels of all shapes for all GPUs."""
+    for capability in capabilities:
+        for shape in shapes:
+            for launch in launches(shape, capability):
+                yield {
+                    "kernel": launch.kernel,
+                    "sm": capability,
+                    **shape._asdict(),
+                    "blocks": "/".join(map(str, launch.size)),
+                    **compile_kernel(launch, capability)._asdict(),
+                }
+
+
+def main() -> None:
+    """Runs the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_compile")
+    parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
+    parser.add_argument("--shapes", type=int, nargs="+", help="numbers in the list of shapes")
+    parser.add_argument("--json", action="store_true", help="print one line of JSON per kernel")
+    flags = parser.parse_args()
+    shapes = SHAPES if flags.shapes is None else [SHAPES[i] for i in flags.shapes]
+    found = rows(shapes, flags.capabilities)
+    if flags.json:
+        for row in found:
+            print(json.dumps(row), flush=True)
+        return
+    print(f"triton {triton.__version__}, jax {jax.__version__}\n")
+    for i, row in enumerate(found):
+        row["seconds"] = round(row["seconds"], 1)
+        row["instructions"] = " ".join(f"{k} {v}" for k, v in row["instructions"].items())
+        if i == 0:
+            print(f"| {' | '.join(row)} |\n|{'---|' * len(row)}")
+        print(f"| {' | '.join(map(str, row.values()))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""The Triton kernels as machine code and in a training step, without a GPU.
+
+In processes of their own: the suite runs with Triton's interpreter, and the plugin that lowering
+needs (`make test` puts it into a folder apart) prints to every program that finds it.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PLUGIN = Path(sys.prefix, "cuda")
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("jax_triton") is None,
+    reason="the kernels need jax-triton: pip install '.[kernels]'",
+)
+
+
+def run(module, *arguments, paths=()):
+    """Standard output of a module, line by line, from JSON."""
+    environment = os.environ | {
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment,
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_no_registers_are_spilled():
+    """At P = N = 32 and H = 4, one chunk and several, float32."""
+    rows = run("benchmarks.triton_compile", "--json", "--capabilities", "90", "--shapes", "0", "1")
+    assert [(row["kernel"], row["length"]) for row in rows] == [
+        ("forward", 50),
+        ("backward", 50),
+        ("forward", 200),
+        ("backward", 200),
+    ]
+    for row in rows:
+        assert row["spills"] == 0, row
+        # What a program may have on every GPU of compute capability 8.0 or more.
+        assert row["registers"] <= 255 and row["shared"] <= 99 * 1024, row
+
+
+@pytest.mark.skipif(not PLUGIN.exists(), reason=f"no CUDA plugin in {PLUGIN}: run make test")
+def test_the_training_step_lowers_for_cuda_with_the_kernels_in_it():
+    (names,) = run("tests.training.lower_for_cuda", paths=[PLUGIN])
+    assert names == ["ssd_forward", "ssd_backward"]

@@ -1,0 +1,53 @@
+"""Prints the names of the kernels in a training step that is lowered for an NVIDIA GPU.
+
+A process of its own: the plugin that lowering needs prints to every program that finds it, and
+Triton's interpreter must be off.
+"""
+
+import json
+import re
+import zlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from tests.training.tiny_run import MAX_LENGTH, tiny_config
+from tim4rec_jax.models import build
+from tim4rec_jax.ssd import compile_for
+from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+
+ROWS = 16
+
+
+def main():
+    """Lowers the step of a model whose sizes the kernels support."""
+    config = tiny_config("none").model
+    config.update(hidden_size=32, head_dim=16, d_state=16, num_layers=2)
+    graphdef, params = nnx.split(build(config, n_items=30, max_length=MAX_LENGTH))
+    tx = make_optimizer(1e-3, 0.0)
+    batch = {
+        "items": jax.ShapeDtypeStruct((ROWS, MAX_LENGTH), jnp.int32),
+        "lengths": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+        "gaps": jax.ShapeDtypeStruct((ROWS, MAX_LENGTH), jnp.float32),
+        "targets": jax.ShapeDtypeStruct((ROWS,), jnp.int32),
+        "weights": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
+    }
+    with compile_for("gpu", 90):
+        traced = train_step.trace(
+            init_state(params, tx, 0), batch, graphdef=graphdef, tx=tx, micro=1
+        )
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    names = []
+    for packed in re.findall(r'@triton_kernel_call\(.*?backend_config = "((?:\\.|[^"\\])*)"', text):
+        raw = re.sub(
+            rb"\\([0-9A-Fa-f]{2}|.)",
+            lambda m: bytes.fromhex(m[1].decode()) if len(m[1]) == 2 else m[1],
+            packed.encode(),
+        )
+        names += re.findall(rb"ssd_\w+", zlib.decompress(raw))[:1]
+    print(json.dumps([name.decode() for name in names]))
+
+
+if __name__ == "__main__":
+    main()
