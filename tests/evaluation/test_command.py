@@ -13,6 +13,7 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import run_settings
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.models import build
@@ -35,7 +36,7 @@ def save_run(workdir, dataset, change=lambda leaf: leaf):
     config.eval.batch_size = 8
     config = config_lib.resolve(config)
     workdir.mkdir()
-    config_lib.write(config, workdir / "config.json")
+    run_settings.write(config, workdir / "config.json")
     (workdir / "metrics.json").write_text("untouched")
     model = build(config.model, n_items=30, max_length=6, seed=config.seed)
     checkpoints = Checkpoints(workdir)

@@ -10,6 +10,7 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import run_settings
 from tim4rec_jax.models import build
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.engine import Engine
@@ -57,7 +58,7 @@ def save_run(workdir, dataset, **settings):
     """A run directory as train.py leaves it."""
     config, model = tiny_model(dataset, **settings)
     workdir.mkdir()
-    config_lib.write(config, workdir / "config.json")
+    run_settings.write(config, workdir / "config.json")
     metadata = json.loads((dataset / "dataset.json").read_text())
     (workdir / "dataset.json").write_text(json.dumps(metadata))
     checkpoints = Checkpoints(workdir)

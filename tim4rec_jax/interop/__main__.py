@@ -13,6 +13,7 @@ import yaml
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import run_settings
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.interop.torch_file import read_checkpoint
@@ -75,7 +76,7 @@ def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, mod
     checkpoints.save_best(0, nnx.state(model, nnx.Param))
     checkpoints.close()
     # Last: a directory without it is not taken for a run.
-    config_lib.write(config, workdir / "config.json")
+    run_settings.write(config, workdir / "config.json")
 
 
 def main(arguments: list[str] | None = None) -> None:

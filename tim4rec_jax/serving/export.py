@@ -30,10 +30,8 @@ from jax import export as jax_export
 import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.command import check_model
 from tim4rec_jax.evaluation.ranking import top_k
-from tim4rec_jax.serving.catalogue import Catalogue
-from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -58,12 +56,7 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
     """
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: choose another --out")
-    config: Any
-    model: Any
-    config, model = load_best(workdir)
-    directory = dataset or Path(config.dataset)
-    catalogue = Catalogue(directory)
-    check_model(model, len(catalogue), directory, workdir)
+    config, model, catalogue = load_run(workdir, dataset)
     top = min(top, len(catalogue))
     recommend, weights = program(model, top)
     metadata = _metadata(config, model, catalogue, top)
@@ -74,7 +67,7 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
         exported = lower(recommend, weights, model)
         (partial / PROGRAM).write_bytes(exported.serialize())
         np.savez(partial / WEIGHTS, allow_pickle=False, **weights)
-        shutil.copyfile(directory / fmt.ITEMS_FILE, partial / fmt.ITEMS_FILE)
+        shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, partial / fmt.ITEMS_FILE)
         (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
         partial.replace(out)
     finally:

@@ -12,16 +12,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.command import check_model
 from tim4rec_jax.serving.candidates import Candidates
-from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.serving.catalogue import Catalogue, load_run
 from tim4rec_jax.serving.engine import MAX_ROWS, Engine
 from tim4rec_jax.serving.history import Events, check_times, read_histories
 from tim4rec_jax.serving.store import MemoryStore, Store
 from tim4rec_jax.serving.users import Users
-from tim4rec_jax.training.checkpoints import load_best
 
 Values = Sequence[Any] | np.ndarray
 Times = int | np.integer | Sequence[int] | np.ndarray | None
@@ -82,13 +79,7 @@ class Recommender:
         Raises:
             UserError: the run or the dataset is missing or damaged, or they do not belong together.
         """
-        workdir = Path(workdir)
-        config, model = load_best(workdir)
-        catalogue = Catalogue(Path(dataset or config.dataset))
-        check_model(model, len(catalogue), catalogue.directory, workdir)
-        trained_on = workdir / "dataset.json"
-        if trained_on.exists():
-            config_lib.check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
+        config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
         return cls(Engine(config, model, catalogue.ids), catalogue, store)
 
     def recommend(

@@ -15,6 +15,7 @@ from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import run_settings
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import SequenceModel, build, model_class
 from tim4rec_jax.training.step import TrainState
@@ -175,7 +176,7 @@ def load_best(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
       UserError: the run directory or its best checkpoint is missing or damaged.
     """
     workdir = Path(workdir)
-    config = config_lib.read(workdir / "config.json")
+    config = run_settings.read(workdir / "config.json")
     best = workdir / "best"
     steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
     if not steps:

@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import run_settings
 from tim4rec_jax.data import (
     Dataset,
     PackedBatches,
@@ -69,10 +70,11 @@ class _Run:
     def __init__(self, config: config_lib.Config, dataset: Dataset, workdir: Path):
         settings = workdir / "config.json"
         if settings.exists():
-            config_lib.check_unchanged(config, settings)
+            run_settings.check_unchanged(config, settings)
         else:
-            config_lib.write(config, settings)
-        config_lib.check_same_dataset(dataset.directory, dataset.metadata, workdir / "dataset.json")
+            run_settings.write(config, settings)
+        trained_on = workdir / "dataset.json"
+        run_settings.check_same_dataset(dataset.directory, dataset.metadata, trained_on)
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         data, batch_size = config.data, config.train.batch_size

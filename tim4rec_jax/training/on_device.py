@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
-from jaxtyping import Array, Float, Int32
 
 from tim4rec_jax.data import Convention, Dataset, PackedBatches, TrainBatches
 from tim4rec_jax.training.step import TrainState, micro_count, update
@@ -21,18 +19,17 @@ from tim4rec_jax.training.step import TrainState, micro_count, update
 _SHARE, _MEMORY = 0.25, 16 * 2**30
 
 
-@struct.dataclass
-class EventLog:
+class EventLog(NamedTuple):
     """All events, user after user.
 
     Attributes:
-      items: item indices.
-      times: what gaps come from: times rounded to float32 (`recbole`), or the exact time since
-        the event before, whoever's it is (`exact`).
+      items: int32 [E], item indices.
+      times: float32 [E], what gaps come from: times rounded to float32 (`recbole`), or the exact
+        time since the event before, whoever's it is (`exact`).
     """
 
-    items: Int32[Array, " E"]
-    times: Float[Array, " E"]
+    items: Any
+    times: Any
 
 
 def event_log(dataset: Dataset, convention: Convention) -> EventLog:
@@ -41,7 +38,7 @@ def event_log(dataset: Dataset, convention: Convention) -> EventLog:
     times = np.concatenate([chunk.timestamps for chunk in dataset.chunks])
     if convention == "exact":
         times = np.diff(times, prepend=times[:1])
-    return EventLog(items, times.astype(np.float32))  # pyright: ignore
+    return EventLog(items, times.astype(np.float32))
 
 
 def choose_placement(asked: str, dataset: Dataset) -> str:
