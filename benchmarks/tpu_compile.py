@@ -1,7 +1,7 @@
 """What the TPU compiler says of the kernels and of the whole training step; no TPU needed.
 
     python -m benchmarks.tpu_compile [--topologies v5e:2x2 v6e:2x2] [--programs op block step chips]
-                                     [--rows 2048]
+                                     [--rows 2048] [--lengths 50]
 
 Needs libtpu, which `make test` puts into `.venv/tpu`: beside jax in the environment itself it
 would print warnings in every program. Each program is compiled for one chip with the kernels
@@ -161,11 +161,11 @@ def compiled(lower, rows, shared, devices, kernels: bool) -> Figures:
     )
 
 
-def programs(names: list[str], rows: int):
+def programs(names: list[str], rows: int, lengths: list[int]):
     """Yields (name, dtype, function that lowers, rows, parameters, chips)."""
     for dtype in ("float32", "bfloat16"):
         for name, make in (("op", op), ("block", block)):
-            for length in (50, 200) if name in names else ():
+            for length in lengths if name in names else ():
                 function, *shapes = make(rows, length, jnp.dtype(dtype))
                 for what, run in (("", function), (" + gradient", with_gradient(function))):
                     yield f"{name}, L {length}{what}", dtype, jax.jit(run).lower, *shapes, 1
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v6e:2x2"])
     parser.add_argument("--programs", nargs="+", default=["op", "block", "step", "chips"])
     parser.add_argument("--rows", type=int, default=2048, help="rows of a batch on one chip")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[50], help="of op and block")
     flags = parser.parse_args()
 
     for topology in flags.topologies:
@@ -188,7 +189,9 @@ def main() -> None:
         print(f"jax {jax.__version__}, {devices[0].device_kind}, B = {flags.rows} a chip\n")
         print("| program | | | kernels | temporary | held | moved | exchanges | s |")
         print("|---|---|---|---|---|---|---|---|---|", flush=True)
-        for name, dtype, lower, rows, shared, chips in programs(flags.programs, flags.rows):
+        for name, dtype, lower, rows, shared, chips in programs(
+            flags.programs, flags.rows, flags.lengths
+        ):
             for kernels in (False, True) if chips == 1 else (True,):
                 figures = compiled(lower, rows, shared, devices[:chips], kernels)
                 line = [name, dtype, "tpu" if kernels else "xla"]

@@ -77,8 +77,9 @@ def ssd_tpu(dt, log_decay, v):
     skip = jnp.broadcast_to(skip.reshape(number, -1), (number, width)).reshape(1, -1)
     inputs = Inputs(
         x=v.x.reshape(batch, length, -1).astype(kind),
-        B=_fill(v.B, filler).reshape(batch, length, -1).astype(kind),
-        C=_fill(v.C, filler).reshape(batch, length, -1).astype(kind),
+        maps=jnp.concatenate(
+            [_fill(m, filler).reshape(batch, length, -1).astype(kind) for m in (v.B, v.C)], axis=2
+        ),
         dt=by_chunk(dt, plan),
         decay=by_chunk(jnp.maximum(log_decay, FORGET_ALL), plan),
         state=state,
@@ -99,8 +100,7 @@ class Inputs(NamedTuple):
     """What the kernels read of every row, or gradients of it."""
 
     x: Any  # [B,L,I]
-    B: Any  # [B,L,GN]
-    C: Any  # [B,L,GN]
+    maps: Any  # B and C [B,L,2GN]: each alone would leave more of its registers' lanes empty
     dt: Any  # [B,chunks,H,Q]
     decay: Any  # [B,chunks,H,Q]
     state: Any  # [B,N,I], or None
@@ -134,8 +134,8 @@ _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 def _row_bytes(chunk: int, heads: Heads) -> int:
     """The VMEM of a row's blocks: x, y and B, C with gradients, in use and under way."""
-    features, cells = heads.number * heads.width, heads.groups * heads.size
-    positions = padded_bytes(chunk, *[features] * 3, *[cells] * 4)
+    features, maps = heads.number * heads.width, 2 * heads.groups * heads.size
+    positions = padded_bytes(chunk, *[features] * 3, *[maps] * 2)
     return 2 * (positions + padded_bytes(heads.size, *[features] * 2))
 
 
@@ -144,8 +144,7 @@ def _input_specs(blocks: Blocks, v: Inputs) -> Inputs:
     steps = blocks.chunk(*v.dt.shape[2:])
     return Inputs(
         x=blocks.positions(v.x.shape[2]),
-        B=blocks.positions(v.B.shape[2]),
-        C=blocks.positions(v.C.shape[2]),
+        maps=blocks.positions(v.maps.shape[2]),
         dt=steps,
         decay=steps,
         state=None if v.state is None else blocks.row(*v.state.shape[1:]),
@@ -165,7 +164,8 @@ def _forward(plan: Plan, save: bool, inputs: Inputs, skip) -> _Outputs:
             state[...] = jnp.zeros_like(state) if v.state is None else v.state[...]
 
         def row(i, _):
-            x, B, C = whole(plan, chunk, v.x[i], v.B[i], v.C[i])
+            x, maps = whole(plan, chunk, v.x[i], v.maps[i])
+            B, C = jnp.split(maps, 2, axis=1)
             before = state[i] if plan.stateful else None
             y, after = tpu_chunk.forward(plan.heads, x, B, C, v.dt[i, 0], v.decay[i, 0], before)
             out.y[i] = (y + skip[...] * x).astype(out.y.dtype)
@@ -216,12 +216,13 @@ def _backward(plan: Plan, rows, skip):
             dskip[...] = jnp.zeros_like(dskip)
 
         def row(i, _):
-            x, B, C, d = whole(plan, chunk, v.x[i], v.B[i], v.C[i], dy[i])
+            x, maps, d = whole(plan, chunk, v.x[i], v.maps[i], dy[i])
+            B, C = jnp.split(maps, 2, axis=1)
             states = (entering[i, 0], dstate[i]) if plan.stateful else (None, None)
             g = tpu_chunk.backward(plan.heads, x, B, C, v.dt[i, 0], v.decay[i, 0], d, *states)
             dinputs.x[i] = (g.x + skip[...] * d).astype(dinputs.x.dtype)
-            dinputs.B[i] = g.B.astype(dinputs.B.dtype)
-            dinputs.C[i] = g.C.astype(dinputs.C.dtype)
+            dmaps = jnp.concatenate([g.B, g.C], axis=1)
+            dinputs.maps[i] = dmaps.astype(dinputs.maps.dtype)
             dinputs.dt[i, 0] = g.dt
             dinputs.decay[i, 0] = g.decay
             dskip[i] += jnp.sum(d * x, axis=0, keepdims=True)
