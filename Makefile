@@ -12,7 +12,7 @@ quickstart: .venv/.base
 	$(PY) train.py --config configs/quickstart.py --workdir runs/quickstart
 	$(PY) eval.py --workdir runs/quickstart --split test
 
-test: .venv/.dev .venv/.tpu
+test: .venv/.dev .venv/.tpu .venv/.cuda
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
@@ -28,7 +28,7 @@ clean:
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,kernels]'
 	touch $@
 
 # The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the
@@ -37,4 +37,10 @@ clean:
 	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/tpu \
 	  "$$($(PY) -c 'from importlib.metadata import requires as r; \
 	  print(next(v.split(";")[0] for v in r("jax") if v.startswith("libtpu")))')"
+	touch $@
+
+# Likewise the plugin with which programs are lowered for NVIDIA GPUs.
+.venv/.cuda: .venv/.dev
+	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/cuda \
+	  jax-cuda12-plugin==$$($(PY) -c 'import jax; print(jax.__version__)')
 	touch $@
