@@ -168,6 +168,7 @@ def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
                     "kernel": launch.kernel,
                     "sm": capability,
                     **shape._asdict(),
+                    "precision": launch.constants["PRECISION"],
                     "blocks": "/".join(map(str, launch.size)),
                     **compile_kernel(launch, capability)._asdict(),
                 }
