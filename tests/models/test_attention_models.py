@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import PackedBatches, TrainBatches
+from tim4rec_jax.layers import attention
 from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build
 from tim4rec_jax.models.hstu import time_buckets
@@ -46,10 +48,12 @@ def histories(rows=ROWS):
     return items, gaps
 
 
-@jit
-def call(graph, params, items, gaps, segment_ids=None):
+def plain_call(graph, params, items, gaps, segment_ids=None):
     lengths = jnp.full(items.shape[0], items.shape[1])
     return nnx.merge(graph, params)(items, lengths, gaps, segment_ids=segment_ids)
+
+
+call = jit(plain_call)
 
 
 @jit
@@ -74,6 +78,22 @@ def test_sees_no_future_and_all_of_the_past(name):
     others = items.copy()
     others[:, 0] = others[:, 0] % ITEMS + 1
     assert np.all(np.abs(call(*model, others, gaps) - whole).max(-1) > 1e-5)
+
+
+@pytest.mark.parametrize("name", ["sasrec", "tisasrec"])
+def test_blocks_of_queries_leave_nothing_out(name, monkeypatch):
+    (graph, params), (items, gaps) = make(name), histories()
+    segments = np.repeat([0, 1], [7, 5])[None].repeat(ROWS, 0)
+    whole = call(graph, params, items, gaps, segments)
+    monkeypatch.setattr(attention, "_LEAST_BLOCK", 5)
+
+    def anew(*args):
+        return plain_call(*args)
+
+    close(jit(anew)(graph, params, items, gaps, segments), whole)
+    text = str(jax.make_jaxpr(anew, static_argnums=0)(graph, params, items, gaps))
+    assert "f32[3,4,5,5]" in text  # scores of the first block
+    assert "f32[3,4,12,12]" not in text
 
 
 @causal_models
@@ -158,7 +178,7 @@ def test_bert4rec_predicts_what_fills_a_mask_behind_the_history():
 
 
 def test_bert4rec_scores_all_items_but_the_mask_with_a_bias():
-    model = nnx.merge(*make("bert4rec"))
+    model: Any = nnx.merge(*make("bert4rec"))
     table = model.item_table()
     assert table.shape == (ITEMS + 1, 17)
     np.testing.assert_array_equal(table[:, -1], model.output_bias[...])

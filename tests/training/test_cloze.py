@@ -1,6 +1,7 @@
 """The objective cloze: what is masked, what counts, what a step makes of it."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ LENGTH, ITEMS = 20, 30
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def bert4rec(**settings):
+def bert4rec(**settings) -> Any:
     small = dict(hidden_size=16, inner_size=32, n_layers=1) | settings
     config = {"name": "bert4rec", **MODEL_SETTINGS["bert4rec"], **small}
     return build(config, n_items=ITEMS, max_length=LENGTH)
@@ -100,7 +101,7 @@ def test_the_loss_is_the_mean_over_all_targets_however_the_batch_is_cut(batch):
     @quick_jit
     def sums(params, masked):
         """The objective's, and one target after the other from what is said at all places."""
-        model = nnx.merge(graph, params)
+        model: Any = nnx.merge(graph, params)
         scores = model(masked["items"], masked["lengths"], masked["gaps"]) @ model.item_table().T
         scores = jax.nn.log_softmax(scores)
         rows = jnp.arange(64)[:, None]

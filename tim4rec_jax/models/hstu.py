@@ -28,7 +28,7 @@ class HSTULayer(nnx.Module):
 
     def __init__(self, config, max_length: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         width = config["hidden_size"]
-        kwargs = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.uqvk = Dense(width, 4 * width, use_bias=False, **kwargs)
         glorot = nnx.initializers.glorot_uniform()
         self.out = Dense(width, width, kernel_init=glorot, **kwargs)

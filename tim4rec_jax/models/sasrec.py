@@ -58,7 +58,7 @@ class SASRec(SequenceModel):
         h = self.positions(self.item_embedding(items), segment_ids, fold(dropout_seeds, 0))
         mask = causal_mask(items.shape[1], segment_ids)
         for i, layer in enumerate(self.layers, 1):
-            h = layer(h, mask, fold(dropout_seeds, i))
+            h = layer(h, mask, fold(dropout_seeds, i), causal=True)
         return h
 
     def encode(
@@ -75,7 +75,7 @@ class SASRec(SequenceModel):
         mask = causal_mask(items.shape[1])
         *layers, last = self.layers
         for i, layer in enumerate(layers, 1):
-            h = layer(h, mask, fold(dropout_seeds, i))
+            h = layer(h, mask, fold(dropout_seeds, i), causal=True)
         seen = (jnp.arange(items.shape[1]) < lengths[:, None])[:, None, None]
         seeds = fold(dropout_seeds, len(layers) + 1)
         return last.at(h, lengths[:, None] - 1, seen, seeds)[:, 0]

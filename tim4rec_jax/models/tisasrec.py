@@ -29,16 +29,21 @@ class TimeRelation(NamedTuple):
     weights summed up by distance: [B,H,Q,span + 1] instead of a vector per pair.
     """
 
-    index: Int32[Array, "B Q L"]
+    distance: Int32[Array, "B Q L"]
     keys: Float[Array, "S H P"]
     values: Float[Array, "S H P"]
     dropout_rate: float
     seeds: UInt32[Array, "B"] | None
 
+    def block(self, queries: slice, keys: slice) -> "TimeRelation":
+        """The part of a block of queries and the keys that they may see."""
+        seeds = fold(self.seeds, queries.start)
+        return self._replace(distance=self.distance[:, queries, keys], seeds=seeds)
+
     def score(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
         """Query times the vector of each pair."""
         by_time = jnp.einsum("bhqp,shp->bhqs", query, self.keys)
-        scores = jnp.take_along_axis(by_time, self.index[:, None], axis=3)
+        scores = jnp.take_along_axis(by_time, self.distance[:, None], axis=3)
         return dropout(scores, self.dropout_rate, fold(self.seeds, 0))
 
     def add_up(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
@@ -47,7 +52,9 @@ class TimeRelation(NamedTuple):
         batch, heads, queries, _ = weights.shape
         b, h, q = jnp.ix_(jnp.arange(batch), jnp.arange(heads), jnp.arange(queries))
         sums = jnp.zeros((batch, heads, queries, len(self.values)), weights.dtype)
-        sums = sums.at[b[..., None], h[..., None], q[..., None], self.index[:, None]].add(weights)
+        sums = sums.at[b[..., None], h[..., None], q[..., None], self.distance[:, None]].add(
+            weights
+        )
         return jnp.einsum("bhqs,shp->bhqp", sums, self.values)
 
 
@@ -111,7 +118,7 @@ class TiSASRec(SequenceModel):
         index = time_index(gaps[:, : items.shape[1]], self.time_span)
         for i, layer in enumerate(self.layers, 1):
             seeds = fold(dropout_seeds, i)
-            h = layer(h, mask, seeds, self._relation(index, seeds))
+            h = layer(h, mask, seeds, self._relation(index, seeds), causal=True)
         return h
 
     def encode(
@@ -126,10 +133,11 @@ class TiSASRec(SequenceModel):
         length = items.shape[1]
         h = self.positions(self.item_embedding(items), None, fold(dropout_seeds, 0))
         index = time_index(gaps[:, :length], self.time_span)
+        mask = causal_mask(length)
         *layers, last = self.layers
         for i, layer in enumerate(layers, 1):
             seeds = fold(dropout_seeds, i)
-            h = layer(h, causal_mask(length), seeds, self._relation(index, seeds))
+            h = layer(h, mask, seeds, self._relation(index, seeds), causal=True)
         seeds = fold(dropout_seeds, len(layers) + 1)
         end = lengths[:, None] - 1
         index = jnp.take_along_axis(index, end[..., None], axis=1)
