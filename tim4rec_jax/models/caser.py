@@ -1,9 +1,11 @@
 """Caser: convolutions over the history as an image (WSDM 2018), as RecBole has it."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
@@ -19,10 +21,20 @@ _CHANNELS = 64  # of one convolution over windows of several heights
 class Windows(nnx.Module):
     """The kernels of one height over all features, one position after another."""
 
-    def __init__(self, height: int, width: int, kernels: int, *, param_dtype, rngs: nnx.Rngs):
-        init = uniform((height * width) ** -0.5)
-        self.kernel = nnx.Param(init(rngs.params(), (height, width, kernels), param_dtype))
-        self.bias = nnx.Param(init(rngs.params(), (kernels,), param_dtype))
+    def __init__(self, kernel: Float[Array, "W D H"], bias: Float[Array, " H"]):
+        self.kernel, self.bias = nnx.Param(kernel), nnx.Param(bias)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _draw_windows(key, length: int, width: int, kernels: int, dtype):
+    """Kernel and bias of every height, uniform as torch has it; drawn at once, compiled once."""
+    sizes = [(height * width + 1) * kernels for height in range(1, length + 1)]
+    parts = jnp.split(jax.random.uniform(key, (sum(sizes),), dtype, -1, 1), np.cumsum(sizes)[:-1])
+    drawn = []
+    for height, part in enumerate(parts, start=1):
+        kernel, bias = jnp.split(part * (height * width) ** -0.5, [height * width * kernels])
+        drawn.append((kernel.reshape(height, width, kernels), bias))
+    return drawn
 
 
 class Caser(SequenceModel):
@@ -69,12 +81,8 @@ class Caser(SequenceModel):
         self.vertical = Dense(
             length, config["nv"], kernel_init=vertical, bias_init=vertical, **kwargs
         )
-        self.windows = nnx.List(
-            [
-                Windows(height, width, config["nh"], param_dtype=param_dtype, rngs=rngs)
-                for height in range(1, length + 1)
-            ]
-        )
+        drawn = _draw_windows(rngs.params(), length, width, config["nh"], param_dtype)
+        self.windows = nnx.List([Windows(kernel, bias) for kernel, bias in drawn])
         features, xavier = config["nv"] * width + config["nh"] * length, _xavier_normal
         self.fc1 = Dense(features, width, kernel_init=xavier, **kwargs)
         self.fc2 = Dense(2 * width, width, kernel_init=xavier, **kwargs)
@@ -101,11 +109,13 @@ class Caser(SequenceModel):
         lengths: Int[Array, "B"],
         gaps: Float[Array, "B T"],
         *,
-        users: Int32[Array, "B"],
+        users: Int32[Array, "B"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """See `SequenceModel`; `users` are rows of their table, 0 for an unknown one."""
+        """See `SequenceModel`; `users` are rows of their table, 0 (all, if None) unknown ones."""
         del lengths, gaps
+        if users is None:
+            users = jnp.zeros(len(items), jnp.int32)
         items = jnp.pad(items, ((0, 0), (0, self.max_length - items.shape[1])))
         image = _looked_up(self.item_embedding, items)
         vertical = self.vertical(image.swapaxes(1, 2)).swapaxes(1, 2)  # [B,nv,D]

@@ -1,7 +1,11 @@
 """LRURec: linear recurrent units over the history (arXiv 2310.02367)."""
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
@@ -49,10 +53,15 @@ class LRURec(CausalBlocks):
             param_dtype=param_dtype,
         )
         self.score_bias = nnx.Param(jnp.zeros((n_items + 1,), param_dtype))
-        draw = nnx.initializers.truncated_normal(0.02)  # cut at two deviations
-        for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param)):
-            if "norm" not in path and "params_log" not in path:
-                param[...] = draw(rngs.params(), param.shape, param_dtype)
+        drawn = [
+            param
+            for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param))
+            if "norm" not in path and "params_log" not in path
+        ]
+        shapes = tuple(param.shape for param in drawn)
+        values = _truncated_normal(rngs.params(), shapes, param_dtype)
+        for param, value in zip(drawn, values, strict=True):
+            param[...] = value
 
     def make_block(self, config, kwargs: dict) -> LRUBlock:
         """See `CausalBlocks`."""
@@ -103,6 +112,15 @@ class LRURec(CausalBlocks):
         """See `SequenceModel` and `__call__`."""
         state, hidden = super().step(state, items, gaps)
         return state, _with_one(hidden)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _truncated_normal(key, shapes: tuple[tuple[int, ...], ...], dtype) -> list[jax.Array]:
+    """N(0, 0.02^2) cut at two deviations, for all shapes at once: compiled once."""
+    sizes = [math.prod(shape) for shape in shapes]
+    drawn = 0.02 * jax.random.truncated_normal(key, -2.0, 2.0, (sum(sizes),), dtype)
+    parts = jnp.split(drawn, np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _with_one(h: jax.Array) -> jax.Array:
