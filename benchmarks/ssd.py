@@ -1,6 +1,7 @@
 """Speed and memory of the SSD operator, each implementation and chunk size.
 
     python -m benchmarks.ssd [--tokens 3072] [--lengths 8 16 32 50 200 1024] [--repeats 20]
+    python -m benchmarks.ssd [--repeats 20] [--plot roofline.png]       # on a GPU, see ssd_gpu.py
 
 Heads, widths and states are those of the 64-d models (H = 4, P = N = 32, G = 1), float32. A call
 sees `tokens` positions in all, about a micro-batch of training. Times are wall clock, smallest
@@ -12,12 +13,16 @@ import argparse
 import os
 import time
 
+# JAX leaves memory of a GPU to what it is compared with.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import ssd_gpu
 from tim4rec_jax.ssd import ssd
 from tim4rec_jax.ssd.xla import default_chunk_size
 
@@ -92,7 +97,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=3072, help="positions in a call")
     parser.add_argument("--lengths", type=int, nargs="+", default=[8, 16, 32, 50, 200, 1024])
     parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--plot", help="file for the roofline, on a GPU")
     flags = parser.parse_args()
+    if jax.default_backend() == "gpu":
+        ssd_gpu.run(flags)
+        return
 
     device = jax.devices()[0]
     console = Console(width=110)

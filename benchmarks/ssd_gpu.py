@@ -1,0 +1,210 @@
+"""The SSD operator on a GPU: our kernels, XLA, mamba_ssm's Triton pipeline and a plain copy.
+
+Called by `python -m benchmarks.ssd` where JAX finds a GPU. Every figure is the median over
+repeats of the time of one call, taken from programs of `CALLS` calls on as many sets of inputs:
+a single call is over before the host has started the next, and one set would stay in the cache.
+"copy" is the time that a copy on the device takes to read and write as many bytes as the op has
+to: each input once, each output once, for the gradient those of both passes.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from tim4rec_jax.ssd import ssd
+
+CALLS = 8
+
+
+class Case(NamedTuple):
+    """A shape of the op, with one group."""
+
+    name: str
+    batch: int
+    length: int
+    heads: int = 4
+    width: int = 32
+    state: int = 32
+    dtype: str = "float32"
+
+    def bytes(self, gradient: bool) -> int:
+        """Returns what must be read and written at least."""
+        item = jnp.dtype(self.dtype).itemsize
+        wide = self.batch * self.length * self.heads * self.width * item
+        other = self.batch * self.length * (2 * self.state * item + self.heads * 4)
+        return (2 * wide + other) + (3 * wide + 2 * other if gradient else 0)
+
+    def operations(self, gradient: bool) -> int:
+        """Returns the operations of the recurrence; its gradient is counted as two of it."""
+        forward = 5 * self.batch * self.length * self.heads * self.width * self.state
+        return forward * (3 if gradient else 1)
+
+
+# The released 64-d settings (KuaiRand, Beauty; ML-1M) and 256-d ones, then longer and longer.
+CASES = [
+    Case("Beauty, KuaiRand 64-d", 2048, 50),
+    Case("ML-1M 64-d", 2048, 200),
+    Case("ML-1M 256-d", 512, 200, width=128, state=64),
+    Case("KuaiRand 256-d", 512, 50, width=128, state=64),
+    Case("Beauty, bfloat16", 2048, 50, dtype="bfloat16"),
+    Case("ML-1M, bfloat16", 2048, 200, dtype="bfloat16"),
+    *(Case(f"long, {length}", 2**19 // length, length) for length in (1024, 2048, 4096, 8192)),
+]
+
+
+def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray]:
+    """Returns random inputs, as numpy arrays in float32."""
+    rng = np.random.default_rng(seed)
+    lead = (case.batch, case.length)
+    shapes = {
+        "x": (*lead, case.heads, case.width),
+        "dt": (*lead, case.heads),
+        "B": (*lead, 1, case.state),
+        "C": (*lead, 1, case.state),
+        "D": (case.heads,),
+        "dt_bias": (case.heads,),
+    }
+    inputs = {k: rng.standard_normal(s, np.float32) for k, s in shapes.items()}
+    return inputs | {"A": -np.exp(rng.standard_normal(case.heads, np.float32))}
+
+
+def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
+    """Returns the median time of one of the `CALLS` calls of `run`, in seconds."""
+    wait(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        wait(run())
+        times.append((time.perf_counter() - start) / CALLS)
+    return statistics.median(times)
+
+
+def time_jax(case: Case, inputs: list, repeats: int, gradient: bool, **options) -> float:
+    """Times `ssd`, or `ssd` and its gradient."""
+    wide = {"x", "B", "C"}
+    sets = [
+        {k: jnp.asarray(v, case.dtype if k in wide else None) for k, v in one.items()}
+        for one in inputs
+    ]
+
+    def forward(one):
+        return ssd(**one, dt_softplus=True, **options)
+
+    def both(one):
+        y, pull = jax.vjp(forward, one)
+        return y, pull(one["x"])
+
+    function = both if gradient else forward
+    program = jax.jit(lambda sets: [function(one) for one in sets]).lower(sets).compile()
+    return median_time(lambda: program(sets), jax.block_until_ready, repeats)
+
+
+def time_mamba(case: Case, inputs: list, repeats: int, gradient: bool) -> float | None:
+    """Times mamba_ssm's pipeline in PyTorch; None where it cannot be imported."""
+    try:
+        import torch  # pyright: ignore[reportMissingImports]
+        from mamba_ssm.ops.triton.ssd_combined import (  # pyright: ignore[reportMissingImports]
+            mamba_chunk_scan_combined,
+        )
+    except ImportError:
+        return None
+    dtype = getattr(torch, case.dtype)
+    sets = [
+        {
+            k: torch.tensor(v, device="cuda", dtype=dtype if k in ("x", "B", "C") else None)
+            for k, v in one.items()
+        }
+        for one in inputs
+    ]
+
+    def run():
+        for one in sets:
+            leaves = {k: v.detach().requires_grad_(gradient) for k, v in one.items()}
+            # Its own default length of a chunk, and no more than the sequence.
+            y = mamba_chunk_scan_combined(
+                **leaves, chunk_size=min(256, max(16, case.length)), dt_softplus=True
+            )
+            if gradient:
+                y.backward(one["x"])
+
+    return median_time(run, lambda _: torch.cuda.synchronize(), repeats)
+
+
+def time_copy(size: int, repeats: int) -> float:
+    """Times reading and writing `size` bytes in all."""
+    arrays = [jnp.full(size // 8, float(i)) for i in range(CALLS)]
+    program = jax.jit(lambda arrays: [-a for a in arrays]).lower(arrays).compile()
+    return median_time(lambda: program(arrays), jax.block_until_ready, repeats)
+
+
+def measure(case: Case, repeats: int) -> list[dict]:
+    """Returns the seconds of everything that is compared, for both passes."""
+    inputs = [make_inputs(case, seed) for seed in range(CALLS)]
+    rows = []
+    for gradient in (False, True):
+        row = {
+            "triton": time_jax(case, inputs, repeats, gradient, implementation="triton"),
+            "xla": time_jax(case, inputs, repeats, gradient, implementation="xla"),
+            "mamba_ssm": time_mamba(case, inputs, repeats, gradient),
+            "copy": time_copy(case.bytes(gradient), repeats),
+        }
+        if case.dtype == "float32":
+            tf32 = {"implementation": "triton", "precision": "tf32"}
+            row["triton tf32"] = time_jax(case, inputs, repeats, gradient, **tf32)
+        rows.append({"case": case, "gradient": gradient, "seconds": row})
+    return rows
+
+
+def plot(rows: list[dict], path: str) -> None:
+    """Draws operations a second over operations a byte, under the roof of the copies."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    speed = max(r["case"].bytes(r["gradient"]) / r["seconds"]["copy"] for r in rows)
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for name in ("triton", "triton tf32", "xla", "mamba_ssm"):
+        points = [
+            (case.operations(r["gradient"]) / case.bytes(r["gradient"]), case, r)
+            for r in rows
+            if r["seconds"].get(name) and (case := r["case"])
+        ]
+        heights = [c.operations(r["gradient"]) / r["seconds"][name] / 1e12 for _, c, r in points]
+        axes.scatter([x for x, *_ in points], heights, label=name)
+    ends = np.array([1, 100])
+    axes.plot(ends, ends * speed / 1e12, color="black", label=f"copy, {speed / 1e12:.2f} TB/s")
+    axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="Tera-operations / s")
+    axes.set_title(jax.devices()[0].device_kind)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def run(flags: argparse.Namespace) -> None:
+    """Measures all cases and prints a table as it grows."""
+    console = Console(width=120)
+    console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    names = ("triton", "triton tf32", "xla", "mamba_ssm", "copy")
+    rows = []
+    for case in CASES:
+        rows += measure(case, flags.repeats)
+        table = Table("pass", *(f"{name} us" for name in names), "GB/s", "triton / copy")
+        table.title = f"{case.name}: B {case.batch}, L {case.length}, P {case.width}"
+        for row in rows[-2:]:
+            seconds = row["seconds"]
+            times = [f"{v * 1e6:.1f}" if (v := seconds.get(name)) else "-" for name in names]
+            moved = case.bytes(row["gradient"]) / seconds["triton"] / 1e9
+            ratio = seconds["triton"] / seconds["copy"]
+            label = "with gradient" if row["gradient"] else "forward"
+            table.add_row(label, *times, f"{moved:.0f}", f"{ratio:.2f}")
+        console.print(table)
+    if flags.plot:
+        plot(rows, flags.plot)
