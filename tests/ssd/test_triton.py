@@ -126,6 +126,7 @@ def test_rows_stay_on_their_devices():
     [
         ({"width": 24}, 90, "P must be one of 16, 32, 64, 128, and it is 24"),
         ({"size": 8}, 90, "N must be one of 16, 32, 64, 128, and it is 8"),
+        ({"width": 128, "size": 128}, 89, "P = N = 128 takes more shared memory"),
         ({}, 75, "it needs an NVIDIA GPU of compute capability 8.0 or more"),
         ({}, None, "it needs an NVIDIA GPU"),
     ],

@@ -15,6 +15,8 @@ from tim4rec_jax.ssd.blocks import Blocks, blocks
 from tim4rec_jax.ssd.dispatch import target
 
 SIZES = (16, 32, 64, 128)
+# Compute capabilities with 160 KiB of shared memory and more; the others have 99.
+LARGE_SHARED_MEMORY = (80, 87, 90, 100, 101, 103)
 
 
 class Rows(NamedTuple):
@@ -59,6 +61,8 @@ def obstacle(v) -> str | None:
     capability = compute_capability()
     if capability is None or capability < 80:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more"
+    if v.x.shape[-1] * v.B.shape[-1] > 64 * 128 and capability not in LARGE_SHARED_MEMORY:
+        return "P = N = 128 takes more shared memory than this GPU gives a program"
     return None
 
 
