@@ -1,6 +1,7 @@
 """The Triton kernels, in Triton's interpreter, and what stands between them and JAX."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from tests.ssd.cases import (
     quick,
     to_dtype,
 )
+from tim4rec_jax.ssd import blocks as table
 from tim4rec_jax.ssd import compile_for, ssd
 from tim4rec_jax.ssd import triton as binding
 
@@ -151,3 +153,35 @@ def test_says_what_to_install(monkeypatch):
     inputs = to_dtype(make(SMALL)[0], "float32")
     with compile_for("gpu", 90), pytest.raises(ValueError, match=r"'tim4rec-jax\[triton\]'"):
         ssd(**inputs, implementation="triton")
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@pytest.mark.parametrize("size", binding.SIZES)
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+def test_every_shape_has_sizes_of_blocks(kernel, size, precision):
+    for length, heads, limit in itertools.product((1, 17, 64, 1000), (1, 3, 4), (None, 1, 40)):
+        blocks = binding.blocks(
+            kernel,
+            90,
+            length=length,
+            heads=heads,
+            size=size,
+            precision=precision,
+            largest_chunk=limit,
+        )
+        assert blocks.chunk in (16, 32, 64) and heads % blocks.heads == 0
+        assert blocks.chunk < 2 * max(16, length) and blocks.chunk <= max(16, limit or 64)
+
+
+def test_measured_sizes_of_a_gpu_come_first(monkeypatch):
+    monkeypatch.setattr(
+        table,
+        "_table",
+        lambda: {
+            table.key("forward", None, True, 32, "ieee"): [64, 4, 4, 1],
+            table.key("forward", 90, True, 32, "ieee"): [32, 2, 8, 3],
+        },
+    )
+    shape = {"length": 60, "heads": 4, "size": 16, "precision": "ieee"}
+    assert table.blocks("forward", 90, **shape) == (32, 2, 8, 3)
+    assert table.blocks("forward", 80, **shape) == (64, 4, 4, 1)

@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-# Written by `python -m benchmarks.tune_triton` for the GPUs it ran on.
+# Rows of a GPU are written by `python -m benchmarks.tune_triton` when it runs there. None have been
+# yet: those in it were chosen by what the compiler reports, few registers spilled and few
+# instructions (`python -m benchmarks.triton_compile`).
 TABLE = Path(__file__).with_name("blocks.json")
 
 
