@@ -26,7 +26,7 @@ def row_by_row(kernel: Callable[[Any, Any], Any], rows: Any, parameters: Any) ->
         The results of the kernel.
     """
     mesh, axes = _split_axes(jax.tree.leaves(rows)[0])
-    call = _widened(kernel)
+    call = widened(kernel)
     if not axes:
         return call(rows, parameters)
     split = jax.shard_map(
@@ -56,8 +56,8 @@ def _split_axes(v):
     return sharding.mesh, tuple(axes)
 
 
-def _widened(kernel):
-    """Makes jax.vmap add rows to a call, not loops around it."""
+def widened(kernel):
+    """Makes jax.vmap add rows to a call of `kernel`, as for `row_by_row`, not loops around it."""
 
     @custom_vmap
     def call(rows, parameters):

@@ -13,6 +13,7 @@ from jax.experimental import custom_partitioning
 
 from tim4rec_jax.ssd.blocks import Blocks, blocks
 from tim4rec_jax.ssd.dispatch import target
+from tim4rec_jax.ssd.rows import widened
 
 SIZES = (16, 32, 64, 128)
 # Compute capabilities with 160 KiB of shared memory and more; the others have 99.
@@ -121,31 +122,14 @@ _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 def _by_rows(function):
     """Lets a function of (rows, shared) with results by row be mapped and sharded by rows."""
-    function = jax.custom_batching.custom_vmap(functools.partial(_sharded, function))
-
-    @function.def_vmap
-    def mapped(size, is_mapped, rows, shared):
-        def stack(tree, is_mapped):
-            return jax.tree.map(
-                lambda v, m: v if m else jnp.broadcast_to(v, (size, *v.shape)), tree, is_mapped
-            )
-
-        rows = stack(rows, is_mapped[0])
-        if any(jax.tree.leaves(is_mapped[1])):
-            shared = stack(shared, is_mapped[1])
-            results = jax.lax.map(lambda arguments: function(*arguments), (rows, shared))
-        else:
-            # The mapped axis joins the rows.
-            rows = jax.tree.map(lambda v: v.reshape(-1, *v.shape[2:]), rows)
-            results = function(rows, shared)
-            results = jax.tree.map(lambda v: v.reshape(size, -1, *v.shape[1:]), results)
-        return results, jax.tree.map(lambda _: True, results)
-
-    return function
+    return widened(functools.partial(_sharded, function))
 
 
 def _sharded(function, rows, shared):
-    """Calls a function of (rows, shared); rows that lie on several devices stay where they are."""
+    """Calls a function of (rows, shared); rows that lie on several devices stay where they are.
+
+    It is the compiler who knows where that is. On TPUs it does not ask, see `rows.row_by_row`.
+    """
     leaves, tree = jax.tree.flatten((rows, shared))
     count = len(jax.tree.leaves(rows))
     results = jax.eval_shape(function, rows, shared)
