@@ -1,7 +1,7 @@
 """What the TPU compiler says of the kernels and of the whole training step; no TPU needed.
 
     python -m benchmarks.tpu_compile [--topologies v5e:2x2 v6e:2x2] [--programs op block step chips]
-                                     [--rows 2048] [--lengths 50]
+                                     [--rows 2048] [--lengths 50] [--implementations xla tpu]
 
 Needs libtpu, which `make test` puts into `.venv/tpu`: beside jax in the environment itself it
 would print warnings in every program. Each program is compiled for one chip with the kernels
@@ -181,6 +181,7 @@ def main() -> None:
     parser.add_argument("--topologies", nargs="+", default=["v5e:2x2", "v6e:2x2"])
     parser.add_argument("--programs", nargs="+", default=["op", "block", "step", "chips"])
     parser.add_argument("--rows", type=int, default=2048, help="rows of a batch on one chip")
+    parser.add_argument("--implementations", nargs="+", default=["xla", "tpu"])
     parser.add_argument("--lengths", type=int, nargs="+", default=[50], help="of op and block")
     flags = parser.parse_args()
 
@@ -192,9 +193,9 @@ def main() -> None:
         for name, dtype, lower, rows, shared, chips in programs(
             flags.programs, flags.rows, flags.lengths
         ):
-            for kernels in (False, True) if chips == 1 else (True,):
-                figures = compiled(lower, rows, shared, devices[:chips], kernels)
-                line = [name, dtype, "tpu" if kernels else "xla"]
+            for way in flags.implementations if chips == 1 else ("tpu",):
+                figures = compiled(lower, rows, shared, devices[:chips], way == "tpu")
+                line = [name, dtype, way]
                 line += [f"{v:,.1f}" if isinstance(v, float) else str(v) for v in figures]
                 print("|", " | ".join(line), "|", flush=True)
 
