@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.ssd.cases import Case, assert_close, make, quick, to_dtype
+from tests.ssd.cases import QUICK, Case, assert_close, make, outcome, quick, to_dtype
 from tests.ssd.test_block import make as make_block
 from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block
 
@@ -23,6 +23,21 @@ def test_more_features_than_lanes(case, tpu):
     got = quick(inputs, weights, **options, implementation="tpu")
     wanted = quick(inputs, weights, **options, implementation="xla")
     assert_close(got, wanted, 1e-5)
+
+
+def test_less_precision_is_still_more_than_asked_for(tpu):
+    inputs, weights, options = make(Case("", 20, initial_state=False))
+    inputs, weights = to_dtype((inputs, weights), "float32")
+    run = jax.jit(
+        lambda precision: outcome(
+            inputs, weights, **options, precision=precision, implementation="tpu"
+        ),
+        static_argnums=0,
+        compiler_options=QUICK,
+    )
+    got, wanted = run("tf32"), run("ieee")
+    assert_close(got, wanted, 2e-5)
+    assert not jnp.array_equal(got["y"], wanted["y"])
 
 
 def test_says_why_it_cannot_run(x64):

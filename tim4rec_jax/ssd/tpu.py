@@ -49,7 +49,8 @@ def ssd_tpu(dt, log_decay, v):
     """Computes the SSD from step sizes and decays that are ready to use.
 
     Any shape will do: chunks are rounded up to whole registers, and what a block holds beyond
-    the length is masked.
+    the length is masked. The nearest there is to a "tf32" precision is faster than "ieee", too,
+    and keeps 16 bits of fraction.
 
     Args:
         dt: step sizes [B,L,H], float32.
@@ -62,8 +63,9 @@ def ssd_tpu(dt, log_decay, v):
     batch, length, number, width = v.x.shape
     final, groups = v.return_final_state, v.B.shape[2]
     # Registers know no float16, and products over fewer than 8 numbers not everywhere.
-    short = jnp.result_type(v.x, v.B, v.C) == jnp.bfloat16
-    kind, precision = (jnp.bfloat16, "1") if short else (jnp.float32, "float32")
+    kind, precision = jnp.float32, "float32" if v.precision == "ieee" else "3"
+    if jnp.result_type(v.x, v.B, v.C) == jnp.bfloat16:
+        kind, precision = jnp.bfloat16, "1"
     filler = -v.B.shape[3] % 8
     size = v.B.shape[3] + filler
     chunk = plan_chunks(length, v.chunk_size)
