@@ -1,8 +1,8 @@
 """The SSD (arXiv 2405.21060) as two Triton kernels, one for each direction.
 
 A program takes one row of the batch and some heads of one group, and goes through the sequence
-chunk by chunk with the heads' states in registers. The heads share the product of C and B. All
-that is quadratic in the chunk lives and dies in the program; the backward computes it again.
+chunk by chunk, forward with the heads' states in registers. The heads share the product of C and
+B. All that is quadratic in the chunk lives and dies in the program; the backward computes it again.
 
 Letters as in `tim4rec_jax.ssd.ssd`; Q is the length of a chunk, HEADS the number of heads of a
 program. Within a chunk, matrices over pairs of positions are [to q, from k], and states are
@@ -212,7 +212,8 @@ def backward(
                 where = scratch_offsets(row * chunks + chunk + 1, head, n, p, H, P, N)
                 tl.store(scratch + where, state)
 
-    for behind in tl.range(0, chunks, disable_licm=True):
+    # Not pipelined: a state must not be loaded before the chunk after it has left it.
+    for behind in tl.range(0, chunks, disable_licm=True, num_stages=1):
         if not ONE_CHUNK:
             # Other threads of this program read what these wrote.
             tl.debug_barrier()
