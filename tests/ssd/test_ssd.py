@@ -18,6 +18,7 @@ from tests.ssd.cases import (
     TOLERANCE,
     Case,
     assert_close,
+    exact,
     make,
     optimised,
     outcome,
@@ -40,8 +41,7 @@ def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
     inputs, weights = to_dtype((inputs, weights), dtype)
     run = optimised if (implementation, dtype) == ("xla", "float32") else quick
     got = run(inputs, weights, **options, implementation=implementation)
-    exact = to_dtype((inputs, weights), "float64")
-    wanted = quick(*exact, **options, implementation="reference")
+    wanted = exact(inputs, weights, **options)
     assert got["y"].dtype == dtype
     assert got["final_state"].dtype == ("float64" if dtype == "float64" else "float32")
     assert_close(got, wanted, TOLERANCE[dtype])
