@@ -112,7 +112,9 @@ def test_rows_stay_on_their_devices():
     rows = [np.arange(24.0).reshape(8, 3), np.arange(16.0).reshape(8, 2)]
     scale = np.arange(2.0)
     call = binding._by_rows(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
-    mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = jax.make_mesh(
+        (8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")
+    )
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("batch"))
     arguments = (jax.device_put(rows, by_row), scale)
     program = jax.jit(call).lower(*arguments).compile()
