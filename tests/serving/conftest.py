@@ -6,6 +6,7 @@ KINDS = {
     "masked": dict(time_encoding="masked"),
     "paper": dict(time_encoding="paper"),
     "causal": dict(time_encoding="causal", num_layers=2),
+    "bert4rec": dict(name="bert4rec"),
     "next_time": dict(time_encoding="causal", knows_next_time=True),
 }
 

@@ -10,6 +10,7 @@ from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.serving.explain import add_command, explain
+from tim4rec_jax.serving.picture import draw
 
 ITEMS = ["i7", "i3", "i12", "i3", "i20"]
 TIMES = [880_000_000, 880_000_000, 880_090_000, 881_000_123, 881_000_124]
@@ -85,3 +86,12 @@ def test_bad_flags(tiny_workdir, tmp_path):
     history = ["--history", "i7@1", "i8@2"]
     with pytest.raises(UserError, match="cannot be written"):
         run("--workdir", tiny_workdir, "--out", tmp_path / "no" / "x.png", *history)
+
+
+def test_a_model_without_masks(tmp_path, tiny_data):
+    workdir = save_run(tmp_path / "run", tiny_data, name="gru4rec")
+    found = check_weights(workdir, ITEMS, TIMES)
+    assert found.masks == []
+    draw(found, tmp_path / "why.png")
+    with Image.open(tmp_path / "why.png") as picture:
+        assert picture.size[0] > 1000

@@ -22,7 +22,7 @@ from tim4rec_jax.evaluation.predictions import write_predictions
 from tim4rec_jax.serving import Recommender
 
 HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_histories(LENGTHS)]
-ENCODINGS = ("masked", "paper", "causal")
+ENCODINGS = ("masked", "paper", "causal", "bert4rec")
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])

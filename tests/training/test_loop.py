@@ -96,9 +96,14 @@ def test_learns_at_every_position(dataset, tmp_path, capsys, knows_next_time):
     assert losses[-1] < 0.6
 
 
-def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["packed rows", "bert4rec"])
+def test_a_stopped_run_ends_in_the_same_bits(dataset, tmp_path, monkeypatch, kind):
     config = tiny_config(dataset)
-    config_lib.use_causal_time(config, rows=2, epochs=2)
+    if kind == "bert4rec":  # masks are drawn anew in every step
+        config_lib.use_model(config, "bert4rec")
+        config.model.update(hidden_size=8, inner_size=8, n_layers=1)
+    else:
+        config_lib.use_causal_time(config, rows=2, epochs=2)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     calm = train(config, tmp_path / "calm")
     die_at(20, monkeypatch)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tim4rec_jax.layers.activations import gelu
 from tim4rec_jax.layers.block import layer_norm
 from tim4rec_jax.layers.dense import ALL, Dense
 from tim4rec_jax.layers.dropout import dropout, fold
@@ -198,7 +199,7 @@ class EncoderLayer(nnx.Module):
 
     def _finish(self, y, h, seeds):
         h = self.norm(dropout(y, self.dropout_rate, fold(seeds, 1)) + h)
-        y = self.fc2(jax.nn.gelu(self.fc1(h), approximate=False))
+        y = self.fc2(gelu(self.fc1(h)))
         return self.out_norm(dropout(y, self.dropout_rate, fold(seeds, 2)) + h)
 
 

@@ -1,10 +1,10 @@
 """BERT4Rec: attention to both sides, trained to fill gaps (arXiv 1904.06690), as compared."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
+from tim4rec_jax.layers.activations import gelu
 from tim4rec_jax.layers.attention import EncoderLayer, Positions
 from tim4rec_jax.layers.block import layer_norm
 from tim4rec_jax.layers.dense import Dense
@@ -119,7 +119,7 @@ class BERT4Rec(SequenceModel):
         return jnp.concatenate([vectors, self.output_bias[...][:, None]], axis=1)
 
     def _head(self, h):
-        h = self.head_norm(jax.nn.gelu(self.head(h), approximate=False))
+        h = self.head_norm(gelu(self.head(h)))
         return jnp.concatenate([h, jnp.ones_like(h[..., :1])], axis=-1)
 
 

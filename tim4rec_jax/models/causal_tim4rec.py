@@ -101,7 +101,7 @@ class CausalTiM4Rec(SequenceModel):
     def masks(
         self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
-        """The time-aware mask of every layer (`tim4rec_jax.ssd.mask`), to look at."""
+        """See `SequenceModel`."""
         del lengths
         h, features = self._embed(items, None), self._features(gaps[:, : items.shape[1]])
         masks = []

@@ -71,6 +71,15 @@ class SequenceModel(nnx.Module):
         """What the training loss of a batch has on top of the mean loss of its samples."""
         return 0.0
 
+    def masks(
+        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+    ) -> list[Float[Array, "B H L L"]]:
+        """What each event counts for in each later one before its content, by layer and head.
+
+        The time-aware masks of TiM4Rec (`tim4rec_jax.ssd.mask`); models without have no layers.
+        """
+        return []
+
     def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
         """Hidden states for a prediction `wait` seconds after the last event.
 

@@ -119,7 +119,7 @@ class TiM4Rec(SequenceModel):
     def masks(
         self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
-        """The time-aware mask of every layer (`tim4rec_jax.ssd.mask`), to look at."""
+        """See `SequenceModel`."""
         h, tau, real = self._embed(items, lengths, gaps, None)
         masks = []
         for block in self.blocks:

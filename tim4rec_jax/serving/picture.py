@@ -31,8 +31,8 @@ def draw(found: Explanation, path: Path) -> None:
     Raises:
       UserError: the file cannot be written.
     """
-    layers, heads = len(found.masks), len(found.masks[0])
-    side = min(_SIDE, 10.0 / heads)
+    layers, heads = len(found.masks), len(found.masks[0]) if found.masks else 0
+    side = min(_SIDE, 10.0 / max(heads, 1))
     events, best = _ROW * len(found.events), _ROW * len(found.titles)
     masks_top = _HEAD + best + 0.95
     left = _EDGE + _LABELS + _BARS + _BETWEEN
@@ -47,15 +47,22 @@ def draw(found: Explanation, path: Path) -> None:
     _heading(figure, found, width, height)
     _weights(panel(_EDGE + _LABELS, _HEAD, _BARS, events), found)
     _recommendations(panel(left + 1.9, _HEAD, width - left - 1.9 - _EDGE - 0.5, best), found)
+    if found.masks:
+        _masks(figure, *_mask_panels(panel, found, left, masks_top, side), found)
+    with whole_file(path) as file:
+        figure.savefig(file, format="png")
+
+
+def _mask_panels(panel, found: Explanation, left: float, top: float, side: float):
+    """Axes for the masks, [layers, heads], and for their color bar."""
+    layers, heads = len(found.masks), len(found.masks[0])
     masks = [
-        panel(left + head * (side + _GAP), masks_top + layer * (side + _GAP), side, side)
+        panel(left + head * (side + _GAP), top + layer * (side + _GAP), side, side)
         for layer in range(layers)
         for head in range(heads)
     ]
-    bar = panel(left + heads * (side + _GAP) + 0.08, masks_top, 0.1, side)
-    _masks(figure, np.reshape(np.array(masks), (layers, heads)), bar, found)
-    with whole_file(path) as file:
-        figure.savefig(file, format="png")
+    bar = panel(left + heads * (side + _GAP) + 0.08, top, 0.1, side)
+    return np.reshape(np.array(masks), (layers, heads)), bar
 
 
 def _heading(figure: Figure, found: Explanation, width: float, height: float) -> None:

@@ -10,7 +10,7 @@ def _complex(pair: np.ndarray) -> np.ndarray:
 
 
 def _pair(value: np.ndarray) -> np.ndarray:
-    return np.stack([value.real, value.imag])
+    return np.stack([np.real(value), np.imag(value)])
 
 
 _BIAS = Layout(_complex, _pair)
