@@ -135,6 +135,17 @@ def test_settings_that_cannot_be(key, value, words):
     assert words in str(error.value)
 
 
+def test_packed_rows_have_exact_gaps():
+    config = config_lib.default()
+    config_lib.use_model(config, "tisasrec")
+    assert config_lib.resolve(config).data.convention == "recbole"
+    config.train.objective = "every_position"
+    assert config_lib.resolve(config).data.convention == "exact"
+    config.data.convention = "recbole"
+    with pytest.raises(UserError, match="packed rows have exact gaps"):
+        config_lib.resolve(config)
+
+
 @pytest.mark.parametrize(("encoding", "convention"), [("paper", "recbole"), ("masked", "exact")])
 def test_the_convention_of_gaps_follows_the_encoding(encoding, convention):
     config = config_lib.default()

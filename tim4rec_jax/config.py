@@ -170,8 +170,14 @@ def resolve(config: Config) -> Config:
         )
     if config.data.convention is None:
         published = encoding == "paper" or model.name == "tisasrec"
-        config.data.convention = "recbole" if published else "exact"
+        packed = train.objective == "every_position"
+        config.data.convention = "recbole" if published and not packed else "exact"
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
+    if train.objective == "every_position" and config.data.convention != "exact":
+        raise UserError(
+            "config.data.convention is 'recbole', but packed rows have exact gaps; leave it out, or "
+            "take config.train.objective=prefix"
+        )
     buckets = config.data.buckets
     if buckets is not None and not all(isinstance(width, int) for width in buckets):
         raise UserError(f"config.data.buckets is {buckets!r}; it must be whole numbers")
