@@ -175,8 +175,8 @@ def resolve(config: Config) -> Config:
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
     if train.objective == "every_position" and config.data.convention != "exact":
         raise UserError(
-            "config.data.convention is 'recbole', but packed rows have exact gaps; leave it out, or "
-            "take config.train.objective=prefix"
+            "config.data.convention is 'recbole', but packed rows have exact gaps; leave it out, "
+            "or take config.train.objective=prefix"
         )
     buckets = config.data.buckets
     if buckets is not None and not all(isinstance(width, int) for width in buckets):
