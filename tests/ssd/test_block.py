@@ -72,7 +72,8 @@ def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
 def test_equals_the_block_written_out(x64):
     """The definition once more, one row and one position after the other."""
     inputs, _, options = make(9, batch=1, heads=4, groups=2, segments=True)
-    got = time_aware_ssd_block(**to_dtype(inputs, "float64"), **options)[0]
+    block = jax.jit(lambda v: time_aware_ssd_block(**v, **options), compiler_options=QUICK)
+    got = block(to_dtype(inputs, "float64"))[0]
     ids, size, heads = np.asarray(options["segment_ids"])[0], 8, 4
     z, mixed, dt = np.split(inputs["projected"][0], [20, 20 + 20 + 32], axis=-1)
     dt = np.logaddexp(0, dt * inputs["time_factor"][0] + inputs["dt_bias"])
