@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.block import ResidualBlock
 from tim4rec_jax.layers.time_aware_ssd import take_position
+from tim4rec_jax.ssd.dispatch import target
 
 
 class Complex(NamedTuple):
@@ -133,7 +134,7 @@ class LRU(nnx.Module):
         starts = None
         if segment_ids is not None:
             starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]).T != 0
-        way = "loop" if jax.default_backend() == "cpu" else "associative"
+        way = "loop" if target().platform == "cpu" else "associative"
         return linear_recurrence(self._decay(), self._inputs(x.swapaxes(0, 1)), starts, way)
 
     def step(self, state: Complex, x: Float[Array, "B D"]) -> Complex:

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int64, UInt32
 
+from tim4rec_jax.ssd.dispatch import target
+
 SummedLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -43,7 +45,7 @@ def cross_entropy(
 
 def _block_rows(items: int) -> int:
     """Rows of scores to hold at once: on CPU what stays in cache."""
-    elements = 2**20 if jax.default_backend() == "cpu" else 2**26
+    elements = 2**20 if target().platform == "cpu" else 2**26
     return max(8, min(1024, elements // items) // 8 * 8)
 
 
@@ -133,7 +135,7 @@ def full_cross_entropy(
     weights: Float[Array, " N"],
 ) -> Float[Array, ""]:
     """`summed_cross_entropy`, or its plain form for few scores, where blocks only cost."""
-    at_once = 2**23 if jax.default_backend() == "cpu" else 2**27
+    at_once = 2**23 if target().platform == "cpu" else 2**27
     if len(hidden) * len(table) <= at_once:
         return jnp.sum(weights * cross_entropy(hidden, table, targets))
     return summed_cross_entropy(hidden, table, targets, weights)

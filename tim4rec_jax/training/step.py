@@ -10,6 +10,7 @@ import optax
 from flax import nnx, struct
 
 from tim4rec_jax.layers import row_seeds
+from tim4rec_jax.ssd.dispatch import target
 from tim4rec_jax.training.cloze import mask_batch
 from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
 from tim4rec_jax.training.objective import OBJECTIVES
@@ -78,7 +79,7 @@ def micro_count(rows: int, length: int, devices: int) -> int:
     its temporaries fit a cache (see `loss_and_gradients`); one on other devices. Each
     keeps at least 8 rows per device.
     """
-    if jax.default_backend() != "cpu":
+    if target().platform != "cpu":
         return 1
     largest = min(3072 // length, 128)
     count = 1
