@@ -55,7 +55,8 @@ class _Rows(NamedTuple):
 
 def obstacle(v) -> str | None:
     """Returns what keeps the arguments of the block from running here, or None."""
-    arrays = (v.projected, v.time_factor, *v[2:8])
+    parameters = (v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale)
+    arrays = (v.projected, v.time_factor, *parameters)
     if any(array is not None and array.dtype == jnp.float64 for array in arrays):
         return "a TPU has no float64"
     if v.state % 8:
@@ -243,7 +244,7 @@ def _backward(s: Settings, rows, parameters: Parameters):
         jax.lax.fori_loop(0, blocks.rows, row, None)
 
     blocks = Blocks(plan, rows_per_program(batch, _row_bytes(s)), reverse=True)
-    specs = _specs(s, blocks, inputs)
+    gradients = inputs._replace(age=None)
     before = None
     if plan.stateful:
         width, step = inputs.projected.shape[2], plan.chunk // _BEFORE
@@ -257,7 +258,7 @@ def _backward(s: Settings, rows, parameters: Parameters):
         (rows, inputs.projected if plan.stateful else None, parameters),
         (
             (
-                specs,
+                _specs(s, blocks, inputs),
                 blocks.chunk(*state_shape) if plan.stateful else None,
                 blocks.positions(s.inner),
             ),
@@ -265,10 +266,13 @@ def _backward(s: Settings, rows, parameters: Parameters):
             jax.tree.map(lambda _: pl.BlockSpec(), parameters),
         ),
         (
-            jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), inputs),
+            jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), gradients),
             jax.tree.map(lambda v: float32(batch, *v.shape), parameters),
         ),
-        (specs, jax.tree.map(lambda v: blocks.row(*v.shape), parameters)),
+        (
+            _specs(s, blocks, gradients),
+            jax.tree.map(lambda v: blocks.row(*v.shape), parameters),
+        ),
         [
             pltpu.VMEM((blocks.rows, *state_shape), jnp.float32),
             pltpu.VMEM((blocks.rows, TAIL, s.channels), jnp.float32),
