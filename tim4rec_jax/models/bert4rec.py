@@ -41,18 +41,13 @@ class BERT4Rec(SequenceModel):
           rngs: stream `params`.
           param_dtype: of parameters and norms: float32, or float64 for parity.
         """
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config["hidden_size"]
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.mask_ratio, self.ft_ratio = config["mask_ratio"], config["ft_ratio"]
-        self.item_embedding = nnx.Embed(
-            n_items + 2, width, embedding_init=nnx.initializers.normal(0.02), **kwargs
-        )
         self.positions = Positions(config, max_length, **kwargs)
         self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
         self.head = Dense(width, width, **kwargs)
-        self.head_norm = layer_norm(width, config["layer_norm_eps"], dtype, param_dtype, rngs)
+        self.head_norm = layer_norm(width, config["layer_norm_eps"], self.dtype, param_dtype, rngs)
         self.output_bias = nnx.Param(jnp.zeros(n_items + 1, param_dtype))
 
     @property

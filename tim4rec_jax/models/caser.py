@@ -1,7 +1,6 @@
 """Caser: convolutions over the history as an image (WSDM 2018), as RecBole has it."""
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,13 +69,10 @@ class Caser(SequenceModel):
           param_dtype: of parameters: float32, or float64 for parity.
         """
         width, length = config["embedding_size"], max_length
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items, self.dtype = length, n_items, dtype
         self.dropout_rate, self.reg_weight = config["dropout_prob"], config["reg_weight"]
-        table: Any = dict(embedding_init=nnx.initializers.normal(1 / width), **kwargs)
-        self.user_embedding = nnx.Embed(n_users + 1, width, **table)
-        self.item_embedding = nnx.Embed(n_items + 1, width, **table)
+        table = nnx.initializers.normal(1 / width)
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, table)
+        self.user_embedding = nnx.Embed(n_users + 1, width, embedding_init=table, **kwargs)
         vertical = uniform(length**-0.5)
         self.vertical = Dense(
             length, config["nv"], kernel_init=vertical, bias_init=vertical, **kwargs

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
@@ -28,14 +27,9 @@ class CausalBlocks(SequenceModel):
         rngs: nnx.Rngs,
         param_dtype,
     ):
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items = max_length, n_items
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.dropout_rate = config["dropout_prob"]
-        self.item_embedding = nnx.Embed(
-            n_items + 1, width, embedding_init=nnx.initializers.normal(0.02), **kwargs
-        )
-        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
         self.blocks = nnx.List([self.make_block(config, kwargs) for _ in range(layers)])
 
     def make_block(self, config, kwargs: dict) -> Any:

@@ -1,7 +1,5 @@
 """TiM4Rec with a causal use of time: `time_encoding="causal"` (see `tim4rec_jax.layers.causal`)."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,14 +30,9 @@ class CausalTiM4Rec(SequenceModel):
         time stream, and uses `knows_next_time` besides.
         """
         width, eps, layers = config["hidden_size"], config["norm_eps"], config["num_layers"]
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.dropout_rate, self.is_time = config["dropout_prob"], config["is_time"]
-        self.item_embedding = nnx.Embed(
-            n_items + 1, width, embedding_init=nnx.initializers.normal(0.02), **kwargs
-        )
-        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
         self.blocks = nnx.List([_block(config, kwargs) for _ in range(layers)])
         self.knows_next_time = config["knows_next_time"]
         self.next_time = NextTime(width, eps=eps, **kwargs) if self.knows_next_time else None

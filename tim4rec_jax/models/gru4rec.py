@@ -1,7 +1,5 @@
 """GRU4Rec: a gated recurrent network (arXiv 1511.06939), as RecBole has it."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -39,12 +37,9 @@ class GRU4Rec(SequenceModel):
           param_dtype: of parameters: float32, or float64 for parity.
         """
         width, hidden = config["embedding_size"], config["hidden_size"]
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items = max_length, n_items
         self.dropout_rate, self.param_dtype = config["dropout_prob"], param_dtype
         table = nnx.initializers.normal((2 / (n_items + 1 + width)) ** 0.5)
-        self.item_embedding = nnx.Embed(n_items + 1, width, embedding_init=table, **kwargs)
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, table)
         default = uniform(hidden**-0.5)  # torch's own, of all but the first layer
         inits = [nnx.initializers.glorot_uniform(), *[default] * (config["num_layers"] - 1)]
         self.blocks = nnx.List(

@@ -111,15 +111,11 @@ class HSTU(SequenceModel):
           rngs: stream `params`.
           param_dtype: of the parameters: float32, or float64 for tests.
         """
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         width = config["hidden_size"]
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        init = nnx.initializers.truncated_normal(0.02)
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, init)
         self.last_bucket, self.temperature = config["time_buckets"], config["temperature"]
         self.dropout_rate = config["hidden_dropout_prob"]
-        self.item_embedding = nnx.Embed(
-            n_items + 1, width, embedding_init=nnx.initializers.truncated_normal(0.02), **kwargs
-        )
         init = nnx.initializers.truncated_normal(width**-0.5)
         self.position_embedding = nnx.Embed(max_length, width, embedding_init=init, **kwargs)
         self.layers = nnx.List(

@@ -32,15 +32,8 @@ class SASRec(SequenceModel):
           rngs: stream `params`.
           param_dtype: of parameters and norms: float32, or float64 for parity.
         """
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
-        self.item_embedding = nnx.Embed(
-            n_items + 1,
-            config["hidden_size"],
-            embedding_init=nnx.initializers.normal(0.02),
-            **kwargs,
-        )
+        width = config["hidden_size"]
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.positions = Positions(config, max_length, **kwargs)
         self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
 

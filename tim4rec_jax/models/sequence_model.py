@@ -3,10 +3,13 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.time_aware_ssd import take_position
+
+NORMAL = nnx.initializers.normal(0.02)
 
 
 class SequenceModel(nnx.Module):
@@ -29,6 +32,38 @@ class SequenceModel(nnx.Module):
     item_embedding: nnx.Embed
     n_items: int
     max_length: int
+
+    def begin(
+        self,
+        config,
+        width: int,
+        n_items: int,
+        max_length: int,
+        rngs: nnx.Rngs,
+        param_dtype,
+        embedding_init=NORMAL,
+    ) -> dict[str, Any]:
+        """Sets what all models have; the first thing a constructor calls.
+
+        Args:
+          config: the model's settings, with the dtype of the activations.
+          width: of `item_embedding`.
+          n_items: number of items, without padding.
+          max_length: longest history.
+          rngs: stream `params`.
+          param_dtype: of parameters; if not float32, of activations as well.
+          embedding_init: of all rows of the table, that of padding included.
+
+        Returns:
+          Dtypes and rngs, keyword arguments of the model's layers.
+        """
+        self.n_items, self.max_length = n_items, max_length
+        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
+        self.dtype = dtype
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        rows = n_items + self.special_rows
+        self.item_embedding = nnx.Embed(rows, width, embedding_init=embedding_init, **kwargs)
+        return kwargs
 
     def __call__(
         self,

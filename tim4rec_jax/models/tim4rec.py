@@ -45,21 +45,11 @@ class TiM4Rec(SequenceModel):
             raise ValueError(
                 f"time_encoding {config['time_encoding']!r} is not one of {TIME_ENCODINGS}"
             )
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.masked = config["time_encoding"] == "masked"
         self.dropout_rate = config["dropout_prob"]
-
-        self.item_embedding = nnx.Embed(
-            n_items + 1,
-            width,
-            embedding_init=nnx.initializers.normal(0.02),
-            dtype=dtype,
-            param_dtype=param_dtype,
-            rngs=rngs,
-        )
         eps = config["norm_eps"]
-        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
         self.time = (
             TimeEncoder(
                 max_length,
@@ -72,10 +62,7 @@ class TiM4Rec(SequenceModel):
             else None
         )
         self.blocks = nnx.List(
-            [
-                _block(config, max_length, dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs))
-                for _ in range(config["num_layers"])
-            ]
+            [_block(config, max_length, kwargs) for _ in range(config["num_layers"])]
         )
 
     def __call__(

@@ -87,17 +87,15 @@ class TiSASRec(SequenceModel):
           rngs: stream `params`.
           param_dtype: of parameters and norms: float32, or float64 for parity.
         """
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.max_length, self.n_items, self.dtype = max_length, n_items, dtype
+        width = config["hidden_size"]
+        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
         self.time_span, self.heads = config["time_span"], config["n_heads"]
         self.dropout_rate = config["hidden_dropout_prob"]
 
         def table(rows: int) -> nnx.Embed:
             init = nnx.initializers.normal(0.02)
-            return nnx.Embed(rows, config["hidden_size"], embedding_init=init, **kwargs)
+            return nnx.Embed(rows, width, embedding_init=init, **kwargs)
 
-        self.item_embedding = table(n_items + 1)
         self.time_keys, self.time_values = table(self.time_span + 1), table(self.time_span + 1)
         self.positions = Positions(config, max_length, **kwargs)
         self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
