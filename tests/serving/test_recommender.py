@@ -150,8 +150,8 @@ def test_the_moment_of_prediction(recommenders):
     assert now.scores != later.scores
     moments = [int(times[-1]), int(times[-1]) + 10**7]
     both = recommender.recommend_batch([(items, times)] * 2, at=moments)
-    assert both[0].scores == pytest.approx(now.scores, rel=1e-5)
-    assert both[1].scores == pytest.approx(later.scores, rel=1e-5)
+    assert both[0].scores == pytest.approx(now.scores, rel=1e-5, abs=1e-5)
+    assert both[1].scores == pytest.approx(later.scores, rel=1e-5, abs=1e-5)
     assert recommender.recommend([], [], at=5).fallback
     with pytest.raises(UserError, match="`at` is before the last event"):
         recommender.recommend(items, times, at=int(times[-1]) - 1)

@@ -102,10 +102,12 @@ def outcome(inputs: dict, weights: list, **options) -> dict:
     return {"y": y, "final_state": final_state, **gradients}
 
 
-# Optimising takes most of the time of compiling; runs that check arithmetic go without.
+# Optimising takes most of the time of compiling, and the suite goes without; runs that ask
+# whether optimised code is right as well say so.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 STATIC = ("implementation", "chunk_size", "dt_softplus", "dt_limit")
-optimised = jax.jit(outcome, static_argnames=STATIC)
+FULL = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
+optimised = jax.jit(outcome, static_argnames=STATIC, compiler_options=FULL)
 quick = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
 
 

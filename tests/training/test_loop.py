@@ -81,12 +81,11 @@ def test_learns_what_can_be_learnt(finished):
     assert test["ndcg@10"] == figures["test"]["ndcg@10"]
 
 
-@pytest.mark.parametrize("knows_next_time", [False, True])
-def test_learns_at_every_position(dataset, tmp_path, capsys, knows_next_time):
+def test_learns_at_every_position(dataset, tmp_path, capsys):
     config = tiny_config(dataset)
     config_lib.use_causal_time(config, rows=2, epochs=15)
     config.train.learning_rate = 0.02
-    config.model.knows_next_time = knows_next_time
+    config.model.knows_next_time = True
     figures = train(config, tmp_path / "run")
     assert figures["test"]["hit@10"] == 1.0
     assert figures["test"]["ndcg@10"] > 0.9
@@ -96,14 +95,9 @@ def test_learns_at_every_position(dataset, tmp_path, capsys, knows_next_time):
     assert losses[-1] < 0.6
 
 
-@pytest.mark.parametrize("kind", ["packed rows", "bert4rec"])
-def test_a_stopped_run_ends_in_the_same_bits(dataset, tmp_path, monkeypatch, kind):
+def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
     config = tiny_config(dataset)
-    if kind == "bert4rec":  # masks are drawn anew in every step
-        config_lib.use_model(config, "bert4rec")
-        config.model.update(hidden_size=8, inner_size=8, n_layers=1)
-    else:
-        config_lib.use_causal_time(config, rows=2, epochs=2)
+    config_lib.use_causal_time(config, rows=2, epochs=2)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     calm = train(config, tmp_path / "calm")
     die_at(20, monkeypatch)
@@ -116,7 +110,7 @@ def test_a_stopped_run_ends_in_the_same_bits(dataset, tmp_path, monkeypatch, kin
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
-    monkeypatch.setattr(loop, "make_steps", None)
+    monkeypatch.setattr(steps, "train_step", None)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     figures = train(tiny_config(dataset, epochs=15, learning_rate=0.01), finished)
     assert figures == json.loads((finished / "metrics.json").read_text())
@@ -149,7 +143,7 @@ def test_the_loss_logged_is_the_mean_over_every_sample_once(dataset, tmp_path, m
         metrics = {"loss": state.loss_sum / state.weight_sum, "bad_step": state.bad_step}
         return state, metrics
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(steps, "train_step", step)
     scripted(monkeypatch, [0.1, 0.2])
     train(tiny_config(dataset), tmp_path)
     targets = np.concatenate([items[1:-2] for items, _ in cycles()])
@@ -202,31 +196,22 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     assert [record["ndcg@10"] for record in records(tmp_path, "valid")] == [0.1, 0.3, 0.2]
 
 
-def test_eight_devices_train_the_model_that_one_does(dataset, tmp_path, monkeypatch, all_devices):
-    config = tiny_config(dataset, epochs=2, learning_rate=0.01)
-    scripted(monkeypatch, [0.1, 0.2, 0.1, 0.2])
+def test_batches_are_spread_over_all_devices(dataset, tmp_path, monkeypatch, all_devices):
+    """What they compute there: `test_eight_devices_give_the_parameters_of_one` in test_step."""
+    config = tiny_config(dataset, epochs=1)
+    scripted(monkeypatch, [0.1, 0.2])
     ran_on = []
-    step = steps.train_step
-    monkeypatch.setattr(
-        steps,
-        "train_step",
-        lambda state, batch, **rest: (
-            ran_on.append(len(batch["items"].sharding.device_set)) or step(state, batch, **rest)
-        ),
-    )
+
+    def step(state, batch, **_):
+        ran_on.append({len(array.sharding.device_set) for array in batch.values()})
+        return state.replace(step=state.step + 1, weight_sum=state.weight_sum + 1), {
+            "loss": state.loss_sum,
+            "bad_step": state.bad_step,
+        }
+
+    monkeypatch.setattr(steps, "train_step", step)
     train(config, tmp_path / "eight")
-    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-    train(config, tmp_path / "one")
-    assert set(ran_on[: len(ran_on) // 2]) == {8}
-    assert set(ran_on[len(ran_on) // 2 :]) == {1}
-    pairs = zip(
-        *map(jax.tree.leaves, (parameters(tmp_path / "eight"), parameters(tmp_path / "one"))),
-        strict=True,
-    )
-    difference = [float(jnp.abs(ours - theirs).max()) for ours, theirs in pairs]
-    # Adam turns the rounding of gradients close to 0 into steps of up to 1e-3.
-    assert np.median(difference) < 1e-6
-    assert max(difference) < 1e-4
+    assert set(map(tuple, ran_on)) == {(8,)}
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_path):
