@@ -47,7 +47,7 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
     gaps = jnp.asarray(rng.integers(0, 10**6, (2, LENGTH)), jnp.float32).at[:, 0].set(0)
     inputs = items, jnp.array(LENGTHS), gaps
 
-    masks, calls = model.masks(*inputs), []
+    masks, calls = nnx.jit(lambda model, *inputs: model.masks(*inputs))(model, *inputs), []
     layer = type(model.blocks[0].ssd)
     forward = layer.__call__
 

@@ -55,7 +55,7 @@ def test_bfloat16_scores_add_up_in_float32():
     np.testing.assert_allclose(loss, exact, rtol=1e-5)
 
 
-@pytest.mark.parametrize("rows", [1, 7, 8, 40])
+@pytest.mark.parametrize("rows", [7, 40])
 def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, x64, monkeypatch):
     monkeypatch.setattr(losses, "_block_rows", lambda items: 8)
     hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
@@ -90,9 +90,9 @@ LOG_SHARE = np.log(rng.dirichlet(np.ones(20)))
 def plain(name, hidden, table):
     """The losses again, one row and one drawn item after the other."""
     total = 0.0
-    for row, target, weight in zip(hidden, TARGETS, WEIGHTS, strict=True):
+    for row, target, weight in zip(hidden, TARGETS.tolist(), WEIGHTS, strict=True):
         right = row @ table[target]
-        others = [(row @ table[j], LOG_SHARE[j]) for j in DRAWN if j != target]
+        others = [(row @ table[j], LOG_SHARE[j]) for j in DRAWN.tolist() if j != target]
         if name == "sampled_softmax":
             terms = [score - share - jnp.log(5.0) for score, share in others]
             loss = -jax.nn.log_softmax(jnp.stack([right, *terms]))[0]
@@ -123,9 +123,11 @@ def test_sampled_losses_and_their_gradients(name, x64):
         return function(hidden, table, TARGETS, weights, drawn=DRAWN)
 
     inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
-    np.testing.assert_allclose(ours(*inputs), plain(name, *inputs), rtol=1e-10)
-    gradients = [jax.grad(f, argnums=(0, 1))(*inputs) for f in (ours, lambda *i: plain(name, *i))]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-10), *gradients)
+    found = [
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*inputs)
+        for f in (ours, lambda *inputs: plain(name, *inputs))
+    ]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *found)
 
 
 def test_items_are_drawn_by_their_frequency_and_scores_corrected_for_it():

@@ -50,6 +50,11 @@ def test_every_position_of_packed_rows_is_every_prefix():
     rows = PackedBatches(dataset, max_length=12, batch_size=1, seed=0)
     assert prefixes.batches_per_epoch == rows.batches_per_epoch == 1
     batches = jax.device_put((prefixes[0], rows[0]))
-    by_prefix = prefix_loss(model, batches[0], None)
-    at_once = every_position_loss(model, batches[1], None)
+    losses = nnx.jit(  # compiled as a whole, or each operation would be by itself
+        lambda model, one, two: (
+            prefix_loss(model, one, None),
+            every_position_loss(model, two, None),
+        )
+    )
+    by_prefix, at_once = losses(model, *batches)
     np.testing.assert_allclose(at_once, by_prefix, rtol=1e-5)
