@@ -27,7 +27,7 @@ from rich.table import Table
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
-from tim4rec_jax.models import build
+from tim4rec_jax.models import build, inputs
 from tim4rec_jax.training.step import init_state, make_optimizer, micro_count, train_step
 
 # name: settings file, rows, items, seconds a step of the reference on two cores of such a
@@ -168,9 +168,11 @@ def steps(console: Console, runs: int) -> None:
         )
 
 
-def epochs(console: Console, directory: str, path: str, count: int) -> None:
+def epochs(console: Console, directory: str, path: str, batch: int, count: int) -> None:
     """Whole epochs, the first one apart: it compiles."""
-    config = config_lib.resolve(load(path))
+    config = load(path)
+    config.train.batch_size = batch or config.train.batch_size
+    config = config_lib.resolve(config)
     dataset = open_dataset(directory)
     batches = TrainBatches(
         dataset,
@@ -181,6 +183,7 @@ def epochs(console: Console, directory: str, path: str, count: int) -> None:
         buckets=config.data.buckets,
     )
     model = build(config.model, n_items=dataset.n_items, max_length=config.data.max_length)
+    needed = (*inputs(model), "targets", "weights")
     graphdef, params = nnx.split(model)
     tx = make_optimizer(config.train.learning_rate, 0.0)
     state = init_state(params, tx, config.seed)
@@ -192,8 +195,7 @@ def epochs(console: Console, directory: str, path: str, count: int) -> None:
     for epoch in range(count + 1):
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(batches.batches_per_epoch):
-            batch = next(iterator)
-            del batch["users"]
+            batch = {name: v for name, v in next(iterator).items() if name in needed}
             rows, width = batch["items"].shape
             micro = micro_count(rows, width, 1)
             state, _ = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
@@ -210,12 +212,15 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train_step", description=__doc__)
     parser.add_argument("--epoch", metavar="DIR", help="time epochs on this prepared dataset")
-    parser.add_argument("--config", default="configs/beauty.py", help="settings for --epoch")
+    parser.add_argument(
+        "--config", default="configs/beauty.py", help="settings for --epoch, FILE[:VARIANT]"
+    )
+    parser.add_argument("--batch", type=int, default=0, help="its size (default: the config's)")
     parser.add_argument("--runs", type=int, default=5, help="steps or epochs to measure")
     flags = parser.parse_args()
     console = Console()
     if flags.epoch:
-        epochs(console, flags.epoch, flags.config, flags.runs)
+        epochs(console, flags.epoch, flags.config, flags.batch, flags.runs)
     else:
         steps(console, flags.runs)
 
