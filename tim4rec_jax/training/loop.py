@@ -88,11 +88,12 @@ class _Run:
                 dataset, convention=data.convention, buckets=data.buckets, **settings
             )
         self.placement = place(batch_size)
+        counted = config.model.name == "popularity"  # counting goes over the whole log
         model = build(
             config.model,
             n_items=dataset.n_items,
             n_users=dataset.n_users,
-            item_counts=train_item_counts(dataset),
+            item_counts=train_item_counts(dataset) if counted else None,
             max_length=data.max_length,
             seed=config.seed,
         )

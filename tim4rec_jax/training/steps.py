@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import Dataset, PackedBatches, TrainBatches, train_item_counts
+from tim4rec_jax.data import Convention, Dataset, PackedBatches, TrainBatches, train_item_counts
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.devices import Placement
 from tim4rec_jax.models import SequenceModel, inputs
@@ -29,10 +29,9 @@ class HostSteps:
       iterator: over the batches; its state is saved with the run's.
     """
 
-    def __init__(self, batches, model: SequenceModel, placement: Placement, settings: dict):
+    def __init__(self, batches, needed: tuple[str, ...], placement: Placement, **settings: Any):
         self.iterator = train_iterator(batches)
-        self._needed = (*inputs(model), "targets", "weights")
-        self._placement, self._settings = placement, settings
+        self._needed, self._placement, self._settings = needed, placement, settings
 
     def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
         """Dispatches the next steps.
@@ -71,20 +70,22 @@ class DeviceSteps:
         self,
         dataset: Dataset,
         batches: TrainBatches | PackedBatches,
-        convention,
-        model: SequenceModel,
+        convention: Convention,
+        needed: tuple[str, ...],
         placement: Placement,
-        settings: dict,
+        *,
+        up_to: jax.Array | None,
+        **settings: Any,
     ):
         self.iterator = train_iterator(batches, rows_only=True)
         self._log = jax.device_put(event_log(dataset, convention), placement.replicated)
         mesh = placement.by_row.mesh
         self._by_row = NamedSharding(mesh, PartitionSpec(None, "batch"))
         self._replicated = placement.replicated
-        self._up_to = settings.pop("up_to")
+        self._up_to = up_to
         self._static = dict(
             layout=layout(batches, convention, placement.devices),
-            needed=(*inputs(model), "targets", "weights"),
+            needed=needed,
             settings=tuple(settings.items()),
         )
 
@@ -125,7 +126,8 @@ def make_steps(
     if train.loss == "sampled_softmax":
         counts = cumulative_counts(train_item_counts(dataset))
         up_to = jax.device_put(counts, placement.replicated)
-    settings = dict(
+    needed = (*inputs(model), "targets", "weights")
+    settings: dict[str, Any] = dict(
         graphdef=nnx.graphdef(model),
         tx=tx,
         objective=train.objective,
@@ -134,5 +136,5 @@ def make_steps(
     )
     if choose_placement(config.data.placement, dataset) == "device":
         convention = "exact" if isinstance(batches, PackedBatches) else config.data.convention
-        return DeviceSteps(dataset, batches, convention, model, placement, settings), tx
-    return HostSteps(batches, model, placement, settings), tx
+        return DeviceSteps(dataset, batches, convention, needed, placement, **settings), tx
+    return HostSteps(batches, needed, placement, **settings), tx
