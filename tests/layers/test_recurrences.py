@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ssd.cases import QUICK
 from tim4rec_jax.layers.correlation import correlate
 from tim4rec_jax.layers.gru import gru, gru_step
 from tim4rec_jax.layers.lru import Complex, linear_recurrence
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 LENGTH, ROWS, WIDTH = 7, 2, 3
 STARTS = jnp.array([[0, 0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0]], bool).T
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.ssd.cases import QUICK
 from tim4rec_jax.layers.selective_scan import (
     selective_scan,
     selective_scan_last,
@@ -16,7 +17,6 @@ from tim4rec_jax.layers.selective_scan import (
     step_size,
 )
 
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 TOLERANCE = {"float64": 1e-9, "float32": 2e-5}
 
 
