@@ -34,6 +34,7 @@ from tim4rec_jax import compilation_cache
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.evaluation.loop import batch_settings
 from tim4rec_jax.training.checkpoints import load_best
 from tim4rec_jax.training.summary import flops_per_sample
 
@@ -95,12 +96,7 @@ def measure(folder: Path) -> dict:
         config, model = load_best(folder / "run")
         data = config.data
         ds = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
-        settings = dict(
-            max_length=data.max_length,
-            batch_size=config.eval.batch_size,
-            convention=data.convention,
-            buckets=data.buckets,
-        )
+        settings = batch_settings(config)
         evaluate(model, ds, "test", **settings)  # compiles
         start = time.process_time()
         figures, ranks = evaluate(model, ds, "test", **settings)

@@ -14,7 +14,7 @@ from rich.console import Console
 from tim4rec_jax import compilation_cache
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.loop import Split, evaluate
+from tim4rec_jax.evaluation.loop import Split, batch_settings, evaluate
 from tim4rec_jax.evaluation.metrics import standard_errors
 from tim4rec_jax.evaluation.predictions import write_predictions
 from tim4rec_jax.evaluation.report import print_report, write_csv, write_json
@@ -62,14 +62,8 @@ def evaluate_run(
     data = config.data
     ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
     check_model(model, ds.n_items, ds.directory, workdir)
-    settings: dict[str, Any] = dict(
-        max_length=config.data.max_length,
-        batch_size=config.eval.batch_size,
-        convention=config.data.convention,
-        buckets=config.data.buckets,
-        exclude_seen=exclude_seen,
-        progress=True,
-    )
+    settings: dict[str, Any] = batch_settings(config)
+    settings |= {"exclude_seen": exclude_seen, "progress": True}
     figures, ranks = evaluate(model, ds, split, **settings)
     report = {
         "workdir": str(workdir),

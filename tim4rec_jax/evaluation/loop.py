@@ -15,6 +15,7 @@ from jaxtyping import Int32
 from rich.console import Console
 from rich.progress import track
 
+from tim4rec_jax.config import Config
 from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches
 from tim4rec_jax.devices import place
 from tim4rec_jax.evaluation.metrics import metrics
@@ -24,6 +25,16 @@ from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 Split = Literal["valid", "test"]
 # Batches the host may be ahead of the device: it never waits, and inputs do not pile up there.
 _IN_FLIGHT = 8
+
+
+def batch_settings(config: Config) -> dict[str, Any]:
+    """What a run's settings say about `EvalBatches`: keyword arguments of `evaluate` and `run`."""
+    return dict(
+        max_length=config.data.max_length,
+        batch_size=config.eval.batch_size,
+        convention=config.data.convention,
+        buckets=config.data.buckets,
+    )
 
 
 def evaluate(

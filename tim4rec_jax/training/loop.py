@@ -23,7 +23,7 @@ from tim4rec_jax.data import (
 from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
-from tim4rec_jax.evaluation.loop import Split
+from tim4rec_jax.evaluation.loop import Split, batch_settings
 from tim4rec_jax.models import build
 from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import only_process, stop_on_signal
@@ -229,16 +229,7 @@ class _Run:
         self.state = dataclasses.replace(self.state, loss_sum=zero, weight_sum=zero.copy())
 
     def _evaluate(self, model: Any, split: Split) -> tuple[dict[str, float], np.ndarray]:
-        data = self.config.data
-        return evaluate(
-            model,
-            self.dataset,
-            split,
-            max_length=data.max_length,
-            batch_size=self.config.eval.batch_size,
-            convention=data.convention,
-            buckets=data.buckets,
-        )
+        return evaluate(model, self.dataset, split, **batch_settings(self.config))
 
     def _test(self, path: Path) -> dict:
         """Reads the test metrics of the best parameters and writes `metrics.json`."""
