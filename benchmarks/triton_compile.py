@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ["TRITON_INTERPRET"] = "0"
@@ -28,8 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 
-from tim4rec_jax.ssd import compile_for, ssd, triton_kernels
-from tim4rec_jax.ssd import triton as binding
+from tim4rec_jax.ssd import compile_for, ssd, triton_launch
 from tim4rec_jax.ssd.blocks import Blocks
 
 
@@ -55,9 +54,9 @@ SHAPES = [
 
 
 class Launch(NamedTuple):
-    """What `tim4rec_jax.ssd.triton.launch` was asked for."""
+    """What `tim4rec_jax.ssd.triton_launch.launch` was asked for."""
 
-    kernel: str
+    kernel: Any
     signature: dict[str, str]
     constants: dict
     size: Blocks
@@ -68,10 +67,10 @@ def launches(shape: Shape, capability: int) -> list[Launch]:
     found = {}
 
     def record(kernel, inputs, outputs, programs, constants, size):
-        names = getattr(triton_kernels, kernel).arg_names
         arrays = (*inputs, *outputs)
         types = [_type(v) for v in arrays] + ["constexpr"] * len(constants)
-        found[kernel] = Launch(kernel, dict(zip(names, types, strict=True)), constants, size)
+        signature = dict(zip(kernel.arg_names, types, strict=True))
+        found[kernel.fn.__name__] = Launch(kernel, signature, constants, size)
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
     wide, lead = jnp.dtype(shape.dtype), (2, shape.length)
@@ -89,7 +88,7 @@ def launches(shape: Shape, capability: int) -> list[Launch]:
         y = ssd(**inputs, dt_softplus=True, precision=shape.precision, implementation="triton")
         return jnp.sum(y.astype(jnp.float32))
 
-    with compile_for("gpu", capability), mock.patch.object(binding, "launch", record):
+    with compile_for("gpu", capability), mock.patch.object(triton_launch, "launch", record):
         jax.eval_shape(jax.grad(total), inputs)
     return list(found.values())
 
@@ -111,7 +110,6 @@ class Report(NamedTuple):
 
 def compile_kernel(launch: Launch, capability: int) -> Report:
     """Compiles to machine code and reads what the assembler says of it."""
-    kernel = getattr(triton_kernels, launch.kernel)
     # As jax-triton does: all arrays begin at a multiple of 16 bytes.
     aligned = {
         (i,): [["tt.divisibility", 16]]
@@ -119,7 +117,7 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
         if kind.startswith("*")
     }
     source = triton.compiler.ASTSource(
-        kernel, signature=launch.signature, constexprs=launch.constants, attrs=aligned
+        launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=aligned
     )
     start = time.perf_counter()
     compiled = triton.compile(
@@ -165,7 +163,7 @@ def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
         for shape in shapes:
             for launch in launches(shape, capability):
                 yield {
-                    "kernel": launch.kernel,
+                    "kernel": launch.kernel.fn.__name__,
                     "sm": capability,
                     **shape._asdict(),
                     "precision": launch.constants["PRECISION"],

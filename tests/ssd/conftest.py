@@ -7,8 +7,7 @@ import pytest
 from jax.experimental import pallas
 
 from tests.ssd import interpreter
-from tim4rec_jax.ssd import compile_for
-from tim4rec_jax.ssd import triton as binding
+from tim4rec_jax.ssd import compile_for, triton_launch
 
 
 @pytest.fixture
@@ -29,8 +28,8 @@ def triton(monkeypatch):
     if jax.default_backend() == "gpu":
         yield
         return
-    monkeypatch.setattr(binding, "launch", interpreter.launch)
-    monkeypatch.setattr(binding.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(triton_launch, "launch", interpreter.launch)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: name)
     with compile_for("gpu", 90):
         yield
 

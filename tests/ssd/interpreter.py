@@ -40,9 +40,7 @@ class HostTensor:
 
 
 def launch(kernel, inputs, outputs, programs, constants, size):
-    """What `tim4rec_jax.ssd.triton.launch` does, without a GPU."""
-    from tim4rec_jax.ssd import triton_kernels
-
+    """What `tim4rec_jax.ssd.triton_launch.launch` does, without a GPU."""
     numbers = {i: v for i, v in enumerate(inputs) if not isinstance(v, jax.Array)}
     arrays = [v for i, v in enumerate(inputs) if i not in numbers]
 
@@ -53,8 +51,7 @@ def launch(kernel, inputs, outputs, programs, constants, size):
         # What a kernel leaves unwritten shows.
         results = [np.full(v.shape, np.nan, v.dtype) for v in outputs]
         with _one_at_a_time:
-            grid = getattr(triton_kernels, kernel)[(programs,)]
-            grid(*arguments, *map(HostTensor, results), **constants)
+            kernel[(programs,)](*arguments, *map(HostTensor, results), **constants)
         return results
 
     return jax.pure_callback(run, outputs, *arrays)

@@ -23,8 +23,7 @@ from tests.ssd.cases import (
     to_dtype,
 )
 from tim4rec_jax.ssd import blocks as table
-from tim4rec_jax.ssd import compile_for, ssd
-from tim4rec_jax.ssd import triton as binding
+from tim4rec_jax.ssd import compile_for, ssd, triton_launch
 
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
@@ -111,7 +110,7 @@ def test_rows_stay_on_their_devices():
     """The kernel's place is taken by a sum; a callback cannot be partitioned."""
     rows = [np.arange(24.0).reshape(8, 3), np.arange(16.0).reshape(8, 2)]
     scale = np.arange(2.0)
-    call = binding._by_rows(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
+    call = triton_launch.by_rows(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
     mesh = jax.make_mesh(
         (8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")
     )
@@ -151,18 +150,18 @@ def test_float64_and_other_platforms_are_refused(triton, x64):
 
 
 def test_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(binding.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_launch.importlib.util, "find_spec", lambda name: None)
     inputs = to_dtype(make(SMALL)[0], "float32")
     with compile_for("gpu", 90), pytest.raises(ValueError, match=r"'tim4rec-jax\[triton\]'"):
         ssd(**inputs, implementation="triton")
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("size", binding.SIZES)
+@pytest.mark.parametrize("size", triton_launch.SIZES)
 @pytest.mark.parametrize("kernel", ["forward", "backward"])
 def test_every_shape_has_sizes_of_blocks(kernel, size, precision):
     for length, heads, limit in itertools.product((1, 17, 64, 1000), (1, 3, 4), (None, 1, 40)):
-        blocks = binding.blocks(
+        blocks = table.blocks(
             kernel,
             90,
             length=length,

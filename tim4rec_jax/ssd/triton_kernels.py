@@ -15,6 +15,10 @@ import triton
 import triton.language as tl
 
 from tim4rec_jax.ssd.triton_parts import (
+    add_backward,
+    advance,
+    attend,
+    attend_backward,
     decay_between,
     decay_to_end,
     load_raw,
@@ -69,6 +73,7 @@ def forward(
     program = tl.program_id(0)
     row = (program // (H // HEADS)).to(tl.int64)
     first = (program % (H // HEADS)) * HEADS
+    HAS_STATE: tl.constexpr = HAS_INITIAL or not ONE_CHUNK
     group = first // (H // G)
     q = tl.arange(0, Q)
     p = tl.arange(0, P)
@@ -102,14 +107,9 @@ def forward(
 
             mixing = scores * decay_between(coarse, fine, q)
             step_x = x_ * step[:, None]
-            y_ = tl.dot(mixing, step_x, input_precision=PRECISION)
-            if HAS_INITIAL or not ONE_CHUNK:
-                seen = C_ * tl.exp2(coarse + fine)[:, None]
-                y_ += tl.dot(seen, state, input_precision=PRECISION)
+            y_ = attend(mixing, C_, step_x, state, coarse, fine, HAS_STATE, PRECISION)
             if HAS_FINAL or not ONE_CHUNK:
-                to_end, kept = decay_to_end(coarse, fine, q, Q)
-                added = tl.trans(B_ * to_end[:, None])
-                state = kept * state + tl.dot(added, step_x, input_precision=PRECISION)
+                state = advance(state, B_, step_x, coarse, fine, q, Q, PRECISION)
             leaving += (state,)
             if HAS_D:
                 if D_PER_CHANNEL:
@@ -204,11 +204,9 @@ def backward(
                 raw = load_raw(dt, bias, at, inside, head, H, HAS_BIAS)
                 step = step_sizes(raw, inside, SOFTPLUS, LIMITED, LOW, HIGH)
                 coarse, fine = total_decays(step, rate, restarts)
-                to_end, kept = decay_to_end(coarse, fine, q, Q)
                 B_ = load_rows(B, at, inside, group, n, G, N)
                 step_x = load_rows(x, at, inside, head, p, H, P) * step[:, None]
-                added = tl.trans(B_ * to_end[:, None])
-                state = kept * state + tl.dot(added, step_x, input_precision=PRECISION)
+                state = advance(state, B_, step_x, coarse, fine, q, Q, PRECISION)
                 where = scratch_offsets(row * chunks + chunk + 1, head, n, p, H, P, N)
                 tl.store(scratch + where, state)
 
@@ -238,9 +236,7 @@ def backward(
             dy_ = load_rows(dy, at, inside, head, p, H, P)
 
             step_x = x_ * step[:, None]
-            decay = decay_between(coarse, fine, q)
-            dstep_x = tl.dot(tl.trans(scores * decay), dy_, input_precision=PRECISION)
-            pairs = tl.dot(dy_, tl.trans(step_x), input_precision=PRECISION) * decay
+            dstep_x, pairs = attend_backward(scores, step_x, dy_, coarse, fine, q, PRECISION)
             dscores += pairs
             # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
             # digits that differences of row and column sums would lose.
@@ -256,9 +252,7 @@ def backward(
                 if not ONE_CHUNK:
                     dstate += tl.load(scratch + here + H * P * N, mask=behind > 0, other=0)
                 to_end, kept = decay_to_end(coarse, fine, q, Q)
-                dstep_x += tl.dot(B_ * to_end[:, None], dstate, input_precision=PRECISION)
-                left = step_x * to_end[:, None]
-                dB_head = tl.dot(left, tl.trans(dstate), input_precision=PRECISION)
+                dstep_x, dB_head = add_backward(dstate, B_, step_x, dstep_x, to_end, PRECISION)
                 dB_ += dB_head
                 to_later += tl.sum(dB_head * B_, 1)[None, :]
             if HAS_INITIAL or not ONE_CHUNK:

@@ -120,3 +120,41 @@ def state_offsets(row, head, n, p, H: tl.constexpr, P: tl.constexpr, N: tl.const
 def scratch_offsets(chunk, head, n, p, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
     """Places of a state [N, P] in an array [chunk, H, N, P]."""
     return ((chunk * H + head) * N + n[:, None]) * P + p[None, :]
+
+
+@triton.jit
+@no_type_check
+def attend(mixing, C, step_x, state, coarse, fine, STATEFUL: tl.constexpr, PRECISION):
+    """What positions see of each other and, if STATEFUL, of the state before them: [Q, P]."""
+    y = tl.dot(mixing, step_x, input_precision=PRECISION)
+    if STATEFUL:
+        seen = C * tl.exp2(coarse + fine)[:, None]
+        y += tl.dot(seen, state, input_precision=PRECISION)
+    return y
+
+
+@triton.jit
+@no_type_check
+def advance(state, B, step_x, coarse, fine, q, Q: tl.constexpr, PRECISION):
+    """The state after the chunk."""
+    to_end, kept = decay_to_end(coarse, fine, q, Q)
+    added = tl.trans(B * to_end[:, None])
+    return kept * state + tl.dot(added, step_x, input_precision=PRECISION)
+
+
+@triton.jit
+@no_type_check
+def attend_backward(scores, step_x, dy, coarse, fine, q, PRECISION):
+    """Gradients by what positions see of each other: of step_x [Q, P] and scores [Q, Q]."""
+    decay = decay_between(coarse, fine, q)
+    dstep_x = tl.dot(tl.trans(scores * decay), dy, input_precision=PRECISION)
+    return dstep_x, tl.dot(dy, tl.trans(step_x), input_precision=PRECISION) * decay
+
+
+@triton.jit
+@no_type_check
+def add_backward(dstate, B, step_x, dstep_x, to_end, PRECISION):
+    """Gradients by what the chunk adds to the state: dstep_x [Q, P] with it, and of B [Q, N]."""
+    dstep_x += tl.dot(B * to_end[:, None], dstate, input_precision=PRECISION)
+    dB = tl.dot(step_x * to_end[:, None], tl.trans(dstate), input_precision=PRECISION)
+    return dstep_x, dB
