@@ -83,7 +83,7 @@ def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
       epochs: the learning rate falls to 0 in so many; nothing stops training before, because the
         last ones are the best.
     """
-    config.model.time_encoding = "causal"
+    config.model.update(time_encoding="causal", seen_offset=True)
     config.train.update(
         objective="every_position",
         batch_size=rows,
@@ -162,6 +162,11 @@ def resolve(config: Config) -> Config:
         raise UserError(
             f"config.train.objective is {train.objective!r} and the model {model.name}; "
             "cloze is the objective of bert4rec and of no other model"
+        )
+    if model.seen_offset and (train.loss != "cross_entropy" or train.objective == "cloze"):
+        raise UserError(
+            "config.model.seen_offset is True, which needs config.train.loss=cross_entropy and "
+            f"another objective than cloze; they are {train.loss} and {train.objective}"
         )
     if model.get("knows_next_time") and encoding != "causal":
         raise UserError(

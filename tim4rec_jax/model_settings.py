@@ -87,3 +87,6 @@ MODEL_SETTINGS = {
 }
 for _settings in MODEL_SETTINGS.values():
     _settings["dtype"] = "float32"  # of the activations; "bfloat16" halves their memory
+    # Learns what to add to the scores of items that the history holds. Without it a model whose
+    # inputs and scores share one table recommends what was just had. Not in the comparison.
+    _settings["seen_offset"] = False

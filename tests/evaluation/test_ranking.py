@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tim4rec_jax.evaluation.ranking import ranks, top_k
+from tim4rec_jax.evaluation.ranking import Seen, ranks, top_k
 
 NAN, INF = float("nan"), float("inf")
 
@@ -17,8 +17,11 @@ def integers(rng, *shape):
     return rng.integers(-3, 4, shape).astype(np.float32)
 
 
-def naive_scores(hidden, table, exclude, keep=None):
+def naive_scores(hidden, table, exclude, seen=None, keep=None):
     scores = hidden @ table.T
+    if seen is not None:
+        for row, items in enumerate(seen.items):
+            scores[row, np.unique(items)] += seen.offset
     scores[:, 0] = -INF
     for row, items in enumerate(exclude):
         for item in items:
@@ -35,31 +38,33 @@ def problems(draw):
     hidden, table = integers(rng, 4, 2), integers(rng, items + 1, 2)
     targets = rng.integers(1, items + 1, 4).astype(np.int32)
     exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
-    return hidden, table, targets, exclude, block_size
+    seen = Seen(rng.integers(0, items + 1, (4, 3)).astype(np.int32), np.float32(-2))
+    return hidden, table, targets, exclude, seen, block_size
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_ranks_equal_the_naive_ones(problem):
-    hidden, table, targets, exclude, block_size = problem
-    scores = naive_scores(hidden, table, exclude, keep=targets)
+    hidden, table, targets, exclude, seen, block_size = problem
+    scores = naive_scores(hidden, table, exclude, seen, keep=targets)
     own = np.take_along_axis(scores, targets[:, None], 1)
     expected = 1 + (scores > own).sum(1)
-    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude)
+    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude, seen=seen)
     np.testing.assert_array_equal(got, expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([1, 7, 25]))
 def test_top_k_equals_the_naive_one(problem, k):
-    hidden, table, _, exclude, block_size = problem
-    scores = naive_scores(hidden, table, exclude)
+    hidden, table, _, exclude, seen, block_size = problem
+    scores = naive_scores(hidden, table, exclude, seen)
     items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(scores, items, 1)
     fill = ((0, 0), (0, k - items.shape[1]))
     best = np.pad(best, fill, constant_values=-INF)
     items = np.where(best == -INF, 0, np.pad(items, fill))
-    got_scores, got_items = top_k(hidden, table, k, block_size=block_size, exclude=exclude)
+    options = dict(block_size=block_size, exclude=exclude, seen=seen)
+    got_scores, got_items = top_k(hidden, table, k, **options)
     np.testing.assert_array_equal(got_scores, best)
     np.testing.assert_array_equal(got_items, items)
 

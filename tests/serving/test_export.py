@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
-from tim4rec_jax.serving.export import PLATFORMS, export
+from tim4rec_jax.serving.export import PLATFORMS, export, program
 from tim4rec_jax.training.checkpoints import load_best
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_export.py"
@@ -67,6 +68,19 @@ def exported_run(folder, dataset, **settings):
 
 def test_recommends_what_the_model_does(run):
     compare(run)
+
+
+def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
+    recommender = recommenders("causal")
+    recommend, weights = program(recommender.engine.model, 12)
+    items, times = np.array([[3, 7, 7, 12, 0, 0]]), np.array([[0, 50, 90, 200, 0, 0]])
+    gaps = np.array([[0, 50, 40, 110, 0, 0]], np.float32)
+    nothing = np.zeros((1, 1), np.int32)
+    scores, best = jax.jit(recommend)(weights, items, np.array([4]), gaps, nothing)
+    ids = [recommender.catalogue.ids[item - 1] for item in items[0, :4]]
+    found = recommender.recommend(ids, times[0, :4], 12, exclude_seen=False)
+    assert [recommender.catalogue.ids[item - 1] for item in best[0].tolist()] == found.items
+    np.testing.assert_allclose(scores[0], found.scores, rtol=1e-5, atol=1e-5)
 
 
 def test_knows_the_next_time(tmp_path, tiny_data):

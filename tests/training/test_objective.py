@@ -38,8 +38,9 @@ def test_rows_count_by_their_weight():
 def test_every_position_of_packed_rows_is_every_prefix():
     dataset = in_memory(random_histories([9, 4, 7]))
     config = tiny_config("none").model
-    config.update(time_encoding="causal", num_layers=2, knows_next_time=True)
+    config.update(time_encoding="causal", num_layers=2, knows_next_time=True, seen_offset=True)
     model = build(config, n_items=30, max_length=12)
+    model.offset[...] = -0.1
     for block in model.blocks:
         kernel = block.modulator.kernel
         kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)

@@ -19,7 +19,7 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches
 from tim4rec_jax.devices import place
 from tim4rec_jax.evaluation.metrics import metrics
-from tim4rec_jax.evaluation.ranking import ranks
+from tim4rec_jax.evaluation.ranking import Seen, ranks
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 
 Split = Literal["valid", "test"]
@@ -54,7 +54,8 @@ def evaluate(
     Batches are spread over the local devices. Compiled code is kept between calls.
 
     Args:
-        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_table().T`.
+        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_table().T`, and
+            `seen_offset()` more for the items of the history.
         ds: a prepared dataset.
         split: whose targets, see `tim4rec_jax.data.splits`.
         max_length: histories are cut to their last events.
@@ -92,18 +93,19 @@ def run(
     progress: bool = False,
     **settings: Any,
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
-    """Yields rows of users and, as numpy arrays, `score(hidden, table, targets, exclude=...)`.
+    """Yields rows of users and, as numpy arrays, what `score` says of them.
 
-    `score` is traced once per shape and gets the rows of one device: hidden states [B,D], the
-    item table [V+1,D], targets [B] and items to leave out, [B,S] or None. `settings` are those
-    of `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
+    `score(hidden, table, targets, exclude=..., seen=...)` is traced once per shape and gets the
+    rows of one device: hidden states [B,D], the item table [V+1,D], targets [B], items to leave
+    out, [B,S] or None, and items whose scores the model offsets, or None. `settings` are those of
+    `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
     """
     batches = EvalBatches(ds, split, **settings)
     placement = place(batches.batch_size)
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, placement.replicated)
     replicated: Any = nnx.merge(graphdef, state)
-    table = replicated.item_table()
+    table, offset = replicated.item_table(), replicated.seen_offset()
     needed = inputs(model)
 
     def dispatch(batch):
@@ -113,7 +115,9 @@ def run(
             (histories, batch["targets"], exclude), placement.by_row
         )
         hidden = _encode(graphdef, state, histories)
-        return _score(score, placement.by_row.mesh, hidden, table, targets, exclude)
+        seen = None if offset is None else histories["items"]
+        rows = hidden, targets, exclude, seen
+        return _score(score, placement.by_row.mesh, rows, (table, offset))
 
     def fetch(batch, result):
         real = batch["weights"] > 0
@@ -135,17 +139,18 @@ def _encode(graphdef, state, histories):
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _score(score, mesh, hidden, table, targets, exclude):
+def _score(score, mesh, by_row, shared):
+    def one_device(by_row, shared):
+        (hidden, targets, exclude, items), (table, offset) = by_row, shared
+        seen = None if items is None else Seen(items, offset)
+        return score(hidden, table, targets, exclude=exclude, seen=seen)
+
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
     rows, whole = PartitionSpec("batch"), PartitionSpec()
     by_device = jax.shard_map(
-        lambda hidden, table, targets, exclude: score(hidden, table, targets, exclude=exclude),
-        mesh=mesh,
-        in_specs=(rows, whole, rows, rows),
-        out_specs=rows,
-        check_vma=False,
+        one_device, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False
     )
-    return by_device(hidden, table, targets, exclude)
+    return by_device(by_row, shared)
 
 
 def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:

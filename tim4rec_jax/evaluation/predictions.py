@@ -53,9 +53,9 @@ def write_predictions(
 
 
 def _best(k: int):
-    def best(hidden, table, targets, *, exclude):
+    def best(hidden, table, targets, *, exclude, seen):
         del targets
-        return top_k(hidden, table, k, exclude=exclude)
+        return top_k(hidden, table, k, exclude=exclude, seen=seen)
 
     return best
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,18 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 BLOCK_SIZE = 1024  # the fastest, or nearly, of benchmarks/ranking.py at every catalogue size
+
+
+class Seen(NamedTuple):
+    """Items of histories, and what a model adds to their scores.
+
+    Attributes:
+        items: of each user, 0 = none.
+        offset: added once, however often an item is there.
+    """
+
+    items: Int[Array, "B S"]
+    offset: Float[Array, ""]
 
 
 @partial(jax.jit, static_argnames="block_size")
@@ -20,6 +33,7 @@ def ranks(
     *,
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
+    seen: Seen | None = None,
 ) -> Int[Array, " B"]:
     """Rank of every target: 1 + the number of items with a strictly greater score.
 
@@ -33,6 +47,7 @@ def ranks(
         targets: the item to be ranked, 1..V.
         block_size: items scored at once; static.
         exclude: items that do not compete, 0 = nothing; a target among them is still ranked.
+        seen: items whose scores are offset.
 
     Returns:
         int32, 1..V.
@@ -41,6 +56,9 @@ def ranks(
     row = jnp.arange(targets.shape[0])
     if exclude is not None:
         exclude = jnp.where(exclude == targets[:, None], 0, exclude)
+    offset = jnp.zeros(targets.shape, hidden.dtype)
+    if seen is not None:
+        offset = jnp.where((seen.items == targets[:, None]).any(axis=1), seen.offset, 0)
 
     # Two products of different shapes may sum in different orders, and a target compared with
     # a last-bit variant of its own score (or of an identical item's) would be misplaced. So the
@@ -52,7 +70,8 @@ def ranks(
         column = row - start
         here = ~competes & (column >= 0) & (column < block_size)
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
-        own = jnp.where(here, picked, own)
+        own = jnp.where(here, picked + offset, own)
+        scores = _offset(scores, seen, start)
         counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
         if exclude is not None:
             counts &= ~_mark(counts, exclude, start)
@@ -80,6 +99,7 @@ def top_k(
     *,
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
+    seen: Seen | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index first.
 
@@ -93,7 +113,7 @@ def top_k(
 
     def step(best, block):
         ids, start = block
-        scores = _scores(hidden, table, ids)
+        scores = _offset(_scores(hidden, table, ids), seen, start)
         barred = (ids == 0) | jnp.isnan(scores)
         if exclude is not None:
             barred |= _mark(barred, exclude, start)
@@ -127,6 +147,13 @@ def _blocks(ids, block_size):
 def _scores(hidden, table, ids):
     # The default precision of GPUs and TPUs (TF32, bfloat16) ties and swaps close scores.
     return jnp.matmul(hidden, table[ids].T, precision=lax.Precision.HIGHEST)
+
+
+def _offset(scores, seen, start):
+    if seen is None:
+        return scores
+    mark = _mark(jnp.zeros(scores.shape, bool), seen.items, start)
+    return scores + jnp.where(mark, seen.offset, 0).astype(scores.dtype)
 
 
 def _mark(mask, exclude, start):

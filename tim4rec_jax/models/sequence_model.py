@@ -10,6 +10,9 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers.time_aware_ssd import take_position
 
 NORMAL = nnx.initializers.normal(0.02)
+# A weight that Adam moves by its learning rate a step has to get from 0 to where exp() of it
+# vanishes within an epoch or two.
+_OFFSET_UNIT = 30.0
 
 
 class SequenceModel(nnx.Module):
@@ -32,6 +35,7 @@ class SequenceModel(nnx.Module):
     item_embedding: nnx.Embed
     n_items: int
     max_length: int
+    offset: nnx.Param | None = None
 
     def begin(
         self,
@@ -63,6 +67,8 @@ class SequenceModel(nnx.Module):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         rows = n_items + self.special_rows
         self.item_embedding = nnx.Embed(rows, width, embedding_init=embedding_init, **kwargs)
+        if config.get("seen_offset"):  # a setting that older runs do not have
+            self.offset = nnx.Param(jnp.zeros((), param_dtype))
         return kwargs
 
     def __call__(
@@ -101,6 +107,10 @@ class SequenceModel(nnx.Module):
     def item_table(self) -> Float[Array, "V D"]:
         """The vector of each item: its score is the dot product with a hidden state."""
         return self.item_embedding.embedding[...]
+
+    def seen_offset(self) -> Float[Array, ""] | None:
+        """What is added to the score of each item that the history holds; None: nothing."""
+        return None if self.offset is None else _OFFSET_UNIT * self.offset[...]
 
     def penalty(self) -> Float[Array, ""] | float:
         """What the training loss of a batch has on top of the mean loss of its samples."""

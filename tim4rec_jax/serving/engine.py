@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Float32, Int, Int32
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import time_gaps
-from tim4rec_jax.evaluation import top_k
+from tim4rec_jax.evaluation.ranking import Seen, top_k
 from tim4rec_jax.serving.history import Events
 
 MAX_ROWS = 1024  # histories computed at once
@@ -36,6 +36,7 @@ class Engine:
     Attributes:
         model: itself.
         table: item embeddings, [V+1, D]; row 0 is padding.
+        offset: what the model adds to the scores of items that the history holds, or None.
         streams: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         fingerprint: of everything that a user's state depends on.
@@ -52,6 +53,7 @@ class Engine:
         self.convention = config.data.convention
         self.streams, self.knows_next_time = model.streams, model.knows_next_time
         self.table: Array = model.item_table()
+        self.offset: Array | None = model.seen_offset()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
 
         def encode(params, items, lengths, gaps):
@@ -109,14 +111,24 @@ class Engine:
         hidden: Float[Array, "R D"],
         table: Float[Array, "C D"],
         k: int,
-        exclude: Int32[np.ndarray, "B S"] | None,
+        had: Int32[np.ndarray, "B S"] | None,
+        exclude: bool,
     ) -> tuple[Float[np.ndarray, "R k"], Int[np.ndarray, "R k"]]:
-        """Scores and rows of `table` of the `k` best, as `tim4rec_jax.evaluation.top_k`."""
-        if exclude is not None:
-            width = power_of_two(exclude.shape[1], 16)
-            missing = ((0, len(hidden) - len(exclude)), (0, width - exclude.shape[1]))
-            exclude = np.pad(exclude, missing)
-        scores, rows = top_k(hidden, table, power_of_two(k, 16), exclude=exclude)
+        """Scores and rows of `table` of the `k` best, as `tim4rec_jax.evaluation.top_k`.
+
+        `had` are rows of the table that the histories hold, 0 for nothing: left out if `exclude`,
+        else offset as the model has learnt.
+        """
+        options = {}
+        if had is not None:
+            width = power_of_two(had.shape[1], 16)
+            missing = ((0, len(hidden) - len(had)), (0, width - had.shape[1]))
+            had = np.pad(had, missing)
+            if exclude:
+                options["exclude"] = had
+            elif self.offset is not None:
+                options["seen"] = Seen(jnp.asarray(had), self.offset)
+        scores, rows = top_k(hidden, table, power_of_two(k, 16), **options)
         return np.asarray(scores)[:, :k], np.asarray(rows)[:, :k]
 
     def advance(

@@ -121,16 +121,22 @@ def without_each(items: np.ndarray, timestamps: np.ndarray, last: int) -> Events
 def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: int) -> np.ndarray:
     """Log-probability of an item after each of some histories."""
     hidden = engine.encode(histories)
+    rows = len(histories.offsets) - 1
     if at is not None:
         last = histories.timestamps[histories.offsets[1:] - 1]
         hidden = engine.at(hidden, (at - last).astype(np.float32))
 
-    @jax.jit
-    def score(hidden, table):
-        scores = jnp.matmul(hidden, table[1:].T, precision=jax.lax.Precision.HIGHEST)
-        return jax.nn.log_softmax(scores.astype(jnp.float32))[:, item - 1]
+    had = np.zeros((rows, len(engine.table)), np.float32)
+    if engine.offset is not None:
+        window = histories.last(engine.max_length).padded_items()
+        np.put_along_axis(had, window, float(engine.offset), axis=1)
 
-    return np.asarray(score(hidden, engine.table))[: len(histories.offsets) - 1]
+    @jax.jit
+    def score(hidden, table, had):
+        scores = jnp.matmul(hidden, table.T, precision=jax.lax.Precision.HIGHEST) + had
+        return jax.nn.log_softmax(scores[:, 1:].astype(jnp.float32))[:, item - 1]
+
+    return np.asarray(score(hidden[:rows], engine.table, had))
 
 
 def _masks(model: Any, items, timestamps, convention) -> list[np.ndarray]:

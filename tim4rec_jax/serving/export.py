@@ -30,7 +30,7 @@ from jax import export as jax_export
 import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.evaluation.ranking import Seen, top_k
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
@@ -107,7 +107,9 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
         hidden = jax.vmap(encode)(items, lengths, gaps)
         if wait is not None:
             hidden = model.at(hidden, wait)
-        return top_k(hidden, model.item_table(), top, exclude=exclude)
+        offset = model.seen_offset()
+        seen = None if offset is None else Seen(items, offset)
+        return top_k(hidden, model.item_table(), top, exclude=exclude, seen=seen)
 
     return recommend, weights
 

@@ -28,6 +28,15 @@ class Events(NamedTuple):
             self.offsets[first : last + 1] - start,
         )
 
+    def last(self, count: int) -> Events:
+        """The last `count` events of each history."""
+        lengths = np.diff(self.offsets)
+        kept = np.minimum(lengths, count)
+        place = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
+        late = place >= np.repeat(lengths - kept, lengths)
+        offsets = np.concatenate([[0], np.cumsum(kept)])
+        return Events(self.items[late], self.timestamps[late], offsets)
+
     def padded_items(self) -> Int32[np.ndarray, "B S"]:
         """All items of each history, padded with 0."""
         lengths = np.diff(self.offsets)

@@ -257,8 +257,12 @@ class Recommender:
             if wait.min() < 0:
                 raise UserError("`at` is before the last event of a history")
             hidden = self.engine.at(hidden, wait.astype(np.float32))
-        exclude = candidates.places(events.padded_items()) if seen else None
-        scores, rows = self.engine.best(hidden, candidates.table, k, exclude)
+        had = None
+        if seen:
+            had = candidates.places(events.padded_items())
+        elif self.engine.offset is not None:
+            had = candidates.places(events.last(self.engine.max_length).padded_items())
+        scores, rows = self.engine.best(hidden, candidates.table, k, had, exclude=seen)
         scores, items = scores[: len(empty)], candidates.items[rows[: len(empty)]]
         if empty.any():
             popular = candidates.popular[:k]

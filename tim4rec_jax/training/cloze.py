@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from tim4rec_jax.models.bert4rec import BERT4Rec
-from tim4rec_jax.training.losses import SummedLoss, summed_cross_entropy
+from tim4rec_jax.training.cross_entropy import summed_cross_entropy
+from tim4rec_jax.training.losses import SummedLoss
 
 
 def mask_batch(model: BERT4Rec, batch: dict, key: jax.Array) -> dict:

@@ -15,130 +15,26 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int64, UInt32
 
-from tim4rec_jax.ssd.dispatch import target
+from tim4rec_jax.training.cross_entropy import (
+    cross_entropy,
+    full_cross_entropy,
+    summed_cross_entropy,
+)
 
-SummedLoss = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
+__all__ = [
+    "Loss",
+    "SummedLoss",
+    "bpr",
+    "cross_entropy",
+    "cumulative_counts",
+    "full_cross_entropy",
+    "gbce",
+    "sampled_softmax",
+    "summed_cross_entropy",
+]
 
-
-def cross_entropy(
-    hidden: Float[Array, "B D"], table: Float[Array, "V D"], targets: Int[Array, " B"]
-) -> Float[Array, " B"]:
-    """Full softmax cross-entropy over every row of `table`, the padding row 0 included.
-
-    The reference normalises over row 0 too (DESIGN.md section 4, point 7).
-
-    Args:
-      hidden: what the next item is predicted from.
-      table: item embeddings.
-      targets: row of the right item.
-
-    Returns:
-      The loss of each row, in nats, computed in at least float32.
-    """
-    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    table = table.astype(hidden.dtype)
-    scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
-    # Picked out of `scores`, the target would cost a [B, V] scatter in the backward pass.
-    at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
-    return jax.nn.logsumexp(scores, axis=1) - at_target
-
-
-def _block_rows(items: int) -> int:
-    """Rows of scores to hold at once: on CPU what stays in cache."""
-    elements = 2**20 if target().platform == "cpu" else 2**26
-    return max(8, min(1024, elements // items) // 8 * 8)
-
-
-def _blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts arrays [N, ...] into [blocks, rows, ...], the last block completed with zeros."""
-    count = -(-arrays[0].shape[0] // rows)
-
-    def cut(x):
-        padded = jnp.pad(x, [(0, count * rows - x.shape[0])] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(count, rows, *x.shape[1:])
-
-    return tuple(map(cut, arrays))
-
-
-@jax.custom_vjp
-def summed_cross_entropy(
-    hidden: Float[Array, "N D"],
-    table: Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    weights: Float[Array, " N"],
-) -> Float[Array, ""]:
-    """sum_n weights[n] * cross_entropy(hidden[n], ...), without ever holding scores [N, V].
-
-    The scores of a block of rows at a time, and its part of the gradient with them, so that
-    nothing is computed twice; blocks behind the last row that counts cost nothing. `weights`
-    and `targets` get no gradient.
-
-    Args:
-      hidden: what the next items are predicted from.
-      table: item embeddings, the padding row 0 included.
-      targets: rows of the right items.
-      weights: of the losses; 0 for rows that do not count.
-
-    Returns:
-      The sum, in nats, in at least float32.
-    """
-    return _cross_entropy_forward(hidden, table, targets, weights)[0]
-
-
-def _cross_entropy_forward(hidden, table, targets, weights):
-    accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
-    matmul = functools.partial(jnp.matmul, preferred_element_type=accumulate)
-    narrow = table.astype(hidden.dtype)
-
-    size = _block_rows(table.shape[0])
-    rows = _blocks(size, hidden, targets, weights.astype(accumulate))
-
-    def block(i, carry):
-        loss, d_hidden, d_table = carry
-        h, t, w = (x[i] for x in rows)
-        scores = matmul(h, narrow.T)
-        top = scores.max(axis=1, keepdims=True)
-        exp = jnp.exp(scores - top)
-        total = exp.sum(axis=1)
-        at_target = narrow[t]
-        picked = jnp.einsum("nd,nd->n", h, at_target, preferred_element_type=accumulate)
-        loss += jnp.sum(w * (jnp.log(total) + top[:, 0] - picked))
-        d_scores = (exp * (w / total)[:, None]).astype(h.dtype)
-        d_block = matmul(d_scores, narrow) - w[:, None] * at_target
-        d_hidden = d_hidden.at[i].set(d_block.astype(h.dtype))
-        return loss, d_hidden, d_table + matmul(d_scores.T, h)
-
-    zero = jnp.zeros((), accumulate), jnp.zeros_like(rows[0]), jnp.zeros(table.shape, accumulate)
-    if len(rows[0]) == 1:
-        loss, d_hidden, d_table = block(0, zero)
-    else:
-        end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
-        loss, d_hidden, d_table = jax.lax.fori_loop(0, (end + size - 1) // size, block, zero)
-    weights = weights.astype(accumulate)
-    d_table = d_table.at[targets].add(-weights[:, None] * hidden.astype(accumulate))
-    d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    return loss, (d_hidden, d_table.astype(table.dtype))
-
-
-def _cross_entropy_backward(gradients, d_loss):
-    d_hidden, d_table = (gradient * d_loss.astype(gradient.dtype) for gradient in gradients)
-    return d_hidden, d_table, None, None
-
-
-summed_cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
-
-
-def full_cross_entropy(
-    hidden: Float[Array, "N D"],
-    table: Float[Array, "V D"],
-    targets: Int[Array, " N"],
-    weights: Float[Array, " N"],
-) -> Float[Array, ""]:
-    """`summed_cross_entropy`, or its plain form for few scores, where blocks only cost."""
-    at_once = 2**23 if target().platform == "cpu" else 2**27
-    if len(hidden) * len(table) <= at_once:
-        return jnp.sum(weights * cross_entropy(hidden, table, targets))
-    return summed_cross_entropy(hidden, table, targets, weights)
+# Of hidden, table, targets and weights; the full cross-entropy of `seen`, too.
+SummedLoss = Callable[..., jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from jaxtyping import Array, UInt32
 
 from tim4rec_jax.models import SequenceModel, encode_batch
 from tim4rec_jax.training.cloze import cloze_loss
-from tim4rec_jax.training.losses import SummedLoss, full_cross_entropy
+from tim4rec_jax.training.cross_entropy import Seen, full_cross_entropy
+from tim4rec_jax.training.losses import SummedLoss
 
 
 def prefix_loss(
@@ -24,7 +25,12 @@ def prefix_loss(
       loss: of `tim4rec_jax.training.losses`.
     """
     hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
-    total = loss(hidden, model.item_table(), batch["targets"], weights)
+    seen = {}
+    if (offset := model.seen_offset()) is not None:
+        rows, length = batch["items"].shape
+        every = jnp.zeros(rows, jnp.int32), jnp.full(rows, length - 1)
+        seen["seen"] = Seen(batch["items"], *every, offset)
+    total = loss(hidden, model.item_table(), batch["targets"], weights, **seen)
     return total + weights.sum() * model.penalty()
 
 
@@ -52,12 +58,24 @@ def every_position_loss(
     )
     if model.knows_next_time:
         hidden = model.at(hidden, batch["waits"])
+    seen = {}
+    if (offset := model.seen_offset()) is not None:
+        first, last = _up_to_here(batch["segment_ids"])
+        seen["seen"] = Seen(items, first.reshape(-1), last.reshape(-1), offset)
     return loss(
         hidden.reshape(-1, hidden.shape[-1]),
         model.item_table(),
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
+        **seen,
     )
+
+
+def _up_to_here(segment_ids):
+    """For every position of rows: the first one of its segment, and itself."""
+    here = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
+    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
+    return jax.lax.cummax(jnp.where(starts, here, 0), axis=1), here
 
 
 OBJECTIVES = {

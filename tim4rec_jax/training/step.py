@@ -12,7 +12,8 @@ from flax import nnx, struct
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.ssd.dispatch import target
 from tim4rec_jax.training.cloze import mask_batch
-from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
+from tim4rec_jax.training.cross_entropy import full_cross_entropy
+from tim4rec_jax.training.losses import Loss, SummedLoss
 from tim4rec_jax.training.objective import OBJECTIVES
 
 Batch = dict[str, jax.Array]
