@@ -146,6 +146,19 @@ def test_packed_rows_have_exact_gaps():
         config_lib.resolve(config)
 
 
+@pytest.mark.parametrize(
+    ("model", "key", "value"),
+    [("tim4rec", "train.loss", "bpr"), ("bert4rec", "train.objective", "cloze")],
+)
+def test_what_the_offset_of_items_seen_needs(model, key, value):
+    config = config_lib.default()
+    config_lib.use_model(config, model)
+    config.model.seen_offset = True
+    config.update_from_flattened_dict({key: value})
+    with pytest.raises(UserError, match=f"seen_offset is True, which needs .*{value}"):
+        config_lib.resolve(config)
+
+
 @pytest.mark.parametrize(("encoding", "convention"), [("paper", "recbole"), ("masked", "exact")])
 def test_the_convention_of_gaps_follows_the_encoding(encoding, convention):
     config = config_lib.default()

@@ -166,7 +166,8 @@ def resolve(config: Config) -> Config:
     if model.seen_offset and (train.loss != "cross_entropy" or train.objective == "cloze"):
         raise UserError(
             "config.model.seen_offset is True, which needs config.train.loss=cross_entropy and "
-            f"another objective than cloze; they are {train.loss} and {train.objective}"
+            f"another objective than cloze, and they are {train.loss} and {train.objective}; "
+            "change them, or take config.model.seen_offset=False"
         )
     if model.get("knows_next_time") and encoding != "causal":
         raise UserError(
