@@ -9,6 +9,7 @@ launch, forward and backward, as in training (D, bias, softplus).
 """
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -28,12 +29,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 
-from tim4rec_jax.ssd import compile_for, ssd, triton_launch
+from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block, triton_launch
 from tim4rec_jax.ssd.blocks import Blocks
 
 
 class Shape(NamedTuple):
-    """A shape of the op, with one group."""
+    """A shape of the op or the block, with one group."""
 
     length: int
     heads: int
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
     state: int
     dtype: str = "float32"
     precision: str = "ieee"
+    block: bool = False
 
 
 SHAPES = [
@@ -50,6 +52,10 @@ SHAPES = [
     *(Shape(length, 8, 64, 64) for length in (50, 200)),
     *(Shape(length, 8, 64, 64, "bfloat16") for length in (50, 200)),
     *(Shape(length, 4, 128, 128, "bfloat16") for length in (50, 200)),
+    *(Shape(length, 4, 32, 32, block=True) for length in (50, 200)),
+    *(Shape(length, 4, 32, 32, "bfloat16", block=True) for length in (50, 200)),
+    *(Shape(length, 4, 64, 64, block=True) for length in (50, 200)),
+    *(Shape(length, 4, 64, 64, "bfloat16", block=True) for length in (50, 200)),
 ]
 
 
@@ -63,7 +69,7 @@ class Launch(NamedTuple):
 
 
 def launches(shape: Shape, capability: int) -> list[Launch]:
-    """Returns what the gradient of the op launches, forward and backward."""
+    """Returns what the gradient of the op or the block launches, forward and backward."""
     found = {}
 
     def record(kernel, inputs, outputs, programs, constants, size):
@@ -73,24 +79,48 @@ def launches(shape: Shape, capability: int) -> list[Launch]:
         found[kernel.fn.__name__] = Launch(kernel, signature, constants, size)
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
-    wide, lead = jnp.dtype(shape.dtype), (2, shape.length)
-    inputs = {
-        "x": jax.ShapeDtypeStruct((*lead, shape.heads, shape.width), wide),
-        "dt": jax.ShapeDtypeStruct((*lead, shape.heads), jnp.float32),
-        "A": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
-        "B": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
-        "C": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
-        "D": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
-        "dt_bias": jax.ShapeDtypeStruct((shape.heads,), jnp.float32),
-    }
+    function, inputs = (_block if shape.block else _op)(shape)
 
     def total(inputs):
-        y = ssd(**inputs, dt_softplus=True, precision=shape.precision, implementation="triton")
-        return jnp.sum(y.astype(jnp.float32))
+        return jnp.sum(function(**inputs, implementation="triton").astype(jnp.float32))
 
     with compile_for("gpu", capability), mock.patch.object(triton_launch, "launch", record):
         jax.eval_shape(jax.grad(total), inputs)
     return list(found.values())
+
+
+def _op(shape: Shape):
+    """The op, and the shapes of its inputs."""
+    lead, heads, wide = (2, shape.length), shape.heads, shape.dtype
+    inputs = {
+        "x": jax.ShapeDtypeStruct((*lead, heads, shape.width), wide),
+        "dt": jax.ShapeDtypeStruct((*lead, heads), jnp.float32),
+        "A": jax.ShapeDtypeStruct((heads,), jnp.float32),
+        "B": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
+        "C": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
+        "D": jax.ShapeDtypeStruct((heads,), jnp.float32),
+        "dt_bias": jax.ShapeDtypeStruct((heads,), jnp.float32),
+    }
+    return functools.partial(ssd, dt_softplus=True, precision=shape.precision), inputs
+
+
+def _block(shape: Shape):
+    """The block, and the shapes of its inputs."""
+    lead, inner = (2, shape.length), shape.heads * shape.width
+    mixed = inner + 2 * shape.state
+    projected = jax.ShapeDtypeStruct((*lead, inner + mixed + shape.heads), shape.dtype)
+    sizes = {
+        "time_factor": (*lead, shape.heads),
+        "conv_kernel": (4, mixed),
+        "conv_bias": (mixed,),
+        "A": (shape.heads,),
+        "D": (shape.heads,),
+        "dt_bias": (shape.heads,),
+        "norm_scale": (inner,),
+    }
+    inputs = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
+    block = functools.partial(time_aware_ssd_block, activation="hardswish", state=shape.state)
+    return block, inputs | {"projected": projected}
 
 
 def _type(value) -> str:
@@ -162,10 +192,12 @@ def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
     for capability in capabilities:
         for shape in shapes:
             for launch in launches(shape, capability):
+                sizes = shape._asdict()
+                del sizes["block"]
                 yield {
                     "kernel": launch.kernel.fn.__name__,
                     "sm": capability,
-                    **shape._asdict(),
+                    **sizes,
                     "precision": launch.constants["PRECISION"],
                     "blocks": "/".join(map(str, launch.size)),
                     **compile_kernel(launch, capability)._asdict(),
