@@ -18,7 +18,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from tim4rec_jax.ssd import tpu_chunk
 from tim4rec_jax.ssd.rows import row_by_row
-from tim4rec_jax.ssd.tpu_chunk import Heads
 from tim4rec_jax.ssd.tpu_launch import (
     FORGET_ALL,
     MOST_BYTES,
@@ -32,6 +31,7 @@ from tim4rec_jax.ssd.tpu_launch import (
     rows_per_program,
     whole,
 )
+from tim4rec_jax.ssd.tpu_matrices import Heads
 
 
 def obstacle(v) -> str | None:

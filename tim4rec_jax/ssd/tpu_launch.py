@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from tim4rec_jax.ssd.tpu_chunk import Heads
+from tim4rec_jax.ssd.tpu_matrices import Heads
 
 # exp() of it is zero in float32. Bounded so, the decays of a chunk add up exactly.
 FORGET_ALL = -1000.0

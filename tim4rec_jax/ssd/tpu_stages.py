@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd.tpu_chunk import columns, rows_of
 from tim4rec_jax.ssd.tpu_launch import FORGET_ALL, Plan, whole
+from tim4rec_jax.ssd.tpu_matrices import columns, rows_of
 
 # Positions before a chunk that the convolution may see: what one register of float32 holds.
 TAIL = 8
