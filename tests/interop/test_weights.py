@@ -1,9 +1,11 @@
 """Torch names and layouts to ours and back; what is said when weights do not fit."""
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.interop.golden_models import NAMES, read_golden
 from tim4rec_jax.errors import UserError
@@ -39,6 +41,13 @@ def test_half_precision_weights_become_float32(golden):
     for name, value in weights.items():
         assert back[name].dtype == np.float32
         np.testing.assert_array_equal(back[name], value.astype(np.float32))
+
+
+def test_what_the_published_model_lacks_is_refused(golden):
+    model = golden.model()
+    model.offset = nnx.Param(jnp.zeros(()))
+    with pytest.raises(UserError, match=r"train with config\.model\.seen_offset=False"):
+        to_torch(model)
 
 
 def test_the_number_of_items_comes_from_the_embedding(golden):

@@ -131,7 +131,16 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
 
 
 def to_torch(model: SequenceModel) -> dict[str, np.ndarray]:
-    """Every parameter under its torch name and in torch's layout; undoes `from_torch`."""
+    """Every parameter under its torch name and in torch's layout; undoes `from_torch`.
+
+    Raises:
+      UserError: the model has a parameter that the published one lacks.
+    """
+    if model.offset is not None:
+        raise UserError(
+            "the published models have no offset for items seen: "
+            "train with config.model.seen_offset=False"
+        )
     form = _format_of(model)
     return {
         form.torch_name(path): form.layout(path).to_torch(np.asarray(param[...]))
