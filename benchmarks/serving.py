@@ -3,7 +3,8 @@
 python -m benchmarks.serving [--catalogues 10000,1000000] [--seconds 3]
 
 A causal TiM4Rec with the settings of the released 64-d model and random weights: speed does not
-depend on what they are.
+depend on what they are. What an approximate index finds does: random items have no neighbours to be
+sorted with, trained ones have (`--workdir RUN` takes the model of a run instead).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.models import build
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
+from tim4rec_jax.serving.approximate import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.engine import Engine
 
@@ -112,13 +114,40 @@ def streaming(folder: Path, recommender: Recommender, model: nnx.Module, seconds
     return table
 
 
-def recommending(recommender: Recommender, batch: int) -> Callable[[], object]:
+def recommending(recommender: Recommender, batch: int) -> Callable[[], list]:
     """Histories of `LENGTH` events, seen items excluded."""
     rng = np.random.default_rng(0)
-    items = rng.integers(1, len(recommender.catalogue) + 1, (batch, LENGTH)).tolist()
+    ids = np.array(recommender.catalogue.ids)
+    items = ids[rng.integers(0, len(ids), (batch, LENGTH))].tolist()
     times = np.sort(rng.integers(0, 10**6, (batch, LENGTH)), axis=1)
     histories = list(zip(items, times, strict=True))
     return lambda: recommender.recommend_batch(histories, k=10)
+
+
+def compare(table: Table, exact: Recommender, seconds: float) -> None:
+    """Adds rows for all items scored and for an index, with the share that the index found."""
+    began = time.perf_counter()
+    index = ApproximateIndex(exact.engine.table)
+    built = time.perf_counter() - began
+    ways = {
+        "exact": exact,
+        f"index (made in {built:.1f} s)": Recommender(exact.engine, exact.catalogue, index=index),
+    }
+    for batch in HISTORIES:
+        wanted = [set(one.items) for one in recommending(exact, batch)()]
+        for name, recommender in ways.items():
+            call = recommending(recommender, batch)
+            hits = [len(w & set(one.items)) for w, one in zip(wanted, call(), strict=True)]
+            taken = measure(call, seconds)
+            table.add_row(
+                f"{len(exact.catalogue):,}",
+                f"{batch:,}",
+                name,
+                f"{taken * 1e3:,.1f}",
+                f"{batch / taken:,.0f}",
+                f"{sum(hits) / sum(map(len, wanted)):.3f}",
+            )
+    table.add_section()
 
 
 def main() -> None:
@@ -126,20 +155,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--catalogues", default="10000,1000000", help="numbers of items")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each figure")
+    parser.add_argument("--workdir", type=Path, help="of a run: only recommend from its catalogue")
     flags = parser.parse_args()
     console = Console()
-    table = Table(title=f"top 10 of all items for histories of {LENGTH} events, exact")
-    for column in ("items", "histories at once", "ms per call", "recommendations/s"):
-        table.add_column(column, justify="right")
+    table = Table(title=f"top 10 of all items for histories of {LENGTH} events")
+    for column in ("items", "histories at once", "", "ms per call", "recommendations/s", "found"):
+        table.add_column(column, justify="right" if column else "left")
+    if flags.workdir:
+        compare(table, Recommender.load(flags.workdir), flags.seconds)
+        console.print(table)
+        return
     for number, n_items in enumerate(map(int, flags.catalogues.split(","))):
         with tempfile.TemporaryDirectory() as folder:
             recommender, model = make(Path(folder), n_items)
             if not number:
                 console.print(streaming(Path(folder), recommender, model, flags.seconds))
-        for batch in HISTORIES:
-            taken = measure(recommending(recommender, batch), flags.seconds)
-            rate = f"{batch / taken:,.0f}"
-            table.add_row(f"{n_items:,}", f"{batch:,}", f"{taken * 1e3:,.1f}", rate)
+        compare(table, recommender, flags.seconds)
     console.print(table)
 
 

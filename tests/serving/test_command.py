@@ -24,7 +24,7 @@ HISTORIES = [
 def run(monkeypatch, capsys, recommenders):
     """Runs the command line over an untrained model; gives exit code, output and errors."""
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "")  # leave the process's settings alone
-    monkeypatch.setattr(Recommender, "load", lambda workdir, dataset: recommenders("causal"))
+    monkeypatch.setattr(Recommender, "load", lambda workdir, **_: recommenders("causal"))
 
     def run(*flags):
         code = run_main(lambda: main([*map(str, flags)]))

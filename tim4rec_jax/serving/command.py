@@ -59,6 +59,17 @@ def add_shared_flags(parser: argparse.ArgumentParser) -> None:
     add("--include-seen", action="store_true", help="items of the history may come again")
     add("--allow", type=Path, metavar="FILE", help="recommend only these items, an id per line")
     add("--deny", type=Path, metavar="FILE", help="never recommend these items, an id per line")
+    add_approximate_flag(parser)
+
+
+def add_approximate_flag(parser: argparse.ArgumentParser) -> None:
+    """Adds `--approximate`."""
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="search an index instead of scoring all items: for catalogues of 100,000 and more "
+        "(pip install 'tim4rec-jax[ann]')",
+    )
 
 
 def load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
@@ -75,7 +86,9 @@ def load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
         "deny": _read_ids(flags.deny),
     }
     compilation_cache.enable()
-    return Recommender.load(flags.workdir, dataset=flags.dataset), options
+    return Recommender.load(
+        flags.workdir, dataset=flags.dataset, approximate=flags.approximate
+    ), options
 
 
 def _run(flags: argparse.Namespace) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.serving.approximate import ApproximateIndex
 from tim4rec_jax.serving.candidates import Candidates
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 from tim4rec_jax.serving.engine import MAX_ROWS, Engine
@@ -48,11 +49,19 @@ class Recommender:
         catalogue: the items.
         engine: the model.
         store: of users.
+        index: searched instead of scoring all items, unless `allow` or `deny` is given; None:
+            rankings are exact.
         unknown_events: how many `update` has skipped so far.
     """
 
-    def __init__(self, engine: Engine, catalogue: Catalogue, store: Store | None = None):
-        self.engine, self.catalogue = engine, catalogue
+    def __init__(
+        self,
+        engine: Engine,
+        catalogue: Catalogue,
+        store: Store | None = None,
+        index: ApproximateIndex | None = None,
+    ):
+        self.engine, self.catalogue, self.index = engine, catalogue, index
         self.store = MemoryStore() if store is None else store
         self.unknown_events = 0
         self._users = Users(engine, catalogue, self.store)
@@ -67,6 +76,8 @@ class Recommender:
         workdir: str | Path,
         store: Store | None = None,
         dataset: str | Path | None = None,
+        *,
+        approximate: bool = False,
     ) -> Recommender:
         """The best model of a run.
 
@@ -75,12 +86,17 @@ class Recommender:
             store: of users; by default in memory.
             dataset: the prepared dataset, if it has moved since the training; only its
                 `items.parquet` and `dataset.json` are needed.
+            approximate: search an index (extra `ann`) instead of scoring all items, for
+                catalogues of some 100,000 and more; it misses an item now and then.
 
         Raises:
-            UserError: the run or the dataset is missing or damaged, or they do not belong together.
+            UserError: the run or the dataset is missing or damaged, they do not belong together, or
+                the index's library is not installed.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
-        return cls(Engine(config, model, catalogue.ids), catalogue, store)
+        engine = Engine(config, model, catalogue.ids)
+        index = ApproximateIndex(engine.table) if approximate else None
+        return cls(engine, catalogue, store, index)
 
     def recommend(
         self,
@@ -262,8 +278,13 @@ class Recommender:
             had = candidates.places(events.padded_items())
         elif self.engine.offset is not None:
             had = candidates.places(events.last(self.engine.max_length).padded_items())
-        scores, rows = self.engine.best(hidden, candidates.table, k, had, exclude=seen)
-        scores, items = scores[: len(empty)], candidates.items[rows[: len(empty)]]
+        if self.index is not None and len(candidates.items) == len(self.engine.table):
+            offset = None if seen or self.engine.offset is None else float(self.engine.offset)
+            scores, items = self.index.best(hidden, k, had, offset)
+        else:
+            scores, rows = self.engine.best(hidden, candidates.table, k, had, exclude=seen)
+            items = candidates.items[rows]
+        scores, items = scores[: len(empty)], items[: len(empty)]
         if empty.any():
             popular = candidates.popular[:k]
             scores, items = scores.copy(), items.copy()

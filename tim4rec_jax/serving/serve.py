@@ -10,6 +10,7 @@ from typing import Any
 
 from tim4rec_jax import compilation_cache
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.serving.command import add_approximate_flag
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.sqlite_store import SQLiteStore
 
@@ -29,6 +30,7 @@ def add_command(subparsers: Any) -> None:
     add("--store", type=Path, metavar="FILE", help="keep users in this SQLite file, not in memory")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    add_approximate_flag(parser)
     parser.set_defaults(run=_run)
 
 
@@ -54,7 +56,9 @@ def _run(flags: argparse.Namespace) -> None:
         ) from error
     compilation_cache.enable()
     store = SQLiteStore(flags.store) if flags.store else None
-    recommender = Recommender.load(flags.workdir, store, flags.dataset)
+    recommender = Recommender.load(
+        flags.workdir, store, flags.dataset, approximate=flags.approximate
+    )
     warm_up(recommender, BATCHES)
     host, port = listener.getsockname()[:2]
     config = uvicorn.Config(create_app(recommender), log_level="warning", access_log=False)

@@ -1,0 +1,59 @@
+"""The index finds what scoring every item finds: all in small catalogues, nearly all in large."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from tests.data.small_dataset import random_histories
+from tests.serving.tiny_run import LENGTHS, N_ITEMS
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.ranking import Seen, top_k
+from tim4rec_jax.serving import Recommender
+from tim4rec_jax.serving.approximate import ApproximateIndex
+
+pytest.importorskip("faiss", reason="needs the extra ann")
+
+HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_histories(LENGTHS)]
+
+
+@pytest.mark.parametrize("kind", ["causal", "masked"])  # the first one offsets items seen
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_finds_everything_in_a_small_catalogue(recommenders, kind, exclude_seen):
+    exact = recommenders(kind)
+    index = ApproximateIndex(exact.engine.table)
+    ours = Recommender(exact.engine, exact.catalogue, index=index)
+    histories = [*HISTORIES, (["nobody knows"], [5])]
+    for k in (4, N_ITEMS):
+        pairs = zip(
+            ours.recommend_batch(histories, k, exclude_seen=exclude_seen),
+            exact.recommend_batch(histories, k, exclude_seen=exclude_seen),
+            strict=True,
+        )
+        for found, expected in pairs:
+            assert found.items == expected.items
+            assert found.scores == pytest.approx(expected.scores, rel=1e-5, abs=1e-5)
+    some = ours.recommend(*HISTORIES[3], allow=["i3", "i5"], exclude_seen=exclude_seen)
+    assert some == exact.recommend(*HISTORIES[3], allow=["i3", "i5"], exclude_seen=exclude_seen)
+
+
+def test_finds_most_in_a_large_catalogue():
+    """Items in bunches, as trained ones are."""
+    rng = np.random.default_rng(0)
+    bunches = rng.normal(size=(300, 16))
+    table = bunches[rng.integers(0, 300, 5001)] + 0.3 * rng.normal(size=(5001, 16))
+    table = table.astype(np.float32)
+    index = ApproximateIndex(table)
+    hidden = (bunches[:64] + 0.3 * rng.normal(size=(64, 16))).astype(np.float32)
+    had = rng.integers(0, 5001, (64, 20)).astype(np.int32)
+    wanted, items = map(np.asarray, top_k(hidden, table, 10, seen=Seen(had, np.float32(-2))))
+    scores, found = index.best(hidden, 10, had, offset=-2.0)
+    hits = [np.isin(a, b).mean() for a, b in zip(items, found, strict=True)]
+    assert np.mean(hits) > 0.95
+    np.testing.assert_allclose(scores[0], wanted[0], rtol=1e-4)
+
+
+def test_says_what_is_missing(monkeypatch, tiny_workdir):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(UserError, match=r"pip install 'tim4rec-jax\[ann\]'"):
+        Recommender.load(tiny_workdir, approximate=True)
