@@ -1,0 +1,46 @@
+"""Activations in bfloat16: comparison models compute nearly the same, with float32 weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.models import build
+
+ITEMS, LENGTH = 30, 10
+LENGTHS = jnp.array([10, 3, 1])
+
+
+@pytest.mark.parametrize("name", [name for name in config_lib.BASELINES if name != "popularity"])
+def test_states_are_those_of_float32(name):
+    rng = np.random.default_rng(0)
+    items = rng.integers(1, ITEMS + 1, (3, LENGTH))
+    items = jnp.asarray(np.where(np.arange(LENGTH) < LENGTHS[:, None], items, 0), jnp.int32)
+    gaps = jnp.asarray(rng.uniform(0, 1e5, (3, LENGTH)), jnp.float32)
+
+    states = []
+    for dtype in ("float32", "bfloat16"):
+        config = config_lib.default()
+        config_lib.use_model(config, name)
+        config.data.max_length, config.model.dtype = LENGTH, dtype
+        settings = config_lib.resolve(config).model
+        # To initialise a model takes longer than to compile it.
+        model = nnx.eval_shape(
+            lambda s=settings: build(s, n_items=ITEMS, n_users=3, max_length=LENGTH)
+        )
+        users = {"users": jnp.array([1, 2, 3])} if model.by_user else {}
+        graph, params = nnx.split(model)
+        assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+        rng = np.random.default_rng(0)
+        params = jax.tree.map(lambda v, r=rng: r.normal(0, 0.1, v.shape).astype("float32"), params)
+        encode = jax.jit(lambda params, g=graph, u=users: _encode(g, params, items, gaps, u))
+        states.append(encode(params))
+        assert states[-1].dtype == dtype
+    exact, narrow = (np.asarray(state, np.float32) for state in states)
+    assert 0 < np.linalg.norm(narrow - exact) < 2e-2 * np.linalg.norm(exact)
+
+
+def _encode(graph, params, items, gaps, users):
+    return nnx.merge(graph, params).encode(items, LENGTHS, gaps, **users)
