@@ -92,13 +92,13 @@ _block.defvjp(_block_forward, _block_backward)
 
 
 def _forward(rows, parameters, options):
-    from tim4rec_jax.ssd import triton_block_kernels as kernels
+    from tim4rec_jax.ssd.triton_block_forward import block_forward
 
     batch, length, _ = rows.projected.shape
     size, constants = _configuration("block_forward", rows, parameters, options)
     inner = parameters.scale.size
     return triton_launch.launch(
-        kernels.block_forward,
+        block_forward,
         (*_inputs(rows, parameters), length),
         (
             jax.ShapeDtypeStruct((batch, length, inner), rows.projected.dtype),
@@ -111,13 +111,14 @@ def _forward(rows, parameters, options):
 
 
 def _backward(rows_and_results, parameters, options):
-    from tim4rec_jax.ssd import triton_block_kernels as kernels
+    from tim4rec_jax.ssd.triton_block_backward import block_backward
 
     rows, y, rstd, dy = rows_and_results
     batch, length, _ = rows.projected.shape
     size, constants = _configuration("block_backward", rows, parameters, options)
     (taps, channels), heads, inner = parameters.taps.shape, parameters.A.size, y.shape[2]
     chunks = 1 if constants["ONE_CHUNK"] else -(-length // size.chunk)
+    kept = length if chunks == 1 else 2 * size.chunk
     nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
 
     def array(*shape):
@@ -132,10 +133,12 @@ def _backward(rows_and_results, parameters, options):
         array(batch, 3, heads),
         array(batch, inner),
         nothing if chunks == 1 else array(batch, chunks, heads, options.state, inner // heads),
-        array(batch, length if chunks == 1 else 2 * size.chunk, channels),
+        array(batch, kept, channels),
+        array(batch, kept, inner),
+        nothing if chunks == 1 else array(batch, heads, size.chunk),
     )
     dprojected, dfactor, *shares = triton_launch.launch(
-        kernels.block_backward,
+        block_backward,
         (*_inputs(rows, parameters), y, rstd, dy, length),
         outputs,
         batch,

@@ -9,17 +9,13 @@ from typing import no_type_check  # annotations here are for Triton's compiler
 import triton
 import triton.language as tl
 
+from tim4rec_jax.ssd.triton_parts import step_sizes, total_decays
+
 
 @triton.jit
 @no_type_check
 def neighbours(
-    segments,
-    at,
-    t,
-    length,
-    W: tl.constexpr,
-    AHEAD: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
+    segments, at, t, length, W: tl.constexpr, AHEAD: tl.constexpr, HAS_SEGMENTS: tl.constexpr
 ):
     """How many positions before each, or AHEAD of it, are in its segment, W - 1 at most counted."""
     if HAS_SEGMENTS:
@@ -37,36 +33,38 @@ def neighbours(
 
 @triton.jit
 @no_type_check
-def load_convolved(
-    mixed, taps, bias, channel, inside, before, M: tl.constexpr, E: tl.constexpr, W: tl.constexpr
+def convolved(
+    projected,
+    taps,
+    bias,
+    at,
+    inside,
+    before,
+    channel,
+    I: tl.constexpr,
+    M: tl.constexpr,
+    E: tl.constexpr,
+    W: tl.constexpr,
 ):
-    """The convolution's result at each position in some channels of (x, B, C): [Q, channels].
-
-    Args:
-        mixed: pointers to its input there, at channels as for `taps`.
-        taps: pointers to the first tap of channels, `channel` before those that are asked for.
-        bias: likewise.
-        channel: constant distance to the first channel; so all loads share their addresses.
-        inside: whether a position is one of the sequence.
-        before: how many positions before it are in its segment.
-    """
+    """The convolution's result at each position in some channels of (x, B, C): [Q, channels]."""
+    mixed = (projected + at * E + I)[:, None] + channel[None, :]
     total = tl.load(bias + channel).to(tl.float32)[None, :]
     for k in tl.static_range(W):
-        seen = inside & (before >= k)
-        tap = tl.load(taps + ((W - 1 - k) * M + channel)).to(tl.float32)
-        total += tap[None, :] * tl.load(mixed + (channel - k * E), mask=seen[:, None], other=0)
+        seen = (inside & (before >= k))[:, None]
+        tap = tl.load(taps + (W - 1 - k) * M + channel).to(tl.float32)
+        total += tap[None, :] * tl.load(mixed - k * E, mask=seen, other=0).to(tl.float32)
     return total
 
 
 @triton.jit
 @no_type_check
-def activate(v, HARDSWISH: tl.constexpr):
+def activate(v, HARDSWISH: tl.constexpr, PRECISION: tl.constexpr):
     """What follows the convolution: hardswish, or SiLU."""
     if HARDSWISH:
-        active = v * tl.minimum(tl.maximum(v + 3, 0), 6) / 6
+        active = v * tl.minimum(tl.maximum(v + 3, 0), 6) * (1 / 6)
     else:
         active = v * tl.sigmoid(v)
-    return active
+    return settled(active, PRECISION)
 
 
 @triton.jit
@@ -74,7 +72,7 @@ def activate(v, HARDSWISH: tl.constexpr):
 def activation_slope(v, HARDSWISH: tl.constexpr):
     """Derivative of `activate`."""
     if HARDSWISH:
-        slope = tl.where(v < 3, tl.maximum(v + 1.5, -1.5) / 3, 1)
+        slope = tl.where(v < 3, tl.maximum(v + 1.5, -1.5) * (1 / 3), 1)
         slope = tl.where(v > -3, slope, 0)
     else:
         s = tl.sigmoid(v)
@@ -84,17 +82,57 @@ def activation_slope(v, HARDSWISH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def load_step(dt, factor, bias, at, inside, head, H: tl.constexpr, HAS_FACTOR: tl.constexpr):
-    """A head's raw steps, what scales them, and what softplus is taken of: [Q] each.
+def settled(v, PRECISION: tl.constexpr):
+    """The same values.
 
-    `dt` are pointers to the first head's.
+    The compiler repeats elementwise operations in the layout of every operand of tensor cores,
+    back to what was loaded: the whole convolution, many times. It does not repeat a sum.
     """
-    raw = tl.load(dt + head, mask=inside, other=0).to(tl.float32)
+    if PRECISION != "ieee":
+        v = tl.sum(v[:, :, None], 2)
+    return v
+
+
+@triton.jit
+@no_type_check
+def load_steps(
+    projected,
+    factor,
+    bias,
+    A,
+    at,
+    inside,
+    restarts,
+    head,
+    H: tl.constexpr,
+    E: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+):
+    """Of a head [Q]: raw steps, what scales them, softplus' argument, steps, decays' sums."""
+    dt = tl.load(projected + at * E + (E - H) + head, mask=inside, other=0).to(tl.float32)
     if HAS_FACTOR:
         scale = tl.load(factor + at * H + head, mask=inside, other=0).to(tl.float32)
     else:
-        scale = tl.full(raw.shape, 1, tl.float32)
-    return raw, scale, raw * scale + tl.load(bias + head).to(tl.float32)
+        scale = tl.full(at.shape, 1, tl.float32)
+    raw = dt * scale + tl.load(bias + head).to(tl.float32)
+    step = step_sizes(raw, inside, True, False, 0, 0)
+    coarse, fine = total_decays(step, tl.load(A + head).to(tl.float32), restarts)
+    return dt, scale, raw, step, coarse, fine
+
+
+@triton.jit
+@no_type_check
+def load_tile(array, rows, inside, column):
+    """Columns of an array at `rows`, offsets of their first elements: [Q, columns]."""
+    where = rows[:, None] + column[None, :]
+    return tl.load(array + where, mask=inside[:, None], other=0).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def store_tile(array, rows, inside, column, value):
+    """The way back from `load_tile`."""
+    tl.store(array + rows[:, None] + column[None, :], value, mask=inside[:, None])
 
 
 @triton.jit
