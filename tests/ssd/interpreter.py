@@ -1,8 +1,10 @@
 """Runs Triton kernels on the CPU: Triton's interpreter as a `launch` of the JAX binding."""
 
 import threading
+from unittest import mock
 
 import jax
+import ml_dtypes
 import numpy as np
 
 # The interpreter keeps the place of the running program in a global, and devices call at once.
@@ -39,6 +41,13 @@ class HostTensor:
     storage_offset = size = stride = lambda self: None
 
 
+def _rounded(input, input_dtype, output_dtype, rounding_mode):
+    """To bfloat16 and back as GPUs do: the interpreter's own conversion cuts digits off."""
+    if input_dtype.is_bf16():
+        return input.view(ml_dtypes.bfloat16).astype(np.float32).view(np.uint32)
+    return input.astype(ml_dtypes.bfloat16).view(np.uint16)
+
+
 def launch(kernel, inputs, outputs, programs, constants, size):
     """What `tim4rec_jax.ssd.triton_launch.launch` does, without a GPU."""
     numbers = {i: v for i, v in enumerate(inputs) if not isinstance(v, jax.Array)}
@@ -50,7 +59,7 @@ def launch(kernel, inputs, outputs, programs, constants, size):
             arguments.insert(i, v)
         # What a kernel leaves unwritten shows.
         results = [np.full(v.shape, np.nan, v.dtype) for v in outputs]
-        with _one_at_a_time:
+        with _one_at_a_time, mock.patch("triton.runtime.interpreter._convert_float", _rounded):
             kernel[(programs,)](*arguments, *map(HostTensor, results), **constants)
         return results
 

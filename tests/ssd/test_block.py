@@ -1,5 +1,7 @@
 """The block around the op, every implementation of it against the layer's own parts."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,6 +31,8 @@ def make(length, *, batch=2, heads=2, groups=1, width=5, size=8, taps=4, **optio
         ids = np.cumsum(rng.random((batch, length)) < 0.2, axis=1) % 3
         options["segment_ids"] = jnp.asarray(ids)
     options = {"activation": "hardswish", "state": size, "groups": groups} | options
+    if "time_factor" in options:
+        del inputs["time_factor"]
     return inputs, rng.normal(size=(batch, length, inner)), options
 
 
@@ -51,17 +55,32 @@ CASES = {
     "groups": {"length": 50, "heads": 4, "groups": 2, "segments": True},
     "chunks": {"length": 67, "chunk_size": 16, "segments": True, "taps": 3},
 }
+FURTHER = {
+    "L1": {"length": 1, "taps": 1},
+    "no factor": {"length": 21, "chunk_size": 16, "time_factor": None},
+}
+RUNS = [
+    *((name, *run) for name in ("xla", "tpu") for run in itertools.product(CASES, ["float32"])),
+    *((name, "chunks", "bfloat16") for name in ("xla", "tpu")),
+    ("xla", "chunks", "float64"),
+]
 
 
-RUNS = [(case, "float32") for case in CASES] + [("chunks", "bfloat16")]
+@pytest.mark.parametrize(("implementation", "case", "dtype"), RUNS)
+def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
+    check(implementation, dtype, **CASES[case])
 
 
 @pytest.mark.parametrize(
-    ("implementation", "case", "dtype"),
-    [(name, *run) for name in ("xla", "tpu") for run in RUNS] + [("xla", "chunks", "float64")],
+    ("case", "dtype"), [*((c, "float32") for c in CASES | FURTHER), ("chunks", "bfloat16")]
 )
-def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
-    inputs, weights, options = make(**CASES[case])
+def test_triton_equals_the_float64_recurrence(case, dtype, x64, triton):
+    """The kernels' own sizes, in Triton's interpreter."""
+    check("triton", dtype, **(CASES | FURTHER)[case], batch=1, width=16, size=32)
+
+
+def check(implementation, dtype, **case):
+    inputs, weights, options = make(**case)
     inputs, weights = to_dtype((inputs, weights), dtype)
     got = run(inputs, weights, **options, implementation=implementation)
     wanted = run(*to_dtype((inputs, weights), "float64"), **options, implementation="reference")

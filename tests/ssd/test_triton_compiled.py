@@ -57,4 +57,4 @@ def test_no_registers_are_spilled():
 @pytest.mark.skipif(not PLUGIN.exists(), reason=f"no CUDA plugin in {PLUGIN}: run make test")
 def test_the_training_step_lowers_for_cuda_with_the_kernels_in_it():
     (names,) = run("tests.training.lower_for_cuda", paths=[PLUGIN])
-    assert names == ["ssd_forward", "ssd_backward"]
+    assert names == ["ssd_block_forward", "ssd_block_backward"]

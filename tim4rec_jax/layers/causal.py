@@ -79,7 +79,7 @@ class CausalSSD(SSDLayer):
         segment_ids: Int[Array, "B L"] | None,
     ) -> Float[Array, "B L D"]:
         """Mixes each segment of each row."""
-        if time is None and self.fuses:
+        if time is None and self.fuses(h, None):
             return self.fused(h, None, segment_ids)
         z, mixed, dt = self._project(h, time)
         x, B, C = self.split(self.activation(self.conv(mixed, segment_ids)))

@@ -84,10 +84,11 @@ class SSDLayer(nnx.Module):
         x = x.reshape(*x.shape[:-1], self.heads, self.head_width)
         return x, B[..., None, :], C[..., None, :]
 
-    @property
-    def fuses(self) -> bool:
-        """Whether `fused` is the fastest way on the platform that is compiled for."""
-        return has_kernel() and self.activation in ACTIVATIONS.values()
+    def fuses(self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None) -> bool:
+        """Whether there is a kernel for `fused` on the platform that is compiled for."""
+        if self.activation not in ACTIVATIONS.values():
+            return False
+        return has_kernel(jax.eval_shape(self.in_proj, h), factor, **self._block_settings())
 
     def fused(
         self,
@@ -96,9 +97,13 @@ class SSDLayer(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """The layer with one kernel for all between its projections."""
-        y = time_aware_ssd_block(
-            self.in_proj(h),
-            factor,
+        projected = self.in_proj(h)
+        settings = self._block_settings()
+        y = time_aware_ssd_block(projected, factor, segment_ids=segment_ids, **settings)
+        return self.out_proj(y)
+
+    def _block_settings(self) -> dict[str, Any]:
+        return dict(
             conv_kernel=self.conv.kernel[...],
             conv_bias=self.conv.bias[...],
             A=-jnp.exp(self.A_log[...]),
@@ -108,10 +113,8 @@ class SSDLayer(nnx.Module):
             activation=next(name for name, f in ACTIVATIONS.items() if f is self.activation),
             state=self.state,
             eps=self.norm.epsilon,
-            segment_ids=segment_ids,
             chunk_size=self.chunk_size,
         )
-        return self.out_proj(y)
 
     def output(
         self, y: Float[Array, "*batch H P"], z: Float[Array, "*batch I"]
@@ -132,7 +135,7 @@ class TimeAwareSSD(SSDLayer):
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
     ) -> Float[Array, "B L D"]:
         """Mixes the sequence; `factor` scales the raw step sizes (None: 1)."""
-        if self.fuses:
+        if self.fuses(h, factor):
             return self.fused(h, factor)
         z, mixed_dt = jnp.split(self.in_proj(h), [self.inner], axis=-1)
         x, B, C, dt = self._inputs(mixed_dt, factor)

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tim4rec_jax.ssd import tpu_block
+from tim4rec_jax.ssd import tpu_block, triton_block
 from tim4rec_jax.ssd.api import ssd
 from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
-from tim4rec_jax.ssd.dispatch import Implementation, choose, target
+from tim4rec_jax.ssd.dispatch import Implementation, choose
 
 
 class BlockArguments(NamedTuple):
@@ -28,13 +28,13 @@ class BlockArguments(NamedTuple):
     norm_scale: jax.Array
     activation: str
     state: int
-    groups: int
-    eps: float
-    segment_ids: jax.Array | None
-    chunk_size: int | None
+    groups: int = 1
+    eps: float = 1e-5
+    segment_ids: jax.Array | None = None
+    chunk_size: int | None = None
 
 
-def _composed(v: BlockArguments, op: str) -> jax.Array:
+def _composed(v: BlockArguments, op: str | None) -> jax.Array:
     """The block made of its parts, in at least float32 from its input to its result."""
     heads, inner, cells = v.A.shape[0], v.norm_scale.shape[0], v.groups * v.state
     dtype = jnp.promote_types(v.projected.dtype, jnp.float32)
@@ -63,15 +63,31 @@ def _composed(v: BlockArguments, op: str) -> jax.Array:
     return y.astype(v.projected.dtype)
 
 
-# Chosen as those of `ssd` are.
+# Chosen as those of `ssd` are. "parts" is the composition around the best that the op has for the
+# platform, and what is left where no kernel of the whole block can run.
 BLOCK_IMPLEMENTATIONS = {
-    name: Implementation(functools.partial(_composed, op=name)) for name in ("reference", "xla")
-} | {"tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.obstacle)}
+    "reference": Implementation(functools.partial(_composed, op="reference")),
+    "xla": Implementation(functools.partial(_composed, op="xla")),
+    "parts": Implementation(functools.partial(_composed, op=None)),
+    "triton": Implementation(triton_block.block_triton, "gpu", triton_block.obstacle),
+    "tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.obstacle),
+}
 
 
-def has_kernel() -> bool:
-    """Whether the platform that is compiled for has a kernel for the block."""
-    return any(way.platform == target().platform for way in BLOCK_IMPLEMENTATIONS.values())
+def has_kernel(projected: Any, time_factor: Any, **settings: Any) -> bool:
+    """Whether `time_aware_ssd_block` is a kernel on the platform that is compiled for.
+
+    Args:
+        projected: as for the block, or its shape and dtype.
+        time_factor: likewise.
+        settings: its other arguments.
+    """
+    arguments = BlockArguments(projected, time_factor, **settings)
+    return _choose(None, arguments).platform is not None
+
+
+def _choose(name: str | None, arguments: BlockArguments) -> Implementation:
+    return choose(BLOCK_IMPLEMENTATIONS, name, arguments, otherwise="parts")
 
 
 def time_aware_ssd_block(
@@ -116,7 +132,9 @@ def time_aware_ssd_block(
         segment_ids: convolution and state start afresh where the id differs from the one
             before; None: one segment.
         chunk_size: as for `ssd`.
-        implementation: a name in `BLOCK_IMPLEMENTATIONS`; None chooses the best for the platform.
+        implementation: a name in `BLOCK_IMPLEMENTATIONS`: "reference", "xla", "triton" and "tpu"
+            as of `ssd`, the last two one kernel for each direction; "parts", one operation after
+            the other around the best `ssd`. None chooses the best for the platform.
 
     Returns:
         `y` in the dtype of `projected`.
@@ -146,7 +164,7 @@ def time_aware_ssd_block(
         restart = segment_ids[:, 1:] != segment_ids[:, :-1]
         ordinal = jnp.pad(jnp.cumsum(restart, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
         arguments = arguments._replace(segment_ids=ordinal)
-    return choose(BLOCK_IMPLEMENTATIONS, implementation, arguments).compute(arguments)
+    return _choose(implementation, arguments).compute(arguments)
 
 
 def _check(v: BlockArguments):

@@ -64,9 +64,18 @@ class Implementation(NamedTuple):
 
 
 def choose(
-    implementations: Mapping[str, Implementation], name: str | None, arguments: Any
+    implementations: Mapping[str, Implementation],
+    name: str | None,
+    arguments: Any,
+    otherwise: str = "xla",
 ) -> Implementation:
-    """Returns the implementation of a name, or for None the best that can run, at worst "xla".
+    """Returns the implementation of a name, or for None the best that can run.
+
+    Args:
+        implementations: by name.
+        name: which, or None.
+        arguments: of the operator.
+        otherwise: the name of what runs anywhere, where none of the platform's own can.
 
     Raises:
         ValueError: there is none of that name, or it cannot run.
@@ -76,7 +85,7 @@ def choose(
         for implementation in implementations.values():
             if implementation.platform == platform and not implementation.obstacle(arguments):
                 return implementation
-        return implementations["xla"]
+        return implementations[otherwise]
     if name not in implementations:
         raise ValueError(
             f"there is no implementation {name!r}; "

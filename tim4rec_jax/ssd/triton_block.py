@@ -84,7 +84,8 @@ def _block_backward(options, residuals, dy):
         (rows, *results, dy), parameters
     )
     dtaps, dheads, dscale = (jnp.sum(shares, axis=0) for shares in dparameters)
-    gradients = Parameters(dtaps[:-1], dtaps[-1], *dheads, dscale)
+    dA, dD, dbias = dheads
+    gradients = Parameters(dtaps[:-1], dtaps[-1], dA, dD, dbias, dscale)
     return drows, jax.tree.map(lambda d, v: d.astype(v.dtype), gradients, parameters)
 
 

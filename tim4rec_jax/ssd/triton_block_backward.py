@@ -82,9 +82,9 @@ def block_backward(
     convolution's and the op's results and of the step sizes, of a chunk and the one behind it
     (R = 2 Q), as positions feed later ones, or of the only one (R = L).
     """
-    I: tl.constexpr = H * P  # noqa: E741
-    M: tl.constexpr = I + 2 * G * N
-    E: tl.constexpr = I + M + H
+    INNER: tl.constexpr = H * P
+    M: tl.constexpr = INNER + 2 * G * N
+    E: tl.constexpr = INNER + M + H
     TILE: tl.constexpr = min(P, N)
     row = tl.program_id(0).to(tl.int64)
     q = tl.arange(0, Q)
@@ -105,10 +105,10 @@ def block_backward(
                 _dt, _factor, _raw, step, coarse, fine = load_steps(
                     projected, factor, bias, A, at, inside, restarts, head, H, E, HAS_FACTOR
                 )
-                b = I + head // (H // G) * N + n
+                b = INNER + head // (H // G) * N + n
                 own = head * P + p
-                B_ = convolved(projected, taps, conv_bias, at, inside, before, b, I, M, E, W)
-                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, I, M, E, W)
+                B_ = convolved(projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W)
+                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W)
                 B_ = activate(B_, HARDSWISH, PRECISION)
                 step_x = activate(x_, HARDSWISH, PRECISION) * step[:, None]
                 state = advance(state, B_, step_x, coarse, fine, q, Q, PRECISION)
@@ -124,7 +124,7 @@ def block_backward(
         t = chunk * Q + q
         inside = t < length
         at = row * length + t
-        slot = row * length + t if ONE_CHUNK else row * (2 * Q) + t % (2 * Q)  # noqa: SIM108
+        slot = row * length + t if ONE_CHUNK else row * (2 * Q) + t % (2 * Q)
         before = neighbours(segments, at, t, length, W, False, HAS_SEGMENTS)
         restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
 
@@ -132,14 +132,14 @@ def block_backward(
         rstd_ = tl.load(rstd + at, mask=inside, other=0)
         share = tl.zeros([Q], tl.float32)
         for head in tl.range(0, H, disable_licm=True):
-            y_ = load_tile(y, at * I, inside, head * P + p)
-            share += tl.sum(y_ * load_tile(dy, at * I, inside, head * P + p), 1) / I
+            y_ = load_tile(y, at * INNER, inside, head * P + p)
+            share += tl.sum(y_ * load_tile(dy, at * INNER, inside, head * P + p), 1) / INNER
         for group in tl.range(0, G, disable_licm=True):
-            b = I + group * N + n
+            b = INNER + group * N + n
             c = b + G * N
-            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, I, M, E, W)
+            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, INNER, M, E, W)
             C_ = activate(C_, HARDSWISH, PRECISION)
-            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, I, M, E, W)
+            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W)
             B_ = activate(B_, HARDSWISH, PRECISION)
             scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
             for i in tl.range(0, H // G, disable_licm=True):
@@ -148,7 +148,7 @@ def block_backward(
                 _dt, _factor, _raw, step, coarse, fine = load_steps(
                     projected, factor, bias, A, at, inside, restarts, head, H, E, HAS_FACTOR
                 )
-                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, I, M, E, W)
+                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W)
                 x_ = activate(x_, HARDSWISH, PRECISION)
                 state = 0
                 if not ONE_CHUNK:
@@ -161,19 +161,19 @@ def block_backward(
                 z = load_tile(projected, at * E, inside, own)
                 gate = tl.sigmoid(z)
                 normed = out * z * gate * rstd_[:, None]
-                dy_ = load_tile(dy, at * I, inside, own)
-                add_share(dscale + row * I + own, tl.sum(dy_ * normed, 0), earlier)
+                dy_ = load_tile(dy, at * INNER, inside, own)
+                add_share(dscale + row * INNER + own, tl.sum(dy_ * normed, 0), earlier)
                 weight = tl.load(scale + own).to(tl.float32)[None, :]
                 dgated = (dy_ * weight - normed * share[:, None]) * rstd_[:, None]
                 dz = dgated * out * gate * (1 + z * (1 - gate))
                 store_tile(dprojected, at * E, inside, own, dz)
-                store_tile(dresult, slot * I, inside, own, dgated * z * gate)
+                store_tile(dresult, slot * INNER, inside, own, dgated * z * gate)
         tl.debug_barrier()
 
         # Through the states: what the chunk adds to the one after it, and sees of the one before.
         if not ONE_CHUNK:
             for group in tl.range(0, G, disable_licm=True):
-                b = I + group * N + n
+                b = INNER + group * N + n
                 c = b + G * N
                 dB_ = tl.zeros([Q, N], tl.float32)
                 dC_ = tl.zeros([Q, N], tl.float32)
@@ -192,18 +192,24 @@ def block_backward(
                     dlog_decay = tl.zeros([Q], tl.float32)
                     dlog_decay += kept * tl.sum(tl.sum(state * dstate, 1), 0)
 
-                    C_ = convolved(projected, taps, conv_bias, at, inside, before, c, I, M, E, W)
+                    C_ = convolved(
+                        projected, taps, conv_bias, at, inside, before, c, INNER, M, E, W
+                    )
                     C_ = activate(C_, HARDSWISH, PRECISION)
-                    dout = load_tile(dresult, slot * I, inside, own) * entering[:, None]
+                    dout = load_tile(dresult, slot * INNER, inside, own) * entering[:, None]
                     dC_head = tl.dot(dout, tl.trans(state), input_precision=PRECISION)
                     dC_ += dC_head
                     dlog_decay += tl.cumsum(tl.sum(dC_head * C_, 1), 0, reverse=True)
                     dentering = tl.dot(tl.trans(C_), dout, input_precision=PRECISION)
                     tl.store(states + here, dentering + kept * dstate)
 
-                    B_ = convolved(projected, taps, conv_bias, at, inside, before, b, I, M, E, W)
+                    B_ = convolved(
+                        projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W
+                    )
                     B_ = activate(B_, HARDSWISH, PRECISION)
-                    x_ = convolved(projected, taps, conv_bias, at, inside, before, own, I, M, E, W)
+                    x_ = convolved(
+                        projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W
+                    )
                     x_ = activate(x_, HARDSWISH, PRECISION)
                     dB_head = tl.dot(
                         x_ * (step * to_end)[:, None], tl.trans(dstate), input_precision=PRECISION
@@ -222,11 +228,11 @@ def block_backward(
 
         # Through what positions of the chunk see of each other.
         for group in tl.range(0, G, disable_licm=True):
-            b = I + group * N + n
+            b = INNER + group * N + n
             c = b + G * N
-            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, I, M, E, W)
+            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W)
             B_ = activate(B_, HARDSWISH, PRECISION)
-            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, I, M, E, W)
+            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, INNER, M, E, W)
             C_ = activate(C_, HARDSWISH, PRECISION)
             scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
             dscores = tl.zeros([Q, Q], tl.float32)
@@ -236,10 +242,10 @@ def block_backward(
                 dt_, factor_, raw, step, coarse, fine = load_steps(
                     projected, factor, bias, A, at, inside, restarts, head, H, E, HAS_FACTOR
                 )
-                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, I, M, E, W)
+                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W)
                 x_ = activate(x_, HARDSWISH, PRECISION)
                 step_x = x_ * step[:, None]
-                dout = load_tile(dresult, slot * I, inside, own)
+                dout = load_tile(dresult, slot * INNER, inside, own)
                 dstep_x, pairs = attend_backward(scores, step_x, dout, coarse, fine, q, PRECISION)
                 dscores += pairs
                 # As in the op's kernel.
@@ -278,7 +284,7 @@ def block_backward(
         # Through the activation, then the convolution.
         for tile in tl.range(0, M // TILE, disable_licm=True):
             channel = tile * TILE + tl.arange(0, TILE)
-            v = convolved(projected, taps, conv_bias, at, inside, before, channel, I, M, E, W)
+            v = convolved(projected, taps, conv_bias, at, inside, before, channel, INNER, M, E, W)
             d = load_tile(dconvolved, slot * M, inside, channel) * activation_slope(v, HARDSWISH)
             tl.debug_barrier()
             store_tile(dconvolved, slot * M, inside, channel, d)
@@ -292,10 +298,10 @@ def block_backward(
             dmixed = tl.zeros([Q, TILE], tl.float32)
             for k in tl.static_range(W):
                 seen = inside & (before >= k)
-                mixed = load_tile(projected, (at - k) * E, seen, I + channel)
+                mixed = load_tile(projected, (at - k) * E, seen, INNER + channel)
                 add_share(shares + (W - 1 - k) * M, tl.sum(d * mixed, 0), earlier)
                 later = slot + k if ONE_CHUNK else row * (2 * Q) + (t + k) % (2 * Q)
                 tap = tl.load(taps + (W - 1 - k) * M + channel).to(tl.float32)
                 seeing = inside & (after >= k)
                 dmixed += tap[None, :] * load_tile(dconvolved, later * M, seeing, channel)
-            store_tile(dprojected, at * E, inside, I + channel, dmixed)
+            store_tile(dprojected, at * E, inside, INNER + channel, dmixed)

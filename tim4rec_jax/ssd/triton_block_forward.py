@@ -61,9 +61,9 @@ def block_forward(
 
     Arrays whose HAS_ flag is off are never read. The grid is one axis of B programs.
     """
-    I: tl.constexpr = H * P  # noqa: E741
-    M: tl.constexpr = I + 2 * G * N
-    E: tl.constexpr = I + M + H
+    INNER: tl.constexpr = H * P
+    M: tl.constexpr = INNER + 2 * G * N
+    E: tl.constexpr = INNER + M + H
     row = tl.program_id(0).to(tl.int64)
     q = tl.arange(0, Q)
     p = tl.arange(0, P)
@@ -85,10 +85,10 @@ def block_forward(
         restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
         squares = tl.zeros([Q], tl.float32)
         for group in tl.range(0, G, disable_licm=True):
-            b = I + group * N + n
+            b = INNER + group * N + n
             c = b + G * N
-            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, I, M, E, W)
-            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, I, M, E, W)
+            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W)
+            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, INNER, M, E, W)
             B_ = activate(B_, HARDSWISH, PRECISION)
             C_ = activate(C_, HARDSWISH, PRECISION)
             scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
@@ -98,7 +98,7 @@ def block_forward(
                 _dt, _factor, _raw, step, coarse, fine = load_steps(
                     projected, factor, bias, A, at, inside, restarts, head, H, E, HAS_FACTOR
                 )
-                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, I, M, E, W)
+                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W)
                 x_ = activate(x_, HARDSWISH, PRECISION)
                 mixing = scores * decay_between(coarse, fine, q)
                 step_x = x_ * step[:, None]
@@ -112,8 +112,8 @@ def block_forward(
                 y_ *= z * tl.sigmoid(z)
                 squares += tl.sum(y_ * y_, 1)
                 results = rotate(results, y_)
-        rstd_ = tl.rsqrt(squares / I + EPS)
+        rstd_ = tl.rsqrt(squares / INNER + EPS)
         tl.store(rstd + at, rstd_, mask=inside)
         for h in tl.static_range(H):
             y_ = results[h] * rstd_[:, None] * tl.load(scale + h * P + p).to(tl.float32)[None, :]
-            store_tile(y, at * I, inside, h * P + p, y_)
+            store_tile(y, at * INNER, inside, h * P + p, y_)

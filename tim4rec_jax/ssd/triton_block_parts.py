@@ -41,13 +41,13 @@ def convolved(
     inside,
     before,
     channel,
-    I: tl.constexpr,
+    INNER: tl.constexpr,
     M: tl.constexpr,
     E: tl.constexpr,
     W: tl.constexpr,
 ):
     """The convolution's result at each position in some channels of (x, B, C): [Q, channels]."""
-    mixed = (projected + at * E + I)[:, None] + channel[None, :]
+    mixed = (projected + at * E + INNER)[:, None] + channel[None, :]
     total = tl.load(bias + channel).to(tl.float32)[None, :]
     for k in tl.static_range(W):
         seen = (inside & (before >= k))[:, None]
@@ -61,10 +61,10 @@ def convolved(
 def activate(v, HARDSWISH: tl.constexpr, PRECISION: tl.constexpr):
     """What follows the convolution: hardswish, or SiLU."""
     if HARDSWISH:
-        active = v * tl.minimum(tl.maximum(v + 3, 0), 6) * (1 / 6)
+        v *= tl.minimum(tl.maximum(v + 3, 0), 6) * (1 / 6)
     else:
-        active = v * tl.sigmoid(v)
-    return settled(active, PRECISION)
+        v *= tl.sigmoid(v)
+    return settled(v, PRECISION)
 
 
 @triton.jit
