@@ -12,8 +12,7 @@ import triton
 import triton.language as tl
 
 from tim4rec_jax.ssd.triton_block_parts import (
-    activate,
-    convolved,
+    active,
     load_steps,
     load_tile,
     neighbours,
@@ -62,8 +61,9 @@ def block_forward(
     Arrays whose HAS_ flag is off are never read. The grid is one axis of B programs.
     """
     INNER: tl.constexpr = H * P
-    M: tl.constexpr = INNER + 2 * G * N
-    E: tl.constexpr = INNER + M + H
+    E: tl.constexpr = 2 * INNER + 2 * G * N + H
+    SIZES: tl.constexpr = (H, G, P, N, W, HAS_FACTOR, HARDSWISH, PRECISION, HAS_SEGMENTS)
+    layer = (projected, factor, taps, conv_bias, A, D, bias)
     row = tl.program_id(0).to(tl.int64)
     q = tl.arange(0, Q)
     p = tl.arange(0, P)
@@ -82,24 +82,19 @@ def block_forward(
         inside = t < length
         at = row * length + t
         before = neighbours(segments, at, t, length, W, False, HAS_SEGMENTS)
-        restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
+        place = (at, inside, before, load_restarts(segments, at, t, length, HAS_SEGMENTS))
         squares = tl.zeros([Q], tl.float32)
         for group in tl.range(0, G, disable_licm=True):
             b = INNER + group * N + n
             c = b + G * N
-            B_ = convolved(projected, taps, conv_bias, at, inside, before, b, INNER, M, E, W)
-            C_ = convolved(projected, taps, conv_bias, at, inside, before, c, INNER, M, E, W)
-            B_ = activate(B_, HARDSWISH, PRECISION)
-            C_ = activate(C_, HARDSWISH, PRECISION)
+            B_ = active(layer, place, b, SIZES)
+            C_ = active(layer, place, c, SIZES)
             scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
             for i in tl.range(0, H // G, disable_licm=True):
                 head = group * (H // G) + i
                 own = head * P + p
-                _dt, _factor, _raw, step, coarse, fine = load_steps(
-                    projected, factor, bias, A, at, inside, restarts, head, H, E, HAS_FACTOR
-                )
-                x_ = convolved(projected, taps, conv_bias, at, inside, before, own, INNER, M, E, W)
-                x_ = activate(x_, HARDSWISH, PRECISION)
+                _dt, _factor, _raw, step, coarse, fine = load_steps(layer, place, head, SIZES)
+                x_ = active(layer, place, own, SIZES)
                 mixing = scores * decay_between(coarse, fine, q)
                 step_x = x_ * step[:, None]
                 state = states[0]

@@ -1,7 +1,13 @@
 """What the Triton kernels of the block do around the op, as functions of blocks in registers.
 
 `projected` holds z [I], x [I], B [G N], C [G N] and dt [H] along its last axis of E; x, B and C are
-the M channels of the convolution. Other letters as in `triton_kernels`.
+the M channels of the convolution, I = H P. Other letters as in `triton_kernels`.
+
+What functions need together comes in tuples: a `layer` of pointers to (projected, factor, taps,
+conv_bias, A, D, bias); a `place` of (offsets of positions from the array's first, whether each is
+one of the sequence, how many before it are in its segment, whether it forgets the state before it);
+SIZES of (H, G, P, N, W, whether there is a factor, whether it is hardswish, precision,
+whether there are segments).
 """
 
 from typing import no_type_check  # annotations here are for Triton's compiler
@@ -15,7 +21,13 @@ from tim4rec_jax.ssd.triton_parts import step_sizes, total_decays
 @triton.jit
 @no_type_check
 def neighbours(
-    segments, at, t, length, W: tl.constexpr, AHEAD: tl.constexpr, HAS_SEGMENTS: tl.constexpr
+    segments,
+    at,
+    t,
+    length,
+    W: tl.constexpr,
+    AHEAD: tl.constexpr,
+    HAS_SEGMENTS: tl.constexpr,
 ):
     """How many positions before each, or AHEAD of it, are in its segment, W - 1 at most counted."""
     if HAS_SEGMENTS:
@@ -33,20 +45,15 @@ def neighbours(
 
 @triton.jit
 @no_type_check
-def convolved(
-    projected,
-    taps,
-    bias,
-    at,
-    inside,
-    before,
-    channel,
-    INNER: tl.constexpr,
-    M: tl.constexpr,
-    E: tl.constexpr,
-    W: tl.constexpr,
-):
+def convolved(layer, place, channel, SIZES):
     """The convolution's result at each position in some channels of (x, B, C): [Q, channels]."""
+    projected, _factor, taps, bias, _A, _D, _bias = layer
+    at, inside, before, _restarts = place
+    H: tl.constexpr = SIZES[0]
+    INNER: tl.constexpr = H * SIZES[2]
+    M: tl.constexpr = INNER + 2 * SIZES[1] * SIZES[3]
+    E: tl.constexpr = INNER + M + H
+    W: tl.constexpr = SIZES[4]
     mixed = (projected + at * E + INNER)[:, None] + channel[None, :]
     total = tl.load(bias + channel).to(tl.float32)[None, :]
     for k in tl.static_range(W):
@@ -58,19 +65,24 @@ def convolved(
 
 @triton.jit
 @no_type_check
-def activate(v, HARDSWISH: tl.constexpr, PRECISION: tl.constexpr):
-    """What follows the convolution: hardswish, or SiLU."""
-    if HARDSWISH:
+def active(layer, place, channel, SIZES):
+    """`convolved` after the activation, hardswish or SiLU: what the op reads."""
+    v = convolved(layer, place, channel, SIZES)
+    if SIZES[6]:
         v *= tl.minimum(tl.maximum(v + 3, 0), 6) * (1 / 6)
     else:
         v *= tl.sigmoid(v)
-    return settled(v, PRECISION)
+    if SIZES[7] != "ieee":
+        # The compiler repeats elementwise operations in the layout of every operand of tensor
+        # cores, back to what was loaded: the convolution, many times. It does not repeat a sum.
+        v = tl.sum(v[:, :, None], 2)
+    return v
 
 
 @triton.jit
 @no_type_check
 def activation_slope(v, HARDSWISH: tl.constexpr):
-    """Derivative of `activate`."""
+    """Derivative of the activation."""
     if HARDSWISH:
         slope = tl.where(v < 3, tl.maximum(v + 1.5, -1.5) * (1 / 3), 1)
         slope = tl.where(v > -3, slope, 0)
@@ -82,35 +94,14 @@ def activation_slope(v, HARDSWISH: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def settled(v, PRECISION: tl.constexpr):
-    """The same values.
-
-    The compiler repeats elementwise operations in the layout of every operand of tensor cores,
-    back to what was loaded: the whole convolution, many times. It does not repeat a sum.
-    """
-    if PRECISION != "ieee":
-        v = tl.sum(v[:, :, None], 2)
-    return v
-
-
-@triton.jit
-@no_type_check
-def load_steps(
-    projected,
-    factor,
-    bias,
-    A,
-    at,
-    inside,
-    restarts,
-    head,
-    H: tl.constexpr,
-    E: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-):
+def load_steps(layer, place, head, SIZES):
     """Of a head [Q]: raw steps, what scales them, softplus' argument, steps, decays' sums."""
+    projected, factor, _taps, _conv_bias, A, _D, bias = layer
+    at, inside, _before, restarts = place
+    H: tl.constexpr = SIZES[0]
+    E: tl.constexpr = 2 * H * SIZES[2] + 2 * SIZES[1] * SIZES[3] + H
     dt = tl.load(projected + at * E + (E - H) + head, mask=inside, other=0).to(tl.float32)
-    if HAS_FACTOR:
+    if SIZES[5]:
         scale = tl.load(factor + at * H + head, mask=inside, other=0).to(tl.float32)
     else:
         scale = tl.full(at.shape, 1, tl.float32)
