@@ -25,12 +25,10 @@ def prefix_loss(
       loss: of `tim4rec_jax.training.losses`.
     """
     hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
-    seen = {}
-    if (offset := model.seen_offset()) is not None:
-        rows, length = batch["items"].shape
-        every = jnp.zeros(rows, jnp.int32), jnp.full(rows, length - 1)
-        seen["seen"] = Seen(batch["items"], *every, offset)
-    total = loss(hidden, model.item_table(), batch["targets"], weights, **seen)
+    targets = batch["targets"]
+    whole = jnp.zeros_like(targets), jnp.full_like(targets, jnp.iinfo(targets.dtype).max)
+    seen = _seen(model, batch["items"], *whole)
+    total = loss(hidden, model.item_table(), targets, weights, **seen)
     return total + weights.sum() * model.penalty()
 
 
@@ -58,17 +56,20 @@ def every_position_loss(
     )
     if model.knows_next_time:
         hidden = model.at(hidden, batch["waits"])
-    seen = {}
-    if (offset := model.seen_offset()) is not None:
-        first, last = _up_to_here(batch["segment_ids"])
-        seen["seen"] = Seen(items, first.reshape(-1), last.reshape(-1), offset)
     return loss(
         hidden.reshape(-1, hidden.shape[-1]),
         model.item_table(),
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
-        **seen,
+        **_seen(model, items, *_up_to_here(batch["segment_ids"])),
     )
+
+
+def _seen(model: SequenceModel, items, first, last) -> dict:
+    """What the loss has to know of the items before each target, if the model offsets them."""
+    if (offset := model.seen_offset()) is None:
+        return {}
+    return {"seen": Seen(items, first.reshape(-1), last.reshape(-1), offset)}
 
 
 def _up_to_here(segment_ids):
