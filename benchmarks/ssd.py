@@ -22,7 +22,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import ssd_gpu
+from benchmarks import block_gpu, ssd_gpu
 from tim4rec_jax.ssd import ssd
 from tim4rec_jax.ssd.xla import default_chunk_size
 
@@ -101,6 +101,7 @@ def main() -> None:
     flags = parser.parse_args()
     if jax.default_backend() == "gpu":
         ssd_gpu.run(flags)
+        block_gpu.run(flags)
         return
 
     device = jax.devices()[0]

@@ -3,9 +3,10 @@
     python -m benchmarks.tune_triton [--batch 2048] [--sizes 32 64 128] [--repeats 20]
 
 For every class of shapes that `tim4rec_jax.ssd.blocks` knows (one chunk or many, the larger one
-of P and N, precision) and each direction, all candidates are timed on one shape and the best is
-written into the table beside the kernels, `tim4rec_jax/ssd/blocks.json`, under the compute
-capability of this GPU. Rows of other GPUs stay. Takes some minutes per size, most of it compiling.
+of P and N, precision) and each kernel, of the op and of the block, all candidates are timed on
+one shape and the best is written into the table beside the kernels, `tim4rec_jax/ssd/blocks.json`,
+under the compute capability of this GPU. Rows of other GPUs stay. Takes some minutes per size, most
+of it compiling.
 """
 
 import argparse
@@ -20,42 +21,55 @@ import jax.numpy as jnp
 import numpy as np
 
 from tim4rec_jax.ssd import blocks as table
-from tim4rec_jax.ssd import ssd
-from tim4rec_jax.ssd import triton as binding
+from tim4rec_jax.ssd import ssd, time_aware_ssd_block, triton, triton_block
 from tim4rec_jax.ssd.blocks import Blocks
+from tim4rec_jax.ssd.triton_launch import compute_capability
 
 HEADS = 4
 LENGTHS = {"one": 50, "many": 200}
+KERNELS = ("forward", "backward", "block_forward", "block_backward")
 
 
-def candidates(one_chunk: bool) -> list[Blocks]:
+def candidates(kernel: str, one_chunk: bool) -> list[Blocks]:
     """Returns sizes worth trying: no more than 64 positions need masks for many chunks."""
     chunks = (64,) if one_chunk else (16, 32, 64)
+    heads = (HEADS,) if kernel.startswith("block") else (1, 2, 4)
     return [
         Blocks(*sizes)
-        for sizes in itertools.product(chunks, (1, 2, 4), (1, 2, 4, 8, 16), (1, 2))
-        # Less than a row of 16 positions for a warp only repeats the work of others.
-        if sizes[0] // 16 <= 4 * sizes[2] and sizes[2] <= sizes[0] // 4
+        for sizes in itertools.product(chunks, heads, (1, 2, 4, 8, 16), (1, 2))
+        # Fewer than two positions for a warp only repeat the work of others.
+        if sizes[0] // 16 <= 4 * sizes[2] and sizes[2] <= sizes[0] // 2
     ]
 
 
-def make_inputs(batch: int, length: int, size: int) -> dict[str, jax.Array]:
-    """Returns random inputs of the op."""
+def make_inputs(kernel: str, batch: int, length: int, size: int, dtype: str) -> dict:
+    """Returns random inputs of the op or of the block."""
     rng = np.random.default_rng(0)
-    shapes = {
-        "x": (batch, length, HEADS, size),
-        "dt": (batch, length, HEADS),
-        "B": (batch, length, 1, size),
-        "C": (batch, length, 1, size),
-        "D": (HEADS,),
-        "dt_bias": (HEADS,),
-    }
+    lead, inner = (batch, length), HEADS * size
+    if kernel.startswith("block"):
+        shapes = {
+            "projected": (*lead, 2 * inner + 2 * size + HEADS),
+            "time_factor": (*lead, HEADS),
+            "conv_kernel": (4, inner + 2 * size),
+            "conv_bias": (inner + 2 * size,),
+            "norm_scale": (inner,),
+        }
+    else:
+        shapes = {
+            "x": (*lead, HEADS, size),
+            "dt": (*lead, HEADS),
+            "B": (*lead, 1, size),
+            "C": (*lead, 1, size),
+        }
+    shapes |= {"D": (HEADS,), "dt_bias": (HEADS,)}
     inputs = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
+    if "projected" in inputs:
+        inputs["projected"] = inputs["projected"].astype(dtype)
     return inputs | {"A": -jnp.exp(jnp.asarray(rng.normal(size=HEADS), jnp.float32))}
 
 
 def seconds(kernel: str, sizes: Blocks, inputs: dict, precision: str, repeats: int) -> float:
-    """Median time of the op, or of its gradient for the backward; the other kernel stays as is.
+    """Median time of the function, or of its gradient for the backward; the other kernel stays.
 
     Returns infinity for sizes that do not fit the GPU.
     """
@@ -64,13 +78,21 @@ def seconds(kernel: str, sizes: Blocks, inputs: dict, precision: str, repeats: i
         return sizes if name == kernel else table.blocks(name, *arguments, **options)
 
     def forward(inputs):
+        if "projected" in inputs:
+            state = inputs["norm_scale"].size // HEADS
+            return time_aware_ssd_block(
+                **inputs, activation="hardswish", state=state, implementation="triton"
+            )
         return ssd(**inputs, dt_softplus=True, precision=precision, implementation="triton")
 
     def gradient(inputs):
-        return jax.grad(lambda inputs: jnp.sum(forward(inputs)))(inputs)
+        return jax.grad(lambda inputs: jnp.sum(forward(inputs).astype(jnp.float32)))(inputs)
 
-    function = forward if kernel == "forward" else gradient
-    with mock.patch.object(binding, "blocks", chosen):
+    function = gradient if kernel.endswith("backward") else forward
+    with (
+        mock.patch.object(triton, "blocks", chosen),
+        mock.patch.object(triton_block, "blocks", chosen),
+    ):
         try:
             program = jax.jit(function).lower(inputs).compile()
             jax.block_until_ready(program(inputs))
@@ -87,13 +109,17 @@ def seconds(kernel: str, sizes: Blocks, inputs: dict, precision: str, repeats: i
 
 def tune(batch: int, sizes: list[int], repeats: int) -> None:
     """Measures all classes and writes the table after each of them."""
-    capability = binding.compute_capability()
-    classes = itertools.product(sizes, ("ieee", "tf32"), LENGTHS.items(), ("forward", "backward"))
+    capability = compute_capability()
+    classes = itertools.product(sizes, ("ieee", "tf32"), LENGTHS.items(), KERNELS)
     for size, precision, (chunks, length), kernel in classes:
-        inputs = make_inputs(batch, length, size)
+        if kernel.startswith("block") and HEADS * size > triton_block.MOST_FEATURES:
+            continue
+        # The block takes the precision from what it reads.
+        dtype = "float32" if precision == "ieee" else "bfloat16"
+        inputs = make_inputs(kernel, batch, length, size, dtype)
         times = {
             blocks: seconds(kernel, blocks, inputs, precision, repeats)
-            for blocks in candidates(chunks == "one")
+            for blocks in candidates(kernel, chunks == "one")
         }
         best = min(times, key=times.__getitem__)
         name = table.key(kernel, capability, chunks == "one", size, precision)

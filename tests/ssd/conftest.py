@@ -25,6 +25,7 @@ def triton(monkeypatch):
 
     With JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 on a machine with a GPU they run there.
     """
+    pytest.importorskip("triton", reason="the kernels need Triton: pip install '.[kernels]'")
     if jax.default_backend() == "gpu":
         yield
         return

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK, TOLERANCE, assert_close, to_dtype
-from tim4rec_jax.ssd import time_aware_ssd_block
+from tim4rec_jax.ssd import compile_for, time_aware_ssd_block, triton_launch
+from tim4rec_jax.ssd.block import has_kernel
 
 STATIC = ("activation", "state", "groups", "eps", "chunk_size", "implementation")
 
@@ -143,6 +144,61 @@ def test_under_vmap_remat_and_on_eight_devices(tpu):
     got = run(spread, jax.device_put(weights, rows), **options)
     assert got["y"].sharding.is_equivalent_to(rows, 3)
     assert_close(got, wanted, 1e-6)
+
+
+def test_triton_under_vmap_and_remat(triton):
+    """Two blocks at once, each with parameters of its own."""
+    shape = {"batch": 1, "width": 16, "size": 16}
+    options = make(17, **shape)[2] | {"chunk_size": 16, "implementation": "triton"}
+    inputs, weights, _ = make(17, **shape)
+    inputs, weights = to_dtype((inputs, weights), "float32")
+
+    def remat(inputs, weights):
+        block = jax.checkpoint(lambda inputs: time_aware_ssd_block(**inputs, **options))
+        return jax.grad(lambda inputs: jnp.sum(block(inputs) * weights))(inputs)
+
+    twice = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), (inputs, weights))
+    got = jax.jit(jax.vmap(remat), compiler_options=QUICK)(*twice)
+    for row in range(2):
+        own = jax.tree.map(lambda v, row=row: v[row], twice)
+        wanted = run(*own, **options | {"implementation": "xla"})
+        one = jax.tree.map(lambda v, row=row: v[row], got)
+        assert_close(one, {name: wanted[name] for name in one}, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "capability", "message"),
+    [
+        ({"width": 24}, 90, "P must be one of 16, 32, 64, and it is 24"),
+        ({"size": 128}, 90, "N must be one of 16, 32, 64, and it is 128"),
+        ({"heads": 8, "width": 64}, 90, "all features of a chunk, at most 256, not 512"),
+        ({"taps": 9}, 90, "at most 8 taps, not 9"),
+        ({}, 75, "it needs an NVIDIA GPU of compute capability 8.0 or more"),
+    ],
+)
+def test_triton_says_why_it_cannot_run(change, capability, message, triton):
+    inputs, _, options = make(5, **{"width": 16, "size": 16} | change)
+    arguments = to_dtype(inputs, "float32") | options
+    with compile_for("gpu", capability):
+        with pytest.raises(ValueError, match=message):
+            time_aware_ssd_block(**arguments, implementation="triton")
+        assert not has_kernel(**arguments)
+
+
+def test_what_no_kernel_can_do_runs_around_that_of_the_op(triton, monkeypatch):
+    launched = []
+
+    def launch(kernel, inputs, outputs, *_):
+        launched.append(kernel.fn.__name__)
+        return [jnp.zeros(v.shape, v.dtype) for v in outputs]
+
+    monkeypatch.setattr(triton_launch, "launch", launch)
+    for width, name in ((16, "block_forward"), (64, "forward")):
+        inputs, _, options = make(5, heads=8, width=width, size=16)
+        arguments = to_dtype(inputs, "float32") | options
+        jax.eval_shape(lambda arguments=arguments: time_aware_ssd_block(**arguments))
+        assert set(launched) == {name} and has_kernel(**arguments) == (name == "block_forward")
+        launched.clear()
 
 
 @pytest.mark.parametrize(

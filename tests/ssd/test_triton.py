@@ -23,7 +23,7 @@ from tests.ssd.cases import (
     to_dtype,
 )
 from tim4rec_jax.ssd import blocks as table
-from tim4rec_jax.ssd import compile_for, ssd, triton_launch
+from tim4rec_jax.ssd import compile_for, ssd, triton_block, triton_launch
 
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
@@ -157,8 +157,13 @@ def test_says_what_to_install(monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
-@pytest.mark.parametrize("size", triton_launch.SIZES)
-@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("kernel", "size"),
+    [
+        *itertools.product(("forward", "backward"), triton_launch.SIZES),
+        *itertools.product(("block_forward", "block_backward"), triton_block.SIZES),
+    ],
+)
 def test_every_shape_has_sizes_of_blocks(kernel, size, precision):
     for length, heads, limit in itertools.product((1, 17, 64, 1000), (1, 3, 4), (None, 1, 40)):
         blocks = table.blocks(

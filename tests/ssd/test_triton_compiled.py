@@ -40,13 +40,14 @@ def run(module, *arguments, paths=()):
 
 
 def test_no_registers_are_spilled():
-    """At P = N = 32 and H = 4, one chunk and several, float32."""
-    rows = run("benchmarks.triton_compile", "--json", "--capabilities", "90", "--shapes", "0", "1")
-    assert [(row["kernel"], row["length"]) for row in rows] == [
-        ("forward", 50),
-        ("backward", 50),
-        ("forward", 200),
-        ("backward", 200),
+    """At P = N = 32 and H = 4: op and block, one chunk and several, float32; block, bfloat16."""
+    arguments = ("--capabilities", "90", "--shapes", "0", "1", "12", "13", "14", "15")
+    rows = run("benchmarks.triton_compile", "--json", *arguments)
+    assert [(row["kernel"], row["length"], row["dtype"]) for row in rows] == [
+        (f"{prefix}{direction}", length, dtype)
+        for prefix, dtype in (("", "float32"), ("block_", "float32"), ("block_", "bfloat16"))
+        for length in (50, 200)
+        for direction in ("forward", "backward")
     ]
     for row in rows:
         assert row["spills"] == 0, row

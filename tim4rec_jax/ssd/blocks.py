@@ -18,7 +18,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         chunk: positions that are computed at once, a power of two.
-        heads: heads of a program, all of one group.
+        heads: heads of a program, all of one group; programs of the block take all there are.
         warps: warps of a program.
         stages: loads that the compiler keeps under way.
     """
@@ -52,7 +52,7 @@ def blocks(
     """Returns the sizes for a kernel and shape: measured ones, else those that compile best.
 
     Args:
-        kernel: "forward" or "backward".
+        kernel: "forward" or "backward", or with "block_" before it.
         capability: compute capability of the GPU, 90 for 9.0.
         length: L.
         heads: of a group.

@@ -12,6 +12,7 @@ from tim4rec_jax.ssd import triton_launch
 from tim4rec_jax.ssd.blocks import Blocks, blocks
 from tim4rec_jax.ssd.triton_launch import by_rows, compute_capability
 
+SIZES = (16, 32, 64)
 MOST_FEATURES = 256
 MOST_TAPS = 8
 
@@ -50,7 +51,7 @@ def obstacle(v) -> str | None:
     parameters = (v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale)
     inner, taps = v.norm_scale.size, v.conv_kernel.shape[0]
     arrays = (v.projected, v.time_factor, *parameters)
-    if reason := triton_launch.obstacle(arrays, inner // v.A.size, v.state):
+    if reason := triton_launch.obstacle(arrays, inner // v.A.size, v.state, SIZES):
         return reason
     if inner > MOST_FEATURES:
         return f"a program holds all features of a chunk, at most {MOST_FEATURES}, not {inner}"
@@ -171,7 +172,7 @@ def _configuration(kernel, rows, parameters, options) -> tuple[Blocks, dict]:
         size=max(width, options.state),
         precision=precision,
         largest_chunk=options.chunk_size,
-    )
+    )._replace(heads=heads)
     return size, {
         "H": heads,
         "G": options.groups,

@@ -52,7 +52,27 @@ def leave_states(layer, segments, states, row, length, chunks, Q: tl.constexpr, 
 
 @triton.jit
 @no_type_check
-def through_convolution(layer, place, after, gradients, dconvolved, row, t, ring, earlier, SIZES):
+def slots(row, t, length, Q: tl.constexpr, ONE_CHUNK: tl.constexpr):
+    """Where positions are in memory of two chunks, or of the only one."""
+    return row * length + t if ONE_CHUNK else row * (2 * Q) + t % (2 * Q)
+
+
+@triton.jit
+@no_type_check
+def through_convolution(
+    layer,
+    place,
+    after,
+    gradients,
+    dconvolved,
+    row,
+    t,
+    length,
+    earlier,
+    Q: tl.constexpr,
+    ONE_CHUNK: tl.constexpr,
+    SIZES,
+):
     """Back through the activation, then the convolution.
 
     `after` is how many positions ahead of each are in its segment.
@@ -67,7 +87,7 @@ def through_convolution(layer, place, after, gradients, dconvolved, row, t, ring
     E: tl.constexpr = INNER + M + SIZES[0]
     W: tl.constexpr = SIZES[4]
     TILE: tl.constexpr = min(P, N)
-    slot = row * ring + t % ring
+    slot = slots(row, t, length, Q, ONE_CHUNK)
     for tile in tl.range(0, M // TILE, disable_licm=True):
         channel = tile * TILE + tl.arange(0, TILE)
         slope = activation_slope(convolved(layer, place, channel, SIZES), SIZES[6])
@@ -85,7 +105,7 @@ def through_convolution(layer, place, after, gradients, dconvolved, row, t, ring
             mixed = load_tile(projected, (at - k) * E, inside & (before >= k), INNER + channel)
             add_share(shares + (W - 1 - k) * M, tl.sum(d * mixed, 0), earlier)
             tap = tl.load(taps + (W - 1 - k) * M + channel).to(tl.float32)
-            later = row * ring + (t + k) % ring
+            later = slots(row, t + k, length, Q, ONE_CHUNK)
             seeing = inside & (after >= k)
             dmixed += tap[None, :] * load_tile(dconvolved, later * M, seeing, channel)
         store_tile(dprojected, at * E, inside, INNER + channel, dmixed)
@@ -145,7 +165,6 @@ def block_backward(
     memory = (states, dconvolved, dresult, dsteps)
     row = tl.program_id(0).to(tl.int64)
     chunks = 1 if ONE_CHUNK else tl.cdiv(length, Q)
-    ring = length if ONE_CHUNK else 2 * Q
     if not ONE_CHUNK:
         leave_states(layer, segments, states, row, length, chunks, Q, SIZES)
     # Not pipelined: what a chunk reads has been left by the one behind it.
@@ -156,7 +175,7 @@ def block_backward(
         earlier = behind > 0
         t = chunk * Q + tl.arange(0, Q)
         at = row * length + t
-        slot = row * ring + t % ring
+        slot = slots(row, t, length, Q, ONE_CHUNK)
         before = neighbours(segments, at, t, length, W, False, HAS_SEGMENTS)
         place = (at, t < length, before, load_restarts(segments, at, t, length, HAS_SEGMENTS))
         results, gradients = (y, rstd, dy, scale), (dprojected, dscale)
@@ -182,5 +201,16 @@ def block_backward(
         after = neighbours(segments, at, t, length, W, True, HAS_SEGMENTS)
         gradients = (dprojected, dtaps)
         through_convolution(
-            layer, place, after, gradients, dconvolved, row, t, ring, earlier, SIZES
+            layer,
+            place,
+            after,
+            gradients,
+            dconvolved,
+            row,
+            t,
+            length,
+            earlier,
+            Q,
+            ONE_CHUNK,
+            SIZES,
         )

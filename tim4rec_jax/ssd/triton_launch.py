@@ -18,21 +18,22 @@ SIZES = (16, 32, 64, 128)
 LARGE_SHARED_MEMORY = (80, 87, 90, 100, 101, 103)
 
 
-def obstacle(arrays, width: int, state: int) -> str | None:
+def obstacle(arrays, width: int, state: int, sizes: tuple[int, ...] = SIZES) -> str | None:
     """Says what keeps all kernels from running on the GPU that is compiled for.
 
     Args:
         arrays: everything the kernel reads, None among it.
         width: P.
         state: N.
+        sizes: that P and N may have.
     """
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed; pip install 'tim4rec-jax[triton]'"
     if any(array is not None and array.dtype == jnp.float64 for array in arrays):
         return "it computes in float32 and an input is float64"
     for letter, size in (("P", width), ("N", state)):
-        if size not in SIZES:
-            return f"{letter} must be one of {', '.join(map(str, SIZES))}, and it is {size}"
+        if size not in sizes:
+            return f"{letter} must be one of {', '.join(map(str, sizes))}, and it is {size}"
     capability = compute_capability()
     if capability is None or capability < 80:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more"
