@@ -7,7 +7,7 @@ Published (paper v3, table 3; 64-d): HR@10 .1109, NDCG@10 .0611; an independent 
 code .1053 / .0598. Not trained by us yet: the log has to be fetched from its owner.
 
 Variants:
-    causal     causal time, trained at every position
+    causal     causal time, trained at every position, an offset for items just had
     official   the released settings to the letter, which switch time off
 
 Any comparison model by its name: `sasrec`, `gru4rec` and so on.

@@ -7,7 +7,8 @@
 time cannot exceed .345 and no model .497; under three minutes on two CPU cores.
 
 Variants:
-    causal     causal time, trained at every position
+    causal     causal time, trained at every position, an offset for items just had: test Hit@10
+               .862, NDCG@10 .496 (oracle .866, .497)
     official   the released ML-1M settings on this data
 
 Any comparison model by its name: `sasrec`, `gru4rec` and so on.
