@@ -1,4 +1,4 @@
-"""The SSD on NVIDIA GPUs: the kernels of `triton_kernels` as a differentiable JAX function."""
+"""The SSD on NVIDIA GPUs: its Triton kernels as a differentiable JAX function."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
 def _forward(rows, shared, options):
-    from tim4rec_jax.ssd import triton_kernels as kernels
+    from tim4rec_jax.ssd.triton_forward import forward
 
     batch, length, heads, width = rows.x.shape
     size, constants = _configuration("forward", rows, shared, options)
     nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
     state = jax.ShapeDtypeStruct((batch, heads, width, rows.B.shape[-1]), jnp.float32)
     y, final = triton_launch.launch(
-        kernels.forward,
+        forward,
         (*_inputs(rows, shared), length),
         (jax.ShapeDtypeStruct(rows.x.shape, rows.x.dtype), state if options.final else nothing),
         batch * heads // size.heads,
@@ -115,7 +115,7 @@ def _forward(rows, shared, options):
 
 
 def _backward(rows_and_cotangents, shared, options):
-    from tim4rec_jax.ssd import triton_kernels as kernels
+    from tim4rec_jax.ssd.triton_backward import backward
 
     rows, (dy, dfinal) = rows_and_cotangents
     batch, length, heads, width = rows.x.shape
@@ -142,7 +142,7 @@ def _backward(rows_and_cotangents, shared, options):
     }
     inputs = (*_inputs(rows, shared), dy, shared.A if dfinal is None else dfinal, length)
     results = triton_launch.launch(
-        kernels.backward, inputs, tuple(outputs.values()), batch * parts, constants, size
+        backward, inputs, tuple(outputs.values()), batch * parts, constants, size
     )
     results = dict(zip(outputs, results, strict=True))
 

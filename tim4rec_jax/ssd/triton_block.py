@@ -1,4 +1,4 @@
-"""`time_aware_ssd_block` on NVIDIA GPUs: the kernels of `triton_block_kernels` for JAX."""
+"""`time_aware_ssd_block` on NVIDIA GPUs: its Triton kernels as a differentiable JAX function."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The backward kernel of `time_aware_ssd_block` in Triton.
 
 A program takes one row of the batch with all heads and goes back through the sequence chunk by
-chunk, computing again what the forward computed. Letters as in `triton_kernels` and
+chunk, computing again what the forward computed. Letters as in `triton_parts` and
 `triton_block_parts`.
 """
 

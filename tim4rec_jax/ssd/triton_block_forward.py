@@ -3,7 +3,7 @@
 A program takes one row of the batch with all heads, as the norm is taken over them, and goes
 through the sequence chunk by chunk with the states in registers. The convolution reads its W
 positions from `projected` where it is needed; they are in the cache. Letters as in
-`triton_kernels` and `triton_block_parts`.
+`triton_parts` and `triton_block_parts`.
 """
 
 from typing import no_type_check  # annotations here are for Triton's compiler

@@ -1,7 +1,7 @@
 """What the Triton kernels of the block do around the op, as functions of blocks in registers.
 
 `projected` holds z [I], x [I], B [G N], C [G N] and dt [H] along its last axis of E; x, B and C are
-the M channels of the convolution, I = H P. Other letters as in `triton_kernels`.
+the M channels of the convolution, I = H P. Other letters as in `triton_parts`.
 
 What functions need together comes in tuples: a `layer` of pointers to (projected, factor, taps,
 conv_bias, A, D, bias); a `place` of (offsets of positions from the array's first, whether each is

@@ -1,6 +1,8 @@
 """What the Triton kernels of the SSD have in common, as functions of blocks in registers.
 
-Letters as in `triton_kernels`.
+Letters as in `tim4rec_jax.ssd.ssd`; Q is the length of a chunk, HEADS the number of heads of a
+program. Within a chunk, matrices over pairs of positions are [to q, from k], and states are
+[N, P]. All sums are float32. Arrays are dense, with the axes that `ssd` documents.
 """
 
 from typing import no_type_check  # annotations here are for Triton's compiler
