@@ -32,6 +32,9 @@ def leave_states(layer, segments, states, row, length, chunks, Q: tl.constexpr, 
     G: tl.constexpr = SIZES[1]
     P: tl.constexpr = SIZES[2]
     N: tl.constexpr = SIZES[3]
+    W: tl.constexpr = SIZES[4]
+    PRECISION: tl.constexpr = SIZES[7]
+    HAS_SEGMENTS: tl.constexpr = SIZES[8]
     q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
     for head in tl.range(0, H, disable_licm=True):
         state = tl.zeros([N, P], tl.float32)
@@ -39,13 +42,13 @@ def leave_states(layer, segments, states, row, length, chunks, Q: tl.constexpr, 
         for chunk in tl.range(0, chunks - 1, disable_licm=True):
             t = chunk * Q + q
             at = row * length + t
-            before = neighbours(segments, at, t, length, SIZES[4], False, SIZES[8])
-            restarts = load_restarts(segments, at, t, length, SIZES[8])
+            before = neighbours(segments, at, t, length, W, False, HAS_SEGMENTS)
+            restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
             place = (at, t < length, before, restarts)
             _dt, _factor, _raw, step, coarse, fine = load_steps(layer, place, head, SIZES)
             B = active(layer, place, H * P + head // (H // G) * N + n, SIZES)
             step_x = active(layer, place, head * P + p, SIZES) * step[:, None]
-            state = advance(state, B, step_x, coarse, fine, q, Q, SIZES[7])
+            state = advance(state, B, step_x, coarse, fine, q, Q, PRECISION)
             where = scratch_offsets(row * chunks + chunk + 1, head, n, p, H, P, N)
             tl.store(states + where, state)
 
@@ -86,11 +89,12 @@ def through_convolution(
     M: tl.constexpr = INNER + 2 * SIZES[1] * N
     E: tl.constexpr = INNER + M + SIZES[0]
     W: tl.constexpr = SIZES[4]
+    HARDSWISH: tl.constexpr = SIZES[6]
     TILE: tl.constexpr = min(P, N)
     slot = slots(row, t, length, Q, ONE_CHUNK)
     for tile in tl.range(0, M // TILE, disable_licm=True):
         channel = tile * TILE + tl.arange(0, TILE)
-        slope = activation_slope(convolved(layer, place, channel, SIZES), SIZES[6])
+        slope = activation_slope(convolved(layer, place, channel, SIZES), HARDSWISH)
         d = load_tile(dconvolved, slot * M, inside, channel) * slope
         tl.debug_barrier()
         store_tile(dconvolved, slot * M, inside, channel, d)

@@ -67,12 +67,14 @@ def convolved(layer, place, channel, SIZES):
 @no_type_check
 def active(layer, place, channel, SIZES):
     """`convolved` after the activation, hardswish or SiLU: what the op reads."""
+    HARDSWISH: tl.constexpr = SIZES[6]
+    PRECISION: tl.constexpr = SIZES[7]
     v = convolved(layer, place, channel, SIZES)
-    if SIZES[6]:
+    if HARDSWISH:
         v *= tl.minimum(tl.maximum(v + 3, 0), 6) * (1 / 6)
     else:
         v *= tl.sigmoid(v)
-    if SIZES[7] != "ieee":
+    if PRECISION != "ieee":
         # The compiler repeats elementwise operations in the layout of every operand of tensor
         # cores, back to what was loaded: the convolution, many times. It does not repeat a sum.
         v = tl.sum(v[:, :, None], 2)
@@ -99,9 +101,10 @@ def load_steps(layer, place, head, SIZES):
     projected, factor, _taps, _conv_bias, A, _D, bias = layer
     at, inside, _before, restarts = place
     H: tl.constexpr = SIZES[0]
+    HAS_FACTOR: tl.constexpr = SIZES[5]
     E: tl.constexpr = 2 * H * SIZES[2] + 2 * SIZES[1] * SIZES[3] + H
     dt = tl.load(projected + at * E + (E - H) + head, mask=inside, other=0).to(tl.float32)
-    if SIZES[5]:
+    if HAS_FACTOR:
         scale = tl.load(factor + at * H + head, mask=inside, other=0).to(tl.float32)
     else:
         scale = tl.full(at.shape, 1, tl.float32)

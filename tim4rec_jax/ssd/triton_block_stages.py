@@ -56,6 +56,7 @@ def through_norm(
     G: tl.constexpr = SIZES[1]
     P: tl.constexpr = SIZES[2]
     N: tl.constexpr = SIZES[3]
+    PRECISION: tl.constexpr = SIZES[7]
     INNER: tl.constexpr = H * P
     E: tl.constexpr = 2 * INNER + 2 * G * N + H
     q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
@@ -70,7 +71,7 @@ def through_norm(
         b = INNER + group * N + n
         C = active(layer, place, b + G * N, SIZES)
         B = active(layer, place, b, SIZES)
-        scores = tl.dot(C, tl.trans(B), input_precision=SIZES[7])
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         for i in tl.range(0, H // G, disable_licm=True):
             head = group * (H // G) + i
             own = head * P + p
@@ -80,7 +81,7 @@ def through_norm(
             if STATEFUL:
                 state = tl.load(states + scratch_offsets(chunk, head, n, p, H, P, N))
             mixing = scores * decay_between(coarse, fine, q)
-            out = attend(mixing, C, x * step[:, None], state, coarse, fine, STATEFUL, SIZES[7])
+            out = attend(mixing, C, x * step[:, None], state, coarse, fine, STATEFUL, PRECISION)
             out += x * tl.load(D + head).to(tl.float32)
             z = load_tile(projected, at * E, inside, own)
             gate = tl.sigmoid(z)
@@ -109,6 +110,7 @@ def through_states(layer, place, dheads, memory, slot, row, chunk, earlier, Q: t
     G: tl.constexpr = SIZES[1]
     P: tl.constexpr = SIZES[2]
     N: tl.constexpr = SIZES[3]
+    PRECISION: tl.constexpr = SIZES[7]
     INNER: tl.constexpr = H * P
     M: tl.constexpr = INNER + 2 * G * N
     q, p, n = tl.arange(0, Q), tl.arange(0, P), tl.arange(0, N)
@@ -132,20 +134,20 @@ def through_states(layer, place, dheads, memory, slot, row, chunk, earlier, Q: t
 
             C = active(layer, place, c, SIZES)
             dout = load_tile(dresult, slot * INNER, inside, own) * entering[:, None]
-            seen = tl.dot(dout, tl.trans(state), input_precision=SIZES[7])
+            seen = tl.dot(dout, tl.trans(state), input_precision=PRECISION)
             dC += seen
             dlog_decay += tl.cumsum(tl.sum(seen * C, 1), 0, reverse=True)
-            dentering = tl.dot(tl.trans(C), dout, input_precision=SIZES[7])
+            dentering = tl.dot(tl.trans(C), dout, input_precision=PRECISION)
             tl.store(here, dentering + kept * dstate)
 
             B = active(layer, place, b, SIZES)
             x = active(layer, place, own, SIZES)
             left = x * (step * to_end)[:, None]
-            added = tl.dot(left, tl.trans(dstate), input_precision=SIZES[7])
+            added = tl.dot(left, tl.trans(dstate), input_precision=PRECISION)
             dB += added
             of_position = tl.sum(added * B, 1)
             dlog_decay += tl.cumsum(of_position, 0) - of_position
-            dstep_x = tl.dot(B, dstate, input_precision=SIZES[7]) * to_end[:, None]
+            dstep_x = tl.dot(B, dstate, input_precision=PRECISION) * to_end[:, None]
             store_tile(dconvolved, slot * M, inside, own, dstep_x * step[:, None])
             dstep = tl.sum(dstep_x * x, 1) + dlog_decay * tl.load(A + head).to(tl.float32)
             tl.store(dsteps + (row * H + head) * Q + q, dstep)
@@ -178,6 +180,8 @@ def through_pairs(
     G: tl.constexpr = SIZES[1]
     P: tl.constexpr = SIZES[2]
     N: tl.constexpr = SIZES[3]
+    HAS_FACTOR: tl.constexpr = SIZES[5]
+    PRECISION: tl.constexpr = SIZES[7]
     INNER: tl.constexpr = H * P
     M: tl.constexpr = INNER + 2 * G * N
     E: tl.constexpr = INNER + M + H
@@ -187,7 +191,7 @@ def through_pairs(
         c = b + G * N
         B = active(layer, place, b, SIZES)
         C = active(layer, place, c, SIZES)
-        scores = tl.dot(C, tl.trans(B), input_precision=SIZES[7])
+        scores = tl.dot(C, tl.trans(B), input_precision=PRECISION)
         dscores = tl.zeros([Q, Q], tl.float32)
         for i in tl.range(0, H // G, disable_licm=True):
             head = group * (H // G) + i
@@ -196,7 +200,7 @@ def through_pairs(
             x = active(layer, place, own, SIZES)
             step_x = x * step[:, None]
             dout = load_tile(dresult, slot * INNER, inside, own)
-            dstep_x, pairs = attend_backward(scores, step_x, dout, coarse, fine, q, SIZES[7])
+            dstep_x, pairs = attend_backward(scores, step_x, dout, coarse, fine, q, PRECISION)
             dscores += pairs
             # As in the op's kernel.
             to_later = tl.cumsum(pairs * scores, 0, reverse=True)
@@ -216,14 +220,14 @@ def through_pairs(
             dstep = tl.where(inside, dstep * step_slopes(raw, True, False, 0, 0), 0)
             add_share(shares + 2 * H, tl.sum(dstep, 0), earlier)
             tl.store(dprojected + at * E + (E - H) + head, dstep * factor, mask=inside)
-            if SIZES[5]:
+            if HAS_FACTOR:
                 tl.store(dfactor + at * H + head, dstep * dt, mask=inside)
-        dB = tl.dot(tl.trans(dscores), C, input_precision=SIZES[7])
+        dB = tl.dot(tl.trans(dscores), C, input_precision=PRECISION)
         if STATEFUL:
             dB += load_tile(dconvolved, slot * M, inside, b)
         tl.debug_barrier()
         store_tile(dconvolved, slot * M, inside, b, dB)
-        dC = tl.dot(dscores, B, input_precision=SIZES[7])
+        dC = tl.dot(dscores, B, input_precision=PRECISION)
         if STATEFUL:
             dC += load_tile(dconvolved, slot * M, inside, c)
         tl.debug_barrier()
