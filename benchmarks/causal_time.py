@@ -71,7 +71,7 @@ def main() -> None:
             ", ".join(str(run["best_epoch"]) for run in runs),
             f"{(time.perf_counter() - began) / flags.seeds:.0f}",
         )
-    Console().print(table)
+    Console(width=max(100, Console().width)).print(table)
 
 
 if __name__ == "__main__":
