@@ -71,10 +71,10 @@ def ranks(
         here = ~competes & (column >= 0) & (column < block_size)
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
         own = jnp.where(here, picked + offset, own)
-        scores = _offset(scores, seen, start)
+        scores = add_offset(scores, seen, start)
         counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
         if exclude is not None:
-            counts &= ~_mark(counts, exclude, start)
+            counts &= ~mark(counts, exclude, start)
         # A block's count is exact in float32, and XLA's CPU sums floats with half the memory.
         return (own, greater + counts.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)), None
 
@@ -113,10 +113,10 @@ def top_k(
 
     def step(best, block):
         ids, start = block
-        scores = _offset(_scores(hidden, table, ids), seen, start)
+        scores = add_offset(_scores(hidden, table, ids), seen, start)
         barred = (ids == 0) | jnp.isnan(scores)
         if exclude is not None:
-            barred |= _mark(barred, exclude, start)
+            barred |= mark(barred, exclude, start)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)
         # It keeps the earlier of two equals, and earlier blocks hold the lower indices.
@@ -149,14 +149,15 @@ def _scores(hidden, table, ids):
     return jnp.matmul(hidden, table[ids].T, precision=lax.Precision.HIGHEST)
 
 
-def _offset(scores, seen, start):
+def add_offset(scores, seen, start):
+    """Scores of the items from `start` on, offset for those seen; `seen` may be None."""
     if seen is None:
         return scores
-    mark = _mark(jnp.zeros(scores.shape, bool), seen.items, start)
-    return scores + jnp.where(mark, seen.offset, 0).astype(scores.dtype)
+    marked = mark(jnp.zeros(scores.shape, bool), seen.items, start)
+    return scores + jnp.where(marked, seen.offset, 0).astype(scores.dtype)
 
 
-def _mark(mask, exclude, start):
+def mark(mask, exclude, start):
     """True where a column of the block that starts at item `start` is in the user's `exclude`."""
 
     def one_row(row, items):

@@ -30,6 +30,7 @@ from jaxtyping import Float, Int64
 
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.ranking import Seen, add_offset
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.command import add_history_flags, read_history
 from tim4rec_jax.serving.engine import Engine
@@ -126,17 +127,18 @@ def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: 
         last = histories.timestamps[histories.offsets[1:] - 1]
         hidden = engine.at(hidden, (at - last).astype(np.float32))
 
-    had = np.zeros((rows, len(engine.table)), np.float32)
+    seen = None
     if engine.offset is not None:
         window = histories.last(engine.max_length).padded_items()
-        np.put_along_axis(had, window, float(engine.offset), axis=1)
+        seen = Seen(jnp.asarray(window), engine.offset)
 
     @jax.jit
-    def score(hidden, table, had):
-        scores = jnp.matmul(hidden, table.T, precision=jax.lax.Precision.HIGHEST) + had
-        return jax.nn.log_softmax(scores[:, 1:].astype(jnp.float32))[:, item - 1]
+    def score(hidden, table, seen):
+        scores = jnp.matmul(hidden, table.T, precision=jax.lax.Precision.HIGHEST)
+        scores = add_offset(scores.astype(jnp.float32), seen, 0)
+        return jax.nn.log_softmax(scores[:, 1:])[:, item - 1]
 
-    return np.asarray(score(hidden[:rows], engine.table, had))
+    return np.asarray(score(hidden[:rows], engine.table, seen))
 
 
 def _masks(model: Any, items, timestamps, convention) -> list[np.ndarray]:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.evaluation.ranking import mark
 from tim4rec_jax.ssd.dispatch import target
 
 
@@ -33,10 +34,8 @@ class Seen(NamedTuple):
         """Whether rows of numbers `row`, with their `first` and `last`, have seen each item."""
         ids = self.items[row // (len(self.first) // len(self.items))]
         place = jnp.arange(ids.shape[1])
-        counts = (place >= first[:, None]) & (place <= last[:, None]) & (ids > 0)
-        column = jnp.where(counts, ids, items)  # beyond the end: dropped
-        nothing = jnp.zeros((len(row), items), bool)
-        return jax.vmap(lambda row, i: row.at[i].set(True, mode="drop"))(nothing, column)
+        counts = (place >= first[:, None]) & (place <= last[:, None])
+        return mark(jnp.zeros((len(row), items), bool), jnp.where(counts, ids, 0), 0)
 
 
 def cross_entropy(
