@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ssd_gpu import CALLS, median_time, time_copy
+from benchmarks.ssd_gpu import CALLS, time_copy, time_program
 from tim4rec_jax.ssd import time_aware_ssd_block
 
 TAPS = 4
@@ -88,9 +88,7 @@ def time_block(case: Case, sets: list, repeats: int, gradient: bool, implementat
         y, pull = jax.vjp(forward, inputs)
         return y, pull(y)
 
-    function = both if gradient else forward
-    program = jax.jit(lambda sets: [function(one) for one in sets]).lower(sets).compile()
-    return median_time(lambda: program(sets), jax.block_until_ready, repeats)
+    return time_program(both if gradient else forward, sets, repeats)
 
 
 def run(flags: argparse.Namespace) -> None:

@@ -87,6 +87,12 @@ def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int
     return statistics.median(times)
 
 
+def time_program(function: Callable[[Any], Any], sets: list, repeats: int) -> float:
+    """Times a function on `CALLS` sets of inputs, all in one program."""
+    program = jax.jit(lambda sets: [function(one) for one in sets]).lower(sets).compile()
+    return median_time(lambda: program(sets), jax.block_until_ready, repeats)
+
+
 def time_jax(case: Case, inputs: list, repeats: int, gradient: bool, **options) -> float:
     """Times `ssd`, or `ssd` and its gradient."""
     wide = {"x", "B", "C"}
@@ -102,9 +108,7 @@ def time_jax(case: Case, inputs: list, repeats: int, gradient: bool, **options) 
         y, pull = jax.vjp(forward, one)
         return y, pull(one["x"])
 
-    function = both if gradient else forward
-    program = jax.jit(lambda sets: [function(one) for one in sets]).lower(sets).compile()
-    return median_time(lambda: program(sets), jax.block_until_ready, repeats)
+    return time_program(both if gradient else forward, sets, repeats)
 
 
 def time_mamba(case: Case, inputs: list, repeats: int, gradient: bool) -> float | None:
@@ -141,8 +145,7 @@ def time_mamba(case: Case, inputs: list, repeats: int, gradient: bool) -> float 
 def time_copy(size: int, repeats: int) -> float:
     """Times reading and writing `size` bytes in all."""
     arrays = [jnp.full(size // 8, float(i)) for i in range(CALLS)]
-    program = jax.jit(lambda arrays: [-a for a in arrays]).lower(arrays).compile()
-    return median_time(lambda: program(arrays), jax.block_until_ready, repeats)
+    return time_program(lambda a: -a, arrays, repeats)
 
 
 def measure(case: Case, repeats: int) -> list[dict]:

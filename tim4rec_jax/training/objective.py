@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from tim4rec_jax.layers.attention import segment_positions
 from tim4rec_jax.models import SequenceModel, encode_batch
 from tim4rec_jax.training.cloze import cloze_loss
 from tim4rec_jax.training.cross_entropy import Seen, full_cross_entropy
@@ -75,8 +76,7 @@ def _seen(model: SequenceModel, items, first, last) -> dict:
 def _up_to_here(segment_ids):
     """For every position of rows: the first one of its segment, and itself."""
     here = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    starts = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], ((0, 0), (1, 0)))
-    return jax.lax.cummax(jnp.where(starts, here, 0), axis=1), here
+    return here - segment_positions(segment_ids), here
 
 
 OBJECTIVES = {
