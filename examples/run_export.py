@@ -53,6 +53,8 @@ class Exported:
             if at is None:
                 raise SystemExit("error: this model takes the moment of prediction, --at TIME")
             arguments.append(np.array([at - recent[-1][1]], np.float32))
+        if "date" in self.metadata["arguments"]:
+            arguments.append(np.array([recent[-1][1] / 86_400], np.float32))
         scores, best = self.program(*arguments)
         ranked = zip(np.asarray(best)[0], np.asarray(scores)[0], strict=True)
         return [(self.items[i - 1].as_py(), float(score)) for i, score in ranked if i]

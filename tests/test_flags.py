@@ -159,6 +159,18 @@ def test_what_the_offset_of_items_seen_needs(model, key, value):
         config_lib.resolve(config)
 
 
+@pytest.mark.parametrize(
+    ("model", "knots", "problem"),
+    [("tim4rec", 1, "must be 2 or more"), ("bert4rec", 8, "the objective is cloze")],
+)
+def test_what_drift_needs(model, knots, problem):
+    config = config_lib.default()
+    config_lib.use_model(config, model)
+    config.model.drift_knots = knots
+    with pytest.raises(UserError, match=f"drift_knots is {knots}.*{problem}"):
+        config_lib.resolve(config)
+
+
 @pytest.mark.parametrize(("encoding", "convention"), [("paper", "recbole"), ("masked", "exact")])
 def test_the_convention_of_gaps_follows_the_encoding(encoding, convention):
     config = config_lib.default()

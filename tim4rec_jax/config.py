@@ -105,6 +105,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "model.chunk_size",
+    "model.drift_knots",
     "model.reg_weight",
     "train.weight_decay",
     "train.patience",
@@ -162,6 +163,13 @@ def resolve(config: Config) -> Config:
         raise UserError(
             f"config.train.objective is {train.objective!r} and the model {model.name}; "
             "cloze is the objective of bert4rec and of no other model"
+        )
+    if model.drift_knots == 1:
+        raise UserError("config.model.drift_knots is 1; it must be 2 or more, or 0 for no drift")
+    if model.drift_knots and train.objective == "cloze":
+        raise UserError(
+            f"config.model.drift_knots is {model.drift_knots}, and the objective is cloze, which "
+            "predicts items of any date; take config.model.drift_knots=0"
         )
     if model.seen_offset and (train.loss != "cross_entropy" or train.objective == "cloze"):
         raise UserError(

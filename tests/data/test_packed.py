@@ -82,6 +82,8 @@ def test_segments_are_runs_of_one_history(plan, windows):
             assert places
             waits = [np.diff(times[at : at + len(run)]).tolist() for times, at in places]
             assert segment["waits"].tolist() in waits
+            dates = [(times[at : at + len(run) - 1] / 86_400).astype("f4") for times, at in places]
+            assert segment["dates"].tolist() in [each.tolist() for each in dates]
             assert segment["gaps"].tolist() == [0.0, *segment["waits"][:-1].tolist()]
 
 

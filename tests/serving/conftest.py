@@ -5,7 +5,13 @@ from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
 KINDS = {
     "masked": dict(time_encoding="masked"),
     "paper": dict(time_encoding="paper"),
-    "causal": dict(time_encoding="causal", num_layers=2, seen_offset=True),
+    "causal": dict(
+        time_encoding="causal",
+        num_layers=2,
+        seen_offset=True,
+        drift_knots=3,
+        drift_dates=(880_000_000, 880_003_000),
+    ),
     "bert4rec": dict(name="bert4rec"),
     "next_time": dict(time_encoding="causal", knows_next_time=True),
 }

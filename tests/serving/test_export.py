@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
-from tim4rec_jax.data import time_gaps
+from tim4rec_jax.data import days, time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
 from tim4rec_jax.serving.export import PLATFORMS, export, program
@@ -75,8 +75,8 @@ def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
     recommend, weights = program(recommender.engine.model, 12)
     items, times = np.array([[3, 7, 7, 12, 0, 0]]), np.array([[0, 50, 90, 200, 0, 0]])
     gaps = np.array([[0, 50, 40, 110, 0, 0]], np.float32)
-    nothing = np.zeros((1, 1), np.int32)
-    scores, best = jax.jit(recommend)(weights, items, np.array([4]), gaps, nothing)
+    nothing, date = np.zeros((1, 1), np.int32), days(times[:, 3])
+    scores, best = jax.jit(recommend)(weights, items, np.array([4]), gaps, nothing, date)
     ids = [recommender.catalogue.ids[item - 1] for item in items[0, :4]]
     found = recommender.recommend(ids, times[0, :4], 12, exclude_seen=False)
     assert [recommender.catalogue.ids[item - 1] for item in best[0].tolist()] == found.items

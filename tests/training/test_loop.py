@@ -99,6 +99,7 @@ def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, m
     config = tiny_config(dataset)
     config_lib.use_causal_time(config, rows=2, epochs=2)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
+    config.model.drift_knots = 4
     calm = train(config, tmp_path / "calm")
     die_at(20, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
@@ -107,6 +108,19 @@ def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, m
     assert hit["test"] == calm["test"]
     pairs = [parameters(tmp_path / name) for name in ("calm", "hit")]
     jax.tree.map(np.testing.assert_array_equal, *pairs)
+    assert pairs[0]["drift"]["vectors"].any()
+
+
+def test_a_run_keeps_the_dates_of_what_it_was_trained_on(dataset, tmp_path):
+    config = tiny_config(dataset, epochs=1)
+    config_lib.use_model(config, "gru4rec")  # the quickest to compile
+    config.model.update(embedding_size=8, hidden_size=8, num_layers=1, drift_knots=4)
+    train(config, tmp_path / "run")
+    ds = open_dataset(dataset)
+    trained_on = ds.lengths - 2
+    times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
+    settings = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert settings["model"]["drift_dates"] == [times[times > 0].min(), times.max()]
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):

@@ -15,6 +15,7 @@ from tim4rec_jax.training.objective import every_position_loss, prefix_loss
 rng = np.random.default_rng(0)
 HIDDEN, TABLE = rng.standard_normal((6, 8)), rng.standard_normal((20, 8))
 TARGETS = jnp.array([0, 1, 5, 19, 7, 7], jnp.int32)
+SPAN = 880_000_000, 880_003_000  # of `random_histories`, in seconds
 
 
 class Fixed(SequenceModel):
@@ -39,8 +40,10 @@ def test_every_position_of_packed_rows_is_every_prefix():
     dataset = in_memory(random_histories([9, 4, 7]))
     config = tiny_config("none").model
     config.update(time_encoding="causal", num_layers=2, knows_next_time=True, seen_offset=True)
+    config.update(drift_knots=3, drift_dates=SPAN)
     model = build(config, n_items=30, max_length=12)
     model.offset[...] = -0.1
+    model.drift.vectors[...] = jax.random.normal(jax.random.key(2), model.drift.vectors.shape)
     for block in model.blocks:
         kernel = block.modulator.kernel
         kernel[...] = jax.random.normal(jax.random.key(1), kernel.shape)

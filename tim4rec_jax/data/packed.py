@@ -14,6 +14,7 @@ import numpy as np
 from tim4rec_jax.data.batches import Batch, rows_of_process, samples_of_users
 from tim4rec_jax.data.dataset import Dataset
 from tim4rec_jax.data.shuffle import permute
+from tim4rec_jax.data.windows import days
 
 
 class PackedBatches:
@@ -30,6 +31,7 @@ class PackedBatches:
       segment_ids: int32 [R,L], rising along the batch; which history a position belongs to.
       targets: int32 [R,L], the event after.
       waits: float32 [R,L], seconds until it.
+      dates: float32 [R,L], of the event, days since 1970.
       weights: float32 [R,L], 1, or 0 behind the end of an epoch.
 
     Attributes:
@@ -107,6 +109,7 @@ class PackedBatches:
             "segment_ids": rows(segments),
             "targets": rows(items[:, 1:]),
             "waits": rows(waits),
+            "dates": rows(days(times[:, :-1])),
             "weights": rows(real.astype(np.float32)),
         }
 

@@ -37,6 +37,11 @@ def time_gaps(
     return gaps
 
 
+def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """Days since 1970, exact to three minutes."""
+    return (timestamps / 86_400).astype(np.float32)
+
+
 def prefix_batch(
     dataset: Dataset,
     users: Int64[np.ndarray, "B"],
@@ -60,7 +65,7 @@ def prefix_batch(
       `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
       [B, max_length], all columns whatever `width` is, because the time stream of the model
       looks at whole rows; `targets` int32 [B]; `waits` float32 [B], exact time from the last
-      event to the target; `users` int32 [B].
+      event to the target; `dates` float32 [B], of the last event, see `days`; `users` int32 [B].
     """
     lengths = np.minimum(ends, max_length)
     stop = dataset.offsets[users] + ends
@@ -76,5 +81,6 @@ def prefix_batch(
         "gaps": gaps,
         "targets": dataset.items(stop, np.ones_like(lengths), 1)[:, 0],
         "waits": (around[:, 1] - around[:, 0]).astype(np.float32),
+        "dates": days(around[:, 0]),
         "users": users.astype(np.int32),
     }

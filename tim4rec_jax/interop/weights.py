@@ -141,6 +141,10 @@ def to_torch(model: SequenceModel) -> dict[str, np.ndarray]:
             "the published models have no offset for items seen: "
             "train with config.model.seen_offset=False"
         )
+    if model.drift is not None:
+        raise UserError(
+            "the published models do not drift with the date: train with config.model.drift_knots=0"
+        )
     form = _format_of(model)
     return {
         form.torch_name(path): form.layout(path).to_torch(np.asarray(param[...]))

@@ -16,7 +16,7 @@ from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.popularity import Popularity
 from tim4rec_jax.models.sasrec import SASRec
-from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs
+from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs, last_touch
 from tim4rec_jax.models.ssd4rec import SSD4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.models.tisasrec import TiSASRec
@@ -89,5 +89,6 @@ __all__ = [
     "build",
     "encode_batch",
     "inputs",
+    "last_touch",
     "model_class",
 ]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
+from tim4rec_jax.layers.drift import Drift
 from tim4rec_jax.layers.time_aware_ssd import take_position
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -36,6 +37,7 @@ class SequenceModel(nnx.Module):
     n_items: int
     max_length: int
     offset: nnx.Param | None = None
+    drift: Drift | None = None
 
     def begin(
         self,
@@ -69,6 +71,8 @@ class SequenceModel(nnx.Module):
         self.item_embedding = nnx.Embed(rows, width, embedding_init=embedding_init, **kwargs)
         if config.get("seen_offset"):  # a setting that older runs do not have
             self.offset = nnx.Param(jnp.zeros((), param_dtype))
+        if knots := config.get("drift_knots"):
+            self.drift = Drift(knots, config["drift_dates"], width, param_dtype=param_dtype)
         return kwargs
 
     def __call__(
@@ -111,6 +115,10 @@ class SequenceModel(nnx.Module):
     def seen_offset(self) -> Float[Array, ""] | None:
         """What is added to the score of each item that the history holds; None: nothing."""
         return None if self.offset is None else _OFFSET_UNIT * self.offset[...]
+
+    def drifted(self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]) -> jax.Array:
+        """Hidden states to score with, after a last event on each of `dates`, days since 1970."""
+        return hidden if self.drift is None else self.drift(hidden, dates)
 
     def penalty(self) -> Float[Array, ""] | float:
         """What the training loss of a batch has on top of the mean loss of its samples."""
@@ -169,16 +177,24 @@ class SequenceModel(nnx.Module):
 def encode_batch(
     model: SequenceModel, batch: dict, dropout_seeds: UInt32[Array, "B"] | None = None
 ) -> Float[Array, "B D"]:
-    """`model.encode` on a batch of `tim4rec_jax.data`, with all that this model makes use of."""
+    """What scores are computed from, for a batch of `tim4rec_jax.data`: `model.encode` and more."""
     users: dict = {"users": batch["users"] + 1} if model.by_user else {}
     hidden = model.encode(
         batch["items"], batch["lengths"], batch["gaps"], dropout_seeds=dropout_seeds, **users
     )
-    return model.at(hidden, batch["waits"]) if model.knows_next_time else hidden
+    return last_touch(model, hidden, batch)
+
+
+def last_touch(model: SequenceModel, hidden: jax.Array, batch: dict) -> jax.Array:
+    """What follows on `encode`, or `__call__`, before items are scored."""
+    if model.knows_next_time:
+        hidden = model.at(hidden, batch["waits"])
+    return hidden if model.drift is None else model.drifted(hidden, batch["dates"])
 
 
 def inputs(model: SequenceModel) -> tuple[str, ...]:
     """The arrays of a batch that a model makes use of; the others need not leave the host."""
     needed = ("items", "lengths", "gaps", "segment_ids")
     needed += ("users",) * model.by_user + ("waits",) * model.knows_next_time
+    needed += ("dates",) * (model.drift is not None)
     return needed

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import time_gaps
+from tim4rec_jax.data import days, time_gaps
 from tim4rec_jax.evaluation.ranking import Seen, top_k
 from tim4rec_jax.serving.history import Events
 
@@ -39,6 +39,7 @@ class Engine:
         offset: what the model adds to the scores of items that the history holds, or None.
         streams: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
+        drifts: whether scores depend on the date of the last event, see `drifted`.
         fingerprint: of everything that a user's state depends on.
         one_width: compute every history at full length: one program per number of rows, for
             services that cannot wait for a compilation.
@@ -52,6 +53,7 @@ class Engine:
         self.one_width = False
         self.convention = config.data.convention
         self.streams, self.knows_next_time = model.streams, model.knows_next_time
+        self.drifts = model.drift is not None
         self.table: Array = model.item_table()
         self.offset: Array | None = model.seen_offset()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
@@ -77,6 +79,7 @@ class Engine:
 
         self._encode, self._advance = jax.jit(encode), jax.jit(advance)
         self._at = jax.jit(lambda params, *args: nnx.merge(graphdef, params).at(*args))
+        self._drifted = jax.jit(lambda params, *args: nnx.merge(graphdef, params).drifted(*args))
         if self.streams:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
             _, hidden = jax.eval_shape(lambda: model.step(model.init_state(1), *one))
@@ -105,6 +108,11 @@ class Engine:
     def at(self, hidden: Float[Array, "R D"], wait: Float32[np.ndarray, " B"]) -> Array:
         """Hidden states for predictions `wait` seconds after the last event."""
         return self._at(self._params, hidden, np.pad(wait, (0, len(hidden) - len(wait))))
+
+    def drifted(self, hidden: Float[Array, "R D"], last: Int64[np.ndarray, " B"]) -> Array:
+        """Hidden states to score with, for histories whose last event was at `last` (seconds)."""
+        dates = np.pad(days(last), (0, len(hidden) - len(last)))
+        return self._drifted(self._params, hidden, dates) if self.drifts else hidden
 
     def best(
         self,

@@ -123,9 +123,10 @@ def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: 
     """Log-probability of an item after each of some histories."""
     hidden = engine.encode(histories)
     rows = len(histories.offsets) - 1
+    last = histories.last_times()
     if at is not None:
-        last = histories.timestamps[histories.offsets[1:] - 1]
         hidden = engine.at(hidden, (at - last).astype(np.float32))
+    hidden = engine.drifted(hidden, last)
 
     seen = None
     if engine.offset is not None:

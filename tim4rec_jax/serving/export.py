@@ -31,6 +31,7 @@ import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import Seen, top_k
+from tim4rec_jax.models import last_touch
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
@@ -85,7 +86,8 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
     Returns:
       `recommend(weights, items [B,L], lengths [B], gaps [B,L], exclude [B,S]) -> (scores [B,K],
       items [B,K])`, and the weights by the path of the parameter (`"blocks.0.ssd.A_log"`). A
-      model that knows when the next event happens takes `wait [B]` too, seconds until then.
+      model that knows when the next event happens takes `wait [B]` too, seconds until then;
+      then one that drifts with the date `date [B]`, of the last event, days since 1970.
     """
     graphdef, params = nnx.split(model)
     paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(params)}
@@ -93,7 +95,7 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
         ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)
     }
 
-    def recommend(weights, items, lengths, gaps, exclude, wait=None):
+    def recommend(weights, items, lengths, gaps, exclude, *moments):
         values = {paths[name]: value for name, value in weights.items()}
         state = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
@@ -105,13 +107,17 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
             return model.encode(*(value[None] for value in row))[0]
 
         hidden = jax.vmap(encode)(items, lengths, gaps)
-        if wait is not None:
-            hidden = model.at(hidden, wait)
+        hidden = last_touch(model, hidden, dict(zip(_moments(model), moments, strict=True)))
         offset = model.seen_offset()
         seen = None if offset is None else Seen(items, offset)
         return top_k(hidden, model.item_table(), top, exclude=exclude, seen=seen)
 
     return recommend, weights
+
+
+def _moments(model: Any) -> list[str]:
+    """The arrays of a batch, one value a row, that the program of this model takes last."""
+    return ["waits"] * model.knows_next_time + ["dates"] * (model.drift is not None)
 
 
 def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_export.Exported:
@@ -123,14 +129,14 @@ def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_expor
         ((rows, model.max_length), jnp.float32),
         ((rows, excluded), jnp.int32),
     ]
-    if model.knows_next_time:
-        kinds.append(((rows,), jnp.float32))
+    kinds += [((rows,), jnp.float32) for _ in _moments(model)]
     arguments = [jax.ShapeDtypeStruct(*kind) for kind in kinds]
     return jax_export.export(jax.jit(recommend), platforms=PLATFORMS)(weights, *arguments)
 
 
 def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
     wait = {"wait": "float32 [rows]: seconds from the last event to the moment of prediction"}
+    date = {"date": "float32 [rows]: of the last event, days since 1970"}
     return {
         "format_version": FORMAT_VERSION,
         "made_by": f"tim4rec-jax {tim4rec_jax.__version__}, jax {jax.__version__}",
@@ -150,7 +156,8 @@ def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
             "first, so the first padding position holds minus the last time",
             "exclude": "int32 [rows, any]: item indices not to recommend, 0 for none",
         }
-        | (wait if model.knows_next_time else {}),
+        | (wait if model.knows_next_time else {})
+        | (date if model.drift is not None else {}),
         "returns": "scores float32 [rows, top_k] and item indices int32 [rows, top_k], best "
         "first; index 0 where no item was left",
     }

@@ -37,6 +37,10 @@ class Events(NamedTuple):
         offsets = np.concatenate([[0], np.cumsum(kept)])
         return Events(self.items[late], self.timestamps[late], offsets)
 
+    def last_times(self) -> Int64[np.ndarray, " B"]:
+        """When the last event of each history was; of an empty one it means nothing."""
+        return np.append(self.timestamps, 0)[self.offsets[1:] - 1]
+
     def padded_items(self) -> Int32[np.ndarray, "B S"]:
         """All items of each history, padded with 0."""
         lengths = np.diff(self.offsets)

@@ -267,12 +267,13 @@ class Recommender:
     def _rank(self, events: Events, hidden, k: int, moments, candidates: Candidates, *, seen: bool):
         """Ranks for at most `MAX_ROWS` histories whose hidden states are known."""
         empty = np.diff(events.offsets) == 0
+        last = events.last_times()
         if moments is not None:
-            last = np.append(events.timestamps, 0)[events.offsets[1:] - 1]
             wait = np.where(empty, 0, moments - last)
             if wait.min() < 0:
                 raise UserError("`at` is before the last event of a history")
             hidden = self.engine.at(hidden, wait.astype(np.float32))
+        hidden = self.engine.drifted(hidden, last)
         had = None
         if seen:
             had = candidates.places(events.padded_items())

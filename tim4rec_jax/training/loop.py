@@ -18,6 +18,7 @@ from tim4rec_jax.data import (
     PackedBatches,
     TrainBatches,
     open_dataset,
+    train_dates,
     train_item_counts,
 )
 from tim4rec_jax.devices import place
@@ -68,13 +69,15 @@ class _Run:
     """One process's share in a run: what is needed to train, built once."""
 
     def __init__(self, config: config_lib.Config, dataset: Dataset, workdir: Path):
+        trained_on = workdir / "dataset.json"
+        run_settings.check_same_dataset(dataset.directory, dataset.metadata, trained_on)
+        if config.model.drift_knots:
+            config.model.drift_dates = train_dates(dataset)
         settings = workdir / "config.json"
         if settings.exists():
             run_settings.check_unchanged(config, settings)
         else:
             run_settings.write(config, settings)
-        trained_on = workdir / "dataset.json"
-        run_settings.check_same_dataset(dataset.directory, dataset.metadata, trained_on)
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         data, batch_size = config.data, config.train.batch_size

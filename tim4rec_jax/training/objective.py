@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
 from tim4rec_jax.layers.attention import segment_positions
-from tim4rec_jax.models import SequenceModel, encode_batch
+from tim4rec_jax.models import SequenceModel, encode_batch, last_touch
 from tim4rec_jax.training.cloze import cloze_loss
 from tim4rec_jax.training.cross_entropy import Seen, full_cross_entropy
 from tim4rec_jax.training.losses import SummedLoss
@@ -55,8 +55,7 @@ def every_position_loss(
         segment_ids=batch["segment_ids"],
         dropout_seeds=seeds,
     )
-    if model.knows_next_time:
-        hidden = model.at(hidden, batch["waits"])
+    hidden = last_touch(model, hidden, batch)
     return loss(
         hidden.reshape(-1, hidden.shape[-1]),
         model.item_table(),

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.data import Convention, Dataset, PackedBatches, TrainBatches
+from tim4rec_jax.data import Convention, Dataset, PackedBatches, TrainBatches, days
 from tim4rec_jax.training.step import TrainState, micro_count, update
 
 # Of the device's memory, or of as much as the smallest GPU of interest has.
@@ -26,19 +26,22 @@ class EventLog(NamedTuple):
       items: int32 [E], item indices.
       times: float32 [E], what gaps come from: times rounded to float32 (`recbole`), or the exact
         time since the event before, whoever's it is (`exact`).
+      dates: float32 [E], days since 1970.
     """
 
     items: Any
     times: Any
+    dates: Any
 
 
 def event_log(dataset: Dataset, convention: Convention) -> EventLog:
     """The log of a dataset, in host memory."""
     items = np.concatenate([chunk.items for chunk in dataset.chunks])
     times = np.concatenate([chunk.timestamps for chunk in dataset.chunks])
+    dates = days(times)
     if convention == "exact":
         times = np.diff(times, prepend=times[:1])
-    return EventLog(items, times.astype(np.float32))
+    return EventLog(items, times.astype(np.float32), dates)
 
 
 def choose_placement(asked: str, dataset: Dataset) -> str:
@@ -50,7 +53,7 @@ def choose_placement(asked: str, dataset: Dataset) -> str:
         return "host"
     memory = (device.memory_stats() or {}).get("bytes_limit", _MEMORY)
     # Event numbers are int32.
-    fits = dataset.n_events < 2**31 and 8 * dataset.n_events <= _SHARE * memory
+    fits = dataset.n_events < 2**31 and 12 * dataset.n_events <= _SHARE * memory
     return "device" if fits else "host"
 
 
@@ -86,6 +89,7 @@ def prefix_batch(
         "gaps": gaps.at[:, 0].set(0),
         "targets": log.items[stops],
         "waits": log.times[stops],  # only models with exact gaps use them
+        "dates": log.dates[stops - 1],
         "users": rows["users"],
         "weights": rows["weights"],
     }
@@ -102,6 +106,7 @@ def packed_batch(log: EventLog, rows: dict[str, jax.Array]) -> dict[str, jax.Arr
         "segment_ids": jnp.cumsum(first, axis=1, dtype=jnp.int32),
         "targets": jnp.where(real, log.items[following], 0),
         "waits": jnp.where(real, log.times[following], 0),
+        "dates": jnp.where(real, log.dates[events], 0),
         "weights": weights,
     }
 

@@ -1,0 +1,43 @@
+"""Taste that changes with the calendar: `model.drift_knots`."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+_DAY = 86_400.0
+# A weight that Adam moves by its learning rate a step has to count within an epoch or two.
+_UNIT = 5.0
+
+
+class Drift(nnx.Module):
+    """Adds a vector to hidden states that depends on the date alone.
+
+    Its dot products with the item vectors are what each item's score is worth more or less on
+    that date. The vector is linear between knots at equal distances, and beyond the first and
+    the last one constant. All start at zero: an untrained model is one without.
+    """
+
+    def __init__(self, knots: int, dates: Sequence[int], width: int, *, param_dtype):
+        """Spreads the knots.
+
+        Args:
+          knots: how many, 2 or more.
+          dates: of the first and of the last one, seconds since 1970.
+          width: of hidden states.
+          param_dtype: dtype of the vectors.
+        """
+        self.first, self.last = (date / _DAY for date in dates)
+        self.vectors = nnx.Param(jnp.zeros((knots, width), param_dtype))
+
+    def __call__(
+        self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch D"]:
+        """Hidden states after an event on each of `dates`, days since 1970."""
+        vectors = _UNIT * self.vectors[...]
+        last = len(vectors) - 1
+        days = max(self.last - self.first, 1 / _DAY)  # all events may have one time
+        position = jnp.clip((dates - self.first) / days, 0.0, 1.0) * last
+        near = jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(last + 1)), 0.0)
+        return hidden + (near.astype(vectors.dtype) @ vectors).astype(hidden.dtype)
