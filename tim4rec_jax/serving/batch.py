@@ -93,7 +93,7 @@ def _run(flags: argparse.Namespace) -> None:
 
 
 def _rank_by_length(recommender: Recommender, events: Events, options: dict):
-    """`Recommender.rank`, histories of similar length together: they are padded less."""
+    """`Ranker.rank`, histories of similar length together: they are padded less."""
     lengths = np.diff(events.offsets)
     order = np.argsort(lengths, kind="stable")
     offsets = np.append(0, np.cumsum(lengths[order]))
@@ -101,7 +101,7 @@ def _rank_by_length(recommender: Recommender, events: Events, options: dict):
         events.offsets[order] - offsets[:-1], lengths[order]
     )
     sorted_events = Events(events.items[places], events.timestamps[places], offsets)
-    scores, items = recommender.rank(sorted_events, **options)
+    scores, items = recommender.ranker.rank(sorted_events, **options)
     back = np.argsort(order)
     return scores[back], items[back]
 
