@@ -1,6 +1,8 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories
 from tests.evaluation.fake_model import MeanModel
@@ -22,12 +24,13 @@ def model():
     return MeanModel(30)
 
 
-def naive_rank(model, items, timestamps, end, exclude_seen):
+def naive_rank(model, items, timestamps, end, exclude_seen, offset=0.0):
     window = slice(max(end - 6, 0), end)
     gaps = np.diff(timestamps[window], prepend=timestamps[window.start])
     table = np.asarray(model.item_embedding.embedding[...], np.float64)
     hidden = table[items[window]].mean(0) + 0.01 * np.log1p(gaps[-1])
     scores = table @ hidden
+    scores[np.unique(items[:end])] += offset
     rivals = set(range(1, 31)) - {items[end]} - (set(items[:end]) if exclude_seen else set())
     return 1 + sum(scores[item] > scores[items[end]] for item in rivals)
 
@@ -42,6 +45,25 @@ def test_ranks_of_every_user(dataset, model, split, back, exclude_seen):
     figures, found = evaluate(model, dataset, split, exclude_seen=exclude_seen, **SETTINGS)
     np.testing.assert_array_equal(found, expected)
     assert figures == metrics(found[found > 0])
+
+
+@pytest.mark.parametrize("exclude_seen", [False, True])
+def test_all_items_of_the_history_are_offset(dataset, exclude_seen):
+    model = MeanModel(30)
+    model.offset = nnx.Param(jnp.asarray(-0.02))
+    offset = float(model.seen_offset())
+    ranks = [
+        [
+            naive_rank(model, *history, len(history[0]) - 1, exclude_seen, added)
+            for added in (offset, 0)
+        ]
+        for history in random_histories(LENGTHS)
+        if len(history[0]) > 1
+    ]
+    expected, without = zip(*ranks, strict=True)
+    assert expected != without
+    _, found = evaluate(model, dataset, "test", exclude_seen=exclude_seen, **SETTINGS)
+    np.testing.assert_array_equal(found[found > 0], expected)
 
 
 def test_devices_share_the_batches(dataset, model):

@@ -109,14 +109,15 @@ def run(
     needed = inputs(model)
 
     def dispatch(batch):
-        exclude = seen_items(ds, split, batch["users"]) if exclude_seen else None
+        had = None
+        if exclude_seen or offset is not None:
+            had = seen_items(ds, split, batch["users"])
         histories = {name: batch[name] for name in needed if name in batch}
-        histories, targets, exclude = jax.device_put(
-            (histories, batch["targets"], exclude), placement.by_row
+        histories, targets, had = jax.device_put(
+            (histories, batch["targets"], had), placement.by_row
         )
         hidden = _encode(graphdef, state, histories)
-        seen = None if offset is None else histories["items"]
-        rows = hidden, targets, exclude, seen
+        rows = hidden, targets, had if exclude_seen else None, None if offset is None else had
         return _score(score, placement.by_row.mesh, rows, (table, offset))
 
     def fetch(batch, result):

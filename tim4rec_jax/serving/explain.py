@@ -130,8 +130,7 @@ def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: 
 
     seen = None
     if engine.offset is not None:
-        window = histories.last(engine.max_length).padded_items()
-        seen = Seen(jnp.asarray(window), engine.offset)
+        seen = Seen(jnp.asarray(histories.padded_items()), engine.offset)
 
     @jax.jit
     def score(hidden, table, seen):

@@ -28,15 +28,6 @@ class Events(NamedTuple):
             self.offsets[first : last + 1] - start,
         )
 
-    def last(self, count: int) -> Events:
-        """The last `count` events of each history."""
-        lengths = np.diff(self.offsets)
-        kept = np.minimum(lengths, count)
-        place = np.arange(len(self.items)) - np.repeat(self.offsets[:-1], lengths)
-        late = place >= np.repeat(lengths - kept, lengths)
-        offsets = np.concatenate([[0], np.cumsum(kept)])
-        return Events(self.items[late], self.timestamps[late], offsets)
-
     def last_times(self) -> Int64[np.ndarray, " B"]:
         """When the last event of each history was; of an empty one it means nothing."""
         return np.append(self.timestamps, 0)[self.offsets[1:] - 1]

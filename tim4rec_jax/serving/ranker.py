@@ -107,10 +107,8 @@ class Ranker:
 
     def _best(self, events: Events, hidden, k: int, candidates: Candidates, exclude_seen: bool):
         offset, had = self.engine.offset, None
-        if exclude_seen:
+        if exclude_seen or offset is not None:
             had = candidates.places(events.padded_items())
-        elif offset is not None:
-            had = candidates.places(events.last(self.engine.max_length).padded_items())
         if self.index is not None and len(candidates.items) == len(self.engine.table):
             offset = None if exclude_seen or offset is None else float(offset)
             scores, items = self.index.best(hidden, k, had, offset)
