@@ -201,6 +201,10 @@ class CausalBlock(ResidualBlock):
         """
         return self.finish(self.ssd(h, self._time(features), segment_ids), h, seeds)
 
+    def init_state(self, batch: int) -> LayerState:
+        """The state before the first event."""
+        return self.ssd.init_state(batch)
+
     def mask(
         self, h: Float[Array, "B L D"], features: Float[Array, "B L K"] | None
     ) -> Float[Array, "B H L L"]:

@@ -170,16 +170,18 @@ class LRUBlock(ResidualBlock):
     def __call__(
         self,
         h: Float[Array, "B L D"],
+        features: None = None,
         segment_ids: Int[Array, "B L"] | None = None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """One layer over rows of one or more histories each."""
+        """One layer over rows of one or more histories each, which knows nothing of the gaps."""
         y = self.lru.output(self.lru.states(h, segment_ids)).swapaxes(0, 1)
         return self.finish(y, h, seeds)
 
     def last(
         self,
         h: Float[Array, "B L D"],
+        features: None,
         lengths: Int[Array, "B"],
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
@@ -193,7 +195,9 @@ class LRUBlock(ResidualBlock):
         zeros = jnp.zeros((batch, self.lru.params_log.shape[1]), self.lru.params_log.dtype)
         return Complex(zeros, zeros)
 
-    def step(self, state: Complex, h: Float[Array, "B D"]) -> tuple[Complex, Float[Array, "B D"]]:
+    def step(
+        self, state: Complex, h: Float[Array, "B D"], features: None = None
+    ) -> tuple[Complex, Float[Array, "B D"]]:
         """`__call__` for one more event."""
         state = self.lru.step(state, h)
         return state, self.finish(self.lru.output(state), h, None)

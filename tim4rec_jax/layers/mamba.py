@@ -115,15 +115,17 @@ class MambaBlock(ResidualBlock):
     def __call__(
         self,
         h: Float[Array, "B L D"],
+        features: None = None,
         segment_ids: Int[Array, "B L"] | None = None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """One layer over rows of one or more histories each."""
+        """One layer over rows of one or more histories each, which knows nothing of the gaps."""
         return self.finish(self.mamba(h, segment_ids), h, seeds)
 
     def last(
         self,
         h: Float[Array, "B L D"],
+        features: None,
         lengths: Int[Array, "B"],
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
@@ -135,7 +137,7 @@ class MambaBlock(ResidualBlock):
         return self.mamba.init_state(batch)
 
     def step(
-        self, state: MambaState, h: Float[Array, "B D"]
+        self, state: MambaState, h: Float[Array, "B D"], features: None = None
     ) -> tuple[MambaState, Float[Array, "B D"]]:
         """`__call__` for one more event."""
         state, y = self.mamba.step(state, h)

@@ -1,4 +1,4 @@
-"""What models have in common that are a stack of causal layers and do not use time."""
+"""What models have in common that are a stack of causal layers with a state of fixed size."""
 
 from typing import Any
 
@@ -11,7 +11,10 @@ from tim4rec_jax.models.sequence_model import SequenceModel
 
 
 class CausalBlocks(SequenceModel):
-    """Item embedding, dropout, norm, then layers with the methods of `MambaBlock`."""
+    """Item embedding, dropout, norm, then layers with the methods of `CausalBlock`.
+
+    Every position predicts the event after it; no weight depends on `max_length`.
+    """
 
     causal = streams = True
 
@@ -45,11 +48,12 @@ class CausalBlocks(SequenceModel):
         segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """See `SequenceModel`; time is not used."""
-        del lengths, gaps  # what follows a position changes nothing there
+        """See `SequenceModel`; of `gaps` columns after L are not used."""
+        del lengths  # what follows a position changes nothing there
         h = self._embed(items, fold(dropout_seeds, 0))
+        features = self._features(gaps[:, : items.shape[1]])
         for i, block in enumerate(self.blocks):
-            h = block(h, segment_ids, fold(dropout_seeds, i + 1))
+            h = block(h, features, segment_ids, fold(dropout_seeds, i + 1))
         return h
 
     def encode(
@@ -62,10 +66,11 @@ class CausalBlocks(SequenceModel):
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; the last layer computes nothing else than that position."""
         h = self._embed(items, fold(dropout_seeds, 0))
+        features = self._features(gaps[:, : items.shape[1]])
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks[:last]):
-            h = block(h, None, fold(dropout_seeds, i + 1))
-        return self.blocks[last].last(h, lengths, fold(dropout_seeds, last + 1))
+            h = block(h, features, None, fold(dropout_seeds, i + 1))
+        return self.blocks[last].last(h, features, lengths, fold(dropout_seeds, last + 1))
 
     def init_state(self, batch: int) -> list:
         """See `SequenceModel`."""
@@ -75,11 +80,16 @@ class CausalBlocks(SequenceModel):
         self, state: list, items: Int32[Array, "B"], gaps: Float[Array, "B"]
     ) -> tuple[list, Float[Array, "B D"]]:
         """See `SequenceModel`."""
-        h, following = self._embed(items, None), []
+        h, features, following = self._embed(items, None), self._features(gaps), []
         for block, layer in zip(self.blocks, state, strict=True):
-            layer, h = block.step(layer, h)
+            layer, h = block.step(layer, h, features)
             following.append(layer)
         return following, h
+
+    def _features(self, gaps: Float[Array, "*batch"]) -> Float[Array, "*batch K"] | None:
+        """What the layers are told of the gaps; nothing, unless a subclass does."""
+        del gaps
+        return None
 
     def _embed(self, items, seeds):
         return self.norm(dropout(self.item_embedding(items), self.dropout_rate, seeds))
