@@ -13,7 +13,12 @@ KINDS = {
         drift_dates=(880_000_000, 880_003_000),
     ),
     "bert4rec": dict(name="bert4rec"),
-    "next_time": dict(time_encoding="causal", knows_next_time=True),
+    "next_time": dict(
+        time_encoding="causal",
+        knows_next_time=True,
+        drift_knots=3,
+        drift_dates=(870_000_000, 900_000_000),
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.data import days, time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
+from tim4rec_jax.models import last_touch
 from tim4rec_jax.serving.export import PLATFORMS, export, program
 from tim4rec_jax.training.checkpoints import load_best
 
@@ -48,8 +49,11 @@ def expected(workdir, history, k, wait):
     gaps = time_gaps(times, lengths, config.data.convention)
     encode = nnx.jit(lambda model, *inputs: model.encode(*inputs))
     hidden = encode(model, items, lengths, gaps)
-    if wait is not None:
-        hidden = model.at(hidden, jnp.array([wait], jnp.float32))
+    moments = {
+        "waits": jnp.array([wait or 0], jnp.float32),
+        "dates": days(times[:, lengths[0] - 1]),
+    }
+    hidden = last_touch(model, hidden, moments)
     seen = np.array([[item for item, _ in history]], np.int32)
     scores, best = top_k(hidden, model.item_embedding.embedding[...], k, exclude=jnp.asarray(seen))
     return np.asarray(best)[0], np.asarray(scores)[0]
@@ -85,6 +89,7 @@ def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
 
 def test_knows_the_next_time(tmp_path, tiny_data):
     settings = dict(time_encoding="causal", num_layers=2, knows_next_time=True)
+    settings |= dict(drift_knots=3, drift_dates=(870_000_000, 920_000_000))
     compare(exported_run(tmp_path, tiny_data, **settings), wait=86_400)
 
 

@@ -34,7 +34,7 @@ class Drift(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
     ) -> Float[Array, "*batch D"]:
-        """Hidden states after an event on each of `dates`, days since 1970."""
+        """Hidden states to score with on each of `dates`, days since 1970."""
         vectors = _UNIT * self.vectors[...]
         last = len(vectors) - 1
         days = max(self.last - self.first, 1 / _DAY)  # all events may have one time

@@ -117,7 +117,7 @@ class SequenceModel(nnx.Module):
         return None if self.offset is None else _OFFSET_UNIT * self.offset[...]
 
     def drifted(self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]) -> jax.Array:
-        """Hidden states to score with, after a last event on each of `dates`, days since 1970."""
+        """Hidden states to score with on each of `dates`, days since 1970."""
         return hidden if self.drift is None else self.drift(hidden, dates)
 
     def penalty(self) -> Float[Array, ""] | float:
@@ -186,10 +186,18 @@ def encode_batch(
 
 
 def last_touch(model: SequenceModel, hidden: jax.Array, batch: dict) -> jax.Array:
-    """What follows on `encode`, or `__call__`, before items are scored."""
+    """What follows on `encode`, or `__call__`, before items are scored.
+
+    The date that counts is that of the last event, or of the next one where it is known.
+    """
     if model.knows_next_time:
         hidden = model.at(hidden, batch["waits"])
-    return hidden if model.drift is None else model.drifted(hidden, batch["dates"])
+    if model.drift is None:
+        return hidden
+    dates = batch["dates"]
+    if model.knows_next_time:
+        dates = dates + batch["waits"] / 86_400
+    return model.drifted(hidden, dates)
 
 
 def inputs(model: SequenceModel) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ class Engine:
         offset: what the model adds to the scores of items that the history holds, or None.
         streams: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
-        drifts: whether scores depend on the date of the last event, see `drifted`.
+        drifts: whether scores depend on the date, see `drifted`.
         fingerprint: of everything that a user's state depends on.
         one_width: compute every history at full length: one program per number of rows, for
             services that cannot wait for a compilation.
@@ -109,9 +109,12 @@ class Engine:
         """Hidden states for predictions `wait` seconds after the last event."""
         return self._at(self._params, hidden, np.pad(wait, (0, len(hidden) - len(wait))))
 
-    def drifted(self, hidden: Float[Array, "R D"], last: Int64[np.ndarray, " B"]) -> Array:
-        """Hidden states to score with, for histories whose last event was at `last` (seconds)."""
-        dates = np.pad(days(last), (0, len(hidden) - len(last)))
+    def drifted(self, hidden: Float[Array, "R D"], times: Int64[np.ndarray, " B"]) -> Array:
+        """Hidden states to score with on the date of the last event, or of a prediction `at`.
+
+        `times` are those moments, seconds since 1970.
+        """
+        dates = np.pad(days(times), (0, len(hidden) - len(times)))
         return self._drifted(self._params, hidden, dates) if self.drifts else hidden
 
     def best(

@@ -126,6 +126,7 @@ def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: 
     last = histories.last_times()
     if at is not None:
         hidden = engine.at(hidden, (at - last).astype(np.float32))
+        last = np.full_like(last, at)
     hidden = engine.drifted(hidden, last)
 
     seen = None

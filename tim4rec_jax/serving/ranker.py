@@ -98,12 +98,12 @@ class Ranker:
     def _last_touch(self, events: Events, hidden, moments: Int64[np.ndarray, " B"] | None):
         """Hidden states to score with, from those after the histories."""
         last = events.last_times()
-        if moments is not None:
-            wait = np.where(np.diff(events.offsets) == 0, 0, moments - last)
-            if wait.min() < 0:
-                raise UserError("`at` is before the last event of a history")
-            hidden = self.engine.at(hidden, wait.astype(np.float32))
-        return self.engine.drifted(hidden, last)
+        if moments is None:
+            return self.engine.drifted(hidden, last)
+        wait = np.where(np.diff(events.offsets) == 0, 0, moments - last)
+        if wait.min() < 0:
+            raise UserError("`at` is before the last event of a history")
+        return self.engine.drifted(self.engine.at(hidden, wait.astype(np.float32)), moments)
 
     def _best(self, events: Events, hidden, k: int, candidates: Candidates, exclude_seen: bool):
         offset, had = self.engine.offset, None
