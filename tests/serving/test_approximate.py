@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from tests.data.small_dataset import random_histories
-from tests.serving.tiny_run import LENGTHS, N_ITEMS
+from tests.serving.conftest import KINDS
+from tests.serving.tiny_run import LENGTHS, N_ITEMS, save_run
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import Seen, top_k
 from tim4rec_jax.serving import Recommender
@@ -51,6 +52,29 @@ def test_finds_most_in_a_large_catalogue():
     hits = [np.isin(a, b).mean() for a, b in zip(items, found, strict=True)]
     assert np.mean(hits) > 0.95
     np.testing.assert_allclose(scores[0], wanted[0], rtol=1e-4)
+
+
+def test_is_kept_with_the_run(tmp_path, tiny_data, monkeypatch):
+    workdir = save_run(tmp_path / "run", tiny_data, **KINDS["causal"])
+    first = Recommender.load(workdir, approximate=True).recommend(*HISTORIES[3])
+    file = workdir / "index.faiss"
+    written = file.stat().st_mtime_ns
+    again = Recommender.load(workdir, approximate=True).recommend(*HISTORIES[3])
+    assert (again, file.stat().st_mtime_ns) == (first, written)
+    for damage in (
+        lambda: file.write_bytes(file.read_bytes()[:-40]),
+        lambda: ApproximateIndex(np.ones((N_ITEMS + 1, 8)), file),  # of another model
+    ):
+        damage()
+        assert Recommender.load(workdir, approximate=True).recommend(*HISTORIES[3]) == first
+    (tmp_path / "run" / "index.faiss").unlink()
+
+    def full(*args):
+        raise RuntimeError("No space left on device")
+
+    monkeypatch.setattr("faiss.write_index", full)
+    assert Recommender.load(workdir, approximate=True).recommend(*HISTORIES[3]) == first
+    assert not list(workdir.glob("index.faiss*"))
 
 
 def test_says_what_is_missing(monkeypatch, tiny_workdir):

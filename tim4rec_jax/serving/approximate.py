@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
@@ -18,11 +23,13 @@ class ApproximateIndex:
     Scores are exact; now and then an item is missed.
     """
 
-    def __init__(self, table: Float[Array | np.ndarray, "rows D"]):
-        """Builds the graph: about a second for 10,000 items, minutes for a million.
+    def __init__(self, table: Float[Array | np.ndarray, "rows D"], kept: Path | None = None):
+        """Reads the graph, or builds it: a second for 10,000 items, minutes for a million.
 
         Args:
             table: item embeddings, row 0 is padding.
+            kept: file with the graph; written where it is missing or another table's. None: no
+                file.
 
         Raises:
             UserError: FAISS is not installed.
@@ -32,11 +39,15 @@ class ApproximateIndex:
         except ModuleNotFoundError as error:
             raise UserError("FAISS is not installed; pip install 'tim4rec-jax[ann]'") from error
         self.table = np.asarray(table, np.float32)
-        width = self.table.shape[1]
-        self._index = faiss.IndexHNSWFlat(width, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
-        self._index.hnsw.efConstruction = _BUILDING
+        self._index: Any = None if kept is None else _read(kept, self.table[1:])
+        if self._index is None:
+            width = self.table.shape[1]
+            self._index = faiss.IndexHNSWFlat(width, _NEIGHBOURS, faiss.METRIC_INNER_PRODUCT)
+            self._index.hnsw.efConstruction = _BUILDING
+            self._index.add(self.table[1:])
+            if kept is not None:
+                _write(self._index, kept)
         self._index.hnsw.efSearch = _SEARCHING
-        self._index.add(self.table[1:])
 
     def best(
         self,
@@ -74,3 +85,29 @@ class ApproximateIndex:
         items = np.where(scores > -np.inf, np.take_along_axis(items, best, axis=1), 0)
         missing = ((0, 0), (0, k - items.shape[1]))
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(items, missing)
+
+
+def _read(path: Path, table: np.ndarray) -> Any:
+    """The graph in a file if it is one of these items, else None."""
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path))
+    except RuntimeError:  # missing, or damaged
+        return None
+    same = isinstance(index, faiss.IndexHNSWFlat) and (index.ntotal, index.d) == table.shape
+    # It holds the vectors themselves.
+    return index if same and np.array_equal(index.reconstruct_n(0, index.ntotal), table) else None
+
+
+def _write(index: Any, path: Path) -> None:
+    """Writes a file whole or not at all; one that cannot be written is built again next time."""
+    import faiss
+
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with contextlib.suppress(RuntimeError, OSError):
+        try:
+            faiss.write_index(index, str(partial))
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)

@@ -81,7 +81,8 @@ class Recommender:
             dataset: the prepared dataset, if it has moved since the training; only its
                 `items.parquet` and `dataset.json` are needed.
             approximate: search an index (extra `ann`) instead of scoring all items, for
-                catalogues of some 100,000 and more; it misses an item now and then.
+                catalogues of some 100,000 and more; it misses an item now and then. It is kept
+                in the run directory.
 
         Raises:
             UserError: the run or the dataset is missing or damaged, they do not belong together, or
@@ -89,7 +90,9 @@ class Recommender:
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
         engine = Engine(config, model, catalogue.ids)
-        index = ApproximateIndex(engine.table) if approximate else None
+        index = None
+        if approximate:
+            index = ApproximateIndex(engine.table, Path(workdir) / "index.faiss")
         return cls(engine, catalogue, store, index)
 
     def recommend(
