@@ -31,6 +31,10 @@ MODEL_SETTINGS = {
         "is_time": True,
         "p2p_residual": False,
         "is_kai_ming_init": True,
+        # Of the initial weights that an SSD layer ends with. Its norm makes what they multiply one
+        # in size however little there is to say; less than the paper's .02, and layers begin by
+        # changing little, as attention and Mamba-1 do.
+        "output_std": 0.02,
         # Knows when the event to predict happens, as no recommender does beforehand unless it
         # is asked at that very moment. Only with time_encoding "causal".
         "knows_next_time": False,

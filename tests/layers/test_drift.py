@@ -29,6 +29,12 @@ def test_events_of_one_time_have_one_date():
     assert module(jnp.zeros((1, 1)), jnp.array([5.0])) == 1
 
 
+def test_must_know_its_dates():
+    module = Drift(2, None, 1, param_dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"model\.drift_dates"):
+        module(jnp.zeros((1, 1)), jnp.zeros(1))
+
+
 def test_states_may_have_half_the_precision():
     module = drift(0, 20 * DAY, [1.0, 3.0])
     assert module(jnp.ones((2, 1), jnp.bfloat16), jnp.array([0.0, 10.0])).tolist() == [[2.0], [3.0]]

@@ -132,6 +132,18 @@ def test_untrained_it_is_the_model_without_time():
     np.testing.assert_allclose(call(*timed, items, gaps), call(*timeless, items, gaps), atol=1e-6)
 
 
+def test_only_the_last_weights_of_a_layer_begin_smaller():
+    models = [
+        build(CAUSAL | {"output_std": std}, n_items=ITEMS, max_length=LENGTH, seed=1)
+        for std in (0.02, 0.002)
+    ]
+    for (path, large), (_, small) in zip(
+        *(nnx.to_flat_state(nnx.state(model)) for model in models), strict=True
+    ):
+        ratio = 0.1 if path[-2:] == ("out_proj", "kernel") else 1.0
+        np.testing.assert_allclose(small[...], ratio * large[...], rtol=1e-6)
+
+
 def test_gap_features_interpolate():
     gaps = jnp.array([-5.0, 0.0, 0.5, 60.0, 86_400.0, 3e8, 1e12, jnp.inf])
     features = np.asarray(gap_features(gaps))

@@ -59,6 +59,7 @@ class SSDLayer(nnx.Module):
         dtype,
         param_dtype,
         rngs: nnx.Rngs,
+        output_std: float = 0.02,
     ):
         self.inner, self.state, self.head_width = expand * width, state, head_width
         self.heads = self.inner // head_width
@@ -76,7 +77,8 @@ class SSDLayer(nnx.Module):
         self.norm = nnx.RMSNorm(
             self.inner, epsilon=eps, param_dtype=param_dtype, use_fast_variance=False, rngs=rngs
         )
-        self.out_proj = Dense(self.inner, width, **kwargs)
+        output_init = nnx.initializers.normal(output_std)
+        self.out_proj = Dense(self.inner, width, kernel_init=output_init, **kwargs)
 
     def split(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """What leaves the convolution, as the op's x [*batch,H,P], B and C [*batch,1,N]."""

@@ -145,6 +145,7 @@ def ssd_settings(config, kwargs: dict) -> dict:
         activation=activation(config, heads),
         kaiming=config["is_kai_ming_init"],
         eps=config["norm_eps"],
+        output_std=config.get("output_std", 0.02),  # a setting that older runs do not have
         **kwargs,
     )
 
