@@ -8,7 +8,7 @@ code .1053 / .0598. Not trained by us yet: the log has to be fetched from its ow
 
 Variants:
     causal     causal time, trained at every position, an offset for items just had, scores that
-               drift with the date: on a smaller slice (README) test Hit@10 .1003, NDCG@10 .0633,
+               drift with the date: on a smaller slice (README) test Hit@10 .1000, NDCG@10 .0637,
                the paper's model .0944, .0590 (seed 2020)
     official   the released settings to the letter, which switch time off
 
