@@ -116,10 +116,6 @@ class SequenceModel(nnx.Module):
         """What is added to the score of each item that the history holds; None: nothing."""
         return None if self.offset is None else _OFFSET_UNIT * self.offset[...]
 
-    def drifted(self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]) -> jax.Array:
-        """Hidden states to score with on each of `dates`, days since 1970."""
-        return hidden if self.drift is None else self.drift(hidden, dates)
-
     def penalty(self) -> Float[Array, ""] | float:
         """What the training loss of a batch has on top of the mean loss of its samples."""
         return 0.0
@@ -197,7 +193,7 @@ def last_touch(model: SequenceModel, hidden: jax.Array, batch: dict) -> jax.Arra
     dates = batch["dates"]
     if model.knows_next_time:
         dates = dates + batch["waits"] / 86_400
-    return model.drifted(hidden, dates)
+    return model.drift(hidden, dates)
 
 
 def inputs(model: SequenceModel) -> tuple[str, ...]:

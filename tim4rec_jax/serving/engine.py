@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Float, Int, Int32, Int64
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import days, time_gaps
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import Seen, top_k
 from tim4rec_jax.serving.history import Events
 
@@ -39,7 +40,7 @@ class Engine:
         offset: what the model adds to the scores of items that the history holds, or None.
         streams: whether users have a state of fixed size, see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
-        drifts: whether scores depend on the date, see `drifted`.
+        drifts: whether scores depend on the date.
         fingerprint: of everything that a user's state depends on.
         one_width: compute every history at full length: one program per number of rows, for
             services that cannot wait for a compilation.
@@ -79,7 +80,7 @@ class Engine:
 
         self._encode, self._advance = jax.jit(encode), jax.jit(advance)
         self._at = jax.jit(lambda params, *args: nnx.merge(graphdef, params).at(*args))
-        self._drifted = jax.jit(lambda params, *args: nnx.merge(graphdef, params).drifted(*args))
+        self._drifted = jax.jit(lambda params, *args: nnx.merge(graphdef, params).drift(*args))
         if self.streams:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
             _, hidden = jax.eval_shape(lambda: model.step(model.init_state(1), *one))
@@ -105,17 +106,29 @@ class Engine:
         gaps = time_gaps(times, lengths, self.convention)
         return self._encode(self._params, items, lengths, gaps)
 
-    def at(self, hidden: Float[Array, "R D"], wait: Float32[np.ndarray, " B"]) -> Array:
-        """Hidden states for predictions `wait` seconds after the last event."""
-        return self._at(self._params, hidden, np.pad(wait, (0, len(hidden) - len(wait))))
+    def last_touch(
+        self,
+        hidden: Float[Array, "R D"],
+        events: Events,
+        moments: Int64[np.ndarray, " B"] | None,
+    ) -> Array:
+        """Hidden states to score with, from those after the histories.
 
-    def drifted(self, hidden: Float[Array, "R D"], times: Int64[np.ndarray, " B"]) -> Array:
-        """Hidden states to score with on the date of the last event, or of a prediction `at`.
+        `moments` are those of the predictions, seconds since 1970, where the model knows them.
 
-        `times` are those moments, seconds since 1970.
+        Raises:
+            UserError: a moment is before the last event of its history.
         """
-        dates = np.pad(days(times), (0, len(hidden) - len(times)))
-        return self._drifted(self._params, hidden, dates) if self.drifts else hidden
+        times, missing = events.last_times(), (0, len(hidden) - len(events.offsets) + 1)
+        if moments is not None:
+            wait = np.where(np.diff(events.offsets) == 0, 0, moments - times)
+            if wait.min() < 0:
+                raise UserError("`at` is before the last event of a history")
+            hidden = self._at(self._params, hidden, np.pad(wait.astype(np.float32), missing))
+            times = moments
+        if not self.drifts:
+            return hidden
+        return self._drifted(self._params, hidden, np.pad(days(times), missing))
 
     def best(
         self,

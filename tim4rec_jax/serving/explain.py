@@ -123,11 +123,7 @@ def _log_probabilities(engine: Engine, histories: Events, at: int | None, item: 
     """Log-probability of an item after each of some histories."""
     hidden = engine.encode(histories)
     rows = len(histories.offsets) - 1
-    last = histories.last_times()
-    if at is not None:
-        hidden = engine.at(hidden, (at - last).astype(np.float32))
-        last = np.full_like(last, at)
-    hidden = engine.drifted(hidden, last)
+    hidden = engine.last_touch(hidden, histories, None if at is None else np.full(rows, at))
 
     seen = None
     if engine.offset is not None:

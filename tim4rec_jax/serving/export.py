@@ -31,11 +31,16 @@ import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import Seen, top_k
-from tim4rec_jax.models import last_touch
+from tim4rec_jax.models import inputs, last_touch
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
+# The names in the program of arrays of a batch, and what they are.
+_MOMENTS = {
+    "waits": ("wait", "float32 [rows]: seconds from the last event to the moment of prediction"),
+    "dates": ("date", "float32 [rows]: of the last event, days since 1970"),
+}
 PROGRAM, WEIGHTS, METADATA = "recommend.stablehlo", "weights.npz", "metadata.json"
 
 
@@ -117,7 +122,7 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
 
 def _moments(model: Any) -> list[str]:
     """The arrays of a batch, one value a row, that the program of this model takes last."""
-    return ["waits"] * model.knows_next_time + ["dates"] * (model.drift is not None)
+    return [name for name in inputs(model) if name in _MOMENTS]
 
 
 def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_export.Exported:
@@ -135,8 +140,6 @@ def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_expor
 
 
 def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
-    wait = {"wait": "float32 [rows]: seconds from the last event to the moment of prediction"}
-    date = {"date": "float32 [rows]: of the last event, days since 1970"}
     return {
         "format_version": FORMAT_VERSION,
         "made_by": f"tim4rec-jax {tim4rec_jax.__version__}, jax {jax.__version__}",
@@ -156,8 +159,7 @@ def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
             "first, so the first padding position holds minus the last time",
             "exclude": "int32 [rows, any]: item indices not to recommend, 0 for none",
         }
-        | (wait if model.knows_next_time else {})
-        | (date if model.drift is not None else {}),
+        | dict(_MOMENTS[name] for name in _moments(model)),
         "returns": "scores float32 [rows, top_k] and item indices int32 [rows, top_k], best "
         "first; index 0 where no item was left",
     }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Array, Float, Int, Int64
+from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.approximate import ApproximateIndex
@@ -66,9 +66,8 @@ class Ranker:
         for first in range(0, rows, MAX_ROWS):
             part = events.rows(first, first + MAX_ROWS)
             states = self.engine.encode(part) if hidden is None else hidden
-            states = self._last_touch(
-                part, states, None if moments is None else moments[first : first + MAX_ROWS]
-            )
+            then = None if moments is None else moments[first : first + MAX_ROWS]
+            states = self.engine.last_touch(states, part, then)
             ranked = self._best(part, states, k, candidates, exclude_seen)
             scores.append(ranked[0])
             items.append(ranked[1])
@@ -94,16 +93,6 @@ class Ranker:
         if len(moments) not in (1, rows):
             raise UserError(f"`at` has {len(moments)} times for {rows} histories")
         return k, np.broadcast_to(moments, rows)
-
-    def _last_touch(self, events: Events, hidden, moments: Int64[np.ndarray, " B"] | None):
-        """Hidden states to score with, from those after the histories."""
-        last = events.last_times()
-        if moments is None:
-            return self.engine.drifted(hidden, last)
-        wait = np.where(np.diff(events.offsets) == 0, 0, moments - last)
-        if wait.min() < 0:
-            raise UserError("`at` is before the last event of a history")
-        return self.engine.drifted(self.engine.at(hidden, wait.astype(np.float32)), moments)
 
     def _best(self, events: Events, hidden, k: int, candidates: Candidates, exclude_seen: bool):
         offset, had = self.engine.offset, None
