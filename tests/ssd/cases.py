@@ -35,7 +35,7 @@ class Case:
     dt_limit: tuple[float, float] = (0.0, float("inf"))
 
 
-LENGTHS = [Case(f"L{length}", length) for length in (1, 2, 31, 50, 63, 64, 65, 200, 257)]
+LENGTHS = [Case(f"L{length}", length) for length in (1, 2, 31, 50, 63, 64, 65, 200, 257, 1024)]
 OPTIONS = [
     Case("groups", 37, heads=4, groups=2, chunk_size=16, segments=True, skip_per_channel=True),
     Case("segments in one chunk", 31, segments=True),
@@ -55,7 +55,7 @@ RUNS = [
     *(("xla", case, "float64") for case in OPTIONS + FURTHER_OPTIONS),
     *(("xla", case, "bfloat16") for case in OPTIONS),
     # Lengths in between are whole chunks or ragged ones like these.
-    *(("tpu", case, "float32") for case in (LENGTHS[0], LENGTHS[3], LENGTHS[-1])),
+    *(("tpu", case, "float32") for case in (LENGTHS[0], LENGTHS[3], *LENGTHS[-2:])),
     *(("tpu", case, "float32") for case in (*OPTIONS, FURTHER_OPTIONS[2])),
     ("tpu", OPTIONS[2], "bfloat16"),
 ]

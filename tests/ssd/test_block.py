@@ -55,6 +55,7 @@ CASES = {
     "L2": {"length": 2, "activation": "silu"},
     "groups": {"length": 50, "heads": 4, "groups": 2, "segments": True},
     "chunks": {"length": 67, "chunk_size": 16, "segments": True, "taps": 3},
+    "L257": {"length": 257},
 }
 FURTHER = {
     "L1": {"length": 1, "taps": 1},

@@ -28,10 +28,12 @@ from tim4rec_jax.ssd import compile_for, ssd, triton_block, triton_launch
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
 RUNS = [
-    *((dataclasses.replace(case, **SIZES), "float32") for case in LENGTHS),
+    *((dataclasses.replace(case, **SIZES), "float32") for case in LENGTHS[:-1]),
     *((dataclasses.replace(case, **SIZES), "float32") for case in OPTIONS),
     (Case("L1024", 1024, heads=1, width=16, size=16), "float32"),
     (Case("P > N", 40, heads=1, width=64, size=16, chunk_size=16), "float32"),
+    (Case("D by channel", 20, heads=1, width=64, size=16, skip_per_channel=True), "bfloat16"),
+    (Case("wide heads", 20, groups=2, width=128, size=64, segments=True), "float32"),
     (Case("no initial state", 33, chunk_size=16, initial_state=False, **SIZES), "float32"),
     (Case("one chunk, no initial state", 20, initial_state=False, **SIZES), "float32"),
     (Case("dt = 0", 40, chunk_size=16, decay=2.0, still=True, **SIZES), "float32"),
@@ -129,7 +131,6 @@ def test_rows_stay_on_their_devices():
     [
         ({"width": 24}, 90, "P must be one of 16, 32, 64, 128, and it is 24"),
         ({"size": 8}, 90, "N must be one of 16, 32, 64, 128, and it is 8"),
-        ({"width": 128, "size": 128}, 89, "P = N = 128 takes more shared memory"),
         ({}, 75, "it needs an NVIDIA GPU of compute capability 8.0 or more"),
         ({}, None, "it needs an NVIDIA GPU"),
     ],

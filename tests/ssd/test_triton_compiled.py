@@ -40,12 +40,18 @@ def run(module, *arguments, paths=()):
 
 
 def test_no_registers_are_spilled():
-    """At P = N = 32 and H = 4: op and block, one chunk and several, float32; block, bfloat16."""
-    arguments = ("--capabilities", "90", "--shapes", "0", "1", "12", "13", "14", "15")
+    """The released sizes: the op at 64-d and 256-d, the block at 64-d, that also in bfloat16."""
+    shapes = ("0", "1", "6", "7", "18", "19", "20", "21")
+    arguments = ("--capabilities", "90", "--shapes", *shapes)
     rows = run("benchmarks.triton_compile", "--json", *arguments)
-    assert [(row["kernel"], row["length"], row["dtype"]) for row in rows] == [
-        (f"{prefix}{direction}", length, dtype)
-        for prefix, dtype in (("", "float32"), ("block_", "float32"), ("block_", "bfloat16"))
+    assert [(row["kernel"], row["width"], row["length"], row["dtype"]) for row in rows] == [
+        (f"{prefix}{direction}", width, length, dtype)
+        for prefix, width, dtype in (
+            ("", 32, "float32"),
+            ("", 128, "float32"),
+            ("block_", 32, "float32"),
+            ("block_", 32, "bfloat16"),
+        )
         for length in (50, 200)
         for direction in ("forward", "backward")
     ]

@@ -56,7 +56,7 @@ def blocks(
         capability: compute capability of the GPU, 90 for 9.0.
         length: L.
         heads: of a group.
-        size: the larger one of P and N.
+        size: the larger one of P, as the kernel sees it, and N.
         precision: of the products, "ieee" or "tf32".
         largest_chunk: a limit from the caller.
 

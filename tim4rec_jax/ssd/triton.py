@@ -10,7 +10,11 @@ import jax.numpy as jnp
 
 from tim4rec_jax.ssd import triton_launch
 from tim4rec_jax.ssd.blocks import Blocks, blocks
-from tim4rec_jax.ssd.triton_launch import LARGE_SHARED_MEMORY, by_rows, compute_capability
+from tim4rec_jax.ssd.triton_launch import by_rows, compute_capability
+
+# Channels of a head in a program. They share steps and decays and nothing else, so wider heads are
+# as many of these: the registers of a program hold 128 x 128 states of no more than one such part.
+WIDEST = 32
 
 
 class Rows(NamedTuple):
@@ -45,12 +49,7 @@ class Options(NamedTuple):
 def obstacle(v) -> str | None:
     """Says what keeps `ssd_triton` from running on the GPU that is compiled for."""
     arrays = (v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
-    width, state = v.x.shape[-1], v.B.shape[-1]
-    if reason := triton_launch.obstacle(arrays, width, state):
-        return reason
-    if width * state > 64 * 128 and compute_capability() not in LARGE_SHARED_MEMORY:
-        return "P = N = 128 takes more shared memory than this GPU gives a program"
-    return None
+    return triton_launch.obstacle(arrays, v.x.shape[-1], v.B.shape[-1])
 
 
 def ssd_triton(v):
@@ -63,10 +62,38 @@ def ssd_triton(v):
         The outputs, and the state after the last position or None if it is not asked for.
     """
     precision = "tf32" if all(a.dtype.itemsize == 2 for a in (v.x, v.B, v.C)) else v.precision
-    return _ssd(
+    shape = v.x.shape
+    if shape[-1] > WIDEST:
+        v = _narrowed(v)
+    results: Any = _ssd(
         Rows(v.x, v.dt, v.B, v.C, v.initial_state, v.segment_ids),
         Shared(v.A, v.D, v.dt_bias),
         Options(v.dt_softplus, tuple(v.dt_limit), v.return_final_state, v.chunk_size, precision),
+    )
+    y, final = results
+    if final is not None:
+        final = final.reshape(shape[0], *shape[2:], -1)
+    return y.reshape(shape), final
+
+
+def _narrowed(v):
+    """Takes every head for several of WIDEST channels, with the same steps, decays, B and C."""
+    batch, length, heads, width = v.x.shape
+    parts = width // WIDEST
+    narrow = (heads * parts, WIDEST)
+
+    def repeated(values, axis=0):
+        # In float32, as the gradients of the parts are added up.
+        return None if values is None else jnp.repeat(values.astype(jnp.float32), parts, axis)
+
+    state = v.initial_state
+    return v._replace(
+        x=v.x.reshape(batch, length, *narrow),
+        dt=repeated(v.dt, axis=2),
+        A=repeated(v.A),
+        D=repeated(v.D) if v.D is None or v.D.ndim == 1 else v.D.reshape(narrow),
+        dt_bias=repeated(v.dt_bias),
+        initial_state=None if state is None else state.reshape(batch, *narrow, -1),
     )
 
 

@@ -14,8 +14,6 @@ from tim4rec_jax.ssd.dispatch import target
 from tim4rec_jax.ssd.rows import widened
 
 SIZES = (16, 32, 64, 128)
-# Compute capabilities with 160 KiB of shared memory and more; the others have 99.
-LARGE_SHARED_MEMORY = (80, 87, 90, 100, 101, 103)
 
 
 def obstacle(arrays, width: int, state: int, sizes: tuple[int, ...] = SIZES) -> str | None:
