@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.data.batches import Batch, rows_of_process, samples_of_users
+from tim4rec_jax.data.batches import Batch, rows_of_process
 from tim4rec_jax.data.dataset import Dataset
 from tim4rec_jax.data.shuffle import permute
+from tim4rec_jax.data.training_events import samples_of_users
 from tim4rec_jax.data.windows import days
 
 
