@@ -16,7 +16,7 @@ test: .venv/.dev .venv/.tpu .venv/.cuda
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv build *.egg-info
