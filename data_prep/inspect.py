@@ -93,7 +93,8 @@ def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
         f"{day(figures['first'])} to {day(figures['last'])} "
         f"({span(figures['last'] - figures['first'])}), order {ds.order}\n"
         f"same time as the event before: {figures['tied']:.1%}, "
-        f"{figures['tied_float32']:.1%} after rounding to float32",
+        f"{figures['tied_float32']:.1%} after rounding to float32 (these are in the order of the "
+        "source's rows)",
         highlight=False,
     )
 
