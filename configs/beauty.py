@@ -3,12 +3,13 @@
     python -m data_prep amazon Beauty --order recbole --out data/beauty
     python train.py --config configs/beauty.py --workdir runs/beauty
 
-131,413 training samples. Expected (seed 2020): test Hit@10 .0730, NDCG@10 .0350 (validation .0870,
-.0414), best of 35 epochs the 14th; about 19 s an epoch on two CPU cores.
+131,413 training samples, about 19 s an epoch on two CPU cores. Times are whole days, and events of
+one day stay in the order of the source's rows, by item in the owner's file. In that order SASRec
+has test Hit@10 .0774, NDCG@10 .0399 (patience 10, seed 2020).
 
 Variants:
     causal     causal time, trained at every position, an offset for items just had: test Hit@10
-               .084, NDCG@10 .0486 (seeds 2020, 2021, 2022), 25 epochs of about 15 s
+               .088, NDCG@10 .0539 (seeds 2020, 2021, 2022), 25 epochs of about 15 s
     official   the released settings to the letter, which ours only leave in the number of users
                validated at once
 
@@ -35,7 +36,7 @@ def get_config(variant: str = "") -> config_lib.Config:
         config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=32, epochs=25)
-        config.model.dropout_prob = 0.5
+        config.model.update(dropout_prob=0.3, output_std=0.002)
     if variant == "official":
         config.eval.batch_size = 4096
     return config
