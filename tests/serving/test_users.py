@@ -224,7 +224,9 @@ def test_processes_lose_nothing_and_a_kill_leaves_whole_events(tiny_workdir, tmp
         done.append(int(killed.stdout.readline()))
     time.sleep(0.003)
     os.kill(killed.pid, signal.SIGKILL)
-    done += map(int, killed.communicate()[0].split())
+    # Not `communicate`, which would not see the lines that `readline` has read ahead.
+    done += map(int, killed.stdout.read().split())
+    killed.communicate()
     processes[0].communicate()
     assert processes[0].returncode == 0
 
