@@ -12,8 +12,8 @@ from tim4rec_jax.ssd import triton_launch
 from tim4rec_jax.ssd.blocks import Blocks, blocks
 from tim4rec_jax.ssd.triton_launch import by_rows, compute_capability
 
-# Channels of a head in a program. They share steps and decays and nothing else, so wider heads are
-# as many of these: the registers of a program hold 128 x 128 states of no more than one such part.
+# Channels of a head that a program takes. Channels do not mix, so a wider head is as many heads of
+# this width with the same dt, A, B and C; its state as one block spills registers.
 WIDEST = 32
 
 
