@@ -8,7 +8,8 @@ with one thing changed at a time; what a change saves is that thing's share. The
 whole epochs on a prepared dataset, as `train.py` runs them, data pipeline included.
 
 Columns: seconds of wall clock and of processor time (all cores) a step, median of the runs;
-page faults a step; what XLA allots for temporaries.
+page faults a step; what XLA allots for temporaries. On a GPU or TPU a run is several steps sent off
+one after the other, as in training, where nobody waits for a step.
 """
 
 import argparse
@@ -25,16 +26,17 @@ from rich.console import Console
 from rich.table import Table
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.data import TrainBatches, open_dataset
-from tim4rec_jax.data.pipeline import train_iterator
-from tim4rec_jax.models import build, inputs
+from tim4rec_jax.data import open_dataset, train_dates
+from tim4rec_jax.devices import place
+from tim4rec_jax.models import build
 from tim4rec_jax.training.step import init_state, make_optimizer, micro_count, train_step
+from tim4rec_jax.training.steps import make_batches, make_steps
 
-# name: settings file, rows, items, seconds a step of the reference on two cores of such a
-# machine (torch 2.13 on CPU with an allocator tuned to keep its memory, minimum of 5).
+# name: settings file, rows, items, seconds a step of the reference: on two cores (torch 2.13 with
+# an allocator tuned to keep its memory, minimum of 5), and what others measured on an H200.
 CASES = {
-    "Beauty, B 2048, L 50": ("configs/beauty.py", 2048, 12_101, 2.44),
-    "ML-1M, B 256, L 200": ("configs/ml1m.py", 256, 3_416, 0.96),
+    "Beauty, B 2048, L 50": ("configs/beauty.py", 2048, 12_101, {"cpu": 2.44, "gpu": 0.026}),
+    "ML-1M, B 256, L 200": ("configs/ml1m.py", 256, 3_416, {"cpu": 0.96}),
 }
 
 
@@ -60,13 +62,17 @@ def random_batch(rows: int, length: int, n_items: int, seed: int = 0) -> dict:
 def measure(step, state, runs: int) -> tuple[float, float, float]:
     """Medians of wall seconds, processor seconds and page faults of `state = step(state)`."""
     state = jax.block_until_ready(step(state))
+    together = 1 if jax.default_backend() == "cpu" else 16
     figures = []
     for _ in range(runs):
         faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         wall, cpu = time.perf_counter(), time.process_time()
-        state = jax.block_until_ready(step(state))
+        for _ in range(together):
+            state = step(state)
+        jax.block_until_ready(state)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-        figures.append((wall, cpu, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults))
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
+        figures.append([figure / together for figure in (wall, cpu, faults)])
     return tuple(statistics.median(column) for column in zip(*figures, strict=True))
 
 
@@ -124,7 +130,8 @@ def matrix_products(config, rows: int, n_items: int):
 
 def steps(console: Console, runs: int) -> None:
     """The table of steps."""
-    for name, (path, rows, n_items, reference) in CASES.items():
+    on_cpu = jax.default_backend() == "cpu"  # where the clock counts other programs, too
+    for name, (path, rows, n_items, references) in CASES.items():
         config = load(path)
         variants = {"as trained": {}, "one micro-batch": {"micro": 1}}
         changes = {
@@ -143,12 +150,13 @@ def steps(console: Console, runs: int) -> None:
                 changed, rows, n_items, **variants.get(label, {})
             )
             wall, cpu, faults = measure(step, state, runs)
-            whole = whole or cpu
-            share = f"{1 - cpu / whole:.0%}" if label in changes else ""
+            spent = cpu if on_cpu else wall
+            whole = whole or spent
+            share = f"{1 - spent / whole:.0%}" if label in changes else ""
             table.add_row(
                 label,
-                f"{wall:.3f}",
-                f"{cpu:.3f}",
+                f"{wall:.4f}",
+                f"{cpu:.4f}",
                 f"{faults:,.0f}",
                 f"{temporaries:,.0f}",
                 f"{rows / wall:,.0f}",
@@ -161,44 +169,39 @@ def steps(console: Console, runs: int) -> None:
         wall, cpu, _ = measure(step, state, runs)
         rate = f"{flops / wall / 1e9:,.0f} GFLOP/s"
         label = "matrix products alone"
-        table.add_row(label, f"{wall:.3f}", f"{cpu:.3f}", "", "", rate, "", f"{cpu / whole:.0%}")
+        share = f"{(cpu if on_cpu else wall) / whole:.0%}"
+        table.add_row(label, f"{wall:.4f}", f"{cpu:.4f}", "", "", rate, "", share)
         console.print(table)
-        console.print(
-            f"the reference's step took {reference} s: {reference / trained:.2f} times as long\n"
-        )
+        if reference := references.get(jax.default_backend()):
+            times = f"{reference / trained:.2f} times as long"
+            console.print(f"the reference's step took {reference} s: {times}\n")
 
 
-def epochs(console: Console, directory: str, path: str, batch: int, count: int) -> None:
-    """Whole epochs, the first one apart: it compiles."""
-    config = load(path)
+def epochs(console: Console, directory: str, named: str, batch: int, count: int) -> None:
+    """Whole epochs as `train.py` runs them, the first one apart: it compiles."""
+    config = load(named)
     config.train.batch_size = batch or config.train.batch_size
     config = config_lib.resolve(config)
-    dataset = open_dataset(directory)
-    batches = TrainBatches(
-        dataset,
-        max_length=config.data.max_length,
-        batch_size=config.train.batch_size,
-        seed=config.seed,
-        convention=config.data.convention,
-        buckets=config.data.buckets,
+    data = config.data
+    dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
+    if config.model.drift_knots:
+        config.model.drift_dates = train_dates(dataset)
+    batches = make_batches(config, dataset)
+    model = build(
+        config.model, n_items=dataset.n_items, n_users=dataset.n_users, max_length=data.max_length
     )
-    model = build(config.model, n_items=dataset.n_items, max_length=config.data.max_length)
-    needed = (*inputs(model), "targets", "weights")
-    graphdef, params = nnx.split(model)
-    tx = make_optimizer(config.train.learning_rate, 0.0)
-    state = init_state(params, tx, config.seed)
-    iterator = train_iterator(batches)
-    console.print(
-        f"{dataset.name}: {batches.n_samples:,} samples in {batches.batches_per_epoch} batches, "
-        f"lengths {batches.buckets}, {batches.padding_share:.0%} padding"
-    )
+    placement = place(config.train.batch_size)
+    steps, tx = make_steps(config, dataset, batches, model, placement)
+    state = init_state(nnx.state(model), tx, config.seed)
+    state = jax.device_put(state, placement.replicated)
+    console.print(f"{dataset.name}: {batches.n_samples:,} samples", end=", ")
+    console.print(f"{batches.batches_per_epoch} batches, {type(steps).__name__}")
     for epoch in range(count + 1):
         wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(batches.batches_per_epoch):
-            batch = {name: v for name, v in next(iterator).items() if name in needed}
-            rows, width = batch["items"].shape
-            micro = micro_count(rows, width, 1)
-            state, _ = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
+        done = 0
+        while (left := batches.batches_per_epoch - done) > 0:
+            state, _, steps_made = steps.run(state, left, done)
+            done += steps_made
         jax.block_until_ready(state)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         note = " (compiling included)" if epoch == 0 else ""
@@ -206,6 +209,9 @@ def epochs(console: Console, directory: str, path: str, batch: int, count: int) 
             f"epoch {epoch}: {wall:.1f} s wall, {cpu:.1f} s cpu, "
             f"{batches.n_samples / wall:,.0f} samples/s{note}"
         )
+    # None on CPU.
+    if memory := jax.devices()[0].memory_stats():
+        console.print(f"peak memory {memory['peak_bytes_in_use'] / 1e6:,.0f} MB")
 
 
 def main() -> None:

@@ -57,7 +57,7 @@ def blocks(
         length: L.
         heads: of a group.
         size: the larger one of P, as the kernel sees it, and N.
-        precision: of the products, "ieee" or "tf32".
+        precision: of the products, "ieee" or "tf32"; for the block what its inputs allow.
         largest_chunk: a limit from the caller.
 
     Returns:

@@ -162,17 +162,18 @@ def _configuration(kernel, rows, parameters, options) -> tuple[Blocks, dict]:
     length = rows.projected.shape[1]
     heads = parameters.A.size
     width = parameters.scale.size // heads
-    # Products of what is read as bfloat16 need no more digits.
-    precision = "tf32" if rows.projected.dtype.itemsize == 2 else "ieee"
+    # Products of what is read as bfloat16 need no more digits than tensor cores keep.
+    allowed = "tf32" if rows.projected.dtype.itemsize == 2 else "ieee"
     size = blocks(
         kernel,
         compute_capability(),
         length=length,
         heads=1,
         size=max(width, options.state),
-        precision=precision,
+        precision=allowed,
         largest_chunk=options.chunk_size,
     )._replace(heads=heads)
+    one_chunk = length <= size.chunk
     return size, {
         "H": heads,
         "G": options.groups,
@@ -180,10 +181,12 @@ def _configuration(kernel, rows, parameters, options) -> tuple[Blocks, dict]:
         "N": options.state,
         "W": parameters.taps.shape[0],
         "Q": size.chunk,
-        "ONE_CHUNK": length <= size.chunk,
+        "ONE_CHUNK": one_chunk,
         "HAS_FACTOR": rows.factor is not None,
         "HAS_SEGMENTS": rows.segments is not None,
         "HARDSWISH": options.activation == "hardswish",
         "EPS": options.eps,
-        "PRECISION": precision,
+        # Over chunks of 16 or 32 positions, most of the warps would repeat what others do, and
+        # bringing operands into place is more instructions and registers than plain products.
+        "PRECISION": allowed if one_chunk else "ieee",
     }

@@ -13,14 +13,7 @@ from flax import nnx
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax import run_settings
-from tim4rec_jax.data import (
-    Dataset,
-    PackedBatches,
-    TrainBatches,
-    open_dataset,
-    train_dates,
-    train_item_counts,
-)
+from tim4rec_jax.data import Dataset, open_dataset, train_dates, train_item_counts
 from tim4rec_jax.devices import place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
@@ -30,7 +23,7 @@ from tim4rec_jax.training.checkpoints import Checkpoints, load_best
 from tim4rec_jax.training.interrupt import only_process, stop_on_signal
 from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
 from tim4rec_jax.training.step import init_state
-from tim4rec_jax.training.steps import make_steps
+from tim4rec_jax.training.steps import make_batches, make_steps
 from tim4rec_jax.training.summary import describe_data, describe_model
 
 # Steps the host may be ahead of the device: enough to never wait, few enough to stop soon.
@@ -80,24 +73,15 @@ class _Run:
             run_settings.write(config, settings)
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
-        data, batch_size = config.data, config.train.batch_size
-        settings = dict(max_length=data.max_length, batch_size=batch_size, seed=config.seed)
-        if config.train.objective == "every_position":
-            self.batches = PackedBatches(
-                dataset, windows_per_user=data.windows_per_user, **settings
-            )
-        else:
-            self.batches = TrainBatches(
-                dataset, convention=data.convention, buckets=data.buckets, **settings
-            )
-        self.placement = place(batch_size)
+        self.batches = make_batches(config, dataset)
+        self.placement = place(config.train.batch_size)
         counted = config.model.name == "popularity"  # counting goes over the whole log
         model = build(
             config.model,
             n_items=dataset.n_items,
             n_users=dataset.n_users,
             item_counts=train_item_counts(dataset) if counted else None,
-            max_length=data.max_length,
+            max_length=config.data.max_length,
             seed=config.seed,
         )
         self.steps, tx = make_steps(config, dataset, self.batches, model, self.placement)

@@ -103,6 +103,20 @@ class DeviceSteps:
         return state, metrics, count
 
 
+def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
+    """The batches that a run trains on.
+
+    Args:
+      config: of the run, resolved.
+      dataset: split as it says.
+    """
+    data, train = config.data, config.train
+    settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
+    if train.objective == "every_position":
+        return PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
+    return TrainBatches(dataset, convention=data.convention, buckets=data.buckets, **settings)
+
+
 def make_steps(
     config: Config,
     dataset: Dataset,
@@ -115,7 +129,7 @@ def make_steps(
     Args:
       config: of the run, resolved.
       dataset: split as it says.
-      batches: of the dataset.
+      batches: of `make_batches`.
       model: to train.
       placement: of batches on devices.
     """
