@@ -15,3 +15,5 @@ def enable() -> None:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "tim4rec-jax" / "xla"))
+    # Small programs, too: drawing the first weights of a model is some fifty of them.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

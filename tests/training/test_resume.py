@@ -43,7 +43,7 @@ class Training:
         # What the first process compiles, the others read; and one device, as users have.
         self.environment = {key: os.environ[key] for key in os.environ if key != "XLA_FLAGS"} | {
             "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_COMPILATION_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
 
     def start(self, *before):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from rich.console import Console
 
@@ -99,8 +99,9 @@ def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
     Raises:
         UserError: the weights are not finite, or belong to another number of items.
     """
-    params = nnx.state(model, nnx.Param)
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(params)):
+    # By numpy: JAX would compile a program for every shape.
+    params = jax.device_get(nnx.state(model, nnx.Param))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
     if model.n_items != n_items:
         raise UserError(

@@ -3,6 +3,7 @@
 import dataclasses
 import logging as python_logging
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,9 @@ def silence_echoes() -> None:
     """For commands: what fails in the background is told once, by the exception it raises.
 
     A write that fails has every other one of the same checkpoint complain to asyncio and to a
-    loop that is gone, a traceback each.
+    loop that is gone, a traceback each, or warn at exit that it was never begun.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
     show = sys.unraisablehook
 
@@ -185,9 +187,13 @@ def load_best(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
-            model = build(config.model, max_length=config.data.max_length, **sizes)
+            # Shapes alone: nothing is drawn only to be replaced.
+            model = nnx.eval_shape(
+                lambda: build(config.model, max_length=config.data.max_length, **sizes)
+            )
             graphdef, params = nnx.split(model)
-            stored = checkpointer.restore(path, nnx.to_pure_dict(params))
+            wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))
+            stored = checkpointer.restore(path, wanted)
     except Exception as error:
         raise UserError(
             f"the best checkpoint {path} cannot be read ({_first_line(error)}); "
@@ -196,6 +202,10 @@ def load_best(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
     nnx.replace_by_pure_dict(params, stored)
     best_model: Any = nnx.merge(graphdef, params)
     return config, best_model
+
+
+def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
 def _sizes(config: config_lib.Config, stored: Any) -> dict[str, int]:
