@@ -113,7 +113,8 @@ quick = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
 
 def to_dtype(tree, dtype):
     """Returns the arrays of a tree in another dtype."""
-    return jax.tree.map(lambda v: jnp.asarray(v, dtype), tree)
+    # By numpy: JAX would compile a program for every shape.
+    return jax.tree.map(lambda v: jnp.asarray(np.asarray(v).astype(jnp.dtype(dtype))), tree)
 
 
 def exact(inputs: dict, weights: list, **options) -> dict:

@@ -53,13 +53,14 @@ run = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
 
 CASES = {
     "L2": {"length": 2, "activation": "silu"},
-    "groups": {"length": 50, "heads": 4, "groups": 2, "segments": True},
-    "chunks": {"length": 67, "chunk_size": 16, "segments": True, "taps": 3},
+    "groups": {"length": 64, "heads": 4, "groups": 2, "segments": True},
+    "chunks": {"length": 65, "chunk_size": 16, "segments": True, "taps": 3},
     "L257": {"length": 257},
 }
 FURTHER = {
     "L1": {"length": 1, "taps": 1},
-    "no factor": {"length": 21, "chunk_size": 16, "time_factor": None},
+    "no factor": {"length": 31, "chunk_size": 16, "time_factor": None},
+    "L65": {"length": 65},
 }
 RUNS = [
     *((name, *run) for name in ("xla", "tpu") for run in itertools.product(CASES, ["float32"])),

@@ -98,9 +98,9 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
 def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
     config = tiny_config(dataset)
     config_lib.use_causal_time(config, rows=2, epochs=2)
-    config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     config.model.drift_knots = 4
     calm = train(config, tmp_path / "calm")
+    config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     die_at(20, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path / "hit")
