@@ -166,28 +166,43 @@ def measure(case: Case, repeats: int) -> list[dict]:
     return rows
 
 
-def plot(rows: list[dict], path: str) -> None:
-    """Draws operations a second over operations a byte, under the roof of the copies."""
+def product_speed(precision: str, repeats: int, size: int = 2048) -> float:
+    """Returns operations a second of large matrix products of float32, with `jax` precision."""
+    sets = [jnp.full((size, size), float(i)) for i in range(CALLS)]
+    seconds = time_program(lambda a: jnp.dot(a, a, precision=precision), sets, repeats)
+    return 2 * size**3 / seconds
+
+
+def plot(rows: list[dict], path: str, repeats: int) -> None:
+    """Draws operations a second over operations a byte, under the roofs: copies and products."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    speed = max(r["case"].bytes(r["gradient"]) / r["seconds"]["copy"] for r in rows)
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    for name in ("triton", "triton tf32", "xla", "mamba_ssm"):
-        points = [
-            (case.operations(r["gradient"]) / case.bytes(r["gradient"]), case, r)
-            for r in rows
-            if r["seconds"].get(name) and (case := r["case"])
-        ]
-        heights = [c.operations(r["gradient"]) / r["seconds"][name] / 1e12 for _, c, r in points]
-        axes.scatter([x for x, *_ in points], heights, label=name)
-    ends = np.array([1, 100])
-    axes.plot(ends, ends * speed / 1e12, color="black", label=f"copy, {speed / 1e12:.2f} TB/s")
+    figure, axes = plt.subplots(figsize=(7, 6), layout="constrained")
+    for colour, name in enumerate(("triton", "triton tf32", "xla", "mamba_ssm")):
+        for gradient, marker in ((False, "o"), (True, "^")):
+            points = [
+                (case.operations(gradient) / case.bytes(gradient), case.operations(gradient) / time)
+                for row in rows
+                if row["gradient"] == gradient and (time := row["seconds"].get(name))
+                for case in [row["case"]]
+            ]
+            if points:
+                x, speeds = np.transpose(points)
+                label = f"{name}, with gradient" if gradient else name
+                axes.scatter(x, speeds / 1e12, c=f"C{colour}", marker=marker, label=label)
+    moved = max(r["case"].bytes(r["gradient"]) / r["seconds"]["copy"] for r in rows)
+    intensity = np.geomspace(1, 1000)
+    for precision, style in (("float32", "-"), ("tensorfloat32", "--")):
+        most = product_speed(precision, repeats)
+        label = f"copy {moved / 1e12:.3g} TB/s, {precision} products {most / 1e12:.3g} T/s"
+        roof = np.minimum(intensity * moved, most) / 1e12
+        axes.plot(intensity, roof, style, color="black", linewidth=1, label=label)
     axes.set(xscale="log", yscale="log", xlabel="operations / byte", ylabel="Tera-operations / s")
-    axes.set_title(jax.devices()[0].device_kind)
-    axes.legend()
+    axes.set_title(f"The SSD on {jax.devices()[0].device_kind}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=150)
 
 
@@ -210,4 +225,4 @@ def run(flags: argparse.Namespace) -> None:
             table.add_row(label, *times, f"{moved:.0f}", f"{ratio:.2f}")
         console.print(table)
     if flags.plot:
-        plot(rows, flags.plot)
+        plot(rows, flags.plot, flags.repeats)
