@@ -1,6 +1,7 @@
 """Compiled programs kept on disk: a resumed run or another seed starts at once."""
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -11,6 +12,9 @@ def enable() -> None:
 
     JAX_COMPILATION_CACHE_DIR, where set, names another place. Deleting it is always safe.
     """
+    # What a kill or a full disk cut off is compiled again.
+    unreadable = "Error (reading|writing) persistent compilation cache entry"
+    warnings.filterwarnings("ignore", unreadable, UserWarning)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -40,13 +40,9 @@ class Training:
         flags = [f"--config.{key}={value}" for key, value in (SETTINGS | settings).items()]
         flags += [f"--config.dataset={folder / 'data'}", f"--workdir={self.workdir}"]
         self.command = [sys.executable, "train.py", "--config=configs/ml100k.py", *flags]
-        # What the first process compiles, the others read; and one device, as users have.
+        # One device, as users have.
         flags = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-        self.environment = os.environ | {
-            "XLA_FLAGS": flags,
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+        self.environment = os.environ | {"XLA_FLAGS": flags}
 
     def start(self, *before):
         with self.output.open("w") as output:
