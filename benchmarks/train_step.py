@@ -169,7 +169,8 @@ def steps(console: Console, runs: int) -> None:
         wall, cpu, _ = measure(step, state, runs)
         rate = f"{flops / wall / 1e9:,.0f} GFLOP/s"
         label = "matrix products alone"
-        share = f"{(cpu if on_cpu else wall) / whole:.0%}"
+        spent = cpu if on_cpu else wall
+        share = f"{spent / whole:.0%}"
         table.add_row(label, f"{wall:.4f}", f"{cpu:.4f}", "", "", rate, "", share)
         console.print(table)
         if reference := references.get(jax.default_backend()):

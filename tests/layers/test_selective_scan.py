@@ -30,7 +30,7 @@ def close(got, wanted, tolerance, what):
 def test_is_the_published_scan_with_its_gradients(golden_all, name, dtype):
     path = golden_all / "baselines" / f"op_selective_scan_{name}.npz"
     if not path.exists():
-        pytest.skip("one of the large files")
+        pytest.skip("one of the large files: needs TIM4REC_GOLDEN")
     arrays = dict(np.load(path))
 
     def objective(inputs):
