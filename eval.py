@@ -65,7 +65,7 @@ def main() -> None:
     """Runs the command line."""
     flags = _flags()
     # Imports JAX, which `--help` and a mistyped flag need not wait for.
-    from tim4rec_jax.evaluation.command import evaluate_run
+    from tim4rec_jax.evaluation.evaluate import evaluate_run
 
     evaluate_run(**vars(flags))
 

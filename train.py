@@ -15,10 +15,10 @@ from tim4rec_jax.errors import run_main
 def main() -> None:
     """Runs the command line."""
     # Without JAX, which `--help` and a mistyped flag need not wait for.
-    from tim4rec_jax.flags import parse
+    from tim4rec_jax.cli import parse
 
     config, workdir = parse(sys.argv, usage=__doc__ or "")
-    from tim4rec_jax.training.command import train_and_report
+    from tim4rec_jax.training.train import train_and_report
 
     train_and_report(config, Path(workdir))
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.causal_time data/ml-100k --config configs/ml100k.py:causal --seeds 2
 
-Trains a config with every combination of the parts of `tim4rec_jax.layers.causal.GapModulation`
+Trains a config with every combination of the parts of `tim4rec_jax.layers.ssd.GapModulation`
 and prints validation figures of the best epoch, mean and range over the seeds; the test split
 decides nothing here and is not printed. Decay by elapsed time, exp(-lambda gap), is a special
 case of `rate`, whose functions of the gap are piecewise linear in its logarithm.
@@ -19,10 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.train_step import load
-from tim4rec_jax import compilation_cache
-from tim4rec_jax.layers.causal import GapModulation, GapModulator
+from tim4rec_jax.layers.time import GapModulation, GapModulator
 from tim4rec_jax.models import causal_tim4rec
-from tim4rec_jax.training.loop import train
+from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.training.train import train
 
 PARTS = [(), ("inputs",), ("step",), ("rate",), ("step", "rate"), ("inputs", "step", "rate")]
 
@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="instead of the config's")
     flags = parser.parse_args()
-    compilation_cache.enable()
+    enable_compilation_cache()
 
     table = Table(title=f"{flags.dataset}, {flags.config}: validation", title_justify="left")
     for name in ("uses of the gap", "Hit@10", "NDCG@10", "range", "best epochs", "seconds"):

@@ -30,13 +30,13 @@ from flax import nnx
 from rich.console import Console
 
 from benchmarks.compare_report import Run, markdown, picture
-from tim4rec_jax import compilation_cache
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.evaluation import evaluate
-from tim4rec_jax.evaluation.loop import batch_settings
-from tim4rec_jax.training.checkpoints import load_best
-from tim4rec_jax.training.summary import flops_per_sample
+from tim4rec_jax.evaluation.evaluate import batch_settings
+from tim4rec_jax.run import load_model
+from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.training.train import flops_per_sample
 
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 2020
@@ -93,7 +93,7 @@ def measure(folder: Path) -> dict:
     """
     path = folder / "measured.json"
     if not path.exists():
-        config, model = load_best(folder / "run")
+        config, model = load_model(folder / "run")
         data = config.data
         ds = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
         settings = batch_settings(config)
@@ -172,7 +172,7 @@ def main() -> None:
                 import_module(f"configs.{dataset}").get_config(variant(model))
             except ValueError as error:
                 raise UserError(f"--models, configs/{dataset}.py: {error}") from None
-    compilation_cache.enable()
+    enable_compilation_cache()
     found = runs(flags)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
     flags.out.with_suffix(".md").write_text(markdown(found))

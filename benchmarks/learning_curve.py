@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.ml100k import get_config
-from tim4rec_jax import compilation_cache
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.models import build, inputs
-from tim4rec_jax.training.step import init_state, make_optimizer, micro_count, train_step
+from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.training.step import init_state, make_optimizer, num_microbatches, train_step
 
 # Test Hit@10, NDCG@10 of the published code after epochs 1, 2, ...
 REFERENCE = {
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("dataset", help="ml-100k, prepared")
     parser.add_argument("--model", choices=REFERENCE, default="tim4rec", help="what to train")
     flags = parser.parse_args()
-    compilation_cache.enable()
+    enable_compilation_cache()
 
     config = get_config("sasrec" if flags.model == "sasrec" else "")
     if flags.model == "no-time":
@@ -61,7 +61,7 @@ def main() -> None:
         start = time.perf_counter()
         for _ in range(batches.batches_per_epoch):
             batch = {name: v for name, v in next(iterator).items() if name in needed}
-            micro = micro_count(*batch["items"].shape, 1)
+            micro = num_microbatches(*batch["items"].shape, 1)
             state, _ = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
         trained = nnx.merge(graphdef, state.params)
         figures, ranks = evaluate(

@@ -28,9 +28,9 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.models import build
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
-from tim4rec_jax.serving.approximate import ApproximateIndex
+from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue
-from tim4rec_jax.serving.engine import Engine
+from tim4rec_jax.serving.compiled_model import CompiledModel
 
 LENGTH = 50
 BATCHES = (1, 1024)  # users who have one more event
@@ -51,7 +51,7 @@ def make(folder: Path, n_items: int) -> tuple[Recommender, nnx.Module]:
     config = config_lib.resolve(config)
     model = build(config.model, n_items=n_items, max_length=LENGTH)
     catalogue = Catalogue(folder)
-    return Recommender(Engine(config, model, catalogue.ids), catalogue), model
+    return Recommender(CompiledModel(config, model, catalogue.ids), catalogue), model
 
 
 def measure(call: Callable[[], object], seconds: float) -> float:

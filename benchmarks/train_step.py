@@ -27,10 +27,16 @@ from rich.table import Table
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import open_dataset, train_dates
-from tim4rec_jax.devices import place
 from tim4rec_jax.models import build
-from tim4rec_jax.training.step import init_state, make_optimizer, micro_count, train_step
-from tim4rec_jax.training.steps import make_batches, make_steps
+from tim4rec_jax.runtime import data_sharding
+from tim4rec_jax.training.step import (
+    init_state,
+    make_batches,
+    make_optimizer,
+    make_steps,
+    num_microbatches,
+    train_step,
+)
 
 # name: settings file, rows, items, seconds a step of the reference: on two cores (torch 2.13 with
 # an allocator tuned to keep its memory, minimum of 5), and what others measured on an H200.
@@ -83,7 +89,7 @@ def train_stepper(config, rows: int, n_items: int, micro: int | None = None):
     graphdef, params = nnx.split(model)
     tx = make_optimizer(config.train.learning_rate, 0.0)
     batch = random_batch(rows, length, n_items)
-    settings = dict(graphdef=graphdef, tx=tx, micro=micro or micro_count(rows, length, 1))
+    settings = dict(graphdef=graphdef, tx=tx, micro=micro or num_microbatches(rows, length, 1))
     state = init_state(params, tx, 0)
     analysis = train_step.lower(state, batch, **settings).compile().memory_analysis()
     return (
@@ -102,7 +108,7 @@ def matrix_products(config, rows: int, n_items: int):
     model, length = config.model, config.data.max_length
     width, inner = model.hidden_size, model.hidden_size * model.expand
     mixed = inner + 2 * model.d_state + inner // model.head_dim
-    micro = micro_count(rows, length, 1)
+    micro = num_microbatches(rows, length, 1)
     tokens, ends = rows * length // micro, rows // micro
     last = [(ends, width, inner), (ends, inner, width)]
     last += [(ends, width, 4 * width), (ends, 4 * width, width), (ends, width, n_items + 1)]
@@ -185,13 +191,13 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     config = config_lib.resolve(config)
     data = config.data
     dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
-    if config.model.drift_knots:
-        config.model.drift_dates = train_dates(dataset)
+    if config.model.date_bias_knots:
+        config.model.date_bias_dates = train_dates(dataset)
     batches = make_batches(config, dataset)
     model = build(
         config.model, n_items=dataset.n_items, n_users=dataset.n_users, max_length=data.max_length
     )
-    placement = place(config.train.batch_size)
+    placement = data_sharding(config.train.batch_size)
     steps, tx = make_steps(config, dataset, batches, model, placement)
     state = init_state(nnx.state(model), tx, config.seed)
     state = jax.device_put(state, placement.replicated)

@@ -29,8 +29,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 
-from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block, triton_launch
-from tim4rec_jax.ssd.blocks import Blocks
+from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block
+from tim4rec_jax.ssd.triton import launch as triton_launch
+from tim4rec_jax.ssd.triton.launch import Blocks
 
 
 class Shape(NamedTuple):
@@ -63,7 +64,7 @@ SHAPES = [
 
 
 class Launch(NamedTuple):
-    """What `tim4rec_jax.ssd.triton_launch.launch` was asked for."""
+    """What `tim4rec_jax.ssd.triton.launch.launch` was asked for."""
 
     kernel: Any
     signature: dict[str, str]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.tune_triton [--batch 2048] [--sizes 32 64 128] [--repeats 20]
 
-For every class of shapes that `tim4rec_jax.ssd.blocks` knows (one chunk or many, the larger one
+For every class of shapes that `tim4rec_jax.ssd.triton.launch` knows (one chunk or many, the larger one
 of P and N, precision) and each kernel, of the op and of the block, all candidates are timed on
-one shape and the best is written into the table beside the kernels, `tim4rec_jax/ssd/blocks.json`,
+one shape and the best is written into the table beside the kernels, `tim4rec_jax/ssd/triton/tile_sizes.json`,
 under the compute capability of this GPU. Rows of other GPUs stay. Takes some minutes per size, most
 of it compiling.
 """
@@ -20,10 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tim4rec_jax.ssd import blocks as table
-from tim4rec_jax.ssd import ssd, time_aware_ssd_block, triton, triton_block
-from tim4rec_jax.ssd.blocks import Blocks
-from tim4rec_jax.ssd.triton_launch import compute_capability
+from tim4rec_jax.ssd import ssd, time_aware_ssd_block
+from tim4rec_jax.ssd.triton import block as triton_block
+from tim4rec_jax.ssd.triton import launch as table
+from tim4rec_jax.ssd.triton import op as triton
+from tim4rec_jax.ssd.triton.launch import Blocks, compute_capability
 
 HEADS = 4
 LENGTHS = {"one": 50, "many": 200}

@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> config_lib.Config:
         config_lib.use_model(config, variant)
     if variant == "causal":
         config_lib.use_causal_time(config, rows=64, epochs=25)
-        config.model.drift_knots = 28  # two weeks: one every half day
+        config.model.date_bias_knots = 28  # two weeks: one every half day
         config.model.output_std = 0.002
     if variant == "official":
         config.model.is_time = False

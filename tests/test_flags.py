@@ -8,8 +8,8 @@ import pytest
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.cli import parse
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.flags import parse
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'ml1m.py'}"
@@ -153,9 +153,9 @@ def test_packed_rows_have_exact_gaps():
 def test_what_the_offset_of_items_seen_needs(model, key, value):
     config = config_lib.default()
     config_lib.use_model(config, model)
-    config.model.seen_offset = True
+    config.model.repeat_bias = True
     config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=f"seen_offset is True, which needs .*{value}"):
+    with pytest.raises(UserError, match=f"repeat_bias is True, which needs .*{value}"):
         config_lib.resolve(config)
 
 
@@ -166,8 +166,8 @@ def test_what_the_offset_of_items_seen_needs(model, key, value):
 def test_what_drift_needs(model, knots, problem):
     config = config_lib.default()
     config_lib.use_model(config, model)
-    config.model.drift_knots = knots
-    with pytest.raises(UserError, match=f"drift_knots is {knots}.*{problem}"):
+    config.model.date_bias_knots = knots
+    with pytest.raises(UserError, match=f"date_bias_knots is {knots}.*{problem}"):
         config_lib.resolve(config)
 
 

@@ -83,7 +83,7 @@ def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
       epochs: the learning rate falls to 0 in so many; nothing stops training before, because the
         last ones are the best.
     """
-    config.model.update(time_encoding="causal", seen_offset=True)
+    config.model.update(time_encoding="causal", repeat_bias=True)
     config.train.update(
         objective="every_position",
         batch_size=rows,
@@ -105,7 +105,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "seed",
     "model.chunk_size",
-    "model.drift_knots",
+    "model.date_bias_knots",
     "model.reg_weight",
     "train.weight_decay",
     "train.patience",
@@ -164,18 +164,20 @@ def resolve(config: Config) -> Config:
             f"config.train.objective is {train.objective!r} and the model {model.name}; "
             "cloze is the objective of bert4rec and of no other model"
         )
-    if model.drift_knots == 1:
-        raise UserError("config.model.drift_knots is 1; it must be 2 or more, or 0 for no drift")
-    if model.drift_knots and train.objective == "cloze":
+    if model.date_bias_knots == 1:
         raise UserError(
-            f"config.model.drift_knots is {model.drift_knots}, and the objective is cloze, which "
-            "predicts items of any date; take config.model.drift_knots=0"
+            "config.model.date_bias_knots is 1; it must be 2 or more, or 0 for no drift"
         )
-    if model.seen_offset and (train.loss != "cross_entropy" or train.objective == "cloze"):
+    if model.date_bias_knots and train.objective == "cloze":
         raise UserError(
-            "config.model.seen_offset is True, which needs config.train.loss=cross_entropy and "
+            f"config.model.date_bias_knots is {model.date_bias_knots}, and the objective is cloze, which "
+            "predicts items of any date; take config.model.date_bias_knots=0"
+        )
+    if model.repeat_bias and (train.loss != "cross_entropy" or train.objective == "cloze"):
+        raise UserError(
+            "config.model.repeat_bias is True, which needs config.train.loss=cross_entropy and "
             f"another objective than cloze, and they are {train.loss} and {train.objective}; "
-            "change them, or take config.model.seen_offset=False"
+            "change them, or take config.model.repeat_bias=False"
         )
     if model.get("knows_next_time") and encoding != "causal":
         raise UserError(

@@ -93,9 +93,9 @@ for _settings in MODEL_SETTINGS.values():
     _settings["dtype"] = "float32"  # of the activations; "bfloat16" halves their memory
     # Learns what to add to the scores of items that the history holds. Without it a model whose
     # inputs and scores share one table recommends what was just had. Not in the comparison.
-    _settings["seen_offset"] = False
+    _settings["repeat_bias"] = False
     # Learns how scores drift with the date of the last event (of the next one, if it knows that),
     # linear between so many dates from the first to the last event of training, which training
     # fills in. 0: not at all.
-    _settings["drift_knots"] = 0
-    _settings["drift_dates"] = None
+    _settings["date_bias_knots"] = 0
+    _settings["date_bias_dates"] = None

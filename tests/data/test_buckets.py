@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tim4rec_jax.data import default_buckets
-from tim4rec_jax.data.buckets import train_prefixes
+from tim4rec_jax.data.batches import train_prefixes
 
 samples = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(np.array)
 

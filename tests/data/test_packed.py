@@ -80,11 +80,11 @@ def test_segments_are_runs_of_one_history(plan, windows):
                 if items[at : at + len(run)] == run
             ]
             assert places
-            waits = [np.diff(times[at : at + len(run)]).tolist() for times, at in places]
-            assert segment["waits"].tolist() in waits
+            time_to_next = [np.diff(times[at : at + len(run)]).tolist() for times, at in places]
+            assert segment["time_to_next"].tolist() in time_to_next
             dates = [(times[at : at + len(run) - 1] / 86_400).astype("f4") for times, at in places]
             assert segment["dates"].tolist() in [each.tolist() for each in dates]
-            assert segment["gaps"].tolist() == [0.0, *segment["waits"][:-1].tolist()]
+            assert segment["gaps"].tolist() == [0.0, *segment["time_to_next"][:-1].tolist()]
 
 
 @given(plan=plans())

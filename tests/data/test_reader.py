@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.small_dataset import random_histories, write_dataset
+from tim4rec_jax.data import dataset as reader
 from tim4rec_jax.data import format as fmt
-from tim4rec_jax.data import open_dataset, reader
+from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 
 HISTORIES = random_histories(range(1, 13))

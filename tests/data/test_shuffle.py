@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tim4rec_jax.data.shuffle import permute
+from tim4rec_jax.data.batches import permute
 
 keys = st.tuples(st.integers(0, 2**64), st.integers(0, 2**40), st.integers(0, 5))
 

@@ -68,7 +68,7 @@ def test_prefixes(convention, splits, width, max_length):
         np.testing.assert_array_equal(batch["items"][row], np.pad(items, (0, width - length)))
         assert batch["lengths"][row] == length
         assert batch["targets"][row] == histories[user][0][end]
-        assert batch["waits"][row] == histories[user][1][end] - histories[user][1][end - 1]
+        assert batch["time_to_next"][row] == histories[user][1][end] - histories[user][1][end - 1]
         assert batch["dates"][row] == np.float32(histories[user][1][end - 1] / 86_400)
         assert batch["users"][row] == user
         whole = np.pad(timestamps, (0, max_length - length))
@@ -78,7 +78,7 @@ def test_prefixes(convention, splits, width, max_length):
         "lengths": ("int32", ()),
         "gaps": ("float32", (max_length,)),
         "targets": ("int32", ()),
-        "waits": ("float32", ()),
+        "time_to_next": ("float32", ()),
         "dates": ("float32", ()),
         "users": ("int32", ()),
     }

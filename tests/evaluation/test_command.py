@@ -13,11 +13,11 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
-from tim4rec_jax import run_settings
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.models import build
-from tim4rec_jax.training.checkpoints import Checkpoints, load_best
+from tim4rec_jax.run import load_model, write_settings
+from tim4rec_jax.training.checkpoints import Checkpoints
 
 EVAL = Path(__file__).parents[2] / "eval.py"
 LENGTHS = [*range(1, 14), 30, 2]
@@ -36,7 +36,7 @@ def save_run(workdir, dataset, change=lambda leaf: leaf):
     config.eval.batch_size = 8
     config = config_lib.resolve(config)
     workdir.mkdir()
-    run_settings.write(config, workdir / "config.json")
+    write_settings(config, workdir / "config.json")
     (workdir / "metrics.json").write_text("untouched")
     model = build(config.model, n_items=30, max_length=6, seed=config.seed)
     checkpoints = Checkpoints(workdir)
@@ -71,7 +71,7 @@ def command(monkeypatch):
 def test_figures_are_those_of_the_best_checkpoint(folder, command, capsys):
     assert command("--workdir", folder / "run") == 0
     report = json.loads((folder / "run" / "eval_test.json").read_text())
-    config, model = load_best(folder / "run")
+    config, model = load_model(folder / "run")
     settings = dict(max_length=6, batch_size=5, convention=config.data.convention)
     figures, _ = evaluate(model, open_dataset(folder / "data"), "test", **settings)
     assert report["metrics"] == pytest.approx(figures, rel=1e-12)

@@ -51,7 +51,7 @@ def test_ranks_of_every_user(dataset, model, split, back, exclude_seen):
 def test_all_items_of_the_history_are_offset(dataset, exclude_seen):
     model = MeanModel(30)
     model.offset = nnx.Param(jnp.asarray(-0.02))
-    offset = float(model.seen_offset())
+    offset = float(model.repeat_bias())
     ranks = [
         [
             naive_rank(model, *history, len(history[0]) - 1, exclude_seen, added)

@@ -9,7 +9,7 @@ import pytest
 from tests.data.small_dataset import in_memory, random_histories
 from tests.evaluation.fake_model import MeanModel
 from tim4rec_jax.evaluation import evaluate
-from tim4rec_jax.evaluation.predictions import write_predictions
+from tim4rec_jax.evaluation.evaluate import write_predictions
 
 LENGTHS = [1, 2, 9, 40, 7, 30, 2, 5, 6]
 SETTINGS = dict(max_length=6, batch_size=3, convention="exact", buckets=(6,))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tim4rec_jax.evaluation.ranking import Seen, ranks, top_k
+from tim4rec_jax.evaluation.ranking import ranks, top_k
+from tim4rec_jax.scoring import Seen
 
 NAN, INF = float("nan"), float("inf")
 

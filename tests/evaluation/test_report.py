@@ -7,8 +7,8 @@ import pytest
 from rich.console import Console
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.files import whole_file
 from tim4rec_jax.evaluation.report import print_report, write_csv, write_json
+from tim4rec_jax.files import atomic_write
 
 METRICS = {"hit@10": 0.1234567, "hit@20": 0.25, "ndcg@10": 0.0625}
 ERRORS = {"hit@10": 0.01, "hit@20": 0.02, "ndcg@10": 0.03}
@@ -89,7 +89,7 @@ def test_csv(report, tmp_path):
 def test_a_file_is_replaced_only_when_complete(tmp_path):
     path = tmp_path / "figures"
     path.write_text("old")
-    with pytest.raises(RuntimeError), whole_file(path) as file:
+    with pytest.raises(RuntimeError), atomic_write(path) as file:
         file.write(b"new")
         raise RuntimeError
     assert path.read_text() == "old"
@@ -98,5 +98,5 @@ def test_a_file_is_replaced_only_when_complete(tmp_path):
 
 def test_no_such_folder(tmp_path):
     path = tmp_path / "nowhere" / "x"
-    with pytest.raises(UserError, match="x cannot be written: No such file"), whole_file(path):
+    with pytest.raises(UserError, match="x cannot be written: No such file"), atomic_write(path):
         raise AssertionError

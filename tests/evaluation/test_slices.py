@@ -3,7 +3,7 @@ import pytest
 
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.evaluation import metrics
-from tim4rec_jax.evaluation.slices import SLICES, sliced_metrics
+from tim4rec_jax.evaluation.metrics import SLICES, sliced_metrics
 
 DAY = 86_400
 

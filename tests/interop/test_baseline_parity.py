@@ -15,7 +15,7 @@ from tim4rec_jax.interop.formats import FORMATS
 from tim4rec_jax.layers.attention import causal_mask
 from tim4rec_jax.models import encode_batch
 from tim4rec_jax.models.tisasrec import time_index
-from tim4rec_jax.training.objective import OBJECTIVES
+from tim4rec_jax.training.objectives import OBJECTIVES
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-9}
 COMPILER_OPTIONS = {} if FULL else {"xla_backend_optimization_level": 0}

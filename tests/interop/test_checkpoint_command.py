@@ -9,10 +9,10 @@ from tests.data.small_dataset import random_histories, write_dataset
 from tests.interop.golden_models import read_golden
 from tests.interop.torch_format import recbole_checkpoint, torch_save
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.command import evaluate_run
+from tim4rec_jax.evaluation.evaluate import evaluate_run
 from tim4rec_jax.interop import to_torch
 from tim4rec_jax.interop.__main__ import main
-from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.run import load_model
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def test_the_run_holds_the_weights_and_settings(tmp_path, golden, checkpoint, ca
     assert "65 parameters, 39 items, histories of 12 events" in printed
     assert "10,864 parameters" in printed
 
-    config, model = load_best(tmp_path / "run")
+    config, model = load_model(tmp_path / "run")
     assert config.model.conv_path == "hardswish"
     assert config.data.max_length == 12
     assert config.data.convention == "recbole"
@@ -60,14 +60,14 @@ def test_a_bare_state_dict_needs_its_yaml_file(tmp_path, golden, capsys):
     settings.write_text(yaml.safe_dump(golden.config))
     main([str(path), "--workdir", str(tmp_path / "run"), "--config", str(settings)])
     assert "evaluate it: python eval.py" in capsys.readouterr().out
-    assert load_best(tmp_path / "run")[1].n_items == 39
+    assert load_model(tmp_path / "run")[1].n_items == 39
 
 
 def test_double_precision_weights_are_rounded(tmp_path, golden):
     weights = {name: value.astype(np.float64) for name, value in golden.state_dict.items()}
     path = torch_save(recbole_checkpoint(weights, golden.config), tmp_path / "double.pth")
     main([str(path), "--workdir", str(tmp_path / "run")])
-    assert load_best(tmp_path / "run")[1].item_embedding.embedding.dtype == jnp.float32
+    assert load_model(tmp_path / "run")[1].item_embedding.embedding.dtype == jnp.float32
 
 
 def test_a_used_run_directory_is_left_alone(tmp_path, checkpoint):

@@ -10,7 +10,7 @@ from flax import nnx
 from tests.interop.golden_models import NAMES, read_golden
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.interop import from_torch, to_torch
-from tim4rec_jax.layers.drift import Drift
+from tim4rec_jax.layers.time import Drift
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,11 @@ def test_half_precision_weights_become_float32(golden):
 def test_what_the_published_model_lacks_is_refused(golden):
     model = golden.model()
     model.drift = Drift(2, (0, 1), 4, param_dtype=jnp.float32)
-    with pytest.raises(UserError, match=r"train with config\.model\.drift_knots=0"):
+    with pytest.raises(UserError, match=r"train with config\.model\.date_bias_knots=0"):
         to_torch(model)
     model.drift = None
     model.offset = nnx.Param(jnp.zeros(()))
-    with pytest.raises(UserError, match=r"train with config\.model\.seen_offset=False"):
+    with pytest.raises(UserError, match=r"train with config\.model\.repeat_bias=False"):
         to_torch(model)
 
 

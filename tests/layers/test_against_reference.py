@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tim4rec_jax.layers import CausalConv, TimeAwareSSD
-from tim4rec_jax.layers.block import layer_norm
+from tim4rec_jax.layers.basic import layer_norm
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 F64 = dict(dtype=jnp.float64, param_dtype=jnp.float64)

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.layers.drift import Drift
+from tim4rec_jax.layers.time import Drift
 
 DAY = 86_400
 
@@ -31,7 +31,7 @@ def test_events_of_one_time_have_one_date():
 
 def test_must_know_its_dates():
     module = Drift(2, None, 1, param_dtype=jnp.float32)
-    with pytest.raises(ValueError, match=r"model\.drift_dates"):
+    with pytest.raises(ValueError, match=r"model\.date_bias_dates"):
         module(jnp.zeros((1, 1)), jnp.zeros(1))
 
 

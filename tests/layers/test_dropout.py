@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.layers import dropout, row_seeds
-from tim4rec_jax.layers.dropout import fold
+from tim4rec_jax.layers import basic as dropout
+from tim4rec_jax.layers import row_seeds
+from tim4rec_jax.layers.basic import fold
 
 SEEDS = row_seeds(jax.random.key(0), 64)
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK
-from tim4rec_jax.layers.correlation import correlate
+from tim4rec_jax.layers.basic import correlate
 from tim4rec_jax.layers.gru import gru, gru_step
 from tim4rec_jax.layers.lru import Complex, linear_recurrence
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK
-from tim4rec_jax.layers.selective_scan import (
+from tim4rec_jax.layers.mamba import (
     selective_scan,
     selective_scan_last,
     selective_scan_step,

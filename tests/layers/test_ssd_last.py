@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tim4rec_jax.ssd import ssd
-from tim4rec_jax.ssd.last import ssd_last
+from tim4rec_jax.ssd.xla import ssd_last
 
 BATCH, LENGTH, HEADS, HEAD, STATE = 5, 13, 4, 3, 6
 LENGTHS = jnp.array([1, 2, 7, 12, 13])

@@ -18,7 +18,7 @@ from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build
 from tim4rec_jax.models.hstu import time_buckets
 from tim4rec_jax.models.tisasrec import time_index
-from tim4rec_jax.training.objective import every_position_loss, prefix_loss
+from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
 SMALL = dict(hidden_size=16, inner_size=32, n_heads=4)

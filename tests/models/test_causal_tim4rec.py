@@ -10,7 +10,7 @@ from flax import nnx
 
 from tests.models.test_tim4rec import SETTINGS
 from tim4rec_jax.layers import gap_features
-from tim4rec_jax.layers.causal import KNOTS
+from tim4rec_jax.layers.time import KNOTS
 from tim4rec_jax.models import CausalTiM4Rec, build
 
 ITEMS, LENGTH, ROWS = 30, 12, 4

@@ -9,7 +9,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.layers import CausalSSD
 from tim4rec_jax.models import build
 from tim4rec_jax.ssd import ssd
-from tim4rec_jax.ssd.mask import decay_mask
+from tim4rec_jax.ssd.reference import decay_mask
 
 LENGTH, LENGTHS = 6, [6, 4]
 

@@ -12,7 +12,7 @@ from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build
-from tim4rec_jax.training.objective import every_position_loss, prefix_loss
+from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
 SMALL = dict(hidden_size=16, embedding_size=8, d_state=4, head_dim=8)

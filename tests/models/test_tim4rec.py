@@ -11,7 +11,7 @@ from flax import nnx
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
-from tim4rec_jax.training.objective import prefix_loss
+from tim4rec_jax.training.objectives import prefix_loss
 
 SETTINGS = {
     "name": "tim4rec",

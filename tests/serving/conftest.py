@@ -8,16 +8,16 @@ KINDS = {
     "causal": dict(
         time_encoding="causal",
         num_layers=2,
-        seen_offset=True,
-        drift_knots=3,
-        drift_dates=(880_000_000, 880_003_000),
+        repeat_bias=True,
+        date_bias_knots=3,
+        date_bias_dates=(880_000_000, 880_003_000),
     ),
     "bert4rec": dict(name="bert4rec"),
     "next_time": dict(
         time_encoding="causal",
         knows_next_time=True,
-        drift_knots=3,
-        drift_dates=(870_000_000, 900_000_000),
+        date_bias_knots=3,
+        date_bias_dates=(870_000_000, 900_000_000),
     ),
 }
 

@@ -9,9 +9,10 @@ from tests.data.small_dataset import random_histories
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import LENGTHS, N_ITEMS, save_run
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.ranking import Seen, top_k
+from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.scoring import Seen
 from tim4rec_jax.serving import Recommender
-from tim4rec_jax.serving.approximate import ApproximateIndex
+from tim4rec_jax.serving.ann_index import ApproximateIndex
 
 pytest.importorskip("faiss", reason="needs the extra ann")
 

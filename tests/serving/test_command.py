@@ -136,7 +136,7 @@ def write_events(path, events, user_type=None, names=("user", "item", "timestamp
 
 def test_all_users_of_a_file(run, tmp_path, recommenders, monkeypatch):
     """Rows in any order, users in several pieces of the stream; ids keep their type."""
-    monkeypatch.setattr("tim4rec_jax.serving.parquet_events._STREAM_EVENTS", 16)
+    monkeypatch.setattr("tim4rec_jax.serving.batch_job._STREAM_EVENTS", 16)
     histories = [
         ([f"i{item}" for item in items], times.tolist())
         for items, times in random_histories([3] * 700 + LENGTHS)

@@ -9,8 +9,7 @@ from PIL import Image
 from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import Recommender
-from tim4rec_jax.serving.explain import add_command, explain
-from tim4rec_jax.serving.picture import draw
+from tim4rec_jax.serving.explain import add_command, draw, explain
 
 ITEMS = ["i7", "i3", "i12", "i3", "i20"]
 TIMES = [880_000_000, 880_000_000, 880_090_000, 881_000_123, 881_000_124]

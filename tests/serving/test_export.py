@@ -16,9 +16,9 @@ from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
 from tim4rec_jax.data import days, time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
-from tim4rec_jax.models import last_touch
+from tim4rec_jax.models import condition_on_time
+from tim4rec_jax.run import load_model
 from tim4rec_jax.serving.export import PLATFORMS, export, program
-from tim4rec_jax.training.checkpoints import load_best
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_export.py"
 HISTORY = [(7, 880_000_000), (3, 880_000_000), (12, 880_090_000), (3, 881_000_123)]
@@ -40,7 +40,7 @@ def run_alone(folder, *events, top=5):
 
 def expected(workdir, history, k, wait):
     """Indices and scores of the best unseen items by the model itself."""
-    config, model = load_best(workdir)
+    config, model = load_model(workdir)
     recent = history[-MAX_LENGTH:]
     items, times = np.zeros((1, MAX_LENGTH), np.int32), np.zeros((1, MAX_LENGTH), np.int64)
     items[0, : len(recent)] = [item for item, _ in recent]
@@ -50,10 +50,10 @@ def expected(workdir, history, k, wait):
     encode = nnx.jit(lambda model, *inputs: model.encode(*inputs))
     hidden = encode(model, items, lengths, gaps)
     moments = {
-        "waits": jnp.array([wait or 0], jnp.float32),
+        "time_to_next": jnp.array([wait or 0], jnp.float32),
         "dates": days(times[:, lengths[0] - 1]),
     }
-    hidden = last_touch(model, hidden, moments)
+    hidden = condition_on_time(model, hidden, moments)
     seen = np.array([[item for item, _ in history]], np.int32)
     scores, best = top_k(hidden, model.item_embedding.embedding[...], k, exclude=jnp.asarray(seen))
     return np.asarray(best)[0], np.asarray(scores)[0]
@@ -89,7 +89,7 @@ def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
 
 def test_knows_the_next_time(tmp_path, tiny_data):
     settings = dict(time_encoding="causal", num_layers=2, knows_next_time=True)
-    settings |= dict(drift_knots=3, drift_dates=(870_000_000, 920_000_000))
+    settings |= dict(date_bias_knots=3, date_bias_dates=(870_000_000, 920_000_000))
     compare(exported_run(tmp_path, tiny_data, **settings), wait=86_400)
 
 

@@ -11,7 +11,7 @@ pytest.importorskip("httpx2", reason="its test client needs httpx2")
 from fastapi.testclient import TestClient
 
 from tests.serving.tiny_run import tiny_recommender
-from tim4rec_jax.serving.http_service import create_app
+from tim4rec_jax.serving.http.app import create_app
 
 HISTORY = {"items": ["i7", "i3", "i12"], "timestamps": [880_000_000, 880_000_000, 880_090_000]}
 

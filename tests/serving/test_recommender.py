@@ -18,7 +18,7 @@ from tests.serving.tiny_run import (
 )
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.predictions import write_predictions
+from tim4rec_jax.evaluation.evaluate import write_predictions
 from tim4rec_jax.serving import Recommender
 
 HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_histories(LENGTHS)]

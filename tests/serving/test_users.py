@@ -19,7 +19,7 @@ from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, tiny_recommender
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
 from tim4rec_jax.serving.history import Events
-from tim4rec_jax.serving.store import Change, Snapshot
+from tim4rec_jax.serving.stores import Change, Snapshot
 
 ROOT = Path(__file__).parents[2]
 HISTORIES = [
@@ -134,7 +134,7 @@ def test_a_state_of_another_model_is_computed_anew(tiny_data, recommenders, stor
 
 
 def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
-    monkeypatch.setattr("tim4rec_jax.serving.engine._MAX_STEPS", 4)
+    monkeypatch.setattr("tim4rec_jax.serving.compiled_model._MAX_STEPS", 4)
     recommender = with_store(recommenders("causal"), store)
     recommender.update_batch(interleaved(enumerate(HISTORIES)))
     for user, history in enumerate(HISTORIES):

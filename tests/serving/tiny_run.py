@@ -10,10 +10,10 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
-from tim4rec_jax import run_settings
 from tim4rec_jax.models import build
+from tim4rec_jax.run import write_settings
 from tim4rec_jax.serving.catalogue import Catalogue
-from tim4rec_jax.serving.engine import Engine
+from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.training.checkpoints import Checkpoints
 
@@ -53,14 +53,14 @@ def tiny_model(dataset, *, seed=0, name="tim4rec", **settings):
 def tiny_recommender(dataset, store=None, **settings):
     config, model = tiny_model(dataset, **settings)
     catalogue = Catalogue(dataset)
-    return Recommender(Engine(config, model, catalogue.ids), catalogue, store)
+    return Recommender(CompiledModel(config, model, catalogue.ids), catalogue, store)
 
 
 def save_run(workdir, dataset, **settings):
     """A run directory as train.py leaves it."""
     config, model = tiny_model(dataset, **settings)
     workdir.mkdir()
-    run_settings.write(config, workdir / "config.json")
+    write_settings(config, workdir / "config.json")
     metadata = json.loads((dataset / "dataset.json").read_text())
     (workdir / "dataset.json").write_text(json.dumps(metadata))
     checkpoints = Checkpoints(workdir)

@@ -7,7 +7,8 @@ import pytest
 from jax.experimental import pallas
 
 from tests.ssd import interpreter
-from tim4rec_jax.ssd import compile_for, triton_launch
+from tim4rec_jax.ssd import compile_for
+from tim4rec_jax.ssd.triton import launch as triton_launch
 
 
 @pytest.fixture

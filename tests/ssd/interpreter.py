@@ -49,7 +49,7 @@ def _rounded(input, input_dtype, output_dtype, rounding_mode):
 
 
 def launch(kernel, inputs, outputs, programs, constants, size):
-    """What `tim4rec_jax.ssd.triton_launch.launch` does, without a GPU."""
+    """What `tim4rec_jax.ssd.triton.launch.launch` does, without a GPU."""
     numbers = {i: v for i, v in enumerate(inputs) if not isinstance(v, jax.Array)}
     arrays = [v for i, v in enumerate(inputs) if i not in numbers]
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import ANYWHERE, QUICK, Case, make, to_dtype
+from tim4rec_jax.runtime import target
 from tim4rec_jax.ssd import compile_for, ssd, ssd_step
-from tim4rec_jax.ssd.dispatch import Implementation, choose, target
+from tim4rec_jax.ssd.dispatch import Implementation, choose
 
 CASE = Case("", 19, heads=4, groups=2, chunk_size=8, skip_per_channel=True, dt_limit=(0.1, 1.5))
 PER_POSITION = ("x", "dt", "B", "C")

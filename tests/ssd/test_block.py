@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK, TOLERANCE, assert_close, to_dtype
-from tim4rec_jax.ssd import compile_for, time_aware_ssd_block, triton_launch
-from tim4rec_jax.ssd.block import has_kernel
+from tim4rec_jax.ssd import compile_for, time_aware_ssd_block
+from tim4rec_jax.ssd.fused_block import has_kernel
+from tim4rec_jax.ssd.triton import launch as triton_launch
 
 STATIC = ("activation", "state", "groups", "eps", "chunk_size", "implementation")
 

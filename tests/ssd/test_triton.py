@@ -22,8 +22,10 @@ from tests.ssd.cases import (
     quick,
     to_dtype,
 )
-from tim4rec_jax.ssd import blocks as table
-from tim4rec_jax.ssd import compile_for, ssd, triton_block, triton_launch
+from tim4rec_jax.ssd import compile_for, ssd
+from tim4rec_jax.ssd.triton import block as triton_block
+from tim4rec_jax.ssd.triton import launch as table
+from tim4rec_jax.ssd.triton import launch as triton_launch
 
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
@@ -112,7 +114,7 @@ def test_rows_stay_on_their_devices():
     """The kernel's place is taken by a sum; a callback cannot be partitioned."""
     rows = [np.arange(24.0).reshape(8, 3), np.arange(16.0).reshape(8, 2)]
     scale = np.arange(2.0)
-    call = triton_launch.by_rows(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
+    call = triton_launch.shard_over_batch(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
     mesh = jax.make_mesh(
         (8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")
     )

@@ -15,7 +15,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, train_item_counts
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build, inputs
-from tim4rec_jax.training.cloze import mask_batch
+from tim4rec_jax.training.objectives import mask_batch
 from tim4rec_jax.training.step import init_state, loss_and_gradients, make_optimizer
 
 ITEMS, LENGTH, STEPS = 20, 8, 120

@@ -15,7 +15,7 @@ from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build
-from tim4rec_jax.training.cloze import cloze_loss, mask_batch
+from tim4rec_jax.training.objectives import cloze_loss, mask_batch
 from tim4rec_jax.training.step import (
     init_state,
     loss_and_gradients,

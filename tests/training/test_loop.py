@@ -17,10 +17,10 @@ from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
-from tim4rec_jax.training import loop, steps
-from tim4rec_jax.training.interrupt import only_process
-from tim4rec_jax.training.loop import train
+from tim4rec_jax.training import step as steps
+from tim4rec_jax.training import train as loop
 from tim4rec_jax.training.step import make_optimizer
+from tim4rec_jax.training.train import only_process, train
 
 
 def cycles(n_items=30):
@@ -98,7 +98,7 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
 def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
     config = tiny_config(dataset)
     config_lib.use_causal_time(config, rows=2, epochs=2)
-    config.model.drift_knots = 4
+    config.model.date_bias_knots = 4
     calm = train(config, tmp_path / "calm")
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     die_at(20, monkeypatch)
@@ -114,13 +114,13 @@ def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, m
 def test_a_run_keeps_the_dates_of_what_it_was_trained_on(dataset, tmp_path):
     config = tiny_config(dataset, epochs=1)
     config_lib.use_model(config, "gru4rec")  # the quickest to compile
-    config.model.update(embedding_size=8, hidden_size=8, num_layers=1, drift_knots=4)
+    config.model.update(embedding_size=8, hidden_size=8, num_layers=1, date_bias_knots=4)
     train(config, tmp_path / "run")
     ds = open_dataset(dataset)
     trained_on = ds.lengths - 2
     times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["model"]["drift_dates"] == [times[times > 0].min(), times.max()]
+    assert settings["model"]["date_bias_dates"] == [times[times > 0].min(), times.max()]
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.training import cross_entropy as full
-from tim4rec_jax.training.cross_entropy import Seen
+from tim4rec_jax.training import losses as full
 from tim4rec_jax.training.losses import (
     Loss,
+    Seen,
     bpr,
     cross_entropy,
     cumulative_counts,

@@ -10,7 +10,7 @@ from tests.training.tiny_run import tiny_config
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.models import SequenceModel, build
 from tim4rec_jax.training.losses import cross_entropy
-from tim4rec_jax.training.objective import every_position_loss, prefix_loss
+from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 rng = np.random.default_rng(0)
 HIDDEN, TABLE = rng.standard_normal((6, 8)), rng.standard_normal((20, 8))
@@ -39,8 +39,8 @@ def test_rows_count_by_their_weight():
 def test_every_position_of_packed_rows_is_every_prefix():
     dataset = in_memory(random_histories([9, 4, 7]))
     config = tiny_config("none").model
-    config.update(time_encoding="causal", num_layers=2, knows_next_time=True, seen_offset=True)
-    config.update(drift_knots=3, drift_dates=SPAN)
+    config.update(time_encoding="causal", num_layers=2, knows_next_time=True, repeat_bias=True)
+    config.update(date_bias_knots=3, date_bias_dates=SPAN)
     model = build(config, n_items=30, max_length=12)
     model.offset[...] = -0.1
     model.drift.vectors[...] = jax.random.normal(jax.random.key(2), model.drift.vectors.shape)

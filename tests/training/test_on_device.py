@@ -10,12 +10,10 @@ from tests.data.small_dataset import in_memory, random_histories, write_dataset
 from tests.training.tiny_run import tiny_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
-from tim4rec_jax.devices import place
 from tim4rec_jax.models import build
-from tim4rec_jax.training import steps
-from tim4rec_jax.training.on_device import choose_placement, event_log, layout
-from tim4rec_jax.training.step import init_state
-from tim4rec_jax.training.steps import make_steps
+from tim4rec_jax.runtime import data_sharding
+from tim4rec_jax.training import step as steps
+from tim4rec_jax.training.step import choose_placement, event_log, init_state, layout, make_steps
 
 HISTORIES = random_histories([9, 4, 30, 12, 2, 5, 21])
 
@@ -34,7 +32,7 @@ def test_prefix_batches_are_those_of_the_host(convention):
         batch = gather.batch(*jax.tree.map(jax.numpy.asarray, (log, rows)), width)
         widths.add(width)
         assert batch.keys() == expected.keys()
-        for name in expected.keys() - ({"waits"} if convention == "recbole" else set()):
+        for name in expected.keys() - ({"time_to_next"} if convention == "recbole" else set()):
             assert batch[name].dtype == expected[name].dtype
             np.testing.assert_array_equal(batch[name], expected[name], err_msg=name)
     assert widths == {4, 10}
@@ -69,7 +67,7 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
     config_lib.use_model(config, "gru4rec")  # the quickest to compile
     config.model.update(embedding_size=8, hidden_size=8, num_layers=1)
     config.train.update(objective=objective, batch_size=16 if objective == "prefix" else 4)
-    ds, placement = open_dataset(dataset), place(1)
+    ds, placement = open_dataset(dataset), data_sharding(1)
     settings = dict(max_length=12, batch_size=config.train.batch_size, seed=0)
     batches = PackedBatches(ds, **settings)
     if objective == "prefix":

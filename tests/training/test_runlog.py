@@ -6,8 +6,8 @@ import signal
 import pytest
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.training.interrupt import only_process, stop_on_signal
-from tim4rec_jax.training.runlog import ProgressLine, RunLog, duration
+from tim4rec_jax.training.log import ProgressLine, RunLog, duration
+from tim4rec_jax.training.train import only_process, stop_on_signal
 
 
 def records(workdir):

@@ -20,7 +20,7 @@ from tim4rec_jax.training.step import (
     init_state,
     loss_and_gradients,
     make_optimizer,
-    micro_count,
+    num_microbatches,
     train_step,
 )
 
@@ -184,7 +184,7 @@ def test_adam_with_the_decay_added_to_the_gradient():
 @pytest.mark.parametrize("devices", [1, 2, 8])
 def test_micro_batches_divide_the_rows_of_every_device(rows, length, devices):
     devices = math.gcd(rows, devices)
-    count = micro_count(rows, length, devices)
+    count = num_microbatches(rows, length, devices)
     assert rows % (count * devices) == 0
     if count > 1:
         assert rows // count >= 8 * devices

@@ -3,8 +3,8 @@
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.training import steps
-from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.run import load_model
+from tim4rec_jax.training import step as steps
 
 MAX_LENGTH = 12
 MODEL = dict(hidden_size=16, num_layers=1, head_dim=8, d_state=8)
@@ -22,7 +22,7 @@ def tiny_config(dataset, **train):
 
 
 def parameters(workdir):
-    return nnx.to_pure_dict(nnx.state(load_best(workdir)[1], nnx.Param))
+    return nnx.to_pure_dict(nnx.state(load_model(workdir)[1], nnx.Param))
 
 
 def die_at(call, monkeypatch):

@@ -1,22 +1,191 @@
-"""Batches by number: which samples they hold is computed, never stored.
-
-Every event that training sees (`tim4rec_jax.data.splits`) but a user's first is the target of a
-training sample. Leave one out, as in the paper: the last event of a history tests, the one
-before validates; users with three events have no training sample, those with two only test,
-those with one do nothing.
-"""
+"""Windows over histories: the last events before a target, their time gaps, batches of them."""
 
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+from jaxtyping import Float32, Int, Int64
 
-from tim4rec_jax.data.buckets import default_buckets, train_prefixes
-from tim4rec_jax.data.dataset import Dataset
-from tim4rec_jax.data.shuffle import permute
-from tim4rec_jax.data.training_events import samples_of_users
-from tim4rec_jax.data.windows import Convention, prefix_batch
+from tim4rec_jax.data.dataset import Dataset, samples_of_users
 from tim4rec_jax.errors import UserError
+
+# ---- data.windows
+# Windows over histories: the last events before a target, their time gaps, batches of them.
+
+Convention = Literal["recbole", "exact"]
+
+
+def time_gaps(
+    timestamps: Int64[np.ndarray, "B L"],
+    lengths: Int[np.ndarray, "B"],
+    convention: Convention = "recbole",
+) -> Float32[np.ndarray, "B L"]:
+    """Time passed since the event before, per event.
+
+    Args:
+      timestamps: times of events, right padded with 0.
+      lengths: events of each row.
+      convention: `"recbole"` computes what the published implementation feeds its model: times
+        are rounded to float32 first (64 s apart near 9e8), and the difference runs on into the
+        padding, so that the first pad holds minus the last time. `"exact"` takes differences
+        in int64 and leaves 0 at pads.
+
+    Returns:
+      Gaps in the unit of `timestamps`; the first of each row is 0.
+    """
+    gaps = np.zeros(timestamps.shape, np.float32)
+    if convention == "recbole":
+        gaps[:, 1:] = np.diff(timestamps.astype(np.float32), axis=1)
+    else:
+        gaps[:, 1:] = np.diff(timestamps, axis=1)
+        gaps[np.arange(timestamps.shape[1]) >= lengths[:, None]] = 0
+    return gaps
+
+
+def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """Days since 1970, exact to three minutes."""
+    return (timestamps / 86_400).astype(np.float32)
+
+
+def prefix_batch(
+    dataset: Dataset,
+    users: Int64[np.ndarray, "B"],
+    ends: Int64[np.ndarray, "B"],
+    *,
+    width: int,
+    max_length: int,
+    convention: Convention,
+) -> dict[str, np.ndarray]:
+    """Gathers prefixes of histories and the events that follow them.
+
+    Args:
+      dataset: where from.
+      users: row numbers of users.
+      ends: the target is the user's event number `ends` (from 0), the input all before it.
+      width: columns of `items`; at least the longest input or `max_length`.
+      max_length: inputs are cut to their last `max_length` events.
+      convention: see `time_gaps`.
+
+    Returns:
+      `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
+      [B, max_length], all columns whatever `width` is, because the time stream of the model
+      looks at whole rows; `targets` int32 [B]; `time_to_next` float32 [B], exact time from the last
+      event to the target; `dates` float32 [B], of the last event, see `days`; `users` int32 [B].
+    """
+    lengths = np.minimum(ends, max_length)
+    stop = dataset.offsets[users] + ends
+    starts = stop - lengths
+    gaps = np.zeros((len(users), max_length), np.float32)
+    # The first pad column holds the spike of the recbole convention; beyond it all is 0.
+    seen = min(width + 1, max_length)
+    gaps[:, :seen] = time_gaps(dataset.timestamps(starts, lengths, seen), lengths, convention)
+    around = dataset.timestamps(stop - 1, np.full_like(lengths, 2), 2)
+    return {
+        "items": dataset.items(starts, lengths, width),
+        "lengths": lengths.astype(np.int32),
+        "gaps": gaps,
+        "targets": dataset.items(stop, np.ones_like(lengths), 1)[:, 0],
+        "time_to_next": (around[:, 1] - around[:, 0]).astype(np.float32),
+        "dates": days(around[:, 0]),
+        "users": users.astype(np.int32),
+    }
+
+
+# ---- data.buckets
+# Chooses the few lengths to which batches are padded.
+
+
+def train_prefixes(
+    samples: Int64[np.ndarray, "users"], max_length: int
+) -> Int64[np.ndarray, "max_length_and_1"]:
+    """Number of training samples by window length, 0 to `max_length`.
+
+    Args:
+      samples: of each user; with n the events 1 to n (from 0) are targets, and target number t
+        has t events before it.
+      max_length: longer windows are cut to it.
+    """
+    users = np.bincount(np.minimum(samples, max_length), minlength=max_length + 1)
+    counts = np.cumsum(users[::-1])[::-1]  # users with at least that many prefixes
+    counts[0] = 0
+    counts[max_length] += np.maximum(samples - max_length, 0).sum()
+    return counts
+
+
+def default_buckets(
+    samples: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
+) -> tuple[int, ...]:
+    """Bucket lengths that leave the least padding in an epoch of training.
+
+    Args:
+      samples: training samples of each user.
+      max_length: the longest window, always a bucket.
+      max_buckets: at most so many; each is one more shape to compile.
+      multiple: all but the longest are multiples of it.
+
+    Returns:
+      Lengths in rising order.
+    """
+    below = np.cumsum(train_prefixes(samples, max_length))
+    lengths = [0, *range(multiple, max_length, multiple), max_length]
+    # best[i]: fewest item slots for samples of up to lengths[i] events, and the buckets that do it.
+    best = {0: (0, 0, ())}
+    for _ in range(max_buckets):
+        best |= {
+            i: min(
+                (slots + int(below[end] - below[lengths[j]]) * end, used + 1, (*chosen, end))
+                for j, (slots, used, chosen) in best.items()
+                if j < i
+            )
+            for i, end in enumerate(lengths)
+            if i
+        }
+    return best[len(lengths) - 1][2]
+
+
+# ---- data.shuffle
+# A shuffle that is never stored: position in, shuffled position out.
+
+_ROUNDS = 4
+
+
+def permute(
+    positions: Int64[np.ndarray, "N"], size: int, key: tuple[int, ...]
+) -> Int64[np.ndarray, "N"]:
+    """Where a pseudo-random permutation of `range(size)` sends `positions`.
+
+    A bijection of the next power of two (rounds of add, multiply by an odd number, xor with
+    the own upper half; all invertible), walked until it lands below `size`. So any part of the
+    shuffle of a billion samples costs only that part, with no state to keep or to restore.
+
+    Args:
+      positions: numbers from 0 to `size - 1`.
+      size: how many there are.
+      key: non-negative integers; they alone choose the permutation.
+    """
+    bits = max(size - 1, 1).bit_length()
+    mask, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
+    # SeedSequence, unlike the methods of Generator, promises the same words in every release.
+    words = np.random.SeedSequence(key).generate_state(2 * _ROUNDS, np.uint64)
+    out = positions.astype(np.uint64)
+    moving = np.arange(len(out))
+    while moving.size:
+        values = out[moving]
+        for add, factor in words.reshape(_ROUNDS, 2):
+            values = ((values + add) * (factor | np.uint64(1))) & mask
+            values ^= values >> half
+        out[moving] = values
+        moving = moving[values >= size]
+    return out.astype(np.int64)
+
+
+# ---- data.batches
+# Batches by number: which samples they hold is computed, never stored.
+#
+# Every event that training sees (`tim4rec_jax.data.splits`) but a user's first is the target of a
+# training sample. Leave one out, as in the paper: the last event of a history tests, the one
+# before validates; users with three events have no training sample, those with two only test,
+# those with one do nothing.
 
 Batch = dict[str, np.ndarray]
 
@@ -46,7 +215,7 @@ class TrainBatches:
     shuffled. The one batch that may not be full at the end is completed by rows of weight 0
     that repeat a real row.
 
-    Elements are as `tim4rec_jax.data.windows.prefix_batch` describes, with `weights` float32
+    Elements are as `tim4rec_jax.data.batches.prefix_batch` describes, with `weights` float32
     [B] besides.
 
     Attributes:

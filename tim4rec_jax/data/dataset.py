@@ -1,15 +1,23 @@
-"""The prepared dataset as the rest of the system sees it: memory-mapped, checked, never copied."""
+"""The prepared dataset: opened, checked, memory-mapped, never copied."""
 
 import dataclasses
+import json
+import os
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from jaxtyping import Int, Int32, Int64
 
+from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.splits import Splits, by_time, date, leave_one_out, moment
 from tim4rec_jax.errors import UserError
+
+# ---- data.dataset
+# The prepared dataset as the rest of the system sees it: memory-mapped, checked, never copied.
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,3 +176,246 @@ def _runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
     for row in np.flatnonzero(reached < starts):  # the few that would run past the end
         out[row] = np.roll(out[row], reached[row] - starts[row])
     return out
+
+
+# ---- data.reader
+# Opens a prepared dataset directory: maps it, checks it, says what is wrong with it.
+
+# Events looked at in one go: bounds what checking costs in memory, whatever the dataset's size.
+_CHECK_EVENTS = 1 << 18
+_AGAIN = "prepare the dataset again with `python -m data_prep`"
+
+
+def open_dataset(directory: str | os.PathLike) -> Dataset:
+    """Opens the dataset that `python -m data_prep ... --out DIRECTORY` wrote.
+
+    Events stay in the memory-mapped files. All of them are read once, in small pieces, to
+    check them.
+
+    Args:
+      directory: a prepared dataset (format: `tim4rec_jax.data.format`).
+
+    Raises:
+      UserError: something is missing, damaged or of another format version. Names the file,
+        the row where there is one, and the remedy.
+    """
+    directory = Path(directory)
+    metadata = read_metadata(directory)
+    catalogue = read_items(directory, metadata)
+    item_ids, item_counts = catalogue.column("item"), catalogue.column("count").to_numpy()
+    users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
+    for path in _sequence_files(directory, metadata["shards"]):
+        for batch in _checked_batches(path, metadata):
+            items, timestamps = (_values(batch, name) for name in ("items", "timestamps"))
+            users.append(batch.column("user"))
+            chunks.append(Chunk(events, items, timestamps))
+            ends.append(events + _offsets(batch, "items")[1:])
+            events += len(items)
+    offsets = np.concatenate(ends)
+    for key, found in (("users", len(offsets) - 1), ("events", events)):
+        if found != metadata[key]:
+            raise UserError(
+                f"{directory}: the sequences hold {found} {key} and {fmt.DATASET_FILE} says "
+                f"{metadata[key]}; {_AGAIN}"
+            )
+    if item_counts.sum() != events:
+        raise UserError(
+            f"{directory / fmt.ITEMS_FILE}: the counts of the items add up to "
+            f"{item_counts.sum()} and there are {events} events; {_AGAIN}"
+        )
+    user_ids = pa.chunked_array(users, type=pa.string())
+    return Dataset(directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks))
+
+
+def read_metadata(directory: Path) -> dict:
+    """What dataset.json of a prepared dataset holds.
+
+    Raises:
+      UserError: it is missing, damaged or of another format version.
+    """
+    path = directory / fmt.DATASET_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} is not a prepared dataset ({path.name} is missing); make it with "
+            f"`python -m data_prep NAME --out {path.parent}`"
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if version != fmt.FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, and this release reads version "
+            f"{fmt.FORMAT_VERSION}; {_AGAIN} of this release"
+        )
+    for key in fmt.DATASET_KEYS:
+        kind = str if key in ("name", "order") else int
+        if not isinstance(metadata.get(key), kind):
+            raise UserError(f"{path}: `{key}` is missing or no {kind.__name__}; {_AGAIN}")
+    if metadata["order"] not in ("exact", "recbole"):
+        raise UserError(f"{path}: unknown event order {metadata['order']!r}; {_AGAIN}")
+    return metadata
+
+
+def read_items(directory: Path, metadata: dict) -> pa.Table:
+    """The items of a prepared dataset: `ITEMS_SCHEMA`, and titles where there are any.
+
+    Raises:
+      UserError: the file is missing, damaged, or not the one that `metadata` describes.
+    """
+    path = directory / fmt.ITEMS_FILE
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    if list(table.schema)[:3] != list(fmt.ITEMS_SCHEMA):
+        raise _other_columns(path, table.schema, fmt.ITEMS_SCHEMA)
+    index = table.column("index").to_numpy()
+    wrong = np.flatnonzero(index != np.arange(1, len(index) + 1))
+    if wrong.size or len(index) != metadata["items"]:
+        what = f"row {wrong[0]} has index {index[wrong[0]]}" if wrong.size else f"{len(index)} rows"
+        raise UserError(
+            f"{path}: {what}, expected indices 1 to {metadata['items']} in order; {_AGAIN}"
+        )
+    return table
+
+
+def _sequence_files(directory: Path, shards: int) -> list[Path]:
+    paths = [directory / fmt.sequences_file(shard, shards) for shard in range(shards)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing ({shards} in all); copy it here too, or {_AGAIN}")
+    return paths
+
+
+def _checked_batches(path: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
+    """Yields the record batches of one mapped sequences file, empty ones left out."""
+    rows = 0
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        if not reader.schema.equals(fmt.SEQUENCES_SCHEMA):
+            raise _other_columns(path, reader.schema, fmt.SEQUENCES_SCHEMA)
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            batch.validate(full=True)  # buffers, offsets and UTF-8, by Arrow itself
+            if not len(batch):
+                continue
+            if problem := _first_problem(batch, metadata):
+                row, reason = problem
+                user = batch.column("user")[row].as_py()
+                raise UserError(f"{path}: row {rows + row} (user {user!r}) {reason}; {_AGAIN}")
+            yield batch
+            rows += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _first_problem(batch: pa.RecordBatch, metadata: dict) -> tuple[int, str] | None:
+    """Returns the row of the batch in which something is wrong, and what."""
+    for column in batch.columns:
+        if column.null_count:
+            return _first_null(column), "holds a null"
+    offsets, times_offsets = _offsets(batch, "items"), _offsets(batch, "timestamps")
+    unequal = np.flatnonzero(offsets != times_offsets)
+    if unequal.size:
+        return int(unequal[0]) - 1, "has not as many timestamps as items"
+    empty = np.flatnonzero(offsets[1:] == offsets[:-1])
+    if empty.size:
+        return int(empty[0]), "has no events"
+    problem = _event_problem(batch, offsets, metadata)
+    if not problem:
+        return None
+    event, reason = problem
+    row = int(np.searchsorted(offsets, event, side="right")) - 1
+    return row, f"{reason} at event {event - offsets[row]}"
+
+
+def _event_problem(batch, offsets, metadata: dict) -> tuple[int, str] | None:
+    """Returns the number of an event of the batch that is wrong, and what is wrong with it."""
+    for name in ("items", "timestamps"):
+        lists = batch.column(name).flatten()
+        if lists.null_count:
+            return _first_null(lists), f"holds a null in its {name}"
+    items, timestamps = _values(batch, "items"), _values(batch, "timestamps")
+    for first in range(0, len(items), _CHECK_EVENTS):
+        some = items[first : first + _CHECK_EVENTS]
+        if some.min() < 1 or some.max() > metadata["items"]:
+            wrong = int(np.argmax((some < 1) | (some > metadata["items"])))
+            return first + wrong, f"has item {some[wrong]}, outside 1 to {metadata['items']},"
+        times = timestamps[first : first + _CHECK_EVENTS + 1]  # one more: pairs across pieces
+        if times.min() < 0:
+            return first + int(np.argmax(times < 0)), "has a negative timestamp"
+        if metadata["order"] == "recbole":
+            times = times.astype(np.float32)
+        falls = first + 1 + np.flatnonzero(times[1:] < times[:-1])
+        # Time may fall only where the next user starts.
+        falls = falls[offsets[np.searchsorted(offsets, falls)] != falls]
+        if falls.size:
+            return int(falls[0]), f"is not in time order ({metadata['order']})"
+    return None
+
+
+def _first_null(values: pa.Array) -> int:
+    return int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
+
+
+def _offsets(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Where each row's events start, and the end of the last's: int64 [rows + 1], from 0."""
+    offsets = batch.column(name).offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """The events of all rows, a view on the mapped file."""
+    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
+
+
+def _other_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> UserError:
+    found, expected = (
+        ", ".join(str(field)[len("pyarrow.Field<") : -1] for field in schema)
+        for schema in (found, expected)
+    )
+    return UserError(f"{path} has the columns ({found}) instead of ({expected}); {_AGAIN}")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if not path.exists():
+        return UserError(f"{path} is missing; {_AGAIN}")
+    return UserError(f"{path} is damaged or incomplete ({error}); {_AGAIN}")
+
+
+def samples_of_users(dataset: Dataset) -> np.ndarray:
+    """Number of training samples of each user.
+
+    Raises:
+      UserError: there is none at all.
+    """
+    samples = np.maximum(dataset.splits.train - 1, 0)
+    if not samples.any():
+        raise UserError(
+            f"{dataset.directory}: no user has the 4 events that a training sample takes"
+        )
+    return samples
+
+
+def train_item_counts(dataset: Dataset) -> np.ndarray:
+    """Events of each item, int64 [n_items], among those that training sees."""
+    counts = np.zeros(dataset.n_items + 1, np.int64)
+    for chunk in dataset.chunks:
+        counts += np.bincount(chunk.items[_seen(dataset, chunk)], minlength=len(counts))
+    return counts[1:]
+
+
+def train_dates(dataset: Dataset) -> tuple[int, int]:
+    """Times of the first and the last event that training sees, seconds since 1970."""
+    seen = [chunk.timestamps[_seen(dataset, chunk)] for chunk in dataset.chunks]
+    seen = [times for times in seen if times.size]
+    return min(int(times.min()) for times in seen), max(int(times.max()) for times in seen)
+
+
+def _seen(dataset: Dataset, chunk: Chunk) -> np.ndarray:
+    """Which events of a chunk training sees."""
+    numbers = chunk.start + np.arange(len(chunk.items))
+    users = np.searchsorted(dataset.offsets, numbers, side="right") - 1
+    return numbers - dataset.offsets[users] < dataset.splits.train[users]

@@ -5,7 +5,7 @@ import sys
 import grain
 
 from tim4rec_jax.data.batches import TrainBatches
-from tim4rec_jax.data.packed import PackedBatches
+from tim4rec_jax.data.packing import PackedBatches
 
 
 def train_iterator(

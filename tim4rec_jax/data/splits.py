@@ -1,10 +1,16 @@
-"""Which events train, which validate, which test."""
+"""Which events train, which validate, which test, and what training sees of a dataset."""
 
 import datetime
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
+
+# ---- data.splits
+# Which events train, which validate, which test.
+
+
+Split = Literal["valid", "test"]
 
 
 class Splits(NamedTuple):

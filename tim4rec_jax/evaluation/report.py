@@ -1,4 +1,4 @@
-"""What an evaluation says: tables for the terminal, JSON, CSV."""
+"""What an evaluation says: tables for the terminal, JSON, CSV, predictions as Parquet."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from tim4rec_jax.evaluation.files import whole_file
+from tim4rec_jax.files import atomic_write
+
+# ---- evaluation.report
+# What an evaluation says: tables for the terminal, JSON, CSV.
 
 _NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
 _ORACLES = {"with_time": "best possible", "time_blind": "best blind to time"}
@@ -28,7 +31,7 @@ def print_report(report: dict, console: Console) -> None:
 
     Args:
         report: `dataset`, `split`, `exclude_seen`, `users`, `metrics`, `standard_errors`; optional
-            `slices` (`tim4rec_jax.evaluation.slices` by name) and `oracle` (metrics by name of
+            `slices` (`tim4rec_jax.evaluation.metrics` by name) and `oracle` (metrics by name of
             the best that any model could reach, known of synthetic data).
         console: where to.
     """
@@ -70,7 +73,7 @@ def _pretty(name: str) -> str:
 
 def write_json(report: dict, path: Path) -> None:
     """Writes the report with all digits."""
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(json.dumps(report, indent=2).encode() + b"\n")
 
 
@@ -79,7 +82,7 @@ def write_csv(report: dict, path: Path) -> None:
 
     The metrics over all users have slice `all`.
     """
-    with whole_file(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
+    with atomic_write(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["split", "slice", "bin", "users", "metric", "value", "standard_error"])
         for by, group in _groups(report):
@@ -93,3 +96,7 @@ def _groups(report: dict) -> Iterator[tuple[str, dict]]:
     for by, groups in report.get("slices", {}).items():
         for group in groups:
             yield by, group
+
+
+# ---- evaluation.predictions
+# The best items of every user, in the ids of the source, as a Parquet file.

@@ -13,14 +13,14 @@ import yaml
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax import run_settings
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import from_torch, model_config, parameter_names, to_torch
 from tim4rec_jax.models import SequenceModel
+from tim4rec_jax.run import write_settings
 from tim4rec_jax.training.checkpoints import Checkpoints
-from tim4rec_jax.training.summary import describe_model
+from tim4rec_jax.training.train import describe_model
 
 
 def _flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -76,7 +76,7 @@ def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, mod
     checkpoints.save_best(0, nnx.state(model, nnx.Param))
     checkpoints.close()
     # Last: a directory without it is not taken for a run.
-    run_settings.write(config, workdir / "config.json")
+    write_settings(config, workdir / "config.json")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -139,11 +139,11 @@ def to_torch(model: SequenceModel) -> dict[str, np.ndarray]:
     if model.offset is not None:
         raise UserError(
             "the published models have no offset for items seen: "
-            "train with config.model.seen_offset=False"
+            "train with config.model.repeat_bias=False"
         )
     if model.drift is not None:
         raise UserError(
-            "the published models do not drift with the date: train with config.model.drift_knots=0"
+            "the published models do not drift with the date: train with config.model.date_bias_knots=0"
         )
     form = _format_of(model)
     return {

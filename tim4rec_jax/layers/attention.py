@@ -7,10 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tim4rec_jax.layers.activations import gelu
-from tim4rec_jax.layers.block import layer_norm
-from tim4rec_jax.layers.dense import ALL, Dense
-from tim4rec_jax.layers.dropout import dropout, fold
+from tim4rec_jax.layers.basic import ALL, Dense, dropout, fold, gelu, layer_norm
 
 # Queries are cut into so many blocks, none shorter than that: of the scores above the diagonal
 # most are never computed (on CPU a third of attention over 200 positions, a sixth over 50).

@@ -6,22 +6,9 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.layers.time_aware_ssd import TimeAwareSSD, take_position
-from tim4rec_jax.layers.time_stream import TimeMixer
-
-
-def layer_norm(width: int, eps: float, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with statistics in at least float32 and a two-pass variance."""
-    return nnx.LayerNorm(
-        width,
-        epsilon=eps,
-        dtype=dtype,
-        param_dtype=param_dtype,
-        use_fast_variance=False,
-        rngs=rngs,
-    )
+from tim4rec_jax.layers.basic import Dense, dropout, fold, layer_norm, take_position
+from tim4rec_jax.layers.ssd import CausalSSD, LayerState, TimeAwareSSD
+from tim4rec_jax.layers.time import GapModulator, TimeMixer
 
 
 class FeedForward(nnx.Module):
@@ -140,3 +127,59 @@ class Block(ResidualBlock):
             return None, None
         factor = self.mixer(tau, fold(seeds, 2))
         return factor, self.mixer.advance(tau, factor, real, fold(seeds, 2))
+
+
+class CausalBlock(ResidualBlock):
+    """A layer whose time is the gaps; without a modulator time is not used."""
+
+    def __init__(self, ssd: CausalSSD, modulator: GapModulator | None, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.ssd, self.modulator = ssd, modulator
+
+    def __call__(
+        self,
+        h: Float[Array, "B L D"],
+        features: Float[Array, "B L K"] | None,
+        segment_ids: Int[Array, "B L"] | None,
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B L D"]:
+        """One layer over rows of one or more histories each.
+
+        Args:
+          h: item stream.
+          features: `gap_features`.
+          segment_ids: which history a position belongs to; None: one a row.
+          seeds: dropout seeds per row, or None for no dropout.
+        """
+        return self.finish(self.ssd(h, self._time(features), segment_ids), h, seeds)
+
+    def init_state(self, batch: int) -> LayerState:
+        """The state before the first event."""
+        return self.ssd.init_state(batch)
+
+    def mask(
+        self, h: Float[Array, "B L D"], features: Float[Array, "B L K"] | None
+    ) -> Float[Array, "B H L L"]:
+        """What each event counts for in each later one, per head, before their content."""
+        return self.ssd.mask(h, self._time(features))
+
+    def last(
+        self,
+        h: Float[Array, "B L D"],
+        features: Float[Array, "B L K"] | None,
+        lengths: Int[Array, "B"],
+        seeds: UInt32[Array, "B"] | None = None,
+    ) -> Float[Array, "B D"]:
+        """`__call__` at position `lengths - 1` of rows of one history, for a model's last layer."""
+        y = self.ssd.last(h, self._time(features), lengths)
+        return self.finish(y, take_position(h, lengths - 1), seeds)
+
+    def step(
+        self, state: LayerState, h: Float[Array, "B D"], features: Float[Array, "B K"] | None
+    ) -> tuple[LayerState, Float[Array, "B D"]]:
+        """`__call__` for one more event."""
+        state, y = self.ssd.step(state, h, self._time(features))
+        return state, self.finish(y, h, None)
+
+    def _time(self, features):
+        return None if self.modulator is None else self.modulator(features)

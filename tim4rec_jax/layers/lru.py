@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tim4rec_jax.layers.basic import take_position
 from tim4rec_jax.layers.block import ResidualBlock
-from tim4rec_jax.layers.time_aware_ssd import take_position
-from tim4rec_jax.ssd.dispatch import target
+from tim4rec_jax.runtime import target
 
 
 class Complex(NamedTuple):

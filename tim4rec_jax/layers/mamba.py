@@ -1,4 +1,12 @@
-"""The block of Mamba (arXiv 2312.00752, section 3.4), as Mamba4Rec uses it."""
+"""The selective scan of Mamba (arXiv 2312.00752, algorithm 2): a decay of its own per number.
+
+    h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
+    y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
+
+Unlike in Mamba-2 (`tim4rec_jax.ssd`) the decays have no matrix product to go with: one loop over
+the positions, whose states [B, D, N] are kept for some positions only and computed again
+backwards. An associative scan would hold all of them, several times over.
+"""
 
 import math
 from typing import Any, NamedTuple
@@ -8,17 +16,225 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, UInt32
 
+from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
 from tim4rec_jax.layers.block import ResidualBlock
-from tim4rec_jax.layers.convolution import CausalConv
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.selective_scan import (
-    selective_scan,
-    selective_scan_last,
-    selective_scan_step,
-    skip_and_gate,
-    step_size,
-)
-from tim4rec_jax.layers.time_aware_ssd import take_position
+
+# ---- layers.selective_scan
+# The selective scan of Mamba (arXiv 2312.00752, algorithm 2): a decay of its own per number.
+#
+#     h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
+#     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
+#
+# Unlike in Mamba-2 (`tim4rec_jax.ssd`) the decays have no matrix product to go with: one loop over
+# the positions, whose states [B, D, N] are kept for some positions only and computed again
+# backwards. An associative scan would hold all of them, several times over.
+
+
+def selective_scan(
+    u: Float[Array, "B L D"],
+    delta: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, " D"] | None = None,
+    *,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
+    delta_softplus: bool = False,
+    initial_state: Float[Array, "B D N"] | None = None,
+    segment_ids: Int[Array, "B L"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+    """Runs over whole rows.
+
+    Args:
+      u: inputs.
+      delta: step sizes.
+      A: rates of decay, negative.
+      B: input maps.
+      C: output maps.
+      D: skip weights; None: no skip.
+      z: gates, `y` being multiplied by silu(z) last; None: none.
+      delta_bias: added to `delta` first.
+      delta_softplus: whether softplus is applied to `delta` next.
+      initial_state: the state before the first position; None: zeros.
+      segment_ids: the state starts from zeros where the id differs from the one before.
+
+    Returns:
+      y in the dtype of `u`, and the state after the last position, in at least float32.
+    """
+    dt = step_size(delta, delta_bias, delta_softplus)
+    dtype, (batch, length, width) = dt.dtype, u.shape
+    x, B, C = dt * u.astype(dtype), B.astype(dtype), C.astype(dtype)
+    start = None
+    if segment_ids is not None:
+        start = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+        start = start.astype(dtype)
+    chunk = _chunk_size(length)
+
+    def in_chunks(array):  # a position with dt = 0 behind the last one changes nothing
+        fill = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2)
+        array = jnp.pad(array, fill).swapaxes(0, 1)
+        return array.reshape(-1, chunk, *array.shape[1:])
+
+    if initial_state is None:
+        h = jnp.zeros((batch, A.shape[1], width), dtype)
+    else:
+        h = initial_state.astype(dtype).swapaxes(1, 2)
+    inputs = jax.tree.map(in_chunks, _Inputs(dt, x, B, C, start))
+    y, h = _scan(inputs, A.astype(dtype).T, h)
+    y = y.reshape(-1, batch, width)[:length].swapaxes(0, 1)
+    return skip_and_gate(y, u, D, z), h.swapaxes(1, 2)
+
+
+def selective_scan_step(
+    state: Float[Array, "B D N"],
+    u: Float[Array, "B D"],
+    dt: Float[Array, "B D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B N"],
+    C: Float[Array, "B N"],
+) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
+    """One more position, without skip and gate; `dt` is ready to use (`step_size`)."""
+    state = jnp.exp(dt[..., None] * A) * state + (dt * u)[..., None] * B[:, None]
+    return state, jnp.einsum("bdn,bn->bd", state, C.astype(state.dtype))
+
+
+def selective_scan_last(
+    u: Float[Array, "B L D"],
+    dt: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B N"],
+    lengths: Int[Array, " B"],
+) -> Float[Array, "B D"]:
+    """The output at position `lengths - 1`, without skip and gate and without any state.
+
+    A sum over the positions, each with the decay from it to the last one. `dt` is ready to use
+    (`step_size`), `C` that of position `lengths - 1`.
+    """
+    real = jnp.arange(u.shape[1])[None, :, None] < lengths[:, None, None]
+    dt = jnp.where(real, dt, 0.0)
+    after = jnp.pad(dt[:, 1:], ((0, 0), (0, 1), (0, 0)))
+    after = jax.lax.cumsum(after, axis=1, reverse=True)  # recent events, which count most, exact
+    maps = B.astype(dt.dtype) * C[:, None].astype(dt.dtype)
+    rates = A.astype(dt.dtype).T
+
+    @jax.checkpoint
+    def add(y, xs):
+        after, maps, x = xs
+        decay = jnp.exp(after[:, None] * rates)
+        return y + x * jnp.einsum("bnd,bn->bd", decay, maps), None
+
+    xs = [array.swapaxes(0, 1) for array in (after, maps, dt * u.astype(dt.dtype))]
+    return jax.lax.scan(add, jnp.zeros_like(xs[0][0]), xs)[0]
+
+
+def step_size(
+    delta: Float[Array, "*batch D"], bias: Float[Array, " D"] | None, softplus: bool
+) -> Float[Array, "*batch D"]:
+    """The step sizes that the recurrence uses, in at least float32."""
+    dt = delta.astype(jnp.promote_types(delta.dtype, jnp.float32))
+    if bias is not None:
+        dt = dt + bias
+    return jax.nn.softplus(dt) if softplus else dt
+
+
+def skip_and_gate(
+    y: Float[Array, "*batch D"],
+    u: Float[Array, "*batch D"],
+    D: Float[Array, " D"] | None,
+    z: Float[Array, "*batch D"] | None,
+) -> Float[Array, "*batch D"]:
+    """What follows the recurrence, in the dtype of `u`."""
+    if D is not None:
+        y = y + D * u
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(y.dtype))
+    return y.astype(u.dtype)
+
+
+class _Inputs(NamedTuple):
+    """Of all positions [chunks, chunk, B, ...], of one chunk, or of one position."""
+
+    dt: jax.Array  # [B, D]
+    x: jax.Array  # dt u, [B, D]
+    B: jax.Array  # [B, N]
+    C: jax.Array  # [B, N]
+    start: jax.Array | None  # 1 where the state starts from zeros, else 0, [B]
+
+
+def _chunk_size(length: int) -> int:
+    """About the root of the length, so that little is kept; in that range, with least padding."""
+    root = math.isqrt(length)
+    return min(range(root, 2 * root + 1), key=lambda size: (-length % size, size))
+
+
+def _decay(inputs: _Inputs, A):
+    decay = jnp.exp(inputs.dt[:, None] * A)
+    return decay if inputs.start is None else decay * (1.0 - inputs.start[:, None, None])
+
+
+def _advance(h, inputs: _Inputs, A):
+    return _decay(inputs, A) * h + inputs.B[..., None] * inputs.x[:, None]
+
+
+@jax.custom_vjp
+def _scan(inputs: _Inputs, A, h):
+    """All y [chunks, chunk, B, D] and the last state [B, N, D]; A is [N, D] here."""
+    return _forward(inputs, A, h)[0]
+
+
+def _forward(inputs, A, h):
+    def step(h, inputs):
+        h = _advance(h, inputs, A)
+        return h, (h * inputs.C[..., None]).sum(1)
+
+    def chunk(h, inputs):
+        following, y = jax.lax.scan(step, h, inputs)
+        return following, (y, h)
+
+    h, (y, starts) = jax.lax.scan(chunk, h, inputs)
+    return (y, h), (inputs, A, starts)
+
+
+def _backward(residuals, gradients):
+    inputs, A, starts = residuals
+    d_y, d_h = gradients
+
+    def step(carry, xs):
+        d_h, d_A = carry
+        h, inputs, d_y = xs  # h: the state before this position
+        decay = _decay(inputs, A)
+        kept = decay * h
+        d_h = d_h + inputs.C[..., None] * d_y[:, None]
+        d_exponent = d_h * kept
+        after = kept + inputs.B[..., None] * inputs.x[:, None]
+        d_inputs = _Inputs(
+            dt=(d_exponent * A).sum(1),
+            x=(d_h * inputs.B[..., None]).sum(1),
+            B=jnp.einsum("bnd,bd->bn", d_h, inputs.x),
+            C=jnp.einsum("bnd,bd->bn", after, d_y),
+            start=None,
+        )
+        return (d_h * decay, d_A + (d_exponent * inputs.dt[:, None]).sum(0)), d_inputs
+
+    def chunk(carry, xs):
+        start, inputs, d_y = xs
+        _, before = jax.lax.scan(lambda h, now: (_advance(h, now, A), h), start, inputs)
+        return jax.lax.scan(step, carry, (before, inputs, d_y), reverse=True)
+
+    zero = (d_h, jnp.zeros_like(A))
+    (d_h, d_A), d_inputs = jax.lax.scan(chunk, zero, (starts, inputs, d_y), reverse=True)
+    # Nobody wants the gradient of `start`.
+    start = None if inputs.start is None else jnp.zeros_like(inputs.start)
+    return d_inputs._replace(start=start), d_A, d_h
+
+
+_scan.defvjp(_forward, _backward)
+
+
+# ---- layers.mamba
+# The block of Mamba (arXiv 2312.00752, section 3.4), as Mamba4Rec uses it.
 
 
 class MambaState(NamedTuple):

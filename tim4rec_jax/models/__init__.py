@@ -1,4 +1,4 @@
-"""Models, one file each; `tim4rec_jax.models.sequence_model` says what they have in common."""
+"""Models, one file each; `tim4rec_jax.models.base` says what they have in common."""
 
 from typing import Any
 
@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 
 from tim4rec_jax.config import Config
+from tim4rec_jax.models.base import SequenceModel, condition_on_time, encode_batch, inputs
 from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.models.caser import Caser
 from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
@@ -16,7 +17,6 @@ from tim4rec_jax.models.lrurec import LRURec
 from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.popularity import Popularity
 from tim4rec_jax.models.sasrec import SASRec
-from tim4rec_jax.models.sequence_model import SequenceModel, encode_batch, inputs, last_touch
 from tim4rec_jax.models.ssd4rec import SSD4Rec
 from tim4rec_jax.models.tim4rec import TiM4Rec
 from tim4rec_jax.models.tisasrec import TiSASRec
@@ -87,8 +87,8 @@ __all__ = [
     "SequenceModel",
     "TiM4Rec",
     "build",
+    "condition_on_time",
     "encode_batch",
     "inputs",
-    "last_touch",
     "model_class",
 ]

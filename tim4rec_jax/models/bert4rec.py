@@ -4,16 +4,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers.activations import gelu
 from tim4rec_jax.layers.attention import EncoderLayer, Positions
-from tim4rec_jax.layers.block import layer_norm
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.dropout import fold
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import Dense, fold, gelu, layer_norm
+from tim4rec_jax.models.base import SequenceModel
 
 
 class BERT4Rec(SequenceModel):
-    """SASRec's layers without its causal mask; objective `cloze` (`tim4rec_jax.training.cloze`).
+    """SASRec's layers without its causal mask; objective `cloze` (`tim4rec_jax.training.objectives`).
 
     Row `n_items + 1` of `item_embedding` is the mask token: no item, and never a candidate. What
     TiM4Rec's comparison did, and this does too, although it costs the model something:

@@ -8,11 +8,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers.correlation import correlate
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.dropout import dropout
-from tim4rec_jax.layers.initializers import uniform
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import Dense, correlate, dropout, uniform
+from tim4rec_jax.models.base import SequenceModel
 
 _CHANNELS = 64  # of one convolution over windows of several heights
 

@@ -1,4 +1,4 @@
-"""TiM4Rec with a causal use of time: `time_encoding="causal"` (see `tim4rec_jax.layers.causal`)."""
+"""TiM4Rec with a causal use of time: `time_encoding="causal"` (see `tim4rec_jax.layers.ssd`)."""
 
 from typing import Any
 
@@ -8,8 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32
 
 from tim4rec_jax.layers import CausalBlock, CausalSSD, GapModulator, gap_features
-from tim4rec_jax.layers.causal import NextTime
-from tim4rec_jax.models.causal_blocks import CausalBlocks
+from tim4rec_jax.layers.time import NextTime
+from tim4rec_jax.models.base import CausalBlocks
 from tim4rec_jax.models.tim4rec import block_settings, feed_forward, ssd_settings
 
 

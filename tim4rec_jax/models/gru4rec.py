@@ -5,12 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.dropout import dropout
+from tim4rec_jax.layers.basic import Dense, dropout, take_position, uniform
 from tim4rec_jax.layers.gru import GRU
-from tim4rec_jax.layers.initializers import uniform
-from tim4rec_jax.layers.time_aware_ssd import take_position
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.models.base import SequenceModel
 
 
 class GRU4Rec(SequenceModel):
@@ -21,7 +18,7 @@ class GRU4Rec(SequenceModel):
     the paper. There is no dropout between or after the GRUs.
     """
 
-    causal = streams = True
+    causal = supports_step = True
 
     def __init__(
         self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32

@@ -6,9 +6,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import causal_mask, segment_positions, take_rows
-from tim4rec_jax.layers.dense import Dense
-from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import Dense, dropout, fold
+from tim4rec_jax.models.base import SequenceModel
 
 _NORM_EPS = 1e-6
 

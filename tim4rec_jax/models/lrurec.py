@@ -10,9 +10,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers import FeedForward
-from tim4rec_jax.layers.activations import gelu
+from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.lru import LRU, LRUBlock
-from tim4rec_jax.models.causal_blocks import CausalBlocks
+from tim4rec_jax.models.base import CausalBlocks
 
 _EPS = 1e-5
 

@@ -4,9 +4,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from tim4rec_jax.layers import FeedForward
-from tim4rec_jax.layers.activations import gelu
+from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.mamba import Mamba, MambaBlock
-from tim4rec_jax.models.causal_blocks import CausalBlocks
+from tim4rec_jax.models.base import CausalBlocks
 
 _EPS = 1e-12
 

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.models.base import SequenceModel
 
 
 class Popularity(SequenceModel):
@@ -17,7 +17,7 @@ class Popularity(SequenceModel):
     close as ties between frequent items are rare.
     """
 
-    causal = streams = True
+    causal = supports_step = True
 
     def __init__(
         self,

@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
-from tim4rec_jax.layers.dropout import fold
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import fold
+from tim4rec_jax.models.base import SequenceModel
 
 
 class SASRec(SequenceModel):

@@ -5,9 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers import Block, FeedForward, TimeAwareSSD, TimeEncoder, TimeMixer
-from tim4rec_jax.layers.block import layer_norm
-from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import dropout, fold, layer_norm
+from tim4rec_jax.models.base import SequenceModel
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 TIME_ENCODINGS = ("paper", "masked")

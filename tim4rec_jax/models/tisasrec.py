@@ -7,8 +7,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
-from tim4rec_jax.layers.dropout import dropout, fold
-from tim4rec_jax.models.sequence_model import SequenceModel
+from tim4rec_jax.layers.basic import dropout, fold
+from tim4rec_jax.models.base import SequenceModel
 
 
 def time_index(gaps: Float[Array, "B L"], span: int) -> Int32[Array, "B L L"]:

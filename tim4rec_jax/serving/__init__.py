@@ -1,7 +1,6 @@
 """Recommendations from a trained run: as a library, from the shell, in bulk."""
 
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
-from tim4rec_jax.serving.sqlite_store import SQLiteStore
-from tim4rec_jax.serving.store import MemoryStore, Store
+from tim4rec_jax.serving.stores import MemoryStore, SQLiteStore, Store
 
 __all__ = ["MemoryStore", "Recommendations", "Recommender", "SQLiteStore", "Store"]

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from tim4rec_jax.errors import UserError, run_main
-from tim4rec_jax.serving import batch, command, explain, export, serve
+from tim4rec_jax.serving import batch_job as batch
+from tim4rec_jax.serving import command, explain, export
+from tim4rec_jax.serving.http import app as serve
 
 # Each module adds its own command: a parser whose default `run` takes the flags.
 COMMANDS = (command, batch, export, explain, serve)

@@ -9,12 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from tim4rec_jax import run_settings
 from tim4rec_jax.config import Config
-from tim4rec_jax.data.reader import read_items, read_metadata
-from tim4rec_jax.evaluation.command import check_model
+from tim4rec_jax.data.dataset import read_items, read_metadata
 from tim4rec_jax.models import SequenceModel
-from tim4rec_jax.training.checkpoints import load_best
+from tim4rec_jax.run import check_model, check_same_dataset, load_model
 
 
 def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, SequenceModel, Catalogue]:
@@ -28,12 +26,12 @@ def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, Sequen
     Raises:
         UserError: the run or the dataset is missing or damaged, or they do not belong together.
     """
-    config, model = load_best(workdir)
+    config, model = load_model(workdir)
     catalogue = Catalogue(dataset or Path(config.dataset))
     check_model(model, len(catalogue), catalogue.directory, workdir)
     trained_on = workdir / "dataset.json"
     if trained_on.exists():
-        run_settings.check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
+        check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
     return config, model, catalogue
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tim4rec_jax import compilation_cache
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
 _CSV = "a CSV file with the columns item and timestamp (whole seconds since 1970)"
@@ -85,7 +85,7 @@ def load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
         "allow": _read_ids(flags.allow),
         "deny": _read_ids(flags.deny),
     }
-    compilation_cache.enable()
+    enable_compilation_cache()
     return Recommender.load(
         flags.workdir, dataset=flags.dataset, approximate=flags.approximate
     ), options

@@ -30,15 +30,19 @@ from jax import export as jax_export
 import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.ranking import Seen, top_k
-from tim4rec_jax.models import inputs, last_touch
+from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.models import condition_on_time, inputs
+from tim4rec_jax.scoring import Seen
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
 # The names in the program of arrays of a batch, and what they are.
 _MOMENTS = {
-    "waits": ("wait", "float32 [rows]: seconds from the last event to the moment of prediction"),
+    "time_to_next": (
+        "wait",
+        "float32 [rows]: seconds from the last event to the moment of prediction",
+    ),
     "dates": ("date", "float32 [rows]: of the last event, days since 1970"),
 }
 PROGRAM, WEIGHTS, METADATA = "recommend.stablehlo", "weights.npz", "metadata.json"
@@ -112,8 +116,8 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
             return model.encode(*(value[None] for value in row))[0]
 
         hidden = jax.vmap(encode)(items, lengths, gaps)
-        hidden = last_touch(model, hidden, dict(zip(_moments(model), moments, strict=True)))
-        offset = model.seen_offset()
+        hidden = condition_on_time(model, hidden, dict(zip(_moments(model), moments, strict=True)))
+        offset = model.repeat_bias()
         seen = None if offset is None else Seen(items, offset)
         return top_k(hidden, model.item_table(), top, exclude=exclude, seen=seen)
 

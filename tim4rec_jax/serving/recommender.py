@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from tim4rec_jax.serving.approximate import ApproximateIndex
+from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
-from tim4rec_jax.serving.engine import Engine
+from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.history import check_times, read_histories
 from tim4rec_jax.serving.ranker import Ranker, Times
-from tim4rec_jax.serving.store import MemoryStore, Store
-from tim4rec_jax.serving.users import Users
+from tim4rec_jax.serving.stores import MemoryStore, Store
+from tim4rec_jax.serving.user_state import Users
 
 Values = Sequence[Any] | np.ndarray
 
@@ -51,7 +51,7 @@ class Recommender:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: CompiledModel,
         catalogue: Catalogue,
         store: Store | None = None,
         index: ApproximateIndex | None = None,
@@ -89,7 +89,7 @@ class Recommender:
                 the index's library is not installed.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
-        engine = Engine(config, model, catalogue.ids)
+        engine = CompiledModel(config, model, catalogue.ids)
         index = None
         if approximate:
             index = ApproximateIndex(engine.table, Path(workdir) / "index.faiss")
@@ -199,7 +199,7 @@ class Recommender:
         """
         events, _ = self._users.log(str(user))
         options: dict[str, Any] = dict(at=at, exclude_seen=exclude_seen, allow=allow, deny=deny)
-        if self.engine.streams and events.items.size:
+        if self.engine.supports_step and events.items.size:
             options["hidden"] = self.engine.hidden(self._users.state(str(user)))
         scores, items = self.ranker.rank(events, k, **options)
         return self._recommendations(scores[0], items[0], 0, not events.items.size)

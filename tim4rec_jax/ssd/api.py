@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from tim4rec_jax.ssd import tpu, triton
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
+from tim4rec_jax.ssd.tpu import op as tpu
+from tim4rec_jax.ssd.triton import op as triton
 from tim4rec_jax.ssd.xla import ssd_xla
 
 
@@ -67,8 +68,8 @@ def _steps(v: Arguments, dtype):
 IMPLEMENTATIONS = {
     "reference": Implementation(_from_decays(ssd_reference)),
     "xla": Implementation(_from_decays(ssd_xla)),
-    "triton": Implementation(triton.ssd_triton, "gpu", triton.obstacle),
-    "tpu": Implementation(_on_tpu, "tpu", tpu.obstacle),
+    "triton": Implementation(triton.ssd_triton, "gpu", triton.unsupported_reason),
+    "tpu": Implementation(_on_tpu, "tpu", tpu.unsupported_reason),
 }
 
 

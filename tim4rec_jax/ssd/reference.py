@@ -6,6 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# ---- ssd.reference
+# The SSD recurrence, one position after the other: slow, plain, and what the others must equal.
+
 
 def step(
     state: Float[Array, "B H P N"],
@@ -65,3 +68,28 @@ def ssd_reference(
     positions = (jnp.moveaxis(v, 1, 0) for v in (x, dt, log_decay, B, C))
     state, y = jax.lax.scan(lambda s, p: step(s, *p), initial_state, tuple(positions))
     return jnp.moveaxis(y, 0, 1), state
+
+
+# ---- ssd.mask
+# The structured masked matrix itself, which the fast forms of the op never write down.
+
+
+def decay_mask(
+    step: Float[Array, "B L H"], log_decay: Float[Array, "B L H"]
+) -> Float[Array, "B H L L"]:
+    """What event s counts for in event l before either's content: exp(decay from s to l) step[s].
+
+    With it the op is y[l] = sum over s <= l of mask[l,s] (C[l] . B[s]) x[s] (Mamba-2, arXiv
+    2405.21060, section 3; the time-aware mask of arXiv 2409.16182, section 3.3). Quadratic in L.
+
+    Args:
+      step: step sizes, after softplus.
+      log_decay: log of each event's decay, <= 0.
+
+    Returns:
+      A lower triangle, the rest 0.
+    """
+    total = jnp.cumsum(log_decay, axis=1).swapaxes(1, 2)
+    past = jnp.tril(jnp.ones((total.shape[-1],) * 2, bool))
+    between = jnp.where(past, total[..., :, None] - total[..., None, :], -jnp.inf)
+    return jnp.exp(between) * step.swapaxes(1, 2)[..., None, :]

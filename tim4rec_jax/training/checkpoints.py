@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
@@ -15,10 +14,7 @@ from absl import logging
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
-from tim4rec_jax import config as config_lib
-from tim4rec_jax import run_settings
-from tim4rec_jax.errors import UserError
-from tim4rec_jax.models import SequenceModel, build, model_class
+from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
@@ -116,7 +112,7 @@ class Checkpoints:
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
                 where = self.latest.directory / str(step)
-                print(f"checkpoint {where} is damaged, passing over it: {_first_line(error)}")
+                print(f"checkpoint {where} is damaged, passing over it: {first_line(error)}")
                 continue
             # The damaged ones would stand in the way of those that will be saved again.
             for damaged in [later for later in steps if later > step]:
@@ -169,53 +165,3 @@ def _from_storable(state: TrainState, stored: dict) -> TrainState:
         loss_sum=stored["loss_sum"],
         weight_sum=stored["weight_sum"],
     )
-
-
-def load_best(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
-    """The settings of a run and its model with the parameters best on validation.
-
-    Raises:
-      UserError: the run directory or its best checkpoint is missing or damaged.
-    """
-    workdir = Path(workdir)
-    config = run_settings.read(workdir / "config.json")
-    best = workdir / "best"
-    steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
-    if not steps:
-        raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
-    path = best.absolute() / str(max(steps)) / "default"
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
-            # Shapes alone: nothing is drawn only to be replaced.
-            model = nnx.eval_shape(
-                lambda: build(config.model, max_length=config.data.max_length, **sizes)
-            )
-            graphdef, params = nnx.split(model)
-            wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))
-            stored = checkpointer.restore(path, wanted)
-    except Exception as error:
-        raise UserError(
-            f"the best checkpoint {path} cannot be read ({_first_line(error)}); "
-            "run train.py again in this --workdir to make it anew"
-        ) from error
-    nnx.replace_by_pure_dict(params, stored)
-    best_model: Any = nnx.merge(graphdef, params)
-    return config, best_model
-
-
-def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-
-
-def _sizes(config: config_lib.Config, stored: Any) -> dict[str, int]:
-    """Numbers of items and users that the stored tables are for."""
-    rows = stored["item_embedding"]["embedding"].shape[0]
-    sizes = {"n_items": rows - model_class(config.model).special_rows}
-    if "user_embedding" in stored:
-        sizes["n_users"] = stored["user_embedding"]["embedding"].shape[0] - 1
-    return sizes
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,20 +1,34 @@
-"""The jitted training step: gradients over micro-batches, one optimizer update."""
+"""The jitted training step, and how steps are dispatched."""
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx, struct
+from jax.sharding import NamedSharding, PartitionSpec
 
+from tim4rec_jax.config import Config
+from tim4rec_jax.data import (
+    Convention,
+    Dataset,
+    PackedBatches,
+    TrainBatches,
+    days,
+    train_item_counts,
+)
+from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.layers import row_seeds
-from tim4rec_jax.ssd.dispatch import target
-from tim4rec_jax.training.cloze import mask_batch
-from tim4rec_jax.training.cross_entropy import full_cross_entropy
-from tim4rec_jax.training.losses import Loss, SummedLoss
-from tim4rec_jax.training.objective import OBJECTIVES
+from tim4rec_jax.models import SequenceModel, inputs
+from tim4rec_jax.runtime import Placement, target
+from tim4rec_jax.training.losses import Loss, SummedLoss, cumulative_counts, full_cross_entropy
+from tim4rec_jax.training.objectives import OBJECTIVES, mask_batch
+
+# ---- training.step
+# The jitted training step: gradients over micro-batches, one optimizer update.
 
 Batch = dict[str, jax.Array]
 CROSS_ENTROPY = Loss()
@@ -73,7 +87,7 @@ def make_optimizer(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(rate))
 
 
-def micro_count(rows: int, length: int, devices: int) -> int:
+def num_microbatches(rows: int, length: int, devices: int) -> int:
     """How many micro-batches to cut a batch of `rows` histories of `length` into.
 
     On CPU as many as bring one down to 3,072 events and 128 rows of scores, which is where
@@ -153,7 +167,7 @@ def update(
       graphdef: the model's structure.
       tx: the optimizer.
       micro: number of micro-batches; divides B.
-      objective: a name in `tim4rec_jax.training.objective.OBJECTIVES`.
+      objective: a name in `tim4rec_jax.training.objectives.OBJECTIVES`.
       loss: how states are held against targets.
       up_to: see `tim4rec_jax.training.losses.Loss.prepare`.
 
@@ -196,3 +210,317 @@ def update(
 train_step = jax.jit(
     update, static_argnames=("graphdef", "tx", "micro", "objective", "loss"), donate_argnums=0
 )
+
+
+# ---- training.on_device
+# Training from an event log that lies on the device.
+#
+# A step of a few milliseconds leaves the host no time to gather windows and send them. Here only
+# the numbers of samples cross the bus, for several steps at once; the batches are those of
+# `tim4rec_jax.data`, value for value.
+
+# Of the device's memory, or of as much as the smallest GPU of interest has.
+_SHARE, _MEMORY = 0.25, 16 * 2**30
+
+
+class EventLog(NamedTuple):
+    """All events, user after user.
+
+    Attributes:
+      items: int32 [E], item indices.
+      times: float32 [E], what gaps come from: times rounded to float32 (`recbole`), or the exact
+        time since the event before, whoever's it is (`exact`).
+      dates: float32 [E], days since 1970.
+    """
+
+    items: Any
+    times: Any
+    dates: Any
+
+
+def event_log(dataset: Dataset, convention: Convention) -> EventLog:
+    """The log of a dataset, in host memory."""
+    items = np.concatenate([chunk.items for chunk in dataset.chunks])
+    times = np.concatenate([chunk.timestamps for chunk in dataset.chunks])
+    dates = days(times)
+    if convention == "exact":
+        times = np.diff(times, prepend=times[:1])
+    return EventLog(items, times.astype(np.float32), dates)
+
+
+def choose_placement(asked: str, dataset: Dataset) -> str:
+    """`device` or `host`; `auto` is the device if that is not the host's own and the log fits."""
+    if asked != "auto":
+        return asked
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return "host"
+    memory = (device.memory_stats() or {}).get("bytes_limit", _MEMORY)
+    # Event numbers are int32.
+    fits = dataset.n_events < 2**31 and 12 * dataset.n_events <= _SHARE * memory
+    return "device" if fits else "host"
+
+
+def prefix_batch(
+    log: EventLog,
+    rows: dict[str, jax.Array],
+    *,
+    width: int,
+    max_length: int,
+    convention: Convention,
+) -> dict[str, jax.Array]:
+    """`tim4rec_jax.data.prefix_batch` on the device.
+
+    Args:
+      log: of the dataset, with the same convention.
+      rows: of `TrainBatches.rows`.
+      width: columns of `items`.
+      max_length: columns of `gaps`.
+      convention: of the gaps.
+    """
+    lengths, stops = rows["lengths"], rows["stops"]
+    column = jnp.arange(max_length)
+    events = (stops - lengths)[:, None] + column
+    real = column < lengths[:, None]
+    # What is no event is gathered from the row's own target, which is always there.
+    events = jnp.where(real, events, stops[:, None])
+    items = jnp.where(real, log.items[events], 0)[:, :width]
+    times = jnp.where(real, log.times[events], 0)
+    gaps = jnp.diff(times, axis=1, prepend=times[:, :1]) if convention == "recbole" else times
+    return {
+        "items": items,
+        "lengths": lengths,
+        "gaps": gaps.at[:, 0].set(0),
+        "targets": log.items[stops],
+        "time_to_next": log.times[stops],  # only models with exact gaps use them
+        "dates": log.dates[stops - 1],
+        "users": rows["users"],
+        "weights": rows["weights"],
+    }
+
+
+def packed_batch(log: EventLog, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """An element of `tim4rec_jax.data.PackedBatches` on the device, from its `rows`."""
+    events, first, weights = rows["events"], rows["first"], rows["weights"]
+    real = weights > 0
+    following = jnp.where(real, events + 1, 0)
+    return {
+        "items": jnp.where(real, log.items[events], 0),
+        "gaps": jnp.where(real & ~first, log.times[events], 0),
+        "segment_ids": jnp.cumsum(first, axis=1, dtype=jnp.int32),
+        "targets": jnp.where(real, log.items[following], 0),
+        "time_to_next": jnp.where(real, log.times[following], 0),
+        "dates": jnp.where(real, log.dates[events], 0),
+        "weights": weights,
+    }
+
+
+class Layout(NamedTuple):
+    """How batches are gathered from their rows; static, so hashable."""
+
+    packed: bool
+    buckets: tuple[int, ...]
+    max_length: int
+    convention: Convention
+    devices: int
+
+    def batch(self, log: EventLog, rows: dict[str, jax.Array], width: int) -> dict[str, jax.Array]:
+        """A batch whose items have `width` columns, one of `buckets`."""
+        if self.packed:
+            return packed_batch(log, rows)
+        return prefix_batch(
+            log, rows, width=width, max_length=self.max_length, convention=self.convention
+        )
+
+
+def layout(batches: TrainBatches | PackedBatches, convention: Convention, devices: int) -> Layout:
+    """How the batches of `batches` are gathered and spread over `devices`."""
+    packed = isinstance(batches, PackedBatches)
+    return Layout(packed, batches.buckets, batches.max_length, convention, devices)
+
+
+@functools.partial(jax.jit, static_argnames=("layout", "needed", "settings"), donate_argnums=0)
+def train_steps(
+    state: TrainState,
+    log: EventLog,
+    rows: dict[str, jax.Array],
+    up_to: jax.Array | None,
+    *,
+    layout: Layout,
+    needed: tuple[str, ...],
+    settings: tuple[tuple[str, Any], ...],
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """Several updates, one after the other, in one dispatch.
+
+    Args:
+      state: donated.
+      log: of the dataset.
+      rows: of the steps' batches, each array with a leading axis of steps.
+      up_to: as for `tim4rec_jax.training.step.update`.
+      layout: of the batches.
+      needed: the arrays of a batch that the model and the objective use.
+      settings: other arguments of `update`, as pairs.
+
+    Returns:
+      The state after the last step, and its metrics.
+    """
+    count = next(v for name, v in rows.items() if name != "bucket").shape[1]
+
+    def with_width(width):
+        micro = num_microbatches(count, width, layout.devices)
+
+        def one(state, rows):
+            batch = layout.batch(log, rows, width)
+            batch = {name: batch[name] for name in needed if name in batch}
+            return update(state, batch, micro=micro, up_to=up_to, **dict(settings))
+
+        return one
+
+    def step(state, rows):
+        rows = dict(rows)
+        bucket = rows.pop("bucket")
+        return jax.lax.switch(bucket, [with_width(w) for w in layout.buckets], state, rows)
+
+    state, metrics = jax.lax.scan(step, state, rows)
+    return state, jax.tree.map(lambda each: each[-1], metrics)
+
+
+# ---- training.steps
+# Dispatches training steps: on batches the host makes, or on numbers of samples.
+
+# Steps a dispatch on the device's own data: the host is done with one long before the device is.
+STEPS = 8
+
+Metrics = dict[str, jax.Array]
+
+
+class HostSteps:
+    """One step at a time, on batches that the host gathers.
+
+    Attributes:
+      iterator: over the batches; its state is saved with the run's.
+    """
+
+    def __init__(self, batches, needed: tuple[str, ...], placement: Placement, **settings: Any):
+        self.iterator = train_iterator(batches)
+        self._needed, self._placement, self._settings = needed, placement, settings
+
+    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
+        """Dispatches the next steps.
+
+        Args:
+          state: donated.
+          left: how many steps there may be at most.
+          done: steps of the running epoch so far.
+
+        Returns:
+          The next state, metrics to be fetched later, and how many steps were dispatched.
+        """
+        batch = next(self.iterator)
+        rows, width = batch["items"].shape
+        batch = {name: batch[name] for name in self._needed if name in batch}
+        state, metrics = train_step(
+            state,
+            jax.device_put(batch, self._placement.by_row),
+            micro=num_microbatches(rows, width, self._placement.devices),
+            **self._settings,
+        )
+        return state, metrics, 1
+
+
+class DeviceSteps:
+    """`STEPS` steps at a time, on batches gathered from an event log on the device.
+
+    Groups begin at multiples of `STEPS` in an epoch, what is left of one goes step by step: two
+    programs, and a run that is resumed has the groups of one that was not interrupted.
+
+    Attributes:
+      iterator: over what batches are gathered from.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batches: TrainBatches | PackedBatches,
+        convention: Convention,
+        needed: tuple[str, ...],
+        placement: Placement,
+        *,
+        up_to: jax.Array | None,
+        **settings: Any,
+    ):
+        self.iterator = train_iterator(batches, rows_only=True)
+        self._log = jax.device_put(event_log(dataset, convention), placement.replicated)
+        mesh = placement.by_row.mesh
+        self._by_row = NamedSharding(mesh, PartitionSpec(None, "batch"))
+        self._replicated = placement.replicated
+        self._up_to = up_to
+        self._static = dict(
+            layout=layout(batches, convention, placement.devices),
+            needed=needed,
+            settings=tuple(settings.items()),
+        )
+
+    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
+        """See `HostSteps`."""
+        count = STEPS if done % STEPS == 0 and left >= STEPS else 1
+        rows = [next(self.iterator) for _ in range(count)]
+        stacked = {name: np.stack([each[name] for each in rows]) for name in rows[0]}
+        shardings = {
+            name: self._by_row if array.ndim > 1 else self._replicated
+            for name, array in stacked.items()
+        }
+        stacked = jax.device_put(stacked, shardings)
+        state, metrics = train_steps(state, self._log, stacked, self._up_to, **self._static)
+        return state, metrics, count
+
+
+def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
+    """The batches that a run trains on.
+
+    Args:
+      config: of the run, resolved.
+      dataset: split as it says.
+    """
+    data, train = config.data, config.train
+    settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
+    if train.objective == "every_position":
+        return PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
+    return TrainBatches(dataset, convention=data.convention, buckets=data.buckets, **settings)
+
+
+def make_steps(
+    config: Config,
+    dataset: Dataset,
+    batches: TrainBatches | PackedBatches,
+    model: SequenceModel,
+    placement: Placement,
+) -> tuple[HostSteps | DeviceSteps, Any]:
+    """The steps of a run, and its optimizer.
+
+    Args:
+      config: of the run, resolved.
+      dataset: split as it says.
+      batches: of `make_batches`.
+      model: to train.
+      placement: of batches on devices.
+    """
+    train = config.train
+    steps = train.epochs * batches.batches_per_epoch if train.schedule == "cosine" else None
+    tx = make_optimizer(train.learning_rate, train.weight_decay, steps)
+    up_to = None
+    if train.loss == "sampled_softmax":
+        counts = cumulative_counts(train_item_counts(dataset))
+        up_to = jax.device_put(counts, placement.replicated)
+    needed = (*inputs(model), "targets", "weights")
+    settings: dict[str, Any] = dict(
+        graphdef=nnx.graphdef(model),
+        tx=tx,
+        objective=train.objective,
+        loss=Loss(train.loss, train.negatives, train.calibration),
+        up_to=up_to,
+    )
+    if choose_placement(config.data.placement, dataset) == "device":
+        convention = "exact" if isinstance(batches, PackedBatches) else config.data.convention
+        return DeviceSteps(dataset, batches, convention, needed, placement, **settings), tx
+    return HostSteps(batches, needed, placement, **settings), tx

@@ -1,0 +1,150 @@
+"""A run directory: its settings, its dataset, its model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx
+
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.models import SequenceModel, build, model_class
+
+
+def write_settings(config: config_lib.Config, path: Path) -> None:
+    """Writes the settings as JSON, whole or not at all."""
+    _write_json(config.to_dict(), path)
+
+
+def _write_json(values: dict, path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(values, indent=2) + "\n")
+    partial.replace(path)
+
+
+def read_settings(path: Path) -> config_lib.Config:
+    """Reads settings that `write_settings` wrote.
+
+    Raises:
+      UserError: the file is missing or no JSON.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is no run directory: it has no {path.name}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
+    config = config_lib.default()
+    if "model" in values:
+        config_lib.use_model(config, values["model"].get("name", "tim4rec"))
+    with config.unlocked(), config.ignore_type():
+        config.update(values)
+        if config.data.buckets is not None:
+            config.data.buckets = tuple(config.data.buckets)
+    return config
+
+
+def check_unchanged(config: config_lib.Config, path: Path) -> None:
+    """Makes sure that a run goes on with the settings it began with.
+
+    Raises:
+      UserError: they differ, with the names of those that do.
+    """
+    # Through JSON, which makes lists of tuples.
+    ours = config_lib.flatten(json.loads(json.dumps(config.to_dict())))
+    theirs = json.loads(json.dumps(config_lib.flatten(read_settings(path).to_dict())))
+    changed = [name for name in ours if ours[name] != theirs.get(name) and name != "prepare"]
+    if changed:
+        listed = ", ".join(f"{name} ({theirs.get(name)} -> {ours[name]})" for name in changed)
+        raise UserError(
+            f"{path.parent} holds a run with other settings: {listed}; "
+            "choose another --workdir, or delete that one to start anew"
+        )
+
+
+def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
+    """Makes sure that a run goes on with the dataset it began with, described in `path`.
+
+    Args:
+      directory: of the dataset.
+      ours: its metadata.
+      path: the metadata of the one the run began with; written if missing.
+
+    Raises:
+      UserError: another dataset is in its place, with what tells them apart.
+    """
+    if not path.exists():
+        _write_json(ours, path)
+    theirs = json.loads(path.read_text())
+    changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
+    if changed:
+        raise UserError(
+            f"{directory} is not the dataset that the run in {path.parent} began with "
+            f"(other {', '.join(changed)}); restore it, or choose another --workdir"
+        )
+
+
+def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
+    """The settings of a run and its model with the parameters best on validation.
+
+    Raises:
+      UserError: the run directory or its best checkpoint is missing or damaged.
+    """
+    workdir = Path(workdir)
+    config = read_settings(workdir / "config.json")
+    best = workdir / "best"
+    steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
+    if not steps:
+        raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
+    path = best.absolute() / str(max(steps)) / "default"
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
+            # Shapes alone: nothing is drawn only to be replaced.
+            model = nnx.eval_shape(
+                lambda: build(config.model, max_length=config.data.max_length, **sizes)
+            )
+            graphdef, params = nnx.split(model)
+            wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))
+            stored = checkpointer.restore(path, wanted)
+    except Exception as error:
+        raise UserError(
+            f"the best checkpoint {path} cannot be read ({first_line(error)}); "
+            "run train.py again in this --workdir to make it anew"
+        ) from error
+    nnx.replace_by_pure_dict(params, stored)
+    best_model: Any = nnx.merge(graphdef, params)
+    return config, best_model
+
+
+def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def _sizes(config: config_lib.Config, stored: Any) -> dict[str, int]:
+    """Numbers of items and users that the stored tables are for."""
+    rows = stored["item_embedding"]["embedding"].shape[0]
+    sizes = {"n_items": rows - model_class(config.model).special_rows}
+    if "user_embedding" in stored:
+        sizes["n_users"] = stored["user_embedding"]["embedding"].shape[0] - 1
+    return sizes
+
+
+def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
+    """Makes sure that a run's model can score the items of a dataset.
+
+    Raises:
+        UserError: the weights are not finite, or belong to another number of items.
+    """
+    # By numpy: JAX would compile a program for every shape.
+    params = jax.device_get(nnx.state(model, nnx.Param))
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
+        raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
+    if model.n_items != n_items:
+        raise UserError(
+            f"{workdir} was trained on {model.n_items} items and {dataset} has {n_items}; name "
+            "the dataset of the training with --dataset, or train anew"
+        )

@@ -1,0 +1,240 @@
+"""Stores of users: a log of their events, and the state of the model after them."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from tim4rec_jax.errors import UserError
+
+# ---- serving.store
+# What is kept of users between requests: a log of their events, and the model's state.
+#
+# The log is the truth and the state a cache of it: a state that another model made is left
+# aside, and computed anew from the log. No store knows a model. All are safe under concurrent
+# callers: who adds events says how many there were when the state was computed, and is refused, to
+# try again, if that is no longer so.
+
+
+class Snapshot(NamedTuple):
+    """A user at a moment."""
+
+    events: int  # so many in the log
+    last: int | None  # time of the latest
+    state: bytes | None  # after all of them, if it was made by the model that asks
+
+
+class Change(NamedTuple):
+    """Events to be added to a user's log, and the state that then holds."""
+
+    user: str
+    expected: int  # events in the log when the state was computed
+    items: Sequence[str]
+    timestamps: Sequence[int]
+    state: bytes | None
+
+
+@runtime_checkable
+class Store(Protocol):
+    """What a `Recommender` asks of a store."""
+
+    def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
+        """The users, in the same order; a new user has no events."""
+        ...
+
+    def history(self, user: str) -> tuple[list[str], list[int]]:
+        """Items and times of all the user's events in order of time, ties as they came."""
+        ...
+
+    def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
+        """Makes changes, each whole or not at all; False where there are other events by now."""
+        ...
+
+    def close(self) -> None:
+        """Ends the use of the store."""
+        ...
+
+
+@dataclass
+class _User:
+    items: list[str] = field(default_factory=list)
+    timestamps: list[int] = field(default_factory=list)
+    model: str = ""
+    state: bytes | None = None
+
+
+class MemoryStore:
+    """Keeps users in this process's memory."""
+
+    def __init__(self):
+        self._users: dict[str, _User] = {}
+        self._lock = threading.Lock()
+
+    def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
+        """See `Store`."""
+        with self._lock:
+            found = [self._users.get(user) or _User() for user in users]
+            return [
+                Snapshot(
+                    len(user.items),
+                    user.timestamps[-1] if user.timestamps else None,
+                    user.state if user.model == model else None,
+                )
+                for user in found
+            ]
+
+    def history(self, user: str) -> tuple[list[str], list[int]]:
+        """See `Store`."""
+        with self._lock:
+            found = self._users.get(user) or _User()
+            return list(found.items), list(found.timestamps)
+
+    def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
+        """See `Store`."""
+        with self._lock:
+            return [self._apply(change, model) for change in changes]
+
+    def _apply(self, change: Change, model: str) -> bool:
+        user = self._users.get(change.user) or _User()
+        if len(user.items) != change.expected:
+            return False
+        for item, timestamp in zip(change.items, change.timestamps, strict=True):
+            place = bisect_right(user.timestamps, timestamp)
+            user.items.insert(place, item)
+            user.timestamps.insert(place, timestamp)
+        user.model, user.state = model, change.state
+        self._users[change.user] = user
+        return True
+
+    def close(self) -> None:
+        """See `Store`."""
+
+
+# ---- serving.sqlite_store
+# Users in an SQLite file, shared by threads and processes; whole after `kill -9`.
+
+_VERSION = 1
+_SCHEMA = f"""
+CREATE TABLE events (
+  user TEXT, timestamp INTEGER, number INTEGER, item TEXT, PRIMARY KEY (user, timestamp, number)
+) WITHOUT ROWID;
+CREATE TABLE users (user TEXT PRIMARY KEY, events INTEGER, last INTEGER, model TEXT, state BLOB);
+PRAGMA user_version = {_VERSION};
+"""
+
+
+class SQLiteStore:
+    """Keeps users in a file on a local disk.
+
+    An update is one transaction: after a crash of the process it is there whole or not at all.
+    A power cut may take the last ones with it.
+    """
+
+    def __init__(self, path: str | Path, *, timeout: float = 60.0):
+        """Opens the file, or makes it.
+
+        Args:
+            path: of the file; SQLite keeps two more beside it.
+            timeout: seconds to wait for other processes that write.
+
+        Raises:
+            UserError: the file cannot be opened or is no such store.
+        """
+        self.path = Path(path)
+        # One connection for all threads: SQLite takes one writer at a time anyway.
+        self._lock = threading.Lock()
+        with self._naming_what_fails():
+            self._connection = sqlite3.connect(
+                self.path, timeout=timeout, isolation_level=None, check_same_thread=False
+            )
+            try:
+                self._connection.execute("PRAGMA journal_mode = WAL")
+                self._connection.execute("PRAGMA synchronous = NORMAL")
+                with self._transaction():
+                    self._prepare()
+            except BaseException:
+                self._connection.close()
+                raise
+
+    def _prepare(self) -> None:
+        [version] = self._connection.execute("PRAGMA user_version").fetchone()
+        if version == _VERSION:
+            return
+        [tables] = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
+        if version or tables:
+            raise UserError(
+                f"{self.path} is not a store of version {_VERSION} of this package; "
+                "name another file"
+            )
+        for statement in _SCHEMA.split(";"):
+            self._connection.execute(statement)
+
+    def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
+        """See `Store`."""
+        select = "SELECT events, last, CASE WHEN model = ? THEN state END FROM users WHERE user = ?"
+        with self._naming_what_fails(), self._lock:
+            rows = [self._connection.execute(select, (model, user)).fetchone() for user in users]
+        return [Snapshot(*row) if row else Snapshot(0, None, None) for row in rows]
+
+    def history(self, user: str) -> tuple[list[str], list[int]]:
+        """See `Store`."""
+        select = "SELECT item, timestamp FROM events WHERE user = ? ORDER BY timestamp, number"
+        with self._naming_what_fails(), self._lock:
+            rows = self._connection.execute(select, (user,)).fetchall()
+        return [item for item, _ in rows], [timestamp for _, timestamp in rows]
+
+    def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
+        """See `Store`; all in one transaction."""
+        with self._naming_what_fails(), self._lock, self._transaction():
+            return [self._apply(change, model) for change in changes]
+
+    def _apply(self, change: Change, model: str) -> bool:
+        execute = self._connection.execute
+        row = execute("SELECT events, last FROM users WHERE user = ?", (change.user,)).fetchone()
+        events, last = row or (0, None)
+        if events != change.expected:
+            return False
+        self._connection.executemany(
+            "INSERT INTO events VALUES (?, ?, ?, ?)",
+            [
+                (change.user, timestamp, events + number, item)
+                for number, (item, timestamp) in enumerate(
+                    zip(change.items, change.timestamps, strict=True)
+                )
+            ],
+        )
+        last = max([*change.timestamps, *([] if last is None else [last])], default=None)
+        execute(
+            "INSERT OR REPLACE INTO users VALUES (?, ?, ?, ?, ?)",
+            (change.user, events + len(change.items), last, model, change.state),
+        )
+        return True
+
+    def close(self) -> None:
+        """Closes the file."""
+        with self._lock:
+            self._connection.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._connection.execute("COMMIT")
+        except BaseException:
+            if self._connection.in_transaction:  # SQLite itself has ended it if the disk is full
+                self._connection.execute("ROLLBACK")
+            raise
+
+    @contextmanager
+    def _naming_what_fails(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise UserError(f"the store {self.path} cannot be used: {error}") from error

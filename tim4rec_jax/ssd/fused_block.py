@@ -1,0 +1,210 @@
+"""Causal depthwise convolution over the sequence."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from tim4rec_jax.ssd.api import ssd
+from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
+from tim4rec_jax.ssd.dispatch import Implementation, choose
+from tim4rec_jax.ssd.tpu import block as tpu_block
+from tim4rec_jax.ssd.triton import block as triton_block
+
+# ---- ssd.convolution
+# Causal depthwise convolution over the sequence.
+
+# What follows the convolution.
+
+
+# ---- ssd.block
+# The layer around the SSD operator as one function: convolution, op, gate and norm.
+
+
+class BlockArguments(NamedTuple):
+    """What `time_aware_ssd_block` was called with, shapes checked."""
+
+    projected: jax.Array
+    time_factor: jax.Array | None
+    conv_kernel: jax.Array
+    conv_bias: jax.Array
+    A: jax.Array
+    D: jax.Array
+    dt_bias: jax.Array
+    norm_scale: jax.Array
+    activation: str
+    state: int
+    groups: int = 1
+    eps: float = 1e-5
+    segment_ids: jax.Array | None = None
+    chunk_size: int | None = None
+
+
+def _composed(v: BlockArguments, op: str | None) -> jax.Array:
+    """The block made of its parts, in at least float32 from its input to its result."""
+    heads, inner, cells = v.A.shape[0], v.norm_scale.shape[0], v.groups * v.state
+    dtype = jnp.promote_types(v.projected.dtype, jnp.float32)
+    cuts = [inner, 2 * inner + 2 * cells]
+    z, mixed, dt = jnp.split(v.projected.astype(dtype), cuts, axis=-1)
+    mixed = causal_convolution(
+        mixed, v.conv_kernel.astype(dtype), v.conv_bias.astype(dtype), v.segment_ids
+    )
+    x, B, C = jnp.split(ACTIVATIONS[v.activation](mixed), [inner, inner + cells], axis=-1)
+    y: Any = ssd(
+        x.reshape(*x.shape[:2], heads, -1),
+        dt if v.time_factor is None else dt * v.time_factor,
+        v.A,
+        B.reshape(*B.shape[:2], v.groups, -1),
+        C.reshape(*C.shape[:2], v.groups, -1),
+        v.D,
+        dt_bias=v.dt_bias,
+        dt_softplus=True,
+        segment_ids=v.segment_ids,
+        chunk_size=v.chunk_size,
+        implementation=op,
+    )
+    gated = y.reshape(z.shape) * jax.nn.silu(z)
+    variance = jnp.mean(gated * gated, axis=-1, keepdims=True)
+    y = gated * jax.lax.rsqrt(variance + v.eps) * v.norm_scale
+    return y.astype(v.projected.dtype)
+
+
+# Chosen as those of `ssd` are. "parts" is the composition around the best that the op has for the
+# platform, and what is left where no kernel of the whole block can run.
+BLOCK_IMPLEMENTATIONS = {
+    "reference": Implementation(functools.partial(_composed, op="reference")),
+    "xla": Implementation(functools.partial(_composed, op="xla")),
+    "parts": Implementation(functools.partial(_composed, op=None)),
+    "triton": Implementation(triton_block.block_triton, "gpu", triton_block.unsupported_reason),
+    "tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.unsupported_reason),
+}
+
+
+def has_kernel(projected: Any, time_factor: Any, **settings: Any) -> bool:
+    """Whether `time_aware_ssd_block` is a kernel on the platform that is compiled for.
+
+    Args:
+        projected: as for the block, or its shape and dtype.
+        time_factor: likewise.
+        settings: its other arguments.
+    """
+    arguments = BlockArguments(projected, time_factor, **settings)
+    return _choose(None, arguments).platform is not None
+
+
+def _choose(name: str | None, arguments: BlockArguments) -> Implementation:
+    return choose(BLOCK_IMPLEMENTATIONS, name, arguments, otherwise="parts")
+
+
+def time_aware_ssd_block(
+    projected: Float[Array, "B L E"],
+    time_factor: Float[Array, "B L H"] | None,
+    *,
+    conv_kernel: Float[Array, "W M"],
+    conv_bias: Float[Array, " M"],
+    A: Float[Array, " H"],
+    D: Float[Array, " H"],
+    dt_bias: Float[Array, " H"],
+    norm_scale: Float[Array, " I"],
+    activation: str,
+    state: int,
+    groups: int = 1,
+    eps: float = 1e-5,
+    segment_ids: Int[Array, "B L"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "B L I"]:
+    """What TiM4Rec's layer (arXiv 2409.16182, section 3.3) does between its projections.
+
+    `projected` holds z [I], x [I], B [G N], C [G N] and dt [H] along its last axis, I = H P.
+    x, B and C pass a causal depthwise convolution and the activation; then
+    `y = RMSNorm(ssd(x, softplus(dt time_factor + dt_bias), A, B, C, D) silu(z)) norm_scale`
+    (the block of Mamba-2, arXiv 2405.21060, section 7). Computed in float32, or float64 as soon
+    as one input is.
+
+    Args:
+        projected: what the input projection returns, E = 2 I + 2 G N + H.
+        time_factor: scales the raw step sizes; None: 1.
+        conv_kernel: taps of each channel of (x, B, C), M = I + 2 G N; the last is the present.
+        conv_bias: of each channel.
+        A: decay rate of each head, negative in a stable model.
+        D: weight of the skip connection.
+        dt_bias: added to the step sizes before softplus.
+        norm_scale: of RMSNorm.
+        activation: after the convolution, "hardswish" or "silu".
+        state: N.
+        groups: G; head `h` uses group `h // (H / G)` of B and C.
+        eps: of RMSNorm, which is taken over all I features.
+        segment_ids: convolution and state start afresh where the id differs from the one
+            before; None: one segment.
+        chunk_size: as for `ssd`.
+        implementation: a name in `BLOCK_IMPLEMENTATIONS`: "reference", "xla", "triton" and "tpu"
+            as of `ssd`, the last two one kernel for each direction; "parts", one operation after
+            the other around the best `ssd`. None chooses the best for the platform.
+
+    Returns:
+        `y` in the dtype of `projected`.
+
+    Raises:
+        ValueError: shapes or settings do not fit, or the implementation cannot run.
+    """
+    arguments = BlockArguments(
+        projected,
+        time_factor,
+        conv_kernel,
+        conv_bias,
+        A,
+        D,
+        dt_bias,
+        norm_scale,
+        activation,
+        state,
+        groups,
+        eps,
+        segment_ids,
+        chunk_size,
+    )
+    _check(arguments)
+    if segment_ids is not None:
+        # An id that comes back is another segment to the convolution, too.
+        restart = segment_ids[:, 1:] != segment_ids[:, :-1]
+        ordinal = jnp.pad(jnp.cumsum(restart, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+        arguments = arguments._replace(segment_ids=ordinal)
+    return _choose(implementation, arguments).compute(arguments)
+
+
+def _check(v: BlockArguments):
+    """Raises ValueError unless all shapes fit the heads of `A` and the features of `norm_scale`."""
+    heads, inner = v.A.size, v.norm_scale.size
+    if v.activation not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {', '.join(ACTIVATIONS)}, got {v.activation!r}"
+        )
+    if heads % v.groups or inner % heads:
+        raise ValueError(
+            f"H = {heads} must divide the {inner} features of norm_scale, and G = {v.groups} H"
+        )
+    mixed = inner + 2 * v.groups * v.state
+    width = inner + mixed + heads
+    if v.projected.ndim != 3 or 0 in v.projected.shape or v.projected.shape[2] != width:
+        raise ValueError(
+            f"projected must be [B,L,2I+2GN+H] = [B,L,{width}] and not empty, "
+            f"got shape {v.projected.shape}"
+        )
+    rows = v.projected.shape[:2]
+    for name, array, shape in (
+        ("time_factor", v.time_factor, (*rows, heads)),
+        ("conv_kernel", v.conv_kernel, (v.conv_kernel.shape[0], mixed)),
+        ("conv_bias", v.conv_bias, (mixed,)),
+        ("A", v.A, (heads,)),
+        ("D", v.D, (heads,)),
+        ("dt_bias", v.dt_bias, (heads,)),
+        ("norm_scale", v.norm_scale, (inner,)),
+        ("segment_ids", v.segment_ids, rows),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} must have shape {shape}, got {array.shape}")
