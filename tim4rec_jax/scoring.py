@@ -1,38 +1,81 @@
-"""What scores have besides the product of state and item: history masks and learned offsets."""
+"""What an item's score depends on besides the hidden state: the items of the user's history.
+
+A model may learn a *repeat bias*, which is added to the score of every item that the history
+holds. An evaluation or a recommendation may also leave such items out. The loss, the ranking, the
+service and the exported program all take both from here.
+"""
+
+from __future__ import annotations
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
-class Seen(NamedTuple):
-    """Items of histories, and what a model adds to their scores.
+class HistoryItems(NamedTuple):
+    """The items that each of N rows of scores has in its history, and what they add to a score.
+
+    Without `first` and `last` there is one history per row (R = N), and all of its items count.
+    With them, several rows share a history, as the positions of a training sequence do: for row n
+    the items `items[n // (N / R), first[n] : last[n] + 1]` count.
 
     Attributes:
-        items: of each user, 0 = none.
-        offset: added once, however often an item is there.
+        items: the item indices of each history, 0 for none.
+        repeat_bias: what is added to the score of each of these items, once, however often the
+            item occurs.
+        first: the position of the first item that counts, per row.
+        last: the position of the last item that counts, per row.
     """
 
-    items: Int[Array, "B S"]
-    offset: Float[Array, ""]
+    items: Int[Array, "R S"]
+    repeat_bias: Float[Array, ""]
+    first: Int[Array, " N"] | None = None
+    last: Int[Array, " N"] | None = None
+
+    def of_rows(self, rows: Int[Array, " n"]) -> HistoryItems:
+        """The histories of the rows with these numbers, one per row."""
+        if self.first is None or self.last is None:
+            return self._replace(items=self.items[rows])
+        items = self.items[rows // (len(self.first) // len(self.items))]
+        position = jnp.arange(items.shape[1])
+        counts = (position >= self.first[rows, None]) & (position <= self.last[rows, None])
+        return HistoryItems(jnp.where(counts, items, 0), self.repeat_bias)
 
 
-def add_offset(scores, seen, start):
-    """Scores of the items from `start` on, offset for those seen; `seen` may be None."""
-    if seen is None:
-        return scores
-    marked = mark(jnp.zeros(scores.shape, bool), seen.items, start)
-    return scores + jnp.where(marked, seen.offset, 0).astype(scores.dtype)
+def item_mask(
+    items: Int[Array, "B S"], columns: int, start: Int[Array, ""] | int = 0
+) -> Bool[Array, "B columns"]:
+    """Says which of the items `start`, ..., `start + columns - 1` each row of `items` holds.
 
+    Args:
+        items: item indices, 0 for none.
+        columns: how many items to ask about.
+        start: the first of them.
+    """
 
-def mark(mask, exclude, start):
-    """True where a column of the block that starts at item `start` is in the user's `exclude`."""
-
-    def one_row(row, items):
+    def one_row(items):
         column = jnp.where(items > 0, items - start, -1)
-        column = jnp.where(column < 0, row.shape[0], column)  # negative indices would wrap
-        return row.at[column].set(True, mode="drop")
+        column = jnp.where(column < 0, columns, column)  # a negative index would count from the end
+        return jnp.zeros(columns, bool).at[column].set(True, mode="drop")
 
-    return jax.vmap(one_row)(jnp.zeros_like(mask), exclude)
+    return jax.vmap(one_row)(items)
+
+
+def add_repeat_bias(
+    scores: Float[Array, "B columns"],
+    history: HistoryItems | None,
+    start: Int[Array, ""] | int = 0,
+) -> Float[Array, "B columns"]:
+    """Adds the repeat bias to the scores of the items `start`, `start + 1`, ...
+
+    Args:
+        scores: a row per history.
+        history: one history per row; `None` changes nothing.
+        start: the item of the first column.
+    """
+    if history is None:
+        return scores
+    repeated = item_mask(history.items, scores.shape[1], start)
+    return scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tim4rec_jax.evaluation.ranking import ranks, top_k
-from tim4rec_jax.scoring import Seen
+from tim4rec_jax.scoring import HistoryItems
 
 NAN, INF = float("nan"), float("inf")
 
@@ -18,11 +18,11 @@ def integers(rng, *shape):
     return rng.integers(-3, 4, shape).astype(np.float32)
 
 
-def naive_scores(hidden, table, exclude, seen=None, keep=None):
+def naive_scores(hidden, table, exclude, history=None, keep=None):
     scores = hidden @ table.T
-    if seen is not None:
-        for row, items in enumerate(seen.items):
-            scores[row, np.unique(items)] += seen.offset
+    if history is not None:
+        for row, items in enumerate(history.items):
+            scores[row, np.unique(items)] += history.repeat_bias
     scores[:, 0] = -INF
     for row, items in enumerate(exclude):
         for item in items:
@@ -39,32 +39,33 @@ def problems(draw):
     hidden, table = integers(rng, 4, 2), integers(rng, items + 1, 2)
     targets = rng.integers(1, items + 1, 4).astype(np.int32)
     exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
-    seen = Seen(rng.integers(0, items + 1, (4, 3)).astype(np.int32), np.float32(-2))
-    return hidden, table, targets, exclude, seen, block_size
+    items = rng.integers(0, items + 1, (4, 3)).astype(np.int32)
+    history = HistoryItems(jnp.asarray(items), jnp.float32(-2))
+    return hidden, table, targets, exclude, history, block_size
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_ranks_equal_the_naive_ones(problem):
-    hidden, table, targets, exclude, seen, block_size = problem
-    scores = naive_scores(hidden, table, exclude, seen, keep=targets)
+    hidden, table, targets, exclude, history, block_size = problem
+    scores = naive_scores(hidden, table, exclude, history, keep=targets)
     own = np.take_along_axis(scores, targets[:, None], 1)
     expected = 1 + (scores > own).sum(1)
-    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude, seen=seen)
+    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude, history=history)
     np.testing.assert_array_equal(got, expected)
 
 
 @settings(max_examples=60, deadline=None)
 @given(problems(), st.sampled_from([1, 7, 25]))
 def test_top_k_equals_the_naive_one(problem, k):
-    hidden, table, _, exclude, seen, block_size = problem
-    scores = naive_scores(hidden, table, exclude, seen)
+    hidden, table, _, exclude, history, block_size = problem
+    scores = naive_scores(hidden, table, exclude, history)
     items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(scores, items, 1)
     fill = ((0, 0), (0, k - items.shape[1]))
     best = np.pad(best, fill, constant_values=-INF)
     items = np.where(best == -INF, 0, np.pad(items, fill))
-    options = dict(block_size=block_size, exclude=exclude, seen=seen)
+    options = dict(block_size=block_size, exclude=exclude, history=history)
     got_scores, got_items = top_k(hidden, table, k, **options)
     np.testing.assert_array_equal(got_scores, best)
     np.testing.assert_array_equal(got_items, items)

@@ -2,6 +2,7 @@
 
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import LENGTHS, N_ITEMS, save_run
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
-from tim4rec_jax.scoring import Seen
+from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.serving.ann_index import ApproximateIndex
 
@@ -48,7 +49,8 @@ def test_finds_most_in_a_large_catalogue():
     index = ApproximateIndex(table)
     hidden = (bunches[:64] + 0.3 * rng.normal(size=(64, 16))).astype(np.float32)
     had = rng.integers(0, 5001, (64, 20)).astype(np.int32)
-    wanted, items = map(np.asarray, top_k(hidden, table, 10, seen=Seen(had, np.float32(-2))))
+    history = HistoryItems(jnp.asarray(had), jnp.float32(-2))
+    wanted, items = map(np.asarray, top_k(hidden, table, 10, history=history))
     scores, found = index.best(hidden, 10, had, offset=-2.0)
     hits = [np.isin(a, b).mean() for a, b in zip(items, found, strict=True)]
     assert np.mean(hits) > 0.95

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.training import losses as full
 from tim4rec_jax.training.losses import (
     Loss,
-    Seen,
     bpr,
     cross_entropy,
     cumulative_counts,
@@ -56,15 +56,15 @@ def test_bfloat16_scores_add_up_in_float32():
     np.testing.assert_allclose(loss, exact, rtol=1e-5)
 
 
-def test_scores_of_items_seen_are_offset_once(x64):
+def test_scores_of_history_items_get_the_repeat_bias_once(x64):
     """Row by row, also where the target is among them."""
     items = jnp.array([[5, 0, 7, 7], [19, 3, 3, 1]])
     first, last = jnp.array([0, 0, 2, 0, 1, 3]), jnp.array([0, 1, 3, 0, 2, 3])
     scores = HIDDEN @ TABLE.T
-    for row, seen in enumerate([{5}, {5}, {7}, {19}, {3}, {1}]):
-        scores[row, list(seen)] -= 1.5
-    seen = Seen(items, first, last, jnp.asarray(-1.5))
-    got = cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(TABLE), TARGETS, seen)
+    for row, items_before in enumerate([{5}, {5}, {7}, {19}, {3}, {1}]):
+        scores[row, list(items_before)] -= 1.5
+    history = HistoryItems(items, jnp.asarray(-1.5), first, last)
+    got = cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(TABLE), TARGETS, history)
     wanted = -jax.nn.log_softmax(scores)[jnp.arange(6), TARGETS]
     np.testing.assert_allclose(got, wanted, rtol=1e-13)
 
@@ -76,23 +76,26 @@ def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64,
     hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
     targets = jnp.asarray(rng.integers(0, 20, rows))
     weights = jnp.asarray(rng.integers(0, 3, rows), jnp.float64)
-    seen = None
+    history = None
     if offset is not None:
         items = jnp.asarray(rng.integers(0, 20, (1, rows)))
-        seen = Seen(items, jnp.arange(rows) // 2, jnp.arange(rows), jnp.asarray(offset))
-    inputs = (jnp.asarray(hidden), jnp.asarray(table)), seen
+        first, last = jnp.arange(rows) // 2, jnp.arange(rows)
+        history = HistoryItems(items, jnp.asarray(offset), first, last)
+    inputs = (jnp.asarray(hidden), jnp.asarray(table)), history
 
-    def plain(arrays, seen):
-        return 0.5 * weights @ cross_entropy(*arrays, targets, seen)
+    def plain(arrays, history):
+        return 0.5 * weights @ cross_entropy(*arrays, targets, history)
 
-    def blocked(arrays, seen):
-        return 0.5 * summed_cross_entropy(*arrays, targets, weights, seen)
+    def blocked(arrays, history):
+        return 0.5 * summed_cross_entropy(*arrays, targets, weights, history)
 
     np.testing.assert_allclose(blocked(*inputs), plain(*inputs), rtol=1e-12)
 
     def of(function):
         def total(arrays, offset):
-            return function(arrays, None if seen is None else seen._replace(offset=offset))
+            return function(
+                arrays, None if history is None else history._replace(repeat_bias=offset)
+            )
 
         return jax.grad(total, argnums=(0, 1))(inputs[0], jnp.asarray(offset or 0.0))
 

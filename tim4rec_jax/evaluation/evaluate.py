@@ -29,7 +29,7 @@ from tim4rec_jax.files import atomic_write
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 from tim4rec_jax.run import check_model, load_model
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
-from tim4rec_jax.scoring import Seen
+from tim4rec_jax.scoring import HistoryItems
 
 # ---- evaluation.loop
 # Runs a model over the users of a split: ranks of their targets, or hidden states to rank with.
@@ -106,7 +106,7 @@ def run(
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
     """Yields rows of users and, as numpy arrays, what `score` says of them.
 
-    `score(hidden, table, targets, exclude=..., seen=...)` is traced once per shape and gets the
+    `score(hidden, table, targets, exclude=..., history=...)` is traced once per shape and gets the
     rows of one device: hidden states [B,D], the item table [V+1,D], targets [B], items to leave
     out, [B,S] or None, and items whose scores the model offsets, or None. `settings` are those of
     `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
@@ -153,9 +153,9 @@ def _encode(graphdef, state, histories):
 @partial(jax.jit, static_argnums=(0, 1))
 def _score(score, mesh, by_row, shared):
     def one_device(by_row, shared):
-        (hidden, targets, exclude, items), (table, offset) = by_row, shared
-        seen = None if items is None else Seen(items, offset)
-        return score(hidden, table, targets, exclude=exclude, seen=seen)
+        (hidden, targets, exclude, items), (table, repeat_bias) = by_row, shared
+        history = None if items is None else HistoryItems(items, repeat_bias)
+        return score(hidden, table, targets, exclude=exclude, history=history)
 
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
     rows, whole = PartitionSpec("batch"), PartitionSpec()
@@ -296,9 +296,9 @@ def write_predictions(
 
 
 def _best(k: int):
-    def best(hidden, table, targets, *, exclude, seen):
+    def best(hidden, table, targets, *, exclude, history):
         del targets
-        return top_k(hidden, table, k, exclude=exclude, seen=seen)
+        return top_k(hidden, table, k, exclude=exclude, history=history)
 
     return best
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from tim4rec_jax.scoring import Seen, add_offset, mark
+from tim4rec_jax.scoring import HistoryItems, add_repeat_bias, item_mask
 
 BLOCK_SIZE = 1024  # the fastest, or nearly, of benchmarks/ranking.py at every catalogue size
 
@@ -22,7 +22,7 @@ def ranks(
     *,
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
-    seen: Seen | None = None,
+    history: HistoryItems | None = None,
 ) -> Int[Array, " B"]:
     """Rank of every target: 1 + the number of items with a strictly greater score.
 
@@ -36,7 +36,7 @@ def ranks(
         targets: the item to be ranked, 1..V.
         block_size: items scored at once; static.
         exclude: items that do not compete, 0 = nothing; a target among them is still ranked.
-        seen: items whose scores are offset.
+        history: the items whose scores get the model's repeat bias; `None`: it has none.
 
     Returns:
         int32, 1..V.
@@ -45,9 +45,10 @@ def ranks(
     row = jnp.arange(targets.shape[0])
     if exclude is not None:
         exclude = jnp.where(exclude == targets[:, None], 0, exclude)
-    offset = jnp.zeros(targets.shape, hidden.dtype)
-    if seen is not None:
-        offset = jnp.where((seen.items == targets[:, None]).any(axis=1), seen.offset, 0)
+    own_bias = jnp.zeros(targets.shape, hidden.dtype)
+    if history is not None:
+        repeated = (history.items == targets[:, None]).any(axis=1)
+        own_bias = jnp.where(repeated, history.repeat_bias, 0)
 
     # Two products of different shapes may sum in different orders, and a target compared with
     # a last-bit variant of its own score (or of an identical item's) would be misplaced. So the
@@ -59,11 +60,11 @@ def ranks(
         column = row - start
         here = ~competes & (column >= 0) & (column < block_size)
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
-        own = jnp.where(here, picked + offset, own)
-        scores = add_offset(scores, seen, start)
+        own = jnp.where(here, picked + own_bias, own)
+        scores = add_repeat_bias(scores, history, start)
         counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
         if exclude is not None:
-            counts &= ~mark(counts, exclude, start)
+            counts &= ~item_mask(exclude, block_size, start)
         # A block's count is exact in float32, and XLA's CPU sums floats with half the memory.
         return (own, greater + counts.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)), None
 
@@ -88,7 +89,7 @@ def top_k(
     *,
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
-    seen: Seen | None = None,
+    history: HistoryItems | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index first.
 
@@ -102,10 +103,10 @@ def top_k(
 
     def step(best, block):
         ids, start = block
-        scores = add_offset(_scores(hidden, table, ids), seen, start)
+        scores = add_repeat_bias(_scores(hidden, table, ids), history, start)
         barred = (ids == 0) | jnp.isnan(scores)
         if exclude is not None:
-            barred |= mark(barred, exclude, start)
+            barred |= item_mask(exclude, block_size, start)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)
         # It keeps the earlier of two equals, and earlier blocks hold the lower indices.

@@ -17,7 +17,7 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.data import days, time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
-from tim4rec_jax.scoring import Seen
+from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.history import Events
 
 MAX_ROWS = 1024  # histories computed at once
@@ -152,7 +152,7 @@ class CompiledModel:
             if exclude:
                 options["exclude"] = had
             elif self.offset is not None:
-                options["seen"] = Seen(jnp.asarray(had), self.offset)
+                options["history"] = HistoryItems(jnp.asarray(had), self.offset)
         scores, rows = top_k(hidden, table, power_of_two(k, 16), **options)
         return np.asarray(scores)[:, :k], np.asarray(rows)[:, :k]
 

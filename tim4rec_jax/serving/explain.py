@@ -36,7 +36,7 @@ from matplotlib.figure import Figure
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_write
-from tim4rec_jax.scoring import Seen, add_offset
+from tim4rec_jax.scoring import HistoryItems, add_repeat_bias
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.command import add_history_flags, read_history
 from tim4rec_jax.serving.compiled_model import CompiledModel
@@ -149,17 +149,17 @@ def _log_probabilities(
     rows = len(histories.offsets) - 1
     hidden = engine.condition_on_time(hidden, histories, None if at is None else np.full(rows, at))
 
-    seen = None
+    history = None
     if engine.offset is not None:
-        seen = Seen(jnp.asarray(histories.padded_items()), engine.offset)
+        history = HistoryItems(jnp.asarray(histories.padded_items()), engine.offset)
 
     @jax.jit
-    def score(hidden, table, seen):
+    def score(hidden, table, history):
         scores = jnp.matmul(hidden, table.T, precision=jax.lax.Precision.HIGHEST)
-        scores = add_offset(scores.astype(jnp.float32), seen, 0)
+        scores = add_repeat_bias(scores.astype(jnp.float32), history)
         return jax.nn.log_softmax(scores[:, 1:])[:, item - 1]
 
-    return np.asarray(score(hidden[:rows], engine.table, seen))
+    return np.asarray(score(hidden[:rows], engine.table, history))
 
 
 def _masks(model: Any, items, timestamps, convention) -> list[np.ndarray]:

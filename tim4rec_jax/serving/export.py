@@ -32,7 +32,7 @@ from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.models import condition_on_time, inputs
-from tim4rec_jax.scoring import Seen
+from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
@@ -117,9 +117,9 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
 
         hidden = jax.vmap(encode)(items, lengths, gaps)
         hidden = condition_on_time(model, hidden, dict(zip(_moments(model), moments, strict=True)))
-        offset = model.repeat_bias()
-        seen = None if offset is None else Seen(items, offset)
-        return top_k(hidden, model.item_table(), top, exclude=exclude, seen=seen)
+        repeat_bias = model.repeat_bias()
+        history = None if repeat_bias is None else HistoryItems(items, repeat_bias)
+        return top_k(hidden, model.item_table(), top, exclude=exclude, history=history)
 
     return recommend, weights
 

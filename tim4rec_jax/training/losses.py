@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,42 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Int64, UInt32
 
 from tim4rec_jax.runtime import target
-from tim4rec_jax.scoring import mark
+from tim4rec_jax.scoring import HistoryItems, item_mask
 
 # ---- training.cross_entropy
 # The full softmax cross-entropy, without ever holding the scores of all rows and items.
-
-
-class Seen(NamedTuple):
-    """Which items each of N rows has seen, and what that does to their scores.
-
-    Row n has seen `items[n // (N / R), first[n] : last[n] + 1]`.
-
-    Attributes:
-      items: [R,S], 0 = none.
-      first: [N].
-      last: [N].
-      offset: added to the scores of the items seen, however often.
-    """
-
-    items: Int[Array, "R S"]
-    first: Int[Array, " N"]
-    last: Int[Array, " N"]
-    offset: Float[Array, ""]
-
-    def among(self, row: Int[Array, " n"], first, last, items: int):
-        """Whether rows of numbers `row`, with their `first` and `last`, have seen each item."""
-        ids = self.items[row // (len(self.first) // len(self.items))]
-        place = jnp.arange(ids.shape[1])
-        counts = (place >= first[:, None]) & (place <= last[:, None])
-        return mark(jnp.zeros((len(row), items), bool), jnp.where(counts, ids, 0), 0)
 
 
 def cross_entropy(
     hidden: Float[Array, "B D"],
     table: Float[Array, "V D"],
     targets: Int[Array, " B"],
-    seen: Seen | None = None,
+    history: HistoryItems | None = None,
 ) -> Float[Array, " B"]:
     """Full softmax cross-entropy over every row of `table`, the padding row 0 included.
 
@@ -58,7 +33,7 @@ def cross_entropy(
       hidden: what the next item is predicted from.
       table: item embeddings.
       targets: row of the right item.
-      seen: items whose scores are offset.
+      history: the items whose scores get the repeat bias; `None`: there is no such bias.
 
     Returns:
       The loss of each row, in nats, computed in at least float32.
@@ -68,10 +43,10 @@ def cross_entropy(
     scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
     # Picked out of `scores`, the target would cost a [B, V] scatter in the backward pass.
     at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
-    if seen is not None:
-        mask = seen.among(jnp.arange(len(hidden)), seen.first, seen.last, len(table))
-        scores += jnp.where(mask, seen.offset, 0)
-        at_target += jnp.where(_at(mask, targets), seen.offset, 0)
+    if history is not None:
+        mask = item_mask(history.of_rows(jnp.arange(len(hidden))).items, len(table))
+        scores += jnp.where(mask, history.repeat_bias, 0)
+        at_target += jnp.where(_at(mask, targets), history.repeat_bias, 0)
     return jax.nn.logsumexp(scores, axis=1) - at_target
 
 
@@ -102,7 +77,7 @@ def summed_cross_entropy(
     table: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
-    seen: Seen | None = None,
+    history: HistoryItems | None = None,
 ) -> Float[Array, ""]:
     """sum_n weights[n] * cross_entropy(hidden[n], ...), without ever holding scores [N, V].
 
@@ -115,68 +90,66 @@ def summed_cross_entropy(
       table: item embeddings, the padding row 0 included.
       targets: rows of the right items.
       weights: of the losses; 0 for rows that do not count.
-      seen: items whose scores are offset.
+      history: the items whose scores get the repeat bias; `None`: there is no such bias.
 
     Returns:
       The sum, in nats, in at least float32.
     """
-    return _forward(hidden, table, targets, weights, seen)[0]
+    return _forward(hidden, table, targets, weights, history)[0]
 
 
-def _forward(hidden, table, targets, weights, seen):
+def _forward(hidden, table, targets, weights, history):
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     matmul = functools.partial(jnp.matmul, preferred_element_type=accumulate)
     narrow = table.astype(hidden.dtype)
 
     size = _block_rows(table.shape[0])
-    rows = _blocks(size, hidden, targets, weights.astype(accumulate))
-    seen_rows = ()
-    if seen is not None:
-        seen_rows = _blocks(size, jnp.arange(len(hidden)), seen.first, seen.last)
+    numbers = jnp.arange(len(hidden))
+    rows = _blocks(size, hidden, targets, weights.astype(accumulate), numbers)
 
     def block(i, carry):
-        loss, d_hidden, d_table, d_offset = carry
-        h, t, w = (x[i] for x in rows)
+        loss, d_hidden, d_table, d_bias = carry
+        h, t, w, number = (x[i] for x in rows)
         scores = matmul(h, narrow.T)
         at_target = narrow[t]
         picked = jnp.einsum("nd,nd->n", h, at_target, preferred_element_type=accumulate)
         mask = None
-        if seen is not None:
-            mask = seen.among(*(x[i] for x in seen_rows), len(table))
-            scores += jnp.where(mask, seen.offset, 0)
-            picked += jnp.where(_at(mask, t), seen.offset, 0)
+        if history is not None:
+            mask = item_mask(history.of_rows(number).items, len(table))
+            scores += jnp.where(mask, history.repeat_bias, 0)
+            picked += jnp.where(_at(mask, t), history.repeat_bias, 0)
         top = scores.max(axis=1, keepdims=True)
         exp = jnp.exp(scores - top)
         total = exp.sum(axis=1)
         loss += jnp.sum(w * (jnp.log(total) + top[:, 0] - picked))
         d_scores = exp * (w / total)[:, None]
         if mask is not None:
-            d_offset += jnp.sum(jnp.where(mask, d_scores, 0)) - jnp.sum(w * _at(mask, t))
+            d_bias += jnp.sum(jnp.where(mask, d_scores, 0)) - jnp.sum(w * _at(mask, t))
         d_scores = d_scores.astype(h.dtype)
         d_block = matmul(d_scores, narrow) - w[:, None] * at_target
         d_hidden = d_hidden.at[i].set(d_block.astype(h.dtype))
-        return loss, d_hidden, d_table + matmul(d_scores.T, h), d_offset
+        return loss, d_hidden, d_table + matmul(d_scores.T, h), d_bias
 
     zero = jnp.zeros((), accumulate)
     start = zero, jnp.zeros_like(rows[0]), jnp.zeros(table.shape, accumulate), zero
     if len(rows[0]) == 1:
-        loss, d_hidden, d_table, d_offset = block(0, start)
+        loss, d_hidden, d_table, d_bias = block(0, start)
     else:
         end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
         count = (end + size - 1) // size
-        loss, d_hidden, d_table, d_offset = jax.lax.fori_loop(0, count, block, start)
+        loss, d_hidden, d_table, d_bias = jax.lax.fori_loop(0, count, block, start)
     weights = weights.astype(accumulate)
     d_table = d_table.at[targets].add(-weights[:, None] * hidden.astype(accumulate))
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    d_seen = None if seen is None else d_offset.astype(seen.offset.dtype)
-    return loss, (d_hidden, d_table.astype(table.dtype), d_seen)
+    d_bias = None if history is None else d_bias.astype(history.repeat_bias.dtype)
+    return loss, (d_hidden, d_table.astype(table.dtype), d_bias)
 
 
 def _backward(gradients, d_loss):
-    d_hidden, d_table, d_offset = jax.tree.map(lambda g: g * d_loss.astype(g.dtype), gradients)
-    nothing: Any = None
-    d_seen = None if d_offset is None else Seen(nothing, nothing, nothing, d_offset)
-    return d_hidden, d_table, None, None, d_seen
+    d_hidden, d_table, d_bias = jax.tree.map(lambda g: g * d_loss.astype(g.dtype), gradients)
+    no_gradient: Any = None
+    d_history = None if d_bias is None else HistoryItems(no_gradient, d_bias)
+    return d_hidden, d_table, None, None, d_history
 
 
 summed_cross_entropy.defvjp(_forward, _backward)
@@ -187,13 +160,13 @@ def full_cross_entropy(
     table: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
-    seen: Seen | None = None,
+    history: HistoryItems | None = None,
 ) -> Float[Array, ""]:
     """`summed_cross_entropy`, or its plain form for few scores, where blocks only cost."""
     at_once = 2**23 if target().platform == "cpu" else 2**27
     if len(hidden) * len(table) <= at_once:
-        return jnp.sum(weights * cross_entropy(hidden, table, targets, seen))
-    return summed_cross_entropy(hidden, table, targets, weights, seen)
+        return jnp.sum(weights * cross_entropy(hidden, table, targets, history))
+    return summed_cross_entropy(hidden, table, targets, weights, history)
 
 
 # ---- training.losses
@@ -215,7 +188,7 @@ __all__ = [
     "summed_cross_entropy",
 ]
 
-# Of hidden, table, targets and weights; the full cross-entropy of `seen`, too.
+# Of hidden, table, targets and weights; the full cross-entropy takes `history`, too.
 SummedLoss = Callable[..., jax.Array]
 
 

@@ -7,7 +7,8 @@ from jaxtyping import Array, UInt32
 from tim4rec_jax.layers.attention import segment_positions
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch
 from tim4rec_jax.models.bert4rec import BERT4Rec
-from tim4rec_jax.training.losses import Seen, SummedLoss, full_cross_entropy, summed_cross_entropy
+from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.training.losses import SummedLoss, full_cross_entropy, summed_cross_entropy
 
 # ---- training.cloze
 # The objective `cloze`: items are masked and filled in again from both sides (BERT4Rec).
@@ -89,9 +90,8 @@ def prefix_loss(
     """
     hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
     targets = batch["targets"]
-    whole = jnp.zeros_like(targets), jnp.full_like(targets, jnp.iinfo(targets.dtype).max)
-    seen = _seen(model, batch["items"], *whole)
-    total = loss(hidden, model.item_table(), targets, weights, **seen)
+    history = _history(model, batch["items"])
+    total = loss(hidden, model.item_table(), targets, weights, **history)
     return total + weights.sum() * model.penalty()
 
 
@@ -123,21 +123,21 @@ def every_position_loss(
         model.item_table(),
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
-        **_seen(model, items, *_up_to_here(batch["segment_ids"])),
+        **_history(model, items, *_up_to_here(batch["segment_ids"])),
     )
 
 
-def _seen(model: SequenceModel, items, first, last) -> dict:
-    """What the loss has to know of the items before each target, if the model offsets them."""
-    if (offset := model.repeat_bias()) is None:
+def _history(model: SequenceModel, items, first=None, last=None) -> dict:
+    """The argument `history` of the loss, if the model has a repeat bias."""
+    if (repeat_bias := model.repeat_bias()) is None:
         return {}
-    return {"seen": Seen(items, first.reshape(-1), last.reshape(-1), offset)}
+    return {"history": HistoryItems(items, repeat_bias, first, last)}
 
 
 def _up_to_here(segment_ids):
-    """For every position of rows: the first one of its segment, and itself."""
+    """For every position, row after row: the first position of its segment, and its own."""
     here = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    return here - segment_positions(segment_ids), here
+    return (here - segment_positions(segment_ids)).reshape(-1), here.reshape(-1)
 
 
 OBJECTIVES = {
