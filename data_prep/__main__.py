@@ -58,11 +58,11 @@ def _inspect(flags: argparse.Namespace, console: Console) -> None:
 
 def _make(flags: argparse.Namespace, console: Console) -> None:
     flags.name = flags.name or flags.out.absolute().name
-    with writer.staging(flags.out, overwrite=flags.overwrite) as work:
+    with writer.staging(flags.out, overwrite=flags.overwrite) as folder:
         if flags.command == "synthetic":
-            metadata = synthetic.write(flags, work)
+            metadata = synthetic.write(flags, folder)
         else:
-            metadata = prepare(flags.command, flags, _inputs(flags, console), work, console)
+            metadata = prepare(flags.command, flags, _inputs(flags, console), folder, console)
     if flags.command == "synthetic":
         synthetic.print_oracle(metadata, console)
     else:

@@ -42,15 +42,15 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
 
 
 def prepare(
-    name: str, flags: argparse.Namespace, inputs: list[str], work: Path, console: Console
+    name: str, flags: argparse.Namespace, inputs: list[str], folder: Path, console: Console
 ) -> dict:
-    """Reads, filters and writes a dataset to `work / "dataset"`.
+    """Reads, filters and writes a dataset to `folder`.
 
     Args:
       name: a key of `SOURCES`, the family of files to read.
       flags: of the command line: filters, order, what to do with bad rows.
       inputs: paths or globs of the files.
-      work: a folder for everything on the way.
+      folder: an empty folder. What is needed on the way is written beside it.
       console: where progress is shown.
 
     Returns:
@@ -59,7 +59,7 @@ def prepare(
     Raises:
       UserError: see `archives.find_files`, `read.append`, `rows.check` and `filters.apply`.
     """
-    source = SOURCES[name]
+    source, work = SOURCES[name], folder.parent
     files = archives.find_files(inputs, source.members, work)
     settings = filters.Filters(
         flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
@@ -91,7 +91,7 @@ def prepare(
         }
         return writer.write(
             con,
-            work / "dataset",
+            folder,
             metadata,
             order=flags.order,
             shard_events=flags.shard_events,

@@ -136,8 +136,8 @@ def oracle(items, times, lengths, n_items: int) -> dict:
     return result
 
 
-def write(flags: argparse.Namespace, work: Path) -> dict:
-    """Generates the dataset that the flags ask for into `work / "dataset"`.
+def write(flags: argparse.Namespace, folder: Path) -> dict:
+    """Generates the dataset that the flags ask for into the empty `folder`.
 
     Raises:
       UserError: there are too few users or items.
@@ -167,11 +167,11 @@ def write(flags: argparse.Namespace, work: Path) -> dict:
         "sources": [],
         "prepared_by": "synthetic",
     }
-    with contextlib.closing(connect(work)) as con:
+    with contextlib.closing(connect(folder.parent)) as con:
         for name, columns in tables.items():
             con.register("columns", pa.table(columns))
             con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
-        return writer.write(con, work / "dataset", metadata, order="exact")
+        return writer.write(con, folder, metadata, order="exact")
 
 
 def _ids(letter: str, count: int) -> list[str]:

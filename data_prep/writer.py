@@ -1,11 +1,8 @@
 """Writes a prepared dataset: complete or not at all."""
 
 import contextlib
-import fcntl
 import itertools
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from jaxtyping import Int64
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.files import atomic_directory
 
 STREAM_EVENTS = 1_000_000  # taken from DuckDB at a time
 SHARD_EVENTS = 16_000_000  # some 200 MB a file
@@ -26,9 +24,7 @@ ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS 
 
 @contextlib.contextmanager
 def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Gives a hidden folder beside `out`, which becomes `out` when the block ends well.
-
-    What a killed run left there is cleared by the next one.
+    """Gives an empty folder that becomes `out` when the block ends well (`atomic_directory`).
 
     Args:
       out: the dataset's directory.
@@ -46,32 +42,8 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
                 f"{out} already holds a dataset; pass --overwrite to replace it or choose "
                 "another --out"
             )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    work = out.with_name(f".{out.name}.partial")
-    work.mkdir(exist_ok=True)
-    lock = os.open(work, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process, however it ends
-    except BlockingIOError as error:
-        raise UserError(f"another run is writing {out}; wait for it") from error
-    try:
-        _clear(work)
-        (work / "dataset").mkdir()
-        yield work
-        if out.exists():
-            out.rename(work / "replaced")
-        (work / "dataset").rename(out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
-
-
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    with atomic_directory(out) as folder:
+        yield folder
 
 
 def write(

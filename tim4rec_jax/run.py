@@ -11,18 +11,13 @@ from flax import nnx
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.files import write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
     """Writes the settings as JSON, whole or not at all."""
-    _write_json(config.to_dict(), path)
-
-
-def _write_json(values: dict, path: Path) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(path)
+    write_json(path, config.to_dict())
 
 
 def read_settings(path: Path) -> config_lib.Config:
@@ -77,7 +72,7 @@ def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
       UserError: another dataset is in its place, with what tells them apart.
     """
     if not path.exists():
-        _write_json(ours, path)
+        write_json(path, ours)
     theirs = json.loads(path.read_text())
     changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     if changed:

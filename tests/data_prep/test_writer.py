@@ -62,7 +62,7 @@ def test_killed_runs_leave_nothing_and_do_not_hinder(run, write, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "data_prep", "table", str(pipe), "--out", str(out)]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-    while not (tmp_path / ".out.partial" / "dataset").exists():
+    while not (tmp_path / ".out.partial" / "out").exists():
         assert process.poll() is None
         time.sleep(0.01)
     sentence = _while_another_runs(run, write, out)
@@ -77,7 +77,7 @@ def test_killed_runs_leave_nothing_and_do_not_hinder(run, write, tmp_path):
 def _while_another_runs(run, write, out):
     with pytest.raises(UserError) as error:
         main(["table", str(write("c.csv", ROWS)), "--out", str(out)])
-    assert (out.parent / ".out.partial" / "dataset").exists(), "the other run's files are gone"
+    assert (out.parent / ".out.partial" / "out").exists(), "the other run's files are gone"
     return str(error.value)
 
 

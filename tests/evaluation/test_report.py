@@ -6,9 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.report import print_report, write_csv, write_json
-from tim4rec_jax.files import atomic_write
+from tim4rec_jax.evaluation.report import print_report, write_csv
+from tim4rec_jax.files import write_json
 
 METRICS = {"hit@10": 0.1234567, "hit@20": 0.25, "ndcg@10": 0.0625}
 ERRORS = {"hit@10": 0.01, "hit@20": 0.02, "ndcg@10": 0.03}
@@ -65,7 +64,7 @@ def test_slices(report):
 
 
 def test_json_keeps_all_digits(report, tmp_path):
-    write_json(report | {"slices": {"gap": GROUPS}}, tmp_path / "eval.json")
+    write_json(tmp_path / "eval.json", report | {"slices": {"gap": GROUPS}})
     assert json.loads((tmp_path / "eval.json").read_text()) == report | {"slices": {"gap": GROUPS}}
 
 
@@ -84,19 +83,3 @@ def test_csv(report, tmp_path):
         "standard_error": "0.01",
     }
     assert (rows[-1]["slice"], rows[-1]["bin"], rows[-1]["users"]) == ("gap", "1 h – 2 d", "934")
-
-
-def test_a_file_is_replaced_only_when_complete(tmp_path):
-    path = tmp_path / "figures"
-    path.write_text("old")
-    with pytest.raises(RuntimeError), atomic_write(path) as file:
-        file.write(b"new")
-        raise RuntimeError
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_no_such_folder(tmp_path):
-    path = tmp_path / "nowhere" / "x"
-    with pytest.raises(UserError, match="x cannot be written: No such file"), atomic_write(path):
-        raise AssertionError

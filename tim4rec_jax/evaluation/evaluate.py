@@ -24,8 +24,8 @@ from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.metrics import SLICES, metrics, sliced_metrics, standard_errors
 from tim4rec_jax.evaluation.ranking import ranks, top_k
-from tim4rec_jax.evaluation.report import print_report, write_csv, write_json
-from tim4rec_jax.files import atomic_write
+from tim4rec_jax.evaluation.report import print_report, write_csv
+from tim4rec_jax.files import atomic_write, write_json
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 from tim4rec_jax.run import check_model, load_model
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
@@ -246,7 +246,7 @@ def evaluate_run(
     print_report(report, console)
     suffix = "_exclude_seen" if exclude_seen else ""
     json = json or workdir / f"eval_{split}{suffix}.json"
-    write_json(report, json)
+    write_json(json, report)
     written = [json]
     if csv:
         write_csv(report, csv)

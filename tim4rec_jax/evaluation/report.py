@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -71,18 +69,12 @@ def _pretty(name: str) -> str:
     return f"{_NAMES[kind]}@{cutoff}"
 
 
-def write_json(report: dict, path: Path) -> None:
-    """Writes the report with all digits."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(report, indent=2).encode() + b"\n")
-
-
 def write_csv(report: dict, path: Path) -> None:
     """Writes one line per figure: split, slice, bin, users, metric, value, standard error.
 
     The metrics over all users have slice `all`.
     """
-    with atomic_write(path) as binary, io.TextIOWrapper(binary, "utf-8", newline="") as file:
+    with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["split", "slice", "bin", "users", "metric", "value", "standard_error"])
         for by, group in _groups(report):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.files import atomic_write
 
 # Neighbours of an item, and how many candidates are kept while it is put into the graph and
 # while it is searched. Finds .97 of the ten best of 12,101 trained items (benchmarks.serving).
@@ -104,10 +104,5 @@ def _write(index: Any, path: Path) -> None:
     """Writes a file whole or not at all; one that cannot be written is built again next time."""
     import faiss
 
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with contextlib.suppress(RuntimeError, OSError):
-        try:
-            faiss.write_index(index, str(partial))
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+    with contextlib.suppress(RuntimeError, UserError), atomic_write(path) as file:
+        faiss.write_index(index, file.name)

@@ -15,7 +15,6 @@ limit on the catalogue. `examples/run_export.py` shows how it is called.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ import tim4rec_jax
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.files import atomic_directory, write_json
 from tim4rec_jax.models import condition_on_time, inputs
 from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
@@ -70,18 +70,12 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
     top = min(top, len(catalogue))
     recommend, weights = program(model, top)
     metadata = _metadata(config, model, catalogue, top)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with atomic_directory(out) as folder:
         exported = lower(recommend, weights, model)
-        (partial / PROGRAM).write_bytes(exported.serialize())
-        np.savez(partial / WEIGHTS, allow_pickle=False, **weights)
-        shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, partial / fmt.ITEMS_FILE)
-        (partial / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
-        partial.replace(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        (folder / PROGRAM).write_bytes(exported.serialize())
+        np.savez(folder / WEIGHTS, allow_pickle=False, **weights)
+        shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, folder / fmt.ITEMS_FILE)
+        write_json(folder / METADATA, metadata)
     return metadata
 
 

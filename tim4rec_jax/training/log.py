@@ -7,6 +7,8 @@ from pathlib import Path
 
 import tensorboardX
 
+from tim4rec_jax.files import atomic_write
+
 
 class RunLog:
     """Writes records of a run; what lies after the step resumed from is taken back."""
@@ -21,9 +23,8 @@ class RunLog:
         """
         path = workdir / "log.jsonl"
         kept = [line for line in _records(path) if json.loads(line)["step"] <= step]
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        partial.replace(path)
+        with atomic_write(path, "w") as file:
+            file.writelines(kept)
         self._file = path.open("a")
         self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
 

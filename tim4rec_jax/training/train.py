@@ -32,6 +32,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.evaluation.report import print_report
+from tim4rec_jax.files import write_json
 from tim4rec_jax.models import build
 from tim4rec_jax.run import check_same_dataset, check_unchanged, load_model, write_settings
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
@@ -338,9 +339,7 @@ class _Run:
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(figures, indent=2) + "\n")
-        partial.replace(path)
+        write_json(path, figures)
         self.log.write("test", self._step, **metrics)
         return figures
 
