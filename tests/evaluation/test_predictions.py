@@ -81,7 +81,7 @@ sys.path[:0] = {path!r}
 from tests.evaluation.fake_model import MeanModel
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.errors import run_main
-from tim4rec_jax.evaluation.predictions import write_predictions
+from tim4rec_jax.evaluation.evaluate import write_predictions
 
 def main():
     settings = dict(max_length=6, batch_size=3, convention="exact")

@@ -1,10 +1,14 @@
-"""Evaluates models over the users of a split, and what `eval.py` does."""
+"""Full-ranking evaluation: every user's target is ranked among all items of the catalogue.
+
+`evaluate` is the library call, `write_predictions` lists each user's best items instead, and
+`evaluate_run` is what `eval.py` does: it evaluates a run, prints a report and writes it to files.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +23,11 @@ from rich.console import Console
 from rich.progress import track
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import Batch, Convention, Dataset, EvalBatches, open_dataset
+from tim4rec_jax.data import Convention, Dataset, EvalBatches, open_dataset
 from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation import ranking
 from tim4rec_jax.evaluation.metrics import SLICES, metrics, sliced_metrics, standard_errors
-from tim4rec_jax.evaluation.ranking import ranks, top_k
 from tim4rec_jax.evaluation.report import print_report, write_csv
 from tim4rec_jax.files import atomic_write, write_json
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
@@ -31,15 +35,18 @@ from tim4rec_jax.run import check_model, load_model
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
 from tim4rec_jax.scoring import HistoryItems
 
-# ---- evaluation.loop
-# Runs a model over the users of a split: ranks of their targets, or hidden states to rank with.
-
-# Batches the host may be ahead of the device: it never waits, and inputs do not pile up there.
+# How many batches the host may be ahead of the device. The device never waits for the next batch,
+# and its memory does not fill with batches that wait.
 _IN_FLIGHT = 8
+
+# The table that `write_predictions` writes.
+PREDICTIONS = pa.schema(
+    [("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())]
+)
 
 
 def batch_settings(config: Config) -> dict[str, Any]:
-    """What a run's settings say about `EvalBatches`: keyword arguments of `evaluate` and `run`."""
+    """The keyword arguments of `evaluate` that a run's settings decide."""
     return dict(
         max_length=config.data.max_length,
         batch_size=config.eval.batch_size,
@@ -62,81 +69,141 @@ def evaluate(
 ) -> tuple[dict[str, float], Int32[np.ndarray, " n_users"]]:
     """Ranks every user's target among all items (full ranking).
 
-    Batches are spread over the local devices. Compiled code is kept between calls.
+    The local devices share each batch. Compiled programs are kept between calls, and both splits
+    use the same ones.
 
     Args:
-        model: see `tim4rec_jax.models`; its scores are `encode(...) @ item_table().T`, and
-            `repeat_bias()` more for the items of the history.
+        model: the model. An item's score is the dot product of its row in `item_table()` with the
+            hidden state; the items of the history get `repeat_bias()` in addition.
         ds: a prepared dataset.
-        split: whose targets, see `tim4rec_jax.data.splits`.
-        max_length: histories are cut to their last events.
-        batch_size: users at once.
-        convention: of the time gaps; see `tim4rec_jax.data.time_gaps`.
-        buckets: widths of batches; `None` chooses.
-        exclude_seen: items of the user's whole history do not compete with the target.
-        progress: show a progress bar on stderr.
+        split: the split whose targets are ranked; see `tim4rec_jax.data.splits`.
+        max_length: the number of events at the end of a history that the model is given.
+        batch_size: the number of users in a batch.
+        convention: the convention of the time gaps; see `tim4rec_jax.data.time_gaps`.
+        buckets: the lengths that batches are padded to; `None` lets `EvalBatches` choose.
+        exclude_seen: whether the items of the user's whole history, other than the target, are
+            left out of the ranking.
+        progress: whether to show a progress bar on standard error.
 
     Returns:
-        The metrics of `tim4rec_jax.evaluation.metrics`, and the rank of each user's target
-        by row of the dataset, 0 for users without a target in this split.
+        The metrics of `tim4rec_jax.evaluation.metrics`, and the rank of each user's target by the
+        user's row in the dataset. The rank is 0 for a user without a target in this split.
 
     Raises:
-        UserError: no user has a target in this split.
+        UserError: no user has a target in this split, or the buckets do not fit `max_length`.
     """
-    found = np.zeros(ds.n_users, np.int32)
-    settings = dict(
-        max_length=max_length, batch_size=batch_size, convention=convention, buckets=buckets
+    batches = EvalBatches(
+        ds,
+        split,
+        max_length=max_length,
+        batch_size=batch_size,
+        convention=convention,
+        buckets=buckets,
     )
-    for users, result in run(
-        model, ds, split, ranks, exclude_seen=exclude_seen, progress=progress, **settings
+    ranks = np.zeros(ds.n_users, np.int32)
+    for users, found in _score_batches(
+        model, batches, split, ranking.ranks, exclude_seen=exclude_seen, progress=progress
     ):
-        found[users] = result
-    return metrics(found[found > 0]), found
+        ranks[users] = found
+    return metrics(ranks[ranks > 0]), ranks
 
 
-def run(
+def write_predictions(
+    path: Path,
     model: SequenceModel,
     ds: Dataset,
     split: Split,
-    score: Callable[..., Any],
+    k: int,
     *,
     exclude_seen: bool = False,
     progress: bool = False,
-    **settings: Any,
-) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
-    """Yields rows of users and, as numpy arrays, what `score` says of them.
+    **batching: Any,
+) -> int:
+    """Writes the `k` best items of every user with a target in the split, best first.
 
-    `score(hidden, table, targets, exclude=..., history=...)` is traced once per shape and gets the
-    rows of one device: hidden states [B,D], the item table [V+1,D], targets [B], items to leave
-    out, [B,S] or None, and items whose scores the model offsets, or None. `settings` are those of
-    `tim4rec_jax.data.EvalBatches`, the other arguments those of `evaluate`.
+    The Parquet file has one row per user and item: `user`, `rank` (1 is best), `item` and `score`,
+    with the ids of the source. Users with short histories come first. Batches are written as they
+    are computed; the file appears under its name only when it is complete.
+
+    Args:
+        path: the file to write.
+        model: as for `evaluate`.
+        ds: a prepared dataset.
+        split: the split before whose targets the histories end.
+        k: the number of items per user. A user gets fewer where fewer items are left.
+        exclude_seen: whether the items of the user's whole history are left out.
+        progress: whether to show a progress bar on standard error.
+        batching: the arguments of `EvalBatches`, as for `evaluate`.
+
+    Returns:
+        The number of rows.
+
+    Raises:
+        UserError: the file cannot be written, or as for `evaluate`.
     """
-    batches = EvalBatches(ds, split, **settings)
+    rows = 0
+    batches = EvalBatches(ds, split, **batching)
+    with atomic_write(path) as file, pq.ParquetWriter(file, PREDICTIONS) as writer:
+        for users, (scores, items) in _score_batches(
+            model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
+        ):
+            row, place = np.nonzero(items)  # item 0 fills up where no item was left
+            columns = [
+                ds.user_ids.take(users[row]),
+                (place + 1).astype(np.int32),
+                ds.item_ids.take(items[row, place] - 1),
+                scores[row, place].astype(np.float32),
+            ]
+            writer.write_table(pa.table(columns, schema=PREDICTIONS))
+            rows += len(row)
+    return rows
+
+
+@functools.cache  # compiled programs are found by the identity of the function
+def _best(k: int) -> Callable[..., Any]:
+    def best(hidden, table, targets, *, exclude, history):
+        del targets
+        return ranking.top_k(hidden, table, k, exclude=exclude, history=history)
+
+    return best
+
+
+def _score_batches(
+    model: SequenceModel,
+    batches: EvalBatches,
+    split: Split,
+    score: Callable[..., Any],
+    *,
+    exclude_seen: bool,
+    progress: bool,
+) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
+    """Yields, batch by batch, the users' rows in the dataset and what `score` returns for them.
+
+    `score(hidden, table, targets, exclude=..., history=...)` has the arguments of `ranking.ranks`.
+    It sees the rows of one device, and is traced once per shape.
+    """
     placement = data_sharding(batches.batch_size)
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, placement.replicated)
-    replicated: Any = nnx.merge(graphdef, state)
-    table, offset = replicated.item_table(), replicated.repeat_bias()
-    needed = inputs(model)
+    needs_history = exclude_seen or model.offset is not None
 
     def dispatch(batch):
-        had = None
-        if exclude_seen or offset is not None:
-            had = history_items(ds, split, batch["users"])
-        histories = {name: batch[name] for name in needed if name in batch}
-        histories, targets, had = jax.device_put(
-            (histories, batch["targets"], had), placement.by_row
+        histories = {name: batch[name] for name in inputs(model) if name in batch}
+        items = _history_items(batches.dataset, split, batch["users"]) if needs_history else None
+        histories, targets, items = jax.device_put(
+            (histories, batch["targets"], items), placement.by_row
         )
         hidden = _encode(graphdef, state, histories)
-        rows = hidden, targets, had if exclude_seen else None, None if offset is None else had
-        return _score(score, placement.by_row.mesh, rows, (table, offset))
+        mesh = placement.by_row.mesh
+        return _score(graphdef, score, exclude_seen, mesh, state, hidden, targets, items)
 
     def fetch(batch, result):
         real = batch["weights"] > 0
         return batch["users"][real], jax.tree.map(lambda array: np.asarray(array)[real], result)
 
     pending = deque()
-    for batch in _tracked(batches, progress):
+    console = Console(stderr=True)
+    for batch in track(batches, "users", console=console, transient=True, disable=not progress):
         pending.append((batch, dispatch(batch)))
         if len(pending) > _IN_FLIGHT:
             yield fetch(*pending.popleft())
@@ -144,47 +211,44 @@ def run(
         yield fetch(*entry)
 
 
-@partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnames="graphdef")
 def _encode(graphdef, state, histories):
-    model: Any = nnx.merge(graphdef, state)
-    return encode_batch(model, histories)
+    return encode_batch(nnx.merge(graphdef, state), histories)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _score(score, mesh, by_row, shared):
-    def one_device(by_row, shared):
-        (hidden, targets, exclude, items), (table, repeat_bias) = by_row, shared
-        history = None if items is None else HistoryItems(items, repeat_bias)
-        return score(hidden, table, targets, exclude=exclude, history=history)
+@functools.partial(jax.jit, static_argnames=("graphdef", "score", "exclude_seen", "mesh"))
+def _score(graphdef, score, exclude_seen, mesh, state, hidden, targets, items):
+    def one_device(state, hidden, targets, items):
+        model: Any = nnx.merge(graphdef, state)
+        repeat_bias = model.repeat_bias()
+        return score(
+            hidden,
+            model.item_table(),
+            targets,
+            exclude=items if exclude_seen else None,
+            history=None if repeat_bias is None else HistoryItems(items, repeat_bias),
+        )
 
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
     rows, whole = PartitionSpec("batch"), PartitionSpec()
     by_device = jax.shard_map(
-        one_device, mesh=mesh, in_specs=(rows, whole), out_specs=rows, check_vma=False
+        one_device, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=rows, check_vma=False
     )
-    return by_device(by_row, shared)
+    return by_device(state, hidden, targets, items)
 
 
-def _tracked(batches: EvalBatches, progress: bool) -> Iterable[Batch]:
-    if not progress:
-        return batches
-    return track(batches, "users", console=Console(stderr=True), transient=True)
-
-
-def history_items(
+def _history_items(
     ds: Dataset, split: Split, users: Int32[np.ndarray, " B"]
 ) -> Int32[np.ndarray, "B S"]:
-    """All items a user has before the target, however far back, padded with 0.
+    """All items that each user has before the target, however far back, padded with 0.
 
-    S is a power of two, so that batches share few shapes.
+    S is 16, 64, 256 and so on: few widths, because each is one more program to compile.
     """
     ends = getattr(ds.splits, split)[users]
-    width = 1 << int(ends.max() - 1).bit_length()
+    width = 16
+    while width < ends.max():
+        width *= 4
     return ds.items(ds.offsets[users], ends, width)
-
-
-# ---- evaluation.command
-# What `eval.py` does: opens a run and its dataset, evaluates, prints and writes.
 
 
 def evaluate_run(
@@ -199,37 +263,39 @@ def evaluate_run(
     predictions: Path | None = None,
     top_k: int = 10,
 ) -> dict:
-    """Evaluates the best checkpoint of a run; prints tables and writes the files asked for.
+    """Evaluates the best checkpoint of a run, prints a report and writes the files asked for.
 
     Args:
-        workdir: of the run.
-        dataset: a prepared dataset; `None` takes the one of the training.
+        workdir: the run directory.
+        dataset: a prepared dataset; `None` takes the dataset of the training.
         split: `"valid"` or `"test"`.
-        exclude_seen: items the user has had do not compete, and are not predicted.
-        by: slices, see `tim4rec_jax.evaluation.metrics`.
-        json: where the report goes; `None`: `eval_<split>.json` in `workdir`.
-        csv: where the figures go as a table, one per line.
-        predictions: where the best items of every user go.
-        top_k: how many of them.
+        exclude_seen: whether the items of a user's history are left out, of the ranking and of the
+            predictions.
+        by: the slices to report, of `tim4rec_jax.evaluation.metrics.SLICES`.
+        json: the file for the report; `None` takes `eval_<split>.json` in `workdir`, or
+            `eval_<split>_exclude_seen.json`.
+        csv: the file for the figures as a table, one figure per line; `None` writes none.
+        predictions: the file for the best items of every user; `None` writes none.
+        top_k: the number of predictions per user.
 
     Returns:
         The report, as `tim4rec_jax.evaluation.report` describes it.
 
     Raises:
-        UserError: the run or the dataset is missing, damaged or of another kind, or a file
-            cannot be written.
+        UserError: the run or the dataset is missing, damaged or of another kind, a slice is
+            unknown, or a file cannot be written.
     """
     if unknown := [name for name in by if name not in SLICES]:
         raise UserError(f"slices are {', '.join(SLICES)}, and {unknown[0]!r} is none of them")
-    config: Any
     enable_compilation_cache()
+    config: Any
     config, model = load_model(workdir)
     data = config.data
     ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
     check_model(model, ds.n_items, ds.directory, workdir)
-    settings: dict[str, Any] = batch_settings(config)
-    settings |= {"exclude_seen": exclude_seen, "progress": True}
-    figures, ranks = evaluate(model, ds, split, **settings)
+    options: dict[str, Any] = dict(exclude_seen=exclude_seen, progress=True)
+    options |= batch_settings(config)
+    figures, ranks = evaluate(model, ds, split, **options)
     report = {
         "workdir": str(workdir),
         "dataset": ds.name,
@@ -244,71 +310,14 @@ def evaluate_run(
         report["oracle"] = ds.metadata["oracle"][split]
     console = Console()
     print_report(report, console)
-    suffix = "_exclude_seen" if exclude_seen else ""
-    json = json or workdir / f"eval_{split}{suffix}.json"
+    json = json or workdir / f"eval_{split}{'_exclude_seen' if exclude_seen else ''}.json"
     write_json(json, report)
     written = [json]
     if csv:
         write_csv(report, csv)
         written.append(csv)
     if predictions:
-        write_predictions(predictions, model, ds, split, top_k, **settings)
+        write_predictions(predictions, model, ds, split, top_k, **options)
         written.append(predictions)
     console.print("wrote", *written, soft_wrap=True)
     return report
-
-
-SCHEMA = pa.schema(
-    [("user", pa.string()), ("rank", pa.int32()), ("item", pa.string()), ("score", pa.float32())]
-)
-
-
-def write_predictions(
-    path: Path, model: SequenceModel, ds: Dataset, split: Split, k: int, **settings: Any
-) -> int:
-    """Writes the `k` best items of every user with a target in the split, best first.
-
-    A row per user and item: `user`, `rank` (1 = best), `item`, `score`; ids are those of the
-    source. Users with short histories come first. Written batch by batch, and complete or
-    not there at all.
-
-    Args:
-        path: the Parquet file.
-        model: see `tim4rec_jax.models`.
-        ds: a prepared dataset.
-        split: the history ends before the target of this split.
-        k: items per user; fewer where the catalogue has no more.
-        settings: as for `tim4rec_jax.evaluation.evaluate`.
-
-    Returns:
-        Number of rows.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    rows = 0
-    with atomic_write(path) as file, pq.ParquetWriter(file, SCHEMA) as writer:
-        for users, (scores, items) in run(model, ds, split, _best(k), **settings):
-            table = _table(ds, users, scores, items)
-            writer.write_table(table)
-            rows += len(table)
-    return rows
-
-
-def _best(k: int):
-    def best(hidden, table, targets, *, exclude, history):
-        del targets
-        return top_k(hidden, table, k, exclude=exclude, history=history)
-
-    return best
-
-
-def _table(ds: Dataset, users, scores, items) -> pa.Table:
-    row, rank = np.nonzero(items)  # 0: no item was left
-    columns = [
-        ds.user_ids.take(users[row]),
-        (rank + 1).astype(np.int32),
-        ds.item_ids.take(items[row, rank] - 1),
-        scores[row, rank].astype(np.float32),
-    ]
-    return pa.table(columns, schema=SCHEMA)

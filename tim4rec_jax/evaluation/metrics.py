@@ -1,4 +1,7 @@
-"""Hit, NDCG and MRR at k from ranks, over all users and by slices of them."""
+"""Hit, NDCG and MRR at k: means over all users, their standard errors, and means over groups.
+
+Every user has one relevant item, the target, and its rank decides everything.
+"""
 
 from __future__ import annotations
 
@@ -10,23 +13,22 @@ from jaxtyping import Float64, Int, Int64
 from tim4rec_jax.data import Dataset, train_item_counts
 from tim4rec_jax.data.splits import Split
 
-# ---- evaluation.metrics
-# Hit, NDCG and MRR at k for one relevant item per user, from its rank.
-
 KS = (10, 20, 50)
+SLICES = ("length", "gap", "popularity")
+_UNITS = ((86400, " d"), (3600, " h"), (60, " min"), (1, " s"))
 
 
 def per_user(
     ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS
 ) -> dict[str, Float64[np.ndarray, " U"]]:
-    """What each user contributes: `hit@k`, `ndcg@k` and `mrr@k` for every k.
+    """The `hit@k`, `ndcg@k` and `mrr@k` of each user, for every k.
 
-    With a single relevant item of rank r the ideal DCG is 1, so within the first k NDCG is
-    1 / log2(r + 1) and MRR is 1 / r; beyond, all three are 0.
+    A target of rank r <= k has a hit of 1, an NDCG of 1 / log2(r + 1), because the ideal DCG of a
+    single relevant item is 1, and an MRR of 1 / r. All three are 0 for a target of rank r > k.
 
     Args:
-        ranks: rank of each user's target, 1 = best.
-        ks: cut-offs.
+        ranks: the rank of each user's target, 1 for the best.
+        ks: the cut-offs k.
     """
     gains = {
         "hit": np.ones(ranks.shape),
@@ -39,21 +41,14 @@ def per_user(
 
 
 def metrics(ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS) -> dict[str, float]:
-    """Means over users of `per_user`, unrounded."""
+    """The means over users of `per_user`, not rounded."""
     return {name: float(values.mean()) for name, values in per_user(ranks, ks).items()}
 
 
 def standard_errors(ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS) -> dict[str, float]:
-    """Standard errors of `metrics`, users taken as the sample; 0 for a single user."""
+    """The standard errors of `metrics`, with users as the sample; 0 for a single user."""
     root = max(len(ranks) - 1, 1) ** 0.5
     return {name: float(values.std() / root) for name, values in per_user(ranks, ks).items()}
-
-
-# ---- evaluation.slices
-# Metrics by slice of users: history length, last gap, popularity of the target.
-
-SLICES = ("length", "gap", "popularity")
-_UNITS = ((86400, " d"), (3600, " h"), (60, " min"), (1, " s"))
 
 
 def sliced_metrics(
@@ -65,22 +60,24 @@ def sliced_metrics(
     ks: Sequence[int] = KS,
     bins: int = 5,
 ) -> list[dict]:
-    """Metrics of groups of about equally many users.
+    """The metrics of groups of users, with about equally many users in each group.
 
     Args:
         ds: the dataset that was evaluated.
         split: the split that was evaluated.
-        ranks: as `tim4rec_jax.evaluation.evaluate` returns them; 0 = user without a target.
-        by: `"length"` of the whole history before the target, in events; `"gap"` between the
-            last two events before the target, the last the model sees, in seconds; or
-            `"popularity"` of the target: its number of training events.
-        ks: cut-offs.
-        bins: at most so many groups; fewer where many users share a value.
+        ranks: the ranks that `tim4rec_jax.evaluation.evaluate` returns; 0 for a user without a
+            target.
+        by: what users are grouped by. `"length"` is the number of events in the whole history
+            before the target. `"gap"` is the time between the last two events before the target,
+            in seconds, which is the last gap that the model sees. `"popularity"` is the number of
+            training events of the target.
+        ks: the cut-offs k.
+        bins: the largest number of groups; there are fewer where many users share a value.
 
     Returns:
-        By rising value, per group: `bin` (its range, both ends included), `users`, `metrics`
-        and `standard_errors`. Users with a single event before the target have no gap and
-        are a group of their own.
+        The groups by rising value, each with `bin` (its range, both ends included), `users`,
+        `metrics` and `standard_errors`. Users with a single event before the target have no gap
+        and are a group of their own, the first.
     """
     users = np.flatnonzero(ranks)
     ranks = ranks[users]

@@ -1,4 +1,4 @@
-"""Full ranking on the device: the whole catalogue is scored, in blocks, and never sorted."""
+"""Full ranking on the device: all items are scored block by block, and are never sorted."""
 
 from __future__ import annotations
 
@@ -26,20 +26,21 @@ def ranks(
 ) -> Int[Array, " B"]:
     """Rank of every target: 1 + the number of items with a strictly greater score.
 
-    Scores are `hidden @ table.T`, in float32 or wider, `block_size` items at a time: memory is
-    O(B * block_size) however large the catalogue. Item 0 is padding and never counts. A score
-    that cannot be ordered counts against the target, so a NaN target gets the worst rank.
+    Scores are `hidden @ table.T` in float32 or wider. They are computed for `block_size` items at
+    a time, so the memory needed is O(B * block_size) whatever the size of the catalogue. Item 0 is
+    padding and never counts. A NaN score counts against the target, so a target whose own score is
+    NaN gets the worst rank.
 
     Args:
-        hidden: one state per user.
-        table: item embeddings, row 0 is padding: `rows` = V + 1.
-        targets: the item to be ranked, 1..V.
-        block_size: items scored at once; static.
-        exclude: items that do not compete, 0 = nothing; a target among them is still ranked.
+        hidden: a hidden state per user.
+        table: the item embeddings. Row 0 is padding, so `rows` is V + 1.
+        targets: the items to rank, 1 to V.
+        block_size: the number of items scored at once; static.
+        exclude: the items that do not compete, 0 for none. A target among them is still ranked.
         history: the items whose scores get the model's repeat bias; `None`: it has none.
 
     Returns:
-        int32, 1..V.
+        int32, 1 to V.
     """
     hidden, table = _accumulation_dtype(hidden, table)
     row = jnp.arange(targets.shape[0])
@@ -50,9 +51,9 @@ def ranks(
         repeated = (history.items == targets[:, None]).any(axis=1)
         own_bias = jnp.where(repeated, history.repeat_bias, 0)
 
-    # Two products of different shapes may sum in different orders, and a target compared with
-    # a last-bit variant of its own score (or of an identical item's) would be misplaced. So the
-    # targets' rows are scored first by the very product, shape and all, that scores the blocks.
+    # Two products of different shapes may add up in different orders. A target would be misplaced
+    # if its score differed in the last bit from the score of the same item in a block. Therefore
+    # the scan scores the targets first, with the very product that scores the blocks of items.
     def step(carry, block):
         own, greater = carry
         ids, start, competes = block
@@ -65,7 +66,8 @@ def ranks(
         counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
         if exclude is not None:
             counts &= ~item_mask(exclude, block_size, start)
-        # A block's count is exact in float32, and XLA's CPU sums floats with half the memory.
+        # The count of a block is exact in float32, and XLA adds up floats on a CPU with half the
+        # memory that integers take.
         return (own, greater + counts.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)), None
 
     target_ids, target_starts = _blocks(targets, block_size)
@@ -91,13 +93,21 @@ def top_k(
     exclude: Int[Array, "B S"] | None = None,
     history: HistoryItems | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
-    """The `k` best items of every user, best first; of equal scores the lower index first.
+    """The `k` best items of every user, best first; of equal scores the lower index comes first.
 
-    Arguments as in `ranks`. Where fewer than `k` items are left (a small catalogue, or most of
-    it excluded; an item whose score is NaN is never recommended), item 0 with score -inf fills up.
+    An item whose score is NaN is never among them. Where fewer than `k` items are left, because
+    the catalogue is small or most of it is excluded, item 0 with score -inf fills up.
+
+    Args:
+        hidden: a hidden state per user.
+        table: the item embeddings. Row 0 is padding, so `rows` is V + 1.
+        k: the number of items; static.
+        block_size: the number of items scored at once; static.
+        exclude: the items to leave out, 0 for none.
+        history: the items whose scores get the model's repeat bias; `None`: it has none.
 
     Returns:
-        scores (float32 or wider) and items (int32).
+        The scores (float32 or wider) and the items (int32).
     """
     hidden, table = _accumulation_dtype(hidden, table)
 
@@ -109,7 +119,7 @@ def top_k(
             barred |= item_mask(exclude, block_size, start)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)
-        # It keeps the earlier of two equals, and earlier blocks hold the lower indices.
+        # lax.top_k keeps the earlier of two equals, and earlier blocks hold the lower indices.
         block_scores, column = lax.top_k(scores, min(k, block_size))
         scores = jnp.concatenate([best[0], block_scores], axis=1)
         items = jnp.concatenate([best[1], ids[column]], axis=1)
@@ -128,12 +138,12 @@ def _accumulation_dtype(*arrays):
 
 
 def _blocks(ids, block_size):
-    """Ids padded with 0 and cut into blocks, and the position at which each block starts."""
+    """The ids padded with 0 and cut into blocks, and the position where each block starts."""
     count = -(-ids.shape[0] // block_size)
     padded = jnp.pad(ids.astype(jnp.int32), (0, count * block_size - ids.shape[0]))
     return padded.reshape(count, block_size), jnp.arange(count, dtype=jnp.int32) * block_size
 
 
 def _scores(hidden, table, ids):
-    # The default precision of GPUs and TPUs (TF32, bfloat16) ties and swaps close scores.
+    # The default precision of GPUs (TF32) and TPUs (bfloat16) would tie and swap close scores.
     return jnp.matmul(hidden, table[ids].T, precision=lax.Precision.HIGHEST)

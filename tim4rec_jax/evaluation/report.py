@@ -1,4 +1,4 @@
-"""What an evaluation says: tables for the terminal, JSON, CSV, predictions as Parquet."""
+"""The report of an evaluation: tables for the terminal, and a CSV file."""
 
 from __future__ import annotations
 
@@ -12,9 +12,6 @@ from rich.table import Table
 
 from tim4rec_jax.files import atomic_write
 
-# ---- evaluation.report
-# What an evaluation says: tables for the terminal, JSON, CSV.
-
 _NAMES = {"hit": "Hit", "ndcg": "NDCG", "mrr": "MRR"}
 _ORACLES = {"with_time": "best possible", "time_blind": "best blind to time"}
 _SLICES = {
@@ -25,13 +22,14 @@ _SLICES = {
 
 
 def print_report(report: dict, console: Console) -> None:
-    """Prints the metrics and each slice as tables.
+    """Prints the metrics as a table, and one more table for each slice.
 
     Args:
-        report: `dataset`, `split`, `exclude_seen`, `users`, `metrics`, `standard_errors`; optional
-            `slices` (`tim4rec_jax.evaluation.metrics` by name) and `oracle` (metrics by name of
-            the best that any model could reach, known of synthetic data).
-        console: where to.
+        report: a report with the keys `dataset`, `split`, `exclude_seen`, `users`, `metrics` and
+            `standard_errors`. It may have `slices` (name to the groups that `sliced_metrics`
+            returns) and `oracle` (name to the metrics of the best possible model, which is known
+            for synthetic data).
+        console: the console to print to.
     """
     seen = ", seen items excluded" if report["exclude_seen"] else ""
     title = f"{report['dataset']}, {report['split']} split, {report['users']:,} users{seen}"
@@ -72,7 +70,10 @@ def _pretty(name: str) -> str:
 def write_csv(report: dict, path: Path) -> None:
     """Writes one line per figure: split, slice, bin, users, metric, value, standard error.
 
-    The metrics over all users have slice `all`.
+    The lines of the metrics over all users have the slice `all`.
+
+    Raises:
+        UserError: the file cannot be written.
     """
     with atomic_write(path, "w") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -88,7 +89,3 @@ def _groups(report: dict) -> Iterator[tuple[str, dict]]:
     for by, groups in report.get("slices", {}).items():
         for group in groups:
             yield by, group
-
-
-# ---- evaluation.predictions
-# The best items of every user, in the ids of the source, as a Parquet file.
