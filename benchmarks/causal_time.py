@@ -2,10 +2,10 @@
 
     python -m benchmarks.causal_time data/ml-100k --config configs/ml100k.py:causal --seeds 2
 
-Trains a config with every combination of the parts of `tim4rec_jax.layers.ssd.GapModulation`
-and prints validation figures of the best epoch, mean and range over the seeds; the test split
-decides nothing here and is not printed. Decay by elapsed time, exp(-lambda gap), is a special
-case of `rate`, whose functions of the gap are piecewise linear in its logarithm.
+Trains a config with combinations of the parts of `tim4rec_jax.layers.time.GapModulation`. Prints
+validation figures of the best epoch, as mean and range over the seeds. The test split decides
+nothing here, so it is not printed. `rate` is a function of the gap that is piecewise linear in
+the logarithm of the gap. A decay by elapsed time, exp(-lambda gap), is a special case of it.
 """
 
 import argparse
@@ -28,7 +28,7 @@ PARTS = [(), ("inputs",), ("step",), ("rate",), ("step", "rate"), ("inputs", "st
 
 
 def only(parts: tuple[str, ...]) -> type[GapModulator]:
-    """A modulator that leaves the other parts at zero."""
+    """Returns a modulator that sets all parts but these to zero."""
 
     class Only(GapModulator):
         def __call__(self, features):

@@ -1,17 +1,17 @@
-"""Models beside each other: trains what is missing, then one table, one CSV and one picture.
+"""Compares models: trains what is missing, then writes a table, a CSV file and a picture.
 
     python -m benchmarks.compare --datasets ml100k beauty --models tim4rec sasrec gru4rec --seeds 3
 
-Datasets are config files, models their variants (`tim4rec` is the config itself); `OPTION=VALUE`
-after a `--` goes to every training, `-- train.epochs=3` for a trial. Each training is a
-`python train.py` of its own in `RUNS/DATASET/MODEL/SEED`, with its output in `train.log`: a run
-that is there is reused, one that was interrupted goes on, one that fails is reported and the
-others go on.
+A dataset is the name of a config file. A model is a variant of that config; `tim4rec` is the config
+without a variant. `OPTION=VALUE` after a `--` goes to every training, for example
+`-- train.epochs=3` for a trial. Each training is a `python train.py` in `RUNS/DATASET/MODEL/SEED`,
+with its output in `train.log`. A finished run is reused and an interrupted run is continued. If a
+run fails, the others go on, and the failure is reported.
 
-Writes OUT.md, OUT.csv and OUT.png: test metrics as mean and standard deviation over seeds, with
-a paired test over users against the first model named; parameters, operations, seconds and
-memory; quality against cost. Seconds are the processor's, all threads together and compilation
-included, which say more than the clock on a machine that does other things as well.
+Writes OUT.md, OUT.csv and OUT.png. They hold test metrics as mean and standard deviation over seeds
+with a paired test over users against the first model, and parameters, operations, seconds and
+memory. The picture shows quality against cost. Seconds are processor seconds of all threads,
+compilation included, because they depend less than the clock on other programs.
 """
 
 import argparse
@@ -44,12 +44,12 @@ console = Console()
 
 
 def variant(model: str) -> str:
-    """The config's variant that trains a model."""
+    """Returns the variant of the config that trains a model."""
     return "" if model == "tim4rec" else model
 
 
 def train(folder: Path, dataset: str, model: str, seed: int, options: list[str]) -> str:
-    """Trains a run unless it is finished; returns what went wrong, or nothing."""
+    """Trains a run unless it is finished; returns what went wrong, or an empty text."""
     if (folder / "run" / "metrics.json").exists():
         return ""
     folder.mkdir(parents=True, exist_ok=True)
@@ -87,9 +87,9 @@ def _add_cost(path: Path, usage) -> None:
 
 
 def measure(folder: Path) -> dict:
-    """What a finished run says of itself and what its best model costs to ask.
+    """Returns the figures of a finished run, and measures what its best model costs.
 
-    Kept in `measured.json` and `ranks.npy` beside it.
+    The measurements are kept in `measured.json` and `ranks.npy` beside the run.
     """
     path = folder / "measured.json"
     if not path.exists():
@@ -118,7 +118,7 @@ def measure(folder: Path) -> dict:
 
 
 def runs(flags: argparse.Namespace) -> list[Run]:
-    """Every run asked for, trained or with the reason why not."""
+    """Trains and measures every run; a run that failed holds the reason."""
     found = []
     for dataset in flags.datasets:
         get_config = import_module(f"configs.{dataset}").get_config
@@ -139,7 +139,7 @@ def runs(flags: argparse.Namespace) -> list[Run]:
 
 
 def write_csv(path: Path, found: list[Run]) -> None:
-    """One line a run, in full precision."""
+    """Writes one line for each run, in full precision."""
     rows = [run.row() for run in found]
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with open(path, "w", newline="") as file:

@@ -15,8 +15,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 METRICS = [f"{name}@{k}" for k in KS for name in ("hit", "ndcg", "mrr")]
-# Test Hit@10 / NDCG@10 elsewhere, full ranking, leave one out. KuaiRand: arXiv 2409.16182, table 3.
-# The others: the best reported for the models' identifiers alone, under their own protocols.
+# Published test Hit@10 / NDCG@10 under the protocol of `benchmarks.compare`: full ranking, items of
+# the history ranked, leave-one-out. Event orders differ. KuaiRand: arXiv 2409.16182, table 3, on a
+# larger slice. Figures of papers that mask the history do not belong here.
 PUBLISHED = {
     "kuairand": {
         "caser": (0.0801, 0.0395),
@@ -29,18 +30,22 @@ PUBLISHED = {
         "ssd4rec": (0.1055, 0.0588),
         "tim4rec": (0.1109, 0.0611),
     },
-    "ml1m": {"sasrec": (0.3152, 0.1821), "mamba4rec": (0.3121, 0.1822)},
+    "ml1m": {"sasrec": (0.2952, 0.1662)},
     "beauty": {"sasrec": (0.0842, 0.0421), "mamba4rec": (0.0734, 0.0431)},
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training: `figures` as `metrics.json` and `benchmarks.compare.measure` give them.
+    """One training.
 
     Attributes:
+      dataset: name of the config.
+      model: name of the model or of the config's variant.
+      seed: seed of the training.
       problem: why it failed; empty for a finished run.
-      ranks: of each user's target in the test, 0 without one.
+      figures: what `benchmarks.compare.measure` returns.
+      ranks: rank of each user's target in the test; 0 for a user without a target.
     """
 
     dataset: str
@@ -51,14 +56,14 @@ class Run:
     ranks: np.ndarray | None
 
     def row(self) -> dict:
-        """For the CSV."""
+        """Returns the run as a row of the CSV file."""
         row = {"dataset": self.dataset, "model": self.model, "seed": self.seed}
         if self.problem:
             return row | {"problem": self.problem}
         return row | self.costs() | {f"test {name}": self.figures["test"][name] for name in METRICS}
 
     def costs(self) -> dict:
-        """Epochs, seconds of processor time, megabytes."""
+        """Returns epochs, seconds of processor time, megabytes, and other costs."""
         told = self.figures
         per_epoch = told["cpu"] / told["epochs"]
         return {
@@ -74,7 +79,7 @@ class Run:
 
 
 def _groups(found: list[Run]) -> dict[str, dict[str, list[Run]]]:
-    """Finished runs by dataset and model, in the order they were asked for."""
+    """Groups finished runs by dataset and model, in the order of the command line."""
     groups: dict = {}
     for run in found:
         models = groups.setdefault(run.dataset, {})
@@ -85,7 +90,7 @@ def _groups(found: list[Run]) -> dict[str, dict[str, list[Run]]]:
 
 
 def spread(values: list[float]) -> str:
-    """Mean and, over several, standard deviation: `.1234 ± .0056`."""
+    """Returns the mean and, for several values, the standard deviation: `.1234 ± .0056`."""
     text = f"{statistics.mean(values):.4f}"
     if len(values) > 1:
         text += f" ± {statistics.stdev(values):.4f}"
@@ -93,9 +98,10 @@ def spread(values: list[float]) -> str:
 
 
 def p_values(models: dict[str, list[Run]]) -> dict[str, float]:
-    """Of a paired t-test over users of NDCG@10, averaged over seeds, against the first model.
+    """Compares the NDCG@10 of each model with that of the first model.
 
-    Corrected for the number of models by Holm's method.
+    The test is a paired t-test over users. A user's NDCG@10 is the mean over seeds. Holm's method
+    corrects the p values for the number of models.
     """
 
     def gains(runs):
@@ -120,7 +126,7 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def markdown(found: list[Run]) -> str:
-    """Two tables for each dataset: quality and cost."""
+    """Returns two Markdown tables for each dataset: quality and cost."""
     lines = []
     for dataset, models in _groups(found).items():
         finished = {name: runs for name, runs in models.items() if runs}
@@ -164,7 +170,7 @@ def _rounded(value: float) -> str:
 
 
 def picture(found: list[Run], path: Path) -> None:
-    """NDCG@10 against the processor time to the best epoch, a panel for each dataset."""
+    """Draws NDCG@10 against the processor time to the best epoch, a panel for each dataset."""
     groups = {name: {m: r for m, r in ms.items() if r} for name, ms in _groups(found).items()}
     groups = {name: models for name, models in groups.items() if models}
     if not groups:

@@ -2,11 +2,11 @@
 
     python -m benchmarks.data_pipeline [--dataset DIR]
 
-Without a dataset it makes one of the size of ML-1M (6,040 users, about a million events).
-Batches come through the grain iterator, two threads, as in training. Windows are counted per
-second and per second of processor time (all threads together; what other programs do meanwhile
-matters little to it). MiB is the memory of this process above the mapped files (RssAnon in
-/proc/self/status), counted from before the dataset is opened.
+Without a dataset it makes one of the size of ML-1M (6,040 users, about a million events). Batches
+come through the grain iterator with two threads, as in training. The table counts windows for each
+second of the clock and for each second of processor time. The second figure adds up all threads
+and depends little on other programs. MiB is the memory of this process that no file backs
+(RssAnon in /proc/self/status), less what it was before the dataset was opened.
 """
 
 import argparse
@@ -55,13 +55,13 @@ def write_ml1m_like(directory: Path) -> Path:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file backs, in MiB."""
+    """Returns the memory of this process that no file backs, in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 def report(dataset: Dataset, length: int, batch_size: int, buckets, before: float) -> str:
-    """One row of the table; `before` is the anonymous memory to subtract, in MiB."""
+    """Returns a row of the table; `before` is the memory to subtract, in MiB."""
     batches = TrainBatches(
         dataset,
         max_length=length,

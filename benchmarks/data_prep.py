@@ -1,9 +1,9 @@
-"""Preparing a large log under a memory limit: rows a second, peak memory.
+"""Prepares a large log under a memory limit, and prints rows per second and peak memory.
 
     python -m benchmarks.data_prep --rows 50000000 --memory-limit 2GB
 
-Makes a CSV log (32 bytes a row) with long-tailed users and items, and prepares it in a process
-of its own. Needs about 200 bytes of disk a row where --directory is.
+Makes a CSV log with 32 bytes a row, in which few users and items have most of the events. Prepares
+it in another process. Needs about 200 bytes of disk for each row in --directory.
 """
 
 import argparse

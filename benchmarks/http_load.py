@@ -1,10 +1,11 @@
-"""HTTP service under load: latency and requests/s by number of clients, each waiting its turn.
+"""Measures latency and requests per second of the HTTP service by number of clients.
 
 python -m tim4rec_jax.serving serve --workdir RUN --port 8000 &
 python -m benchmarks.http_load [--url http://127.0.0.1:8000] [--seconds 5] [--events 20]
 
-Clients are coroutines of this process on the same machine, so they share its cores with the
-service: figures are a lower bound of what the service can do.
+Each client waits for an answer before it sends its next request. The clients are coroutines of
+this process and share the cores of the machine with the service. The figures are therefore a
+lower bound of what the service can do.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ CLIENTS = (1, 4, 16, 64, 256)
 
 
 def requests(url: str, events: int, count: int = 500) -> list[bytes]:
-    """Requests for random histories, as they go over the wire."""
+    """Returns requests for random histories, as bytes to send."""
     with urllib.request.urlopen(f"{url}/items?limit=100") as answer:
         items = [item["item"] for item in json.load(answer)]
     address, drawn = urlsplit(url).netloc, random.Random(0)
@@ -44,7 +45,8 @@ def requests(url: str, events: int, count: int = 500) -> list[bytes]:
 async def client(url: str, made: list[bytes], until: float, seconds: list[float]) -> None:
     """Sends one request after the other on one connection.
 
-    By hand: a client library would take more of the cores than the service.
+    It writes the bytes itself, because a client library would use more of the cores than the
+    service.
     """
     parts = urlsplit(url)
     reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
@@ -64,7 +66,7 @@ async def client(url: str, made: list[bytes], until: float, seconds: list[float]
 
 
 async def measure(url: str, made: list[bytes], clients: int, length: float) -> list[float]:
-    """Seconds of every request that `clients` at once make in `length` seconds."""
+    """Returns the seconds that each request took, from `clients` at once for `length` seconds."""
     seconds: list[float] = []
     until = time.perf_counter() + length
     await asyncio.gather(*(client(url, made, until, seconds) for _ in range(clients)))
@@ -72,7 +74,7 @@ async def measure(url: str, made: list[bytes], clients: int, length: float) -> l
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--seconds", type=float, default=5.0, help="per row of the table")

@@ -1,10 +1,11 @@
-"""Test figures after each of the first epochs, beside those of the reference.
+"""Prints test figures after each of the first epochs, beside those of the published code.
 
     python -m benchmarks.learning_curve data/ml-100k [--model tim4rec | no-time | sasrec]
 
-For comparing implementations only: a training run never looks at its test split before the
-end. ml-100k prepared with `--order recbole`; settings of `configs/ml100k.py` (histories of 50,
-batches of 256, Adam 1e-3), which the reference's curve was made with too, at seed 2020.
+This serves only to compare implementations, because a training run does not look at its test split
+before the end. Prepare ml-100k with `--order recbole`. The settings are those of
+`configs/ml100k.py`: histories of 50, batches of 256, Adam at 1e-3, seed 2020. The curve of the
+published code was made with the same settings.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Full ranking: users/s and temporary memory by block size, against scoring and sorting everything.
+"""Measures full ranking by block size, and the same by sorting all scores: users/s and memory.
 
 python -m benchmarks.ranking [--batch 2048] [--repeats 3]
 """
@@ -24,14 +24,14 @@ NAIVE_LIMIT = 2**31  # scores and sorted indices of the naive way must fit in me
 
 @jax.jit
 def naive_ranks(hidden, table, targets):
-    """What the blocks replace: the full score matrix, sorted."""
+    """Ranks by sorting the full score matrix, which `ranks` replaces."""
     scores = jnp.matmul(hidden, table.T, precision=jax.lax.Precision.HIGHEST).at[:, 0].set(-jnp.inf)
     order = jnp.argsort(-scores, axis=1)
     return jnp.argmax(order == targets[:, None], axis=1).astype(jnp.int32) + 1
 
 
 def measure(function, *args, repeats, **static):
-    """Seconds of the fastest of `repeats` calls, and bytes of temporaries."""
+    """Returns the seconds of the fastest of `repeats` calls, and bytes of temporaries."""
     compiled = function.lower(*args, **static).compile()
     arrays = [arg for arg in args if not isinstance(arg, int)]
     jax.block_until_ready(compiled(*arrays))
@@ -44,7 +44,7 @@ def measure(function, *args, repeats, **static):
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=2048, help="users ranked at once")
     parser.add_argument("--repeats", type=int, default=3)

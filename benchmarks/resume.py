@@ -1,9 +1,10 @@
-"""Does a training that is killed end in the very bits of one that is not?
+"""Checks that a training that is killed and continued ends with the same bits as one that is not.
 
 python -m benchmarks.resume --dataset data/ml-100k [--kills 3] [--seed 0]
 
-Trains a small model with `train.py` once undisturbed and once with SIGKILL at random moments,
-each time starting the same command again; compares every number the two runs leave.
+Trains a small model with `train.py` twice. One run is undisturbed. The other run is killed with
+SIGKILL at random moments, and each time the same command continues it. Then every number that the
+two runs leave is compared.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ SETTINGS = {
     "train.batch_size": 1024,
     "train.epochs": 2,
     "train.checkpoint_minutes": 0.02,
-    # One width: to compile it once is much of the time already.
+    # One width is enough: compiling it is already much of the time.
     "data.buckets": "(50,)",
 }
 
 
 def start(dataset: Path, workdir: Path) -> subprocess.Popen:
-    """Starts the command; what it prints goes to a file beside `workdir`."""
+    """Starts the command; its output goes to a file beside `workdir`."""
     flags = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
     command = [sys.executable, "train.py", "--config=configs/ml100k.py", *flags]
     command += [f"--config.dataset={dataset.absolute()}", f"--workdir={workdir}"]
@@ -53,18 +54,18 @@ def finish(process: subprocess.Popen, workdir: Path) -> None:
 
 
 def saved_steps(workdir: Path) -> list[int]:
-    """Steps of the complete checkpoints."""
+    """Returns the steps of the complete checkpoints."""
     names = [path.name for path in (workdir / "checkpoints").glob("*")]
     return sorted(int(name) for name in names if name.isdecimal())
 
 
 def half_written(workdir: Path) -> int:
-    """Number of checkpoints that the kill left incomplete."""
+    """Returns the number of checkpoints that the kill left incomplete."""
     return len(list(workdir.glob("*/*.orbax-checkpoint-tmp*")))
 
 
 def leaves(workdir: Path) -> dict[str, np.ndarray]:
-    """Every array of the last state and of the best parameters."""
+    """Returns every array of the last state and of the best parameters."""
     logging.set_verbosity(logging.ERROR)
     arrays = {}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -77,7 +78,7 @@ def leaves(workdir: Path) -> dict[str, np.ndarray]:
 
 
 def figures(workdir: Path) -> dict:
-    """What metrics.json says, but for the time it took."""
+    """Returns metrics.json without the seconds."""
     values = json.loads((workdir / "metrics.json").read_text())
     return {key: value for key, value in values.items() if key != "seconds"}
 

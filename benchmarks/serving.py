@@ -1,10 +1,10 @@
-"""Serving: time per event of streaming users, recommendations per second by catalogue size.
+"""Measures serving: time for one more event of a user, recommendations per second by catalogue.
 
 python -m benchmarks.serving [--catalogues 10000,1000000] [--seconds 3]
 
-A causal TiM4Rec with the settings of the released 64-d model and random weights: speed does not
-depend on what they are. What an approximate index finds does: random items have no neighbours to be
-sorted with, trained ones have (`--workdir RUN` takes the model of a run instead).
+The model is a causal TiM4Rec with the settings of the released 64-d model and random weights. Speed
+does not depend on the weights. But the share of items that an approximate index finds does, because
+random items have no similar items. `--workdir RUN` takes the trained model of a run instead.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import CompiledModel
 
 LENGTH = 50
-BATCHES = (1, 1024)  # users who have one more event
-HISTORIES = (1, 256)  # recommended to at once
+BATCHES = (1, 1024)  # users with one more event each
+HISTORIES = (1, 256)  # histories in one call
 
 
 def make(folder: Path, n_items: int) -> tuple[Recommender, nnx.Module]:
-    """A recommender over `n_items` items."""
+    """Returns a recommender over `n_items` items, and its model."""
     indices = np.arange(1, n_items + 1, dtype=np.int32)
     columns = [indices, [str(index) for index in indices.tolist()], indices.astype(np.int64)]
     pq.write_table(pa.table(columns, schema=fmt.ITEMS_SCHEMA), folder / fmt.ITEMS_FILE)
@@ -55,7 +55,7 @@ def make(folder: Path, n_items: int) -> tuple[Recommender, nnx.Module]:
 
 
 def measure(call: Callable[[], object], seconds: float) -> float:
-    """Median seconds of a call, over at least three."""
+    """Returns the median seconds of at least three calls."""
     call()
     taken = []
     while len(taken) < 3 or sum(taken) < seconds:
@@ -66,7 +66,7 @@ def measure(call: Callable[[], object], seconds: float) -> float:
 
 
 def step_alone(model: nnx.Module, batch: int) -> Callable[[], object]:
-    """The model's step, state left on the device."""
+    """Returns a call of the model's step; the state stays on the device."""
     graphdef, params = nnx.split(model)
     step = jax.jit(lambda params, *args: nnx.merge(graphdef, params).step(*args), donate_argnums=1)
     state = model.init_state(batch)
@@ -81,7 +81,7 @@ def step_alone(model: nnx.Module, batch: int) -> Callable[[], object]:
 
 
 def updates(recommender: Recommender, batch: int) -> Callable[[], object]:
-    """One more event of each of `batch` users, through the store."""
+    """Returns a call that adds one event to each of `batch` users of the store."""
     clock = 0
 
     def call():
@@ -93,7 +93,7 @@ def updates(recommender: Recommender, batch: int) -> Callable[[], object]:
 
 
 def streaming(folder: Path, recommender: Recommender, model: nnx.Module, seconds: float) -> Table:
-    """Times of one event per user."""
+    """Returns the table of times for one more event of each user."""
     table = Table(title=f"one more event of each user, {jax.devices()[0]}")
     for column in ("users at once", "", "µs per event", "events/s"):
         table.add_column(column, justify="right" if column else "left")
@@ -115,7 +115,7 @@ def streaming(folder: Path, recommender: Recommender, model: nnx.Module, seconds
 
 
 def recommending(recommender: Recommender, batch: int) -> Callable[[], list]:
-    """Histories of `LENGTH` events, seen items excluded."""
+    """Returns a call that recommends to `batch` histories and leaves out their own items."""
     rng = np.random.default_rng(0)
     ids = np.array(recommender.catalogue.ids)
     items = ids[rng.integers(0, len(ids), (batch, LENGTH))].tolist()
@@ -125,7 +125,7 @@ def recommending(recommender: Recommender, batch: int) -> Callable[[], list]:
 
 
 def compare(table: Table, exact: Recommender, seconds: float) -> None:
-    """Adds rows for all items scored and for an index, with the share that the index found."""
+    """Adds rows for exact search and for an index, with the share of items that the index found."""
     began = time.perf_counter()
     index = ApproximateIndex(exact.engine.table)
     built = time.perf_counter() - began
@@ -151,7 +151,7 @@ def compare(table: Table, exact: Recommender, seconds: float) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--catalogues", default="10000,1000000", help="numbers of items")
     parser.add_argument("--seconds", type=float, default=3.0, help="spent on each figure")

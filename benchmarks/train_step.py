@@ -1,15 +1,16 @@
-"""Where the time of a training step goes.
+"""Shows where the time of a training step goes.
 
     python -m benchmarks.train_step                       # steps on random batches
     python -m benchmarks.train_step --epoch data/beauty --config configs/beauty.py
 
-The first prints, for the released Beauty and ML-1M shapes, the step as trained and the step
-with one thing changed at a time; what a change saves is that thing's share. The second times
-whole epochs on a prepared dataset, as `train.py` runs them, data pipeline included.
+The first command prints the step as trained for the released Beauty and ML-1M shapes, and the step
+with one thing changed at a time. The share of a thing is the time that is saved without it. The
+second command times whole epochs on a prepared dataset, as `train.py` runs them, with the data
+pipeline.
 
-Columns: seconds of wall clock and of processor time (all cores) a step, median of the runs;
-page faults a step; what XLA allots for temporaries. On a GPU or TPU a run is several steps sent off
-one after the other, as in training, where nobody waits for a step.
+The columns are seconds of wall clock and processor time (all cores), page faults, and memory that
+XLA allocates for temporaries. Each is the median of the runs, for one step. On a GPU or TPU a run is
+several steps dispatched one after the other, because training does not wait for a step.
 """
 
 import argparse
@@ -38,8 +39,8 @@ from tim4rec_jax.training.step import (
     train_step,
 )
 
-# name: settings file, rows, items, seconds a step of the reference: on two cores (torch 2.13 with
-# an allocator tuned to keep its memory, minimum of 5), and what others measured on an H200.
+# name: config file, rows, items, and seconds for a step of the published code: on two cores (torch
+# 2.13 with an allocator that keeps its memory, minimum of 5), and as others measured on an H200.
 CASES = {
     "Beauty, B 2048, L 50": ("configs/beauty.py", 2048, 12_101, {"cpu": 2.44, "gpu": 0.026}),
     "ML-1M, B 256, L 200": ("configs/ml1m.py", 256, 3_416, {"cpu": 0.96}),
@@ -47,13 +48,13 @@ CASES = {
 
 
 def load(named: str):
-    """The settings of a config, FILE.py[:VARIANT]."""
+    """Returns the settings of a config, FILE.py[:VARIANT]."""
     path, _, variant = named.partition(":")
     return runpy.run_path(path)["get_config"](variant)
 
 
 def random_batch(rows: int, length: int, n_items: int, seed: int = 0) -> dict:
-    """A batch of full histories."""
+    """Returns a batch of random histories of full length."""
     rng = np.random.default_rng(seed)
     batch = {
         "items": rng.integers(1, n_items + 1, (rows, length), np.int32),
@@ -66,7 +67,7 @@ def random_batch(rows: int, length: int, n_items: int, seed: int = 0) -> dict:
 
 
 def measure(step, state, runs: int) -> tuple[float, float, float]:
-    """Medians of wall seconds, processor seconds and page faults of `state = step(state)`."""
+    """Returns medians of wall seconds, processor seconds and page faults of `step(state)`."""
     state = jax.block_until_ready(step(state))
     together = 1 if jax.default_backend() == "cpu" else 16
     figures = []
@@ -83,7 +84,7 @@ def measure(step, state, runs: int) -> tuple[float, float, float]:
 
 
 def train_stepper(config, rows: int, n_items: int, micro: int | None = None):
-    """(step, state, MB of temporaries) of training as `train.py` does it."""
+    """Returns (step, state, MB of temporaries) of training as `train.py` does it."""
     length = config.data.max_length
     model = build(config.model, n_items=n_items, max_length=length)
     graphdef, params = nnx.split(model)
@@ -100,10 +101,10 @@ def train_stepper(config, rows: int, n_items: int, micro: int | None = None):
 
 
 def matrix_products(config, rows: int, n_items: int):
-    """(step, state) of nothing but the step's dense products, forward and backward.
+    """Returns (step, state, FLOPs) of the dense products alone, forward and backward.
 
-    The projections of both layers (the last one's output side only at one position), the
-    feed-forward networks and the scores, in the shapes of one micro-batch each.
+    These are the projections of both layers, the feed-forward networks and the scores, in the
+    shapes of one micro-batch. The output side of the last layer has one position.
     """
     model, length = config.model, config.data.max_length
     width, inner = model.hidden_size, model.hidden_size * model.expand
@@ -122,7 +123,7 @@ def matrix_products(config, rows: int, n_items: int):
     @jax.jit
     def step(carry):
         def one(carry, _):
-            # Each result leaves a trace in the carry: nothing can be dropped or hoisted.
+            # Each result changes the carry, so XLA can neither drop nor hoist a product.
             for i in range(len(shapes)):
                 a, b, c = x[i] + carry, w[i] + carry, dy[i] + carry
                 carry += 1e-30 * ((a @ b)[0, 0] + (c @ b.T)[0, 0] + (a.T @ c)[0, 0])
@@ -135,8 +136,8 @@ def matrix_products(config, rows: int, n_items: int):
 
 
 def steps(console: Console, runs: int) -> None:
-    """The table of steps."""
-    on_cpu = jax.default_backend() == "cpu"  # where the clock counts other programs, too
+    """Prints the table of steps."""
+    on_cpu = jax.default_backend() == "cpu"  # there the clock counts other programs as well
     for name, (path, rows, n_items, references) in CASES.items():
         config = load(path)
         variants = {"as trained": {}, "one micro-batch": {"micro": 1}}
@@ -185,7 +186,7 @@ def steps(console: Console, runs: int) -> None:
 
 
 def epochs(console: Console, directory: str, named: str, batch: int, count: int) -> None:
-    """Whole epochs as `train.py` runs them, the first one apart: it compiles."""
+    """Times whole epochs as `train.py` runs them; the first one includes compilation."""
     config = load(named)
     config.train.batch_size = batch or config.train.batch_size
     config = config_lib.resolve(config)

@@ -1,4 +1,4 @@
-"""From what a user points at (file, glob, folder, zip, tar) to the files to read."""
+"""Finds the files to read in what the user names: a file, glob, folder, zip or tar archive."""
 
 import glob
 import shutil
@@ -13,9 +13,9 @@ from tim4rec_jax.errors import UserError
 
 
 def find_beside(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
-    """Returns files that come with the events, if these are in a folder or an archive.
+    """Returns files that lie beside the events in the same folder or archive.
 
-    Arguments as for `find_files`.
+    The arguments are those of `find_files`.
     """
     containers = [Path(pattern) for pattern in patterns if Path(pattern).exists()]
     return [
@@ -31,8 +31,8 @@ def find_files(patterns: list[str], members: tuple[str, ...], work: Path) -> lis
 
     Args:
       patterns: paths or globs; several files are read in this order.
-      members: names (globs, without .gz) of the files to take from a folder or an archive; the
-        first one that fits anything wins.
+      members: names (globs, without .gz) of the files to take from a folder or an archive. The
+        first name that matches a file is used.
       work: where members of archives are unpacked.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Downloads that show progress, go on where they were cut, and are checked."""
+"""Downloads files with progress, continues interrupted downloads, and checks the result."""
 
 import hashlib
 import http.client
@@ -24,12 +24,12 @@ def fetch(
 ) -> Path:
     """Downloads a file unless it is there already.
 
-    What an earlier run has left is continued, if the server still has the same file.
+    An incomplete file of an earlier run is continued if the server still has the same file.
 
     Args:
       url: the owner's address.
       directory: where the file goes.
-      md5: what the owner says; None where the owner says nothing.
+      md5: the checksum that the owner publishes; None if there is none.
       console: where progress is shown.
       pause: seconds to wait before the second attempt; doubled each time.
 
@@ -37,8 +37,8 @@ def fetch(
       The file.
 
     Raises:
-      UserError: the server cannot be reached, keeps breaking off or refuses, or the file is
-        not the one that the owner describes. Says what to fetch from where by hand.
+      UserError: the server cannot be reached, refuses, or breaks off again and again, or the
+        checksum is wrong. The message says which file to fetch by hand, and from where.
     """
     path = directory / Path(urllib.parse.urlparse(url).path).name
     if path.exists():
@@ -52,13 +52,13 @@ def fetch(
             if _continue(url, partial, console):
                 break
         except urllib.error.HTTPError as error:
-            if error.code == 416:  # nothing follows what we have: begin anew
+            if error.code == 416:  # the server has nothing after our bytes: start again
                 partial.unlink()
             elif error.code < 500 and error.code not in (408, 429):
                 raise UserError(f"{url}: the server answers {error.code}; {by_hand}") from error
             reason: object = f"the server answers {error.code}"
         except _CUT as error:
-            if isinstance(error, OSError) and error.filename:  # ours: a full disk, no permission
+            if isinstance(error, OSError) and error.filename:  # our own file: full disk, permission
                 raise
             reason = getattr(error, "reason", error)
             reason = getattr(reason, "strerror", None) or reason or type(error).__name__
@@ -84,7 +84,7 @@ def fetch(
 
 
 def _continue(url: str, partial: Path, console: Console) -> bool:
-    """Appends what is missing of `partial`; returns whether it is complete then."""
+    """Appends the missing bytes to `partial`; returns whether the file is now complete."""
     have = partial.stat().st_size if partial.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "tim4rec-jax"})
     version = _version_file(partial)
@@ -108,7 +108,7 @@ def _continue(url: str, partial: Path, console: Console) -> bool:
 
 
 def _version_file(partial: Path) -> Path:
-    """Holds what identifies the version of the file of which `partial` is the start."""
+    """Returns the file that keeps the server's version of `partial`."""
     return partial.with_name(partial.name + ".version")
 
 

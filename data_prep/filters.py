@@ -1,4 +1,4 @@
-"""Filters, in SQL over tables on disk: what is left of the events, step by step."""
+"""Filters events in SQL over tables on disk, and counts what each step leaves."""
 
 import dataclasses
 import datetime
@@ -11,14 +11,15 @@ from tim4rec_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What to keep. Applied in the order of the fields, which is RecBole's.
+    """Says which events to keep. Filters are applied in the order of the fields, as in RecBole.
 
     Attributes:
       deduplicate: `exact` keeps one of several events with the same user, item and time; `first`
         or `last` keeps that one event of each user and item.
       min_rating: lowest rating kept.
-      since: first moment kept; `until`: first moment no longer kept.
-      k_core: at least so many events for each user and each item that stays.
+      since: the first moment that is kept.
+      until: the first moment that is not kept any more.
+      k_core: the smallest number of events of each remaining user and item.
     """
 
     deduplicate: str | None = None
@@ -30,7 +31,7 @@ class Filters:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What is there after one step; users and items are not counted before rows are checked."""
+    """Counts after one step; users and items are None before the rows are checked."""
 
     step: str
     events: int
@@ -45,18 +46,19 @@ def apply(
     where: str | None = None,
     unreadable: int = 0,
 ) -> list[Step]:
-    """Turns `raw` into the table `events` (source row, user, item, time) of what is kept.
+    """Turns the table `raw` into the table `events` with the kept events.
 
-    `user` and `item` there are numbers, keys of the tables `users` and `items`.
+    Its columns are the source row, user, item, time and rating. `user` and `item` are numbers, the
+    keys of the tables `users` and `items`.
 
     Args:
       con: holds `raw`.
       filters: what to keep.
-      where: the condition that `raw.kept` is about, to be told.
-      unreadable: rows of the source that are not in `raw`, to be told.
+      where: the condition that filled `raw.kept`; named in the report.
+      unreadable: number of rows of the source that are not in `raw`; counted in the report.
 
     Raises:
-      UserError: nothing is left; names the step that removed the last event.
+      UserError: no event is left. The message names the step that removed the last one.
     """
     rows, kept, good = con.execute(
         "SELECT count(kept), count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) "
@@ -99,7 +101,7 @@ def _number_ids(con: duckdb.DuckDBPyConnection) -> None:
 
 
 def _conditions(filters: Filters) -> list[tuple[str, str]]:
-    """Steps with the condition, possibly over a window, that the events kept by each meet."""
+    """Returns the name of each step and the SQL condition that its kept events meet."""
     first = "row_number() OVER (PARTITION BY {} ORDER BY {}) = 1"
     unique = {
         "exact": first.format('"user", item, time', '"row"'),
@@ -130,7 +132,7 @@ def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
 
 
 def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
-    """Removes users and items with fewer than k events until all that are left have k."""
+    """Removes users and items with fewer than k events until each remaining one has k."""
     before, after = -1, _events(con)
     while after != before:
         enough = "SELECT {0} FROM events GROUP BY {0} HAVING count(*) >= {1}"

@@ -1,4 +1,4 @@
-"""What is in a prepared dataset: figures for the terminal and for `plot`."""
+"""Describes a prepared dataset: figures for the terminal and for `plot`."""
 
 import datetime
 from collections.abc import Iterator
@@ -11,24 +11,29 @@ from rich.table import Table
 from tim4rec_jax.data import Dataset
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
-# Gaps are counted in 20 bins a decade, from 1 s to 3,000 years; the first bin holds ties.
+# Gaps are counted in 20 bins for each power of ten, from 1 s to 3,000 years. The first bin holds
+# ties.
 GAP_BINS = np.concatenate([[0], np.logspace(0, 11, 221)])
-_PIECE = 1 << 22  # events looked at in one go
+_PIECE = 1 << 22  # events read at once
 _SPANS = ((365 * 86_400, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def statistics(ds: Dataset) -> dict:
-    """Counts and quantiles of a dataset, which is read twice, piece by piece.
+    """Computes counts and quantiles of a dataset. Reads it twice, piece by piece.
 
     Args:
       ds: an open dataset.
 
     Returns:
-      density: events / (users x items); lengths, gaps: the `QUANTILES` of events per user and
-      of seconds between a user's neighbouring events (gaps to within 6 %); gap_counts: how many
-      gaps fall into `GAP_BINS`; tied, tied_float32: share of these gaps that are 0, before and
-      after rounding times to float32; first, last: time of events in seconds; busy: events in
-      each 80th of the time between.
+      A dictionary with
+        density: events / (users x items);
+        lengths: the `QUANTILES` of events per user;
+        gaps: the `QUANTILES` of seconds between neighbouring events of a user, to within 6 %;
+        gap_counts: number of gaps in each of `GAP_BINS`;
+        tied: share of gaps that are 0;
+        tied_float32: the same after times are rounded to float32;
+        first, last: times of the first and the last event in seconds;
+        busy: number of events in each 80th of the time between them.
     """
     gap_counts = np.zeros(len(GAP_BINS) - 1, np.int64)
     tied_float32 = 0
@@ -55,9 +60,9 @@ def statistics(ds: Dataset) -> dict:
 
 
 def _pieces(ds: Dataset) -> Iterator[tuple[Int64[np.ndarray, " N"], Bool[np.ndarray, " M"]]]:
-    """Yields times of whole users, each user's sorted, and which neighbours are of one user.
+    """Yields the times of whole users, and which neighbouring times belong to the same user.
 
-    RecBole's order leaves times some seconds out of order; gaps are those of real time.
+    The times of each user are sorted, because RecBole's order may differ from them by seconds.
     """
     for chunk in ds.chunks:
         end = chunk.start + len(chunk.timestamps)
@@ -100,7 +105,7 @@ def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
 
 
 def span(seconds: float) -> str:
-    """A length of time in its largest fitting unit: `42 s`, `3.5 h`, `2.0 y`."""
+    """Formats a duration in its largest fitting unit: `42 s`, `3.5 h`, `2.0 y`."""
     for size, unit in _SPANS:
         if seconds >= size:
             value = seconds / size
@@ -109,6 +114,6 @@ def span(seconds: float) -> str:
 
 
 def day(seconds: int) -> str:
-    """The date (UTC) of a unix time."""
+    """Returns the date (UTC) of a unix time."""
     epoch = datetime.datetime(1970, 1, 1)
     return (epoch + datetime.timedelta(seconds=seconds)).strftime("%Y-%m-%d")

@@ -1,4 +1,4 @@
-"""What a source file looks like: its format, its columns, and which of them hold what."""
+"""Describes a source file: its format, its columns and their meaning."""
 
 import csv
 import dataclasses
@@ -18,17 +18,22 @@ Kind = Literal["csv", "split", "json", "literal", "parquet"]
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How a file is written and which of its columns hold what.
+    """The format of a file and the meaning of its columns.
 
     Attributes:
-      kind: `csv` (quotes allowed), `split` (one event a line, cut at `delimiter`, no quotes),
-        `json` (one object a line), `literal` (one Python dictionary a line) or `parquet`.
-      columns: names of all columns; for `json` and `literal` the keys that are looked at.
-      user: column of the user id; `item`, `time` and `rating` likewise.
-      time_unit: `s`, `ms`, `us`, `ns` since 1970, or `iso`: dates, UTC where no zone is given.
-      delimiter: what parts the fields of `csv` and `split`.
+      kind: `csv` (quotes allowed), `split` (one event in each line, cut at `delimiter`, no
+        quotes), `json` (one object in each line), `literal` (one Python dictionary in each line)
+        or `parquet`.
+      columns: names of all columns; for `json` and `literal` the keys that are read.
+      user: name of the column with the user id.
+      item: name of the column with the item id.
+      time: name of the column with the time.
+      rating: name of the column with the rating; None if there is none.
+      time_unit: `s`, `ms`, `us` or `ns` since 1970, or `iso` for dates, in UTC if they name no
+        zone.
+      delimiter: text between the fields of `csv` and `split`.
       header: whether the first line of `csv` and `split` holds names.
-      where: SQL condition on the columns; rows that fail it are left out unchecked.
+      where: SQL condition on the columns. Rows that fail it are left out and not checked.
     """
 
     kind: Kind
@@ -59,7 +64,7 @@ def sniff(path: Path) -> Kind:
 
 
 def column_names(path: Path, kind: Kind, delimiter: str) -> tuple[str, ...]:
-    """Returns the column names that a Parquet file, a header line or a first JSON object holds.
+    """Returns the column names of a Parquet file, a header line or a first JSON object.
 
     Raises:
       UserError: the file is damaged, or its first line holds no names.
@@ -86,7 +91,7 @@ def column_names(path: Path, kind: Kind, delimiter: str) -> tuple[str, ...]:
 
 
 def guess_delimiter(path: Path) -> str:
-    """Returns whichever of tab, comma, semicolon and bar the first line has most of."""
+    """Returns tab, comma, semicolon or bar, whichever is most frequent in the first line."""
     line = first_line(path)
     return max("\t,;|", key=line.count)
 
@@ -97,10 +102,10 @@ def check_columns(path: Path, layout: Layout, remedy: str) -> None:
     Args:
       path: the file, for the message.
       layout: its layout.
-      remedy: what to do about a missing column.
+      remedy: what the user can do about a missing column.
 
     Raises:
-      UserError: names the column that is missing, the nearest one and the remedy.
+      UserError: a column is missing. The message names it, the most similar one and the remedy.
     """
     columns = layout.columns
     for number, column in enumerate(columns):

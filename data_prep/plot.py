@@ -1,4 +1,4 @@
-"""A prepared dataset in one picture."""
+"""Draws a prepared dataset as one picture."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ _TICKS = {1: "1 s", 60: "1 min", 3_600: "1 h", 86_400: "1 d", 2_592_000: "30 d",
 
 
 def plot(ds: Dataset, figures: dict, path: Path) -> None:
-    """Draws lengths, gaps, popularity and activity of a dataset.
+    """Draws events per user, gaps, popularity of items and events over time.
 
     Args:
       ds: an open dataset.
@@ -54,7 +54,7 @@ def _lengths(panel: Axes, ds: Dataset, figures: dict) -> None:
 
 
 def _gaps(panel: Axes, ds: Dataset, figures: dict) -> None:
-    # Ties have no place on a logarithmic axis: they are told in words.
+    # A logarithmic axis has no place for ties, so a note tells their share.
     counts = figures["gap_counts"][1:].reshape(-1, 2).sum(1)
     edges = GAP_BINS[1::2]
     seen = np.flatnonzero(counts)
@@ -111,5 +111,5 @@ def _mark(panel: Axes, at: float, text: str) -> None:
 
 
 def _leave_room(panel: Axes) -> None:
-    """Makes place for a line of text above what is drawn."""
+    """Makes room for a line of text at the top of a panel."""
     panel.set_ylim(0, panel.get_ylim()[1] * 1.12)

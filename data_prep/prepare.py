@@ -1,4 +1,4 @@
-"""From source files to a prepared dataset, start to end."""
+"""Prepares a dataset from source files, from start to end."""
 
 import argparse
 import collections
@@ -24,7 +24,7 @@ from tim4rec_jax.errors import UserError
 
 
 def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """Opens a database on disk in `work`; what does not fit into memory goes there too.
+    """Opens a database in the folder `work`, which also takes what does not fit into memory.
 
     Raises:
       UserError: `memory_limit` is no size.
@@ -50,11 +50,11 @@ def prepare(
       name: a key of `SOURCES`, the family of files to read.
       flags: of the command line: filters, order, what to do with bad rows.
       inputs: paths or globs of the files.
-      folder: an empty folder. What is needed on the way is written beside it.
+      folder: an empty folder. Temporary files are written beside it.
       console: where progress is shown.
 
     Returns:
-      What dataset.json holds.
+      The content of dataset.json.
 
     Raises:
       UserError: see `archives.find_files`, `read.append`, `rows.check` and `filters.apply`.
@@ -71,7 +71,7 @@ def prepare(
         concurrent.futures.ThreadPoolExecutor(1) as pool,
         console.status("") as status,
     ):
-        # Checksums are computed while DuckDB reads: both mostly wait for the disk or for zlib.
+        # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
         fingerprints = [pool.submit(_fingerprint, path) for path in files]
         read.create(con)
         for path in files:
@@ -118,7 +118,7 @@ def _fingerprint(path: Path) -> dict:
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if is_gzip(path):
-        # DuckDB does not look at the checksum that ends a gzip file; this does.
+        # DuckDB does not check the checksum at the end of a gzip file, so we do.
         try:
             with gzip.open(path) as file:
                 while file.read(1 << 20):
@@ -129,7 +129,7 @@ def _fingerprint(path: Path) -> dict:
 
 
 def print_steps(metadata: dict, console: Console) -> None:
-    """Prints what each step left and removed."""
+    """Prints how many events, users and items each step left and removed."""
     table = Table("", "events", "users", "items", "events removed", title=metadata["name"])
     for column in table.columns[1:]:
         column.justify = "right"

@@ -1,4 +1,4 @@
-"""Reads event files of any layout into DuckDB, every row checked."""
+"""Reads event files of any layout into DuckDB and checks every row."""
 
 import ast
 from pathlib import Path
@@ -11,17 +11,17 @@ from data_prep.text import damaged_gzip, is_gzip, name, text
 from tim4rec_jax.errors import UserError
 
 NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
-# Times are held as 64 bits of nanoseconds until they are written, so they end in 2262.
+# Until they are written, times are 64-bit nanoseconds, which end in the year 2262.
 LAST_SECOND = 9_200_000_000
 # Fields of a Python dictionary, as `repr` writes them under Python 2 (u'...') or 3.
 _LITERAL = r"""'{key}': u?('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 
 
 def create(con: duckdb.DuckDBPyConnection) -> None:
-    """Makes the empty table `raw` that `append` fills, one row per row of the files, in order.
+    """Makes the empty table `raw`, which `append` fills with a row for each row of the files.
 
-    `time` is in nanoseconds; `kept` is False where the layout's condition fails and null for an
-    empty line; `problem` says what is wrong with a row, `value` quotes the offending field.
+    `time` is in nanoseconds. `kept` is False where the layout's condition fails, and null for an
+    empty line. `problem` says what is wrong with a row, and `value` quotes the wrong field.
     """
     con.execute(
         'CREATE TABLE raw ("user" VARCHAR, item VARCHAR, time BIGINT, rating DOUBLE, '
@@ -30,7 +30,7 @@ def create(con: duckdb.DuckDBPyConnection) -> None:
 
 
 def append(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> None:
-    """Appends all rows of one file to `raw`; what cannot be parsed at all goes to `reject_errors`.
+    """Appends all rows of one file to `raw`; unreadable lines go to the table `reject_errors`.
 
     Raises:
       UserError: the file is damaged, or the layout's condition is no valid SQL.
@@ -60,7 +60,7 @@ def append(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> None:
 
 
 def _checked_rows(path: Path, layout: Layout) -> str:
-    """SELECT of the columns of `raw`."""
+    """Returns the SELECT that computes the columns of `raw`."""
     if layout.time_unit == "iso":
         parse = "TRY_CAST(time AS TIMESTAMPTZ)"
         ticks = "CASE WHEN number BETWEEN '1970-01-01' AND '2261-12-31' THEN epoch_ns(number) END"
@@ -97,7 +97,10 @@ def _checked_rows(path: Path, layout: Layout) -> str:
 
 
 def _fields(path: Path, layout: Layout) -> str:
-    """SELECT of the columns as text, `#present` (False: an empty line) and `#broken` (why)."""
+    """Returns the SELECT of the columns as text.
+
+    `#present` is False for an empty line, and `#broken` says why a line cannot be read.
+    """
     if layout.kind == "parquet":
         columns = ", ".join(f"CAST({c} AS VARCHAR) AS {c}" for c in map(name, layout.columns))
         source = f"read_parquet({text(path)})"
@@ -106,14 +109,14 @@ def _fields(path: Path, layout: Layout) -> str:
         quoted = f"delim = {text(layout.delimiter)}, quote = '\"', escape = '\"'"
         rows = _read_csv(path, layout.columns, f"{quoted}, strict_mode = true", layout.header)
         return f'SELECT *, TRUE AS "#present", NULL AS "#broken" FROM {rows}'
-    # With a delimiter that text files do not hold, each line is one field.
+    # Text files do not contain this delimiter, so each line is read as one field.
     whole = "delim = '\x1f', quote = '', escape = '', strict_mode = false"
     rows = _read_csv(path, ("line",), whole, layout.header)
     columns = layout.columns
     if layout.kind == "split":
         cut, picked, broken = _split(layout)
     else:
-        if not layout.where:  # no need to take long texts apart
+        if not layout.where:  # then long texts need not be parsed
             used = (layout.user, layout.item, layout.time, layout.rating)
             columns = tuple(column for column in columns if column in used)
         cut, picked, broken = (_json if layout.kind == "json" else _literal)(columns)
@@ -127,21 +130,24 @@ def _fields(path: Path, layout: Layout) -> str:
 
 
 def _split(layout: Layout) -> tuple[str, str, str]:
-    """How to cut a line into `fields`, how to pick one, and when and why a line is broken."""
+    """Returns SQL that cuts a line into `fields`, picks a field, and finds broken lines."""
     n = len(layout.columns)
     broken = f"len(fields) != {n} THEN 'the line has ' || len(fields) || ' fields, not {n}'"
     return f"string_split(line, {text(layout.delimiter)})", "{}", broken
 
 
 def _json(keys: tuple[str, ...]) -> tuple[str, str, str]:
-    """Likewise for a JSON object."""
+    """Returns the same as `_split` for a JSON object in each line."""
     paths = ", ".join(text(f"$.{name(key)}") for key in keys)
     cut = f"CASE WHEN json_valid(line) THEN json_extract_string(line, [{paths}]) END"
     return cut, "{}", "fields IS NULL THEN 'the line is not valid JSON'"
 
 
 def _literal(keys: tuple[str, ...]) -> tuple[str, str, str]:
-    """Likewise for a Python dictionary; fields with escapes keep their quotes for `_unescape`."""
+    """Returns the same as `_split` for a Python dictionary in each line.
+
+    Fields with escapes keep their quotes, and `_unescape` reads them.
+    """
     patterns = [text(_LITERAL.format(key=key)) for key in keys]
     cut = ", ".join(f"regexp_extract(line, {pattern}, 1)" for pattern in patterns)
     bare = "CASE WHEN contains({0}, chr(92)) THEN {0} ELSE substr({0}, 2, len({0}) - 2) END"
@@ -159,7 +165,7 @@ def _read_csv(path: Path, columns: tuple[str, ...], quoting: str, header: bool) 
 
 
 def _unescape(con: duckdb.DuckDBPyConnection, first: int) -> None:
-    r"""Replaces ids that Python wrote with escapes (\xe9, \u2605, \') by what they mean."""
+    r"""Replaces ids that Python wrote with escapes (\xe9, \u2605, \') by their text."""
     for column in ("user", "item"):
         quoted = con.execute(
             f"SELECT DISTINCT {name(column)} FROM raw "

@@ -1,4 +1,4 @@
-"""What to do about bad rows: the sentence that names the first one, or a count of all."""
+"""Reports bad rows: an error that names the first one, or a count of all."""
 
 import collections
 import csv
@@ -20,17 +20,17 @@ _REMEDY = "correct it or pass --on-bad-row=skip"
 def check(
     con: duckdb.DuckDBPyConnection, path: Path, layout: Layout, first: int, *, skip: bool
 ) -> collections.Counter[str]:
-    """Judges the rows that `read.append` has just added.
+    """Checks the rows that `read.append` has just added.
 
     Args:
       con: holds the table `raw`.
       path: the file they come from.
       layout: how it was read.
-      first: row of `raw` at which the file starts.
-      skip: count bad rows instead of raising.
+      first: number of the first row of this file in `raw`.
+      skip: whether bad rows are counted instead of raising an error.
 
     Returns:
-      reason -> number of bad rows.
+      The number of bad rows for each reason.
 
     Raises:
       UserError: a row is bad and `skip` is False, or most times are in another unit.
@@ -64,7 +64,10 @@ def check(
 
 
 def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: int) -> None:
-    """Marks, say, seconds among milliseconds; small times everywhere are a clock of its own."""
+    """Marks times of a coarser unit, for example seconds among milliseconds.
+
+    If all times are small, they are taken as they are: a log may count from its own start.
+    """
     if layout.time_unit in ("s", "iso"):
         return
     early, tick = 100_000_000, NANOSECONDS[layout.time_unit]  # 1973 in seconds
@@ -115,13 +118,13 @@ def _unreadable(con: duckdb.DuckDBPyConnection, path: Path, layout: Layout) -> t
     }
     sentence = f"{path}, line {_line_of_byte(path, byte)}: {reasons.get(kind, message)}"
     if any(kind == "UNQUOTED VALUE" for _, _, kind, _ in refused):
-        # All up to the next quote, possibly the end of the file, is lost with it.
+        # The rows up to the next quote, possibly to the end of the file, are lost with it.
         raise UserError(f"{sentence}; close it, the rows after it cannot be told apart")
     return len(refused), sentence
 
 
 def _line_of_byte(path: Path, byte: int) -> int:
-    """Number of the line in which a byte of the text lies, line ends in quotes counted."""
+    """Returns the number of the line that holds a byte; line ends in quotes count as well."""
     line = 1
     with gzip.open(path) if is_gzip(path) else open(path, "rb") as file:
         while byte > 0:
@@ -132,12 +135,12 @@ def _line_of_byte(path: Path, byte: int) -> int:
 
 
 def _place(path: Path, layout: Layout, row: int) -> str:
-    """Names the `row`-th row of a file, counted from 0, as its user counts."""
+    """Names a row of a file, counted from 0, by the line number that an editor shows."""
     if layout.kind == "parquet":
         return f"{path}, row {row + 1}"
     if layout.kind != "csv":
         return f"{path}, line {row + 1 + layout.header}"
-    # Quoted fields may hold line ends, and empty lines are no rows: read up to the row.
+    # Quoted fields may hold line ends, and empty lines are no rows. So we read up to the row.
     csv.field_size_limit(sys.maxsize)
     with open_text(path) as file:
         reader = csv.reader(file, delimiter=layout.delimiter)

@@ -1,4 +1,4 @@
-"""The families of files that can be read: what their columns are called, who owns them."""
+"""Lists the families of source files: their columns, their owners and their checksums."""
 
 import argparse
 import csv
@@ -20,9 +20,9 @@ _AMAZON = {
     "2023": "https://mcauleylab.ucsd.edu/public_datasets/data/amazon_2023/benchmark/0core/"
     "rating_only/{}.csv.gz",
 }
-_NO_HEADER = ("user", "item", "time", "rating")  # our names where the file has none
-# As their owners publish them: GroupLens beside each file, KuaiRand on its Zenodo page. The
-# owners of the other files publish none.
+_NO_HEADER = ("user", "item", "time", "rating")  # our names for files without names
+# Checksums as the owners publish them: GroupLens beside each file, KuaiRand on its Zenodo page.
+# The owners of the other files publish none.
 MD5 = {
     "ml-100k.zip": "0e33842e24a9c977be4e0107933c0723",
     "ml-1m.zip": "c4d9eecfca2ab87c1945afe126590906",
@@ -41,10 +41,10 @@ class Source:
     """A family of data sets.
 
     Attributes:
-      layout: how to read one of its files, given the command's flags.
-      url: the owner's address of what the flags ask for; None where files must be at hand.
-      members: which files to take from a folder or an archive (see `archives.find_files`).
-      titles: likewise, for the file with titles of items.
+      layout: returns how to read one of its files, given the flags of the command.
+      url: returns the address at the owner for the flags; None if there is no download.
+      members: the files to take from a folder or an archive (see `archives.find_files`).
+      titles: the files with titles of items, named like `members`.
     """
 
     layout: Callable[[Path, Flags], Layout]
@@ -81,7 +81,10 @@ def _amazon(path: Path, flags: Flags) -> Layout:
 
 
 def _edition(path: Path, flags: Flags) -> str:
-    """Tells user, item (2014) from item, user (2018): every ASIN has ten characters."""
+    """Finds the edition of a file without names.
+
+    The columns are user, item in 2014 and item, user in 2018. Every item id has ten characters.
+    """
     with open_text(path) as file:
         rows = [row for row in itertools.islice(csv.reader(file), 1000) if len(row) >= 2]
     first, second = (all(len(row[column]) == 10 for row in rows) for column in (0, 1))
@@ -151,7 +154,7 @@ def _table(path: Path, flags: Flags) -> Layout:
 def _chosen(
     kind: Kind, columns: tuple[str, ...], flags: Flags, delimiter: str, *, header: bool
 ) -> Layout:
-    """Layout with the columns that the flags name."""
+    """Returns a layout with the columns that the flags name."""
     return Layout(
         kind,
         columns,

@@ -1,22 +1,23 @@
 """Makes a dataset whose best possible scores are known, with and without the time.
 
 A user follows one interest at a time and consumes its items, popular ones first. Within a
-session (gaps of minutes) the interest stays. After a long gap (a day or two) the user finishes
-what was begun, one more item of the old interest, and turns to another one. So the next
-item's interest follows from the last item and from the gap *before* that last item:
+session, with gaps of minutes, the interest stays. After a long gap of a day or two, the user takes
+one more item of the old interest and then turns to another one. The interest of the next item
+therefore follows from the last item and from the gap *before* that last item:
 
     gap before the last item short:  next item from the interest of the last item
     gap before the last item long:   next item from the interest that comes after it
 
-with probability `FOCUS`; any item of the catalogue otherwise. Gaps are long with probability
-`LONG_GAP`, independently of everything, and influence only the item after the next. The items
-seen so far therefore say nothing about the last gap, and both ceilings are exact: who sees times
-ranks by the conditional probability given (interest, gap), who sees items alone ranks by its
-average over the gap. Both rankings are Bayes-optimal for Hit and NDCG.
+This holds with probability `FOCUS`. Otherwise the next item is any item of the catalogue. A gap is
+long with probability `LONG_GAP`, independently of everything else. The gap before an item does not
+influence that item, only the one after it. The items so far say nothing about the last gap, so both
+ceilings are exact. A model that sees times ranks by the probability given the interest and the gap.
+A model that sees only items ranks by the average of that probability over the gap. Both rankings
+are Bayes-optimal for Hit and NDCG.
 
-Times are seconds since the user came, not unix times. In the published time encoding the first
-padding position holds minus the last time and is normalised together with the gaps; a unix time
-there would leave nothing of them. Below 2**24 seconds float32 is exact, too.
+Times are seconds since the first visit of the user, not unix times. In the published time encoding
+the first padding position holds minus the last time and is normalised together with the gaps. A
+unix time there would make the gaps vanish. Below 2**24 seconds float32 is exact as well.
 """
 
 import argparse
@@ -44,14 +45,14 @@ TOP = 10
 
 
 def conditionals(n_items: int) -> tuple[Int[np.ndarray, " V"], Float[np.ndarray, "2 C V"]]:
-    """Interest of each item, and probability of each next item.
+    """Returns the interest of each item and the probability of each next item.
 
     Args:
       n_items: size of the catalogue, V; it is split into C interests.
 
     Returns:
-      interest [V], and probabilities [2, C, V] given whether the gap before the last item was
-      long and the last item's interest.
+      The interest of each item, [V], and the probability of each next item, [2, C, V], given
+      whether the gap before the last item was long, and given the interest of the last item.
     """
     n_interests = n_items // ITEMS_PER_INTEREST
     interest = np.arange(n_items) * n_interests // n_items
@@ -73,7 +74,7 @@ def generate(
       seed: of the random numbers.
 
     Returns:
-      items [U, N] from 0, times [U, N] in seconds, lengths [U]: events beyond are to be left out.
+      Items [U, N] from 0, times [U, N] in seconds, and lengths [U], the number of valid events.
     """
     random = np.random.default_rng(seed)
     interest, probabilities = conditionals(n_items)
@@ -94,7 +95,7 @@ def generate(
 def ceilings(
     last_items: Int64[np.ndarray, " U"], last_gap_long: Bool[np.ndarray, " U"], n_items: int
 ) -> dict[str, dict[str, float]]:
-    """Best expected metrics over given histories.
+    """Returns the best expected metrics over given histories.
 
     Args:
       last_items: last item of each history, from 0.
@@ -102,7 +103,7 @@ def ceilings(
       n_items: size of the catalogue.
 
     Returns:
-      `with_time` and `time_blind`, each with `hit@10` and `ndcg@10`.
+      The entries `with_time` and `time_blind`, each with `hit@10` and `ndcg@10`.
     """
     interest, probabilities = conditionals(n_items)
     blind = np.average(probabilities, axis=0, weights=[1 - LONG_GAP, LONG_GAP])
@@ -123,10 +124,10 @@ def ceilings(
 
 
 def oracle(items, times, lengths, n_items: int) -> dict:
-    """Ceilings of the leave-one-out splits; arguments as `generate` returns them.
+    """Returns the ceilings of the leave-one-out splits for the events that `generate` returned.
 
     Returns:
-      `test` and `valid`, each as `ceilings` returns it.
+      The entries `test` and `valid`, each as `ceilings` returns it.
     """
     users = np.arange(len(items))
     result = {}
@@ -179,7 +180,7 @@ def _ids(letter: str, count: int) -> list[str]:
 
 
 def print_oracle(metadata: dict, console: Console) -> None:
-    """Prints the best scores that can be reached."""
+    """Prints the best expected scores."""
     table = Table("best expected score", "valid HR@10", "NDCG@10", "test HR@10", "NDCG@10")
     for key, label in (("with_time", "seeing items and times"), ("time_blind", "items only")):
         scores = [metadata["oracle"][split][key] for split in ("valid", "test")]

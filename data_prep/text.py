@@ -1,4 +1,4 @@
-"""Looking into source files, and quoting for SQL."""
+"""Opens and inspects source files, and quotes texts for SQL."""
 
 import gzip
 import zlib
@@ -9,13 +9,13 @@ from tim4rec_jax.errors import UserError
 
 
 def is_gzip(path: Path) -> bool:
-    """Whether the file is gzip, by its first bytes: names are not to be trusted."""
+    """Tells from the first bytes whether a file is gzip, because names are not reliable."""
     with open(path, "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def open_text(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
-    """Opens a plain or gzip file; bytes that are not of the encoding become a placeholder."""
+    """Opens a plain or gzip file; bytes that are invalid in the encoding become a placeholder."""
     opener = gzip.open if is_gzip(path) else open
     return opener(path, "rt", encoding=encoding, errors="replace", newline="")
 
@@ -37,7 +37,7 @@ def first_line(path: Path) -> str:
 
 
 def damaged_gzip(path: Path) -> UserError:
-    """The error for a gzip file that ends too early or fails its checksum."""
+    """Returns the error for a gzip file that ends too early or fails its checksum."""
     return UserError(f"{path} is a truncated or damaged gzip file; fetch it again")
 
 

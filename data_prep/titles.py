@@ -1,4 +1,4 @@
-"""Titles of items, for people who read recommendations."""
+"""Reads titles of items, which recommendations show beside the ids."""
 
 import csv
 from pathlib import Path
@@ -7,13 +7,13 @@ from data_prep.text import open_text
 
 
 def titles(files: list[Path]) -> dict[str, str]:
-    """Reads MovieLens' lists of movies.
+    """Reads the lists of movies of MovieLens.
 
     Args:
       files: `u.item`, `movies.dat` or `movies.csv`; plain or gzip.
 
     Returns:
-      Original item id -> title.
+      The title of each original item id.
     """
     found: dict[str, str] = {}
     for path in files:

@@ -1,4 +1,4 @@
-"""Writes a prepared dataset: complete or not at all."""
+"""Writes a prepared dataset, complete or not at all."""
 
 import contextlib
 import itertools
@@ -16,9 +16,9 @@ from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory
 
-STREAM_EVENTS = 1_000_000  # taken from DuckDB at a time
-SHARD_EVENTS = 16_000_000  # some 200 MB a file
-# `events.time` is in nanoseconds; plain `time` would be the rounded column of the result.
+STREAM_EVENTS = 1_000_000  # read from DuckDB at once
+SHARD_EVENTS = 16_000_000  # about 200 MB in each file
+# `events.time` is in nanoseconds. A plain `time` would mean the rounded column of the result.
 ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
 
 
@@ -60,16 +60,16 @@ def write(
     Args:
       con: holds the tables.
       directory: exists and is empty.
-      metadata: what dataset.json is to tell besides what follows from the events.
-      order: `exact` or `recbole`: how each user's events are sorted; ties stay in source order.
-      shard_events: a sequences file takes no further user once it holds so many events.
-      titles: original item id -> title.
+      metadata: further entries of dataset.json; the counts are added here.
+      order: how the events of a user are sorted, `exact` or `recbole`. Ties stay in source order.
+      shard_events: a sequences file takes no further user once it holds this many events.
+      titles: the title of each original item id.
 
     Returns:
-      What dataset.json holds.
+      The content of dataset.json.
     """
     for table in ("user", "item"):
-        # Numbered by first appearance in what the filters left.
+        # The index follows the first appearance among the events that the filters left.
         con.execute(
             f'CREATE TABLE {table}_index AS SELECT "{table}" AS number, count(*) AS events, '
             f'CAST(row_number() OVER (ORDER BY min("row")) AS INTEGER) AS "index" '
@@ -122,9 +122,9 @@ def _write_sequences(
     lengths: Int64[np.ndarray, "users"],
     shard_events: int,
 ) -> int:
-    """Writes the sequences files, one record batch each, and returns how many."""
+    """Writes the sequences files with one record batch each, and returns their number."""
     ends = np.cumsum(lengths)
-    # A user belongs to the shard in which its first event falls; shards may be empty: renumber.
+    # A user belongs to the shard of its first event. Some shards may be empty, so we renumber them.
     _, firsts = np.unique((ends - lengths) // shard_events, return_index=True)
     bounds = [*firsts.tolist(), len(lengths)]
     stream = con.sql(
