@@ -5,14 +5,22 @@ from tim4rec_jax.data.batches import (
     Convention,
     EvalBatches,
     TrainBatches,
-    days,
+    collate,
     default_buckets,
     prefix_batch,
     time_gaps,
 )
-from tim4rec_jax.data.dataset import Dataset, open_dataset, train_dates, train_item_counts
+from tim4rec_jax.data.dataset import (
+    Dataset,
+    EventLog,
+    days,
+    event_log,
+    open_dataset,
+    train_dates,
+    train_item_counts,
+)
 from tim4rec_jax.data.format import FORMAT_VERSION
-from tim4rec_jax.data.packing import PackedBatches
+from tim4rec_jax.data.packing import PackedBatches, pack
 
 __all__ = [
     "FORMAT_VERSION",
@@ -20,11 +28,15 @@ __all__ = [
     "Convention",
     "Dataset",
     "EvalBatches",
+    "EventLog",
     "PackedBatches",
     "TrainBatches",
+    "collate",
     "days",
     "default_buckets",
+    "event_log",
     "open_dataset",
+    "pack",
     "prefix_batch",
     "time_gaps",
     "train_dates",

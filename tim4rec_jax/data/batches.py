@@ -1,18 +1,66 @@
 """Windows over histories: the last events before a target, their time gaps, batches of them."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Float32, Int, Int64
 
-from tim4rec_jax.data.dataset import Dataset, samples_of_users
+from tim4rec_jax.data.dataset import (
+    Array,
+    Dataset,
+    EventLog,
+    event_log,
+    samples_of_users,
+    windows,
+)
 from tim4rec_jax.errors import UserError
 
-# ---- data.windows
-# Windows over histories: the last events before a target, their time gaps, batches of them.
-
+Batch = dict[str, Any]
 Convention = Literal["recbole", "exact"]
+
+
+def collate(
+    log: EventLog,
+    starts: Int[Array, "B"],
+    lengths: Int[Array, "B"],
+    *,
+    width: int,
+    max_length: int,
+    convention: Convention,
+) -> Batch:
+    """Makes a batch of windows over histories, each with the event that follows it.
+
+    It is the same function on the host and inside a compiled step: `log`, `starts` and
+    `lengths` are arrays of NumPy, or all are arrays of JAX.
+
+    Args:
+      log: the events.
+      starts: number of each window's first event in the log.
+      lengths: events of each window. The event after them must be in the log too.
+      width: columns of `items`; at least the longest window.
+      max_length: columns of `gaps`.
+      convention: of the gaps; see `time_gaps`.
+
+    Returns:
+      `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
+      [B, max_length], all columns whatever `width` is, because the time stream of the model
+      looks at whole rows; `targets` int32 [B], the event after; `time_to_next` float32 [B], exact
+      seconds until it; `dates` float32 [B], of the window's last event, days since 1970.
+    """
+    xp = log.items.__array_namespace__()
+    # The first pad column holds the spike of the recbole convention; beyond it all is 0.
+    reach = min(width + 1, max_length)
+    gaps = _window_gaps(log, starts, lengths, reach, convention)
+    stops = starts + lengths
+    return {
+        "items": windows(log.items, starts, lengths, width),
+        "lengths": lengths.astype(xp.int32),
+        "gaps": xp.pad(gaps, ((0, 0), (0, max_length - reach))),
+        "targets": log.items[stops],
+        "time_to_next": log.gaps[stops],
+        "dates": log.dates[stops - 1],
+    }
 
 
 def time_gaps(
@@ -33,18 +81,20 @@ def time_gaps(
     Returns:
       Gaps in the unit of `timestamps`; the first of each row is 0.
     """
-    gaps = np.zeros(timestamps.shape, np.float32)
+    times = timestamps.ravel()
+    rows, width = timestamps.shape
+    log = event_log(np.zeros(times.size, np.int32), times)
+    return _window_gaps(log, np.arange(rows) * width, lengths, width, convention)
+
+
+def _window_gaps(log: EventLog, starts, lengths, width: int, convention: Convention):
+    """The gaps within windows, float32 [B, width]; see `time_gaps`."""
+    xp = log.items.__array_namespace__()
     if convention == "recbole":
-        gaps[:, 1:] = np.diff(timestamps.astype(np.float32), axis=1)
-    else:
-        gaps[:, 1:] = np.diff(timestamps, axis=1)
-        gaps[np.arange(timestamps.shape[1]) >= lengths[:, None]] = 0
-    return gaps
-
-
-def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    """Days since 1970, exact to three minutes."""
-    return (timestamps / 86_400).astype(np.float32)
+        times = windows(log.times, starts, lengths, width)
+        return xp.diff(times, axis=1, prepend=times[:, :1])
+    # In the log, the event before a window's first one may be another user's.
+    return xp.where(xp.arange(width) > 0, windows(log.gaps, starts, lengths, width), 0)
 
 
 def prefix_batch(
@@ -55,7 +105,7 @@ def prefix_batch(
     width: int,
     max_length: int,
     convention: Convention,
-) -> dict[str, np.ndarray]:
+) -> Batch:
     """Gathers prefixes of histories and the events that follow them.
 
     Args:
@@ -67,28 +117,12 @@ def prefix_batch(
       convention: see `time_gaps`.
 
     Returns:
-      `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
-      [B, max_length], all columns whatever `width` is, because the time stream of the model
-      looks at whole rows; `targets` int32 [B]; `time_to_next` float32 [B], exact time from the last
-      event to the target; `dates` float32 [B], of the last event, see `days`; `users` int32 [B].
+      What `collate` returns, and `users` int32 [B].
     """
     lengths = np.minimum(ends, max_length)
-    stop = dataset.offsets[users] + ends
-    starts = stop - lengths
-    gaps = np.zeros((len(users), max_length), np.float32)
-    # The first pad column holds the spike of the recbole convention; beyond it all is 0.
-    seen = min(width + 1, max_length)
-    gaps[:, :seen] = time_gaps(dataset.timestamps(starts, lengths, seen), lengths, convention)
-    around = dataset.timestamps(stop - 1, np.full_like(lengths, 2), 2)
-    return {
-        "items": dataset.items(starts, lengths, width),
-        "lengths": lengths.astype(np.int32),
-        "gaps": gaps,
-        "targets": dataset.items(stop, np.ones_like(lengths), 1)[:, 0],
-        "time_to_next": (around[:, 1] - around[:, 0]).astype(np.float32),
-        "dates": days(around[:, 0]),
-        "users": users.astype(np.int32),
-    }
+    log, starts = dataset.events(dataset.offsets[users] + ends - lengths, lengths + 1)
+    batch = collate(log, starts, lengths, width=width, max_length=max_length, convention=convention)
+    return batch | {"users": users.astype(np.int32)}
 
 
 # ---- data.buckets
@@ -187,8 +221,6 @@ def permute(
 # before validates; users with three events have no training sample, those with two only test,
 # those with one do nothing.
 
-Batch = dict[str, np.ndarray]
-
 
 def rows_of_process(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
     """Numbers of the rows of each batch that a process makes.
@@ -285,19 +317,20 @@ class TrainBatches:
         )
         return batch | {"weights": weights}
 
-    def rows(self, number: int) -> Batch:
-        """What batch `number` is gathered from.
+    def indices(self, number: int) -> Batch:
+        """What batch `number` is gathered from, if all events lie in one log.
 
         Returns:
-          `bucket` int32 [], which of `buckets` `items` is as wide as; and for every row `stops`
-          int32, the number of the target among all events of the dataset, `lengths` int32 of the
-          window before it, `users` int32 and `weights` float32.
+          `bucket` int32 [], which of `buckets` `items` is as wide as; and for every row `starts`
+          int32, the number of the window's first event among all of the dataset, its `lengths`
+          int32, `users` int32 and `weights` float32.
         """
         level, users, ends, weights = self._batch(number)
+        lengths = np.minimum(ends, self.max_length)
         return {
             "bucket": np.array(level, np.int32),
-            "stops": (self.dataset.offsets[users] + ends).astype(np.int32),
-            "lengths": np.minimum(ends, self.max_length).astype(np.int32),
+            "starts": (self.dataset.offsets[users] + ends - lengths).astype(np.int32),
+            "lengths": lengths.astype(np.int32),
             "users": users.astype(np.int32),
             "weights": weights,
         }

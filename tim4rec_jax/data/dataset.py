@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int, Int32, Int64
+from jaxtyping import Float32, Int, Int32, Int64, Shaped
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.splits import Splits, by_time, date, leave_one_out, moment
@@ -18,6 +19,76 @@ from tim4rec_jax.errors import UserError
 
 # ---- data.dataset
 # The prepared dataset as the rest of the system sees it: memory-mapped, checked, never copied.
+
+
+Array = Any  # an array of NumPy or of JAX
+_COLUMNS = ("items", "timestamps")
+
+
+def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+    """Days since 1970 of times in seconds, exact to three minutes."""
+    return (timestamps / 86_400).astype(np.float32)
+
+
+class EventLog(NamedTuple):
+    """Events in memory, one user's after the other's, as batches are gathered from them.
+
+    The arrays are NumPy's, or JAX's where the log lies on a device. No column needs more than
+    32 bits, which is what a device has.
+
+    Attributes:
+      items: item indices.
+      gaps: exact seconds since the event before in the log, whichever user that belongs to.
+      times: seconds since 1970, rounded to float32.
+      dates: days since 1970.
+    """
+
+    items: Int32[Array, "E"]
+    gaps: Float32[Array, "E"]
+    times: Float32[Array, "E"]
+    dates: Float32[Array, "E"]
+
+
+def event_log(items: Int32[np.ndarray, "E"], timestamps: Int64[np.ndarray, "E"]) -> EventLog:
+    """The log of events with exact times, in seconds since 1970."""
+    gaps = np.diff(timestamps, prepend=timestamps[:1]).astype(np.float32)
+    return EventLog(items, gaps, timestamps.astype(np.float32), days(timestamps))
+
+
+def windows(
+    values: Shaped[Array, "E"], starts: Int[Array, "B"], lengths: Int[Array, "B"], width: int
+) -> Shaped[Array, "B width"]:
+    """Gathers `values[start : start + length]` for every row and pads it with 0 on the right.
+
+    Args:
+      values: one value of every event of a log; an array of NumPy or of JAX.
+      starts: number of the first event of each row.
+      lengths: number of events of each row; those beyond `width` are left out.
+      width: columns of the result.
+    """
+    xp = values.__array_namespace__()
+    column = xp.arange(width, dtype=starts.dtype)
+    inside = column < lengths[:, None]
+    if xp is np:
+        out = _runs(values, starts, width)
+        out[~inside] = 0
+        return out
+    events = xp.where(inside, starts[:, None] + column, 0)
+    return xp.where(inside, values[events], 0)
+
+
+def _runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
+    """Gathers `values[start : start + width]` for each start; what is past the end is anything.
+
+    Copying runs of memory takes half the time of an index for every element.
+    """
+    if len(values) < width:
+        values = np.pad(values, (0, width - len(values)))
+    reached = np.minimum(starts, len(values) - width)
+    out = np.lib.stride_tricks.sliding_window_view(values, width)[reached]
+    for row in np.flatnonzero(reached < starts):  # the few that would run past the end
+        out[row] = np.roll(out[row], reached[row] - starts[row])
+    return out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -133,24 +204,45 @@ class Dataset:
           lengths: how many events; more than `width` are cut. All of one row belong to one user.
           width: columns of the result.
         """
-        return self._windows("items", np.int32, starts, lengths, width)
+        return self._padded("items", starts, lengths, width)
 
     def timestamps(
         self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], width: int
     ) -> Int64[np.ndarray, "B width"]:
-        """Times of events in the dataset's own unit; arguments as for `items`."""
-        return self._windows("timestamps", np.int64, starts, lengths, width)
+        """Times of events in seconds since 1970; arguments as for `items`."""
+        return self._padded("timestamps", starts, lengths, width)
 
-    def _windows(self, column, dtype, starts, lengths, width):
-        out = np.empty((len(starts), width), dtype)
+    def _padded(self, column, starts, lengths, width):
+        if len(self.chunks) == 1:
+            return windows(getattr(self.chunks[0], column), starts, lengths, width)
         chunk_of = np.searchsorted(self._chunk_starts, starts, side="right") - 1
+        out = np.empty((len(starts), width), getattr(self.chunks[0], column).dtype)
         for number in np.unique(chunk_of):
-            chunk = self.chunks[number]
-            rows = slice(None) if len(self.chunks) == 1 else np.flatnonzero(chunk_of == number)
-            out[rows] = _runs(getattr(chunk, column), starts[rows] - chunk.start, width)
-        # A run goes on into the next user's events.
-        out[np.arange(width) >= lengths[:, None]] = 0
+            chunk, rows = self.chunks[number], np.flatnonzero(chunk_of == number)
+            values, firsts = getattr(chunk, column), starts[rows] - chunk.start
+            out[rows] = windows(values, firsts, lengths[rows], width)
         return out
+
+    def events(
+        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"]
+    ) -> tuple[EventLog, Int64[np.ndarray, "B"]]:
+        """Copies runs of events into a log of their own.
+
+        Args:
+          starts: number of the first event of each run, as counted by `offsets`.
+          lengths: how many events. All of one run belong to one user.
+
+        Returns:
+          The log, and the number of each run's first event in it. Between runs lies padding.
+        """
+        width = int(lengths.max())
+        items, timestamps = (self._padded(name, starts, lengths, width) for name in _COLUMNS)
+        return event_log(items.ravel(), timestamps.ravel()), np.arange(len(starts)) * width
+
+    def all_events(self) -> EventLog:
+        """Copies all events into one log, in which they have the numbers that `offsets` counts."""
+        columns = ([getattr(chunk, name) for chunk in self.chunks] for name in _COLUMNS)
+        return event_log(*map(np.concatenate, columns))
 
 
 def _moment(name: str, text: str | None, default: float) -> int:
@@ -161,21 +253,6 @@ def _moment(name: str, text: str | None, default: float) -> int:
             f"config.data.{name} is {text!r}, which is neither an ISO date such as 2003-02-28 nor "
             "seconds since 1970"
         ) from error
-
-
-def _runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Gathers `values[start : start + width]` for each start; what is past the end is anything.
-
-    Copying runs of memory takes half the time of `np.take` with an index for every element,
-    and no index array.
-    """
-    if len(values) < width:
-        values = np.pad(values, (0, width - len(values)))
-    reached = np.minimum(starts, len(values) - width)
-    out = np.lib.stride_tricks.sliding_window_view(values, width)[reached]
-    for row in np.flatnonzero(reached < starts):  # the few that would run past the end
-        out[row] = np.roll(out[row], reached[row] - starts[row])
-    return out
 
 
 # ---- data.reader

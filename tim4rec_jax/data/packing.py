@@ -11,8 +11,35 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.data.batches import Batch, days, permute, rows_of_process
-from tim4rec_jax.data.dataset import Dataset, samples_of_users
+from tim4rec_jax.data.batches import Batch, permute, rows_of_process
+from tim4rec_jax.data.dataset import Dataset, EventLog, samples_of_users
+
+
+def pack(log: EventLog, indices: Batch) -> Batch:
+    """Makes a packed batch; the same function on the host and inside a compiled step.
+
+    Args:
+      log: the events; arrays of NumPy, or of JAX as those in `indices`.
+      indices: for every position of R rows of L `events` int32 [R,L], the number of its event in
+        the log; `first` bool [R,L], whether a segment begins there; and `weights` float32 [R,L],
+        1, or 0 for a position without an event. The event after a position's must be in the log.
+
+    Returns:
+      A batch as `PackedBatches` describes it.
+    """
+    xp = log.items.__array_namespace__()
+    events, first, weights = indices["events"], indices["first"], indices["weights"]
+    real = weights > 0
+    following = xp.where(real, events + 1, 0)
+    return {
+        "items": xp.where(real, log.items[events], 0),
+        "gaps": xp.where(real & ~first, log.gaps[events], 0),
+        "segment_ids": xp.cumsum(first, axis=1, dtype=xp.int32),
+        "targets": xp.where(real, log.items[following], 0),
+        "time_to_next": xp.where(real, log.gaps[following], 0),
+        "dates": xp.where(real, log.dates[events], 0),
+        "weights": weights,
+    }
 
 
 class PackedBatches:
@@ -26,7 +53,7 @@ class PackedBatches:
     Elements, with R rows and L = max_length:
       items: int32 [R,L], 0 only behind the end of an epoch.
       gaps: float32 [R,L], exact seconds since the event before, 0 at the first of a segment.
-      segment_ids: int32 [R,L], rising along the batch; which history a position belongs to.
+      segment_ids: int32 [R,L], rising along a row from 1; which segment a position belongs to.
       targets: int32 [R,L], the event after.
       time_to_next: float32 [R,L], seconds until it.
       dates: float32 [R,L], of the event, days since 1970.
@@ -88,48 +115,29 @@ class PackedBatches:
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from the start of training (0 and up)."""
         begins, lengths = self._segments(number)
-        length, filled = self.max_length, int(lengths.sum())
-        items = self.dataset.items(begins, lengths + 1, length + 1)
-        times = self.dataset.timestamps(begins, lengths + 1, length + 1)
-        time_to_next = np.diff(times, axis=1).astype(np.float32)
-        gaps = np.pad(time_to_next[:, :-1], ((0, 0), (1, 0)))
-        real = np.arange(length) < lengths[:, None]
+        # One event more, as this process may have no segment of an epoch's last batch.
+        log, places = self.dataset.events(np.append(begins, 0), np.append(lengths + 1, 1))
+        return pack(log, self._indices(places[:-1], lengths))
 
-        def rows(values):
-            flat = np.zeros(len(self._rows) * length, values.dtype)
-            flat[:filled] = values[real]
-            return flat.reshape(-1, length)
-
-        segments = np.broadcast_to(np.arange(len(begins), dtype=np.int32)[:, None], real.shape)
-        return {
-            "items": rows(items[:, :-1]),
-            "gaps": rows(gaps),
-            "segment_ids": rows(segments),
-            "targets": rows(items[:, 1:]),
-            "time_to_next": rows(time_to_next),
-            "dates": rows(days(times[:, :-1])),
-            "weights": rows(real.astype(np.float32)),
-        }
-
-    def rows(self, number: int) -> Batch:
-        """What batch `number` is gathered from.
+    def indices(self, number: int) -> Batch:
+        """What batch `number` is gathered from, if all events lie in one log; see `pack`.
 
         Returns:
-          `bucket` int32 [], always 0; and for every position `events` int32 [R,L], the number of
-          its event among all of the dataset, `first` bool [R,L], whether a segment begins there,
-          and `weights` float32 [R,L]. All are 0 behind the end of an epoch.
+          `bucket` int32 [], always 0; and for every position `events` int32 [R,L], `first` bool
+          [R,L] and `weights` float32 [R,L].
         """
-        begins, lengths = self._segments(number)
+        return {"bucket": np.zeros((), np.int32), **self._indices(*self._segments(number))}
+
+    def _indices(self, begins, lengths) -> Batch:
+        """The arguments of `pack` for segments that begin at the events `begins` of a log."""
         starts = np.cumsum(lengths) - lengths
         filled = int(lengths.sum())
         shape = (len(self._rows), self.max_length)
         events, first, weights = (np.zeros(shape, kind) for kind in (np.int32, bool, np.float32))
-        within = np.arange(filled) - np.repeat(starts, lengths)
-        events.reshape(-1)[:filled] = np.repeat(begins, lengths) + within
+        events.reshape(-1)[:filled] = np.repeat(begins - starts, lengths) + np.arange(filled)
         first.reshape(-1)[starts] = True
         weights.reshape(-1)[:filled] = 1
-        bucket = np.zeros((), np.int32)
-        return {"bucket": bucket, "events": events, "first": first, "weights": weights}
+        return {"events": events, "first": first, "weights": weights}
 
     def _segments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of the first events of a batch's segments, and how many events they have."""

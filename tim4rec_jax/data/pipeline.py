@@ -11,7 +11,7 @@ from tim4rec_jax.data.packing import PackedBatches
 def train_iterator(
     batches: TrainBatches | PackedBatches,
     *,
-    rows_only: bool = False,
+    indices_only: bool = False,
     start_batch: int = 0,
     threads: int = 2,
     prefetch: int = 8,
@@ -25,14 +25,14 @@ def train_iterator(
 
     Args:
       batches: makes them.
-      rows_only: yield only what the batches are gathered from (`batches.rows`).
+      indices_only: yield only what the batches are gathered from (`batches.indices`).
       start_batch: number of the first batch, counted over all epochs.
       threads: how many make batches; 0 makes them when they are asked for.
       prefetch: how many batches to hold ready.
     """
     numbers = grain.MapDataset.range(sys.maxsize)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
-    make = batches.rows if rows_only else batches.__getitem__
+    make = batches.indices if indices_only else batches.__getitem__
     iterator = iter(numbers.map(make).to_iter_dataset(options))
     iterator.set_state({"next_index": start_batch})
     return iterator

@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Int32, Int64
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import days, time_gaps
+from tim4rec_jax.data import collate, days, event_log, time_gaps
+from tim4rec_jax.data.dataset import windows
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.scoring import HistoryItems
@@ -100,12 +101,18 @@ class CompiledModel:
         width = min(power_of_two(int(lengths.max()), _MIN_WIDTH), self.max_length)
         if self.one_width:
             width = self.max_length
-        # The time stream of some models looks at whole rows, whatever the width of `items`.
-        items = _windows(events.items, starts, lengths, width)
-        times = _windows(events.timestamps, starts, lengths, self.max_length)
-        lengths = np.maximum(lengths, 1).astype(np.int32)
-        gaps = time_gaps(times, lengths, self.convention)
-        return self._encode(self._params, items, lengths, gaps)
+        # No event follows the last history: one is made up, which no history holds.
+        log = event_log(np.pad(events.items, (0, 1)), np.pad(events.timestamps, (0, 1)))
+        batch = collate(
+            log,
+            starts,
+            lengths,
+            width=width,
+            max_length=self.max_length,
+            convention=self.convention,
+        )
+        lengths = np.maximum(batch["lengths"], 1)
+        return self._encode(self._params, batch["items"], lengths, batch["gaps"])
 
     def condition_on_time(
         self,
@@ -169,31 +176,27 @@ class CompiledModel:
         Returns:
             A state per user: the model's own and the last hidden state, as bytes.
         """
-        skipped = [int(state is not None) for state in states]
-        lengths = np.array([len(items) for items, _ in new]) - skipped
+        skipped = np.array([state is not None for state in states], int)
+        items, times = (np.concatenate(column) for column in zip(*new, strict=True))
+        items = items.astype(np.int32)
+        counts = np.array([len(events) for events, _ in new])
+        starts, lengths = np.cumsum(counts) - counts, counts - skipped
+        gaps = time_gaps(times[None], np.array([len(times)]), self.convention)[0]
+        gaps[starts] = 0  # a history's first event has none
         rows = power_of_two(len(states))
+        missing = (0, rows - len(states))
+        starts, lengths = np.pad(starts + skipped, missing), np.pad(lengths, missing)
         state, hidden = self._unpack(states, rows)
         for first in range(0, int(lengths.max()), _MAX_STEPS):
-            left = np.clip(lengths - first, 0, _MAX_STEPS)
-            shape = (rows, power_of_two(int(left.max())))
-            items, gaps = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-            for row, (events, times) in enumerate(new):
-                begin, count = first + skipped[row], int(left[row])
-                items[row, :count] = events[begin : begin + count]
-                gaps[row, :count] = self._gaps(times, begin, count)
-            counts = np.pad(left, (0, rows - len(left))).astype(np.int32)
-            state, hidden = self._advance(self._params, state, hidden, items, gaps, counts)
+            left = np.clip(lengths - first, 0, _MAX_STEPS).astype(np.int32)
+            width = power_of_two(int(left.max()))
+            inputs = [windows(column, starts + first, left, width) for column in (items, gaps)]
+            state, hidden = self._advance(self._params, state, hidden, *inputs, left)
         return self._pack((state, hidden), len(states))
 
     def hidden(self, state: bytes) -> Float[Array, "1 D"]:
         """The hidden state that a user's state ends with."""
         return jnp.asarray(self._unpack([state], 1)[1])
-
-    def _gaps(self, timestamps, begin: int, count: int):
-        """Gaps of events `begin` to `begin + count`; a history's first has none."""
-        before = min(begin, 1)
-        row = timestamps[None, begin - before : begin + count]
-        return time_gaps(row, np.array([row.shape[1]]), self.convention)[0, before:]
 
     # A state is tens of kilobytes: every needless copy of a thousand of them is felt.
 
@@ -216,15 +219,6 @@ class CompiledModel:
             for leaf, like in zip(leaves, initial, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
-
-
-def _windows(values: np.ndarray, starts, lengths, width: int) -> np.ndarray:
-    """`values[start : start + length]` of every row, padded with 0."""
-    column = np.arange(width)
-    inside = column < lengths[:, None]
-    out = np.zeros((len(starts), width), values.dtype)
-    out[inside] = values[(starts[:, None] + column)[inside]]
-    return out
 
 
 def _fingerprint(config: Config, params: nnx.State, item_ids: Sequence[str]) -> str:

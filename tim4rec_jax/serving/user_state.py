@@ -38,7 +38,7 @@ class Users:
         if snapshot.state is not None:
             return snapshot.state
         events, count = self.log(user)
-        [state] = self.engine.advance([None], [events[:2]])
+        [state] = self.engine.advance([None], [(events.items, events.timestamps)])
         # Refused if an event has come meanwhile, with a newer state.
         self.store.apply([Change(user, count, [], [], state)], self.engine.fingerprint)
         return state

@@ -15,9 +15,11 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
     Convention,
     Dataset,
+    EventLog,
     PackedBatches,
     TrainBatches,
-    days,
+    collate,
+    pack,
     train_item_counts,
 )
 from tim4rec_jax.data.pipeline import train_iterator
@@ -223,31 +225,6 @@ train_step = jax.jit(
 _SHARE, _MEMORY = 0.25, 16 * 2**30
 
 
-class EventLog(NamedTuple):
-    """All events, user after user.
-
-    Attributes:
-      items: int32 [E], item indices.
-      times: float32 [E], what gaps come from: times rounded to float32 (`recbole`), or the exact
-        time since the event before, whoever's it is (`exact`).
-      dates: float32 [E], days since 1970.
-    """
-
-    items: Any
-    times: Any
-    dates: Any
-
-
-def event_log(dataset: Dataset, convention: Convention) -> EventLog:
-    """The log of a dataset, in host memory."""
-    items = np.concatenate([chunk.items for chunk in dataset.chunks])
-    times = np.concatenate([chunk.timestamps for chunk in dataset.chunks])
-    dates = days(times)
-    if convention == "exact":
-        times = np.diff(times, prepend=times[:1])
-    return EventLog(items, times.astype(np.float32), dates)
-
-
 def choose_placement(asked: str, dataset: Dataset) -> str:
     """`device` or `host`; `auto` is the device if that is not the host's own and the log fits."""
     if asked != "auto":
@@ -257,66 +234,12 @@ def choose_placement(asked: str, dataset: Dataset) -> str:
         return "host"
     memory = (device.memory_stats() or {}).get("bytes_limit", _MEMORY)
     # Event numbers are int32.
-    fits = dataset.n_events < 2**31 and 12 * dataset.n_events <= _SHARE * memory
+    fits = dataset.n_events < 2**31 and 16 * dataset.n_events <= _SHARE * memory
     return "device" if fits else "host"
 
 
-def prefix_batch(
-    log: EventLog,
-    rows: dict[str, jax.Array],
-    *,
-    width: int,
-    max_length: int,
-    convention: Convention,
-) -> dict[str, jax.Array]:
-    """`tim4rec_jax.data.prefix_batch` on the device.
-
-    Args:
-      log: of the dataset, with the same convention.
-      rows: of `TrainBatches.rows`.
-      width: columns of `items`.
-      max_length: columns of `gaps`.
-      convention: of the gaps.
-    """
-    lengths, stops = rows["lengths"], rows["stops"]
-    column = jnp.arange(max_length)
-    events = (stops - lengths)[:, None] + column
-    real = column < lengths[:, None]
-    # What is no event is gathered from the row's own target, which is always there.
-    events = jnp.where(real, events, stops[:, None])
-    items = jnp.where(real, log.items[events], 0)[:, :width]
-    times = jnp.where(real, log.times[events], 0)
-    gaps = jnp.diff(times, axis=1, prepend=times[:, :1]) if convention == "recbole" else times
-    return {
-        "items": items,
-        "lengths": lengths,
-        "gaps": gaps.at[:, 0].set(0),
-        "targets": log.items[stops],
-        "time_to_next": log.times[stops],  # only models with exact gaps use them
-        "dates": log.dates[stops - 1],
-        "users": rows["users"],
-        "weights": rows["weights"],
-    }
-
-
-def packed_batch(log: EventLog, rows: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """An element of `tim4rec_jax.data.PackedBatches` on the device, from its `rows`."""
-    events, first, weights = rows["events"], rows["first"], rows["weights"]
-    real = weights > 0
-    following = jnp.where(real, events + 1, 0)
-    return {
-        "items": jnp.where(real, log.items[events], 0),
-        "gaps": jnp.where(real & ~first, log.times[events], 0),
-        "segment_ids": jnp.cumsum(first, axis=1, dtype=jnp.int32),
-        "targets": jnp.where(real, log.items[following], 0),
-        "time_to_next": jnp.where(real, log.times[following], 0),
-        "dates": jnp.where(real, log.dates[events], 0),
-        "weights": weights,
-    }
-
-
 class Layout(NamedTuple):
-    """How batches are gathered from their rows; static, so hashable."""
+    """How batches are gathered from their indices; static, so hashable."""
 
     packed: bool
     buckets: tuple[int, ...]
@@ -324,13 +247,19 @@ class Layout(NamedTuple):
     convention: Convention
     devices: int
 
-    def batch(self, log: EventLog, rows: dict[str, jax.Array], width: int) -> dict[str, jax.Array]:
+    def batch(self, log: EventLog, indices: Batch, width: int) -> Batch:
         """A batch whose items have `width` columns, one of `buckets`."""
         if self.packed:
-            return packed_batch(log, rows)
-        return prefix_batch(
-            log, rows, width=width, max_length=self.max_length, convention=self.convention
+            return pack(log, indices)
+        batch = collate(
+            log,
+            indices["starts"],
+            indices["lengths"],
+            width=width,
+            max_length=self.max_length,
+            convention=self.convention,
         )
+        return batch | {name: indices[name] for name in ("users", "weights")}
 
 
 def layout(batches: TrainBatches | PackedBatches, convention: Convention, devices: int) -> Layout:
@@ -343,7 +272,7 @@ def layout(batches: TrainBatches | PackedBatches, convention: Convention, device
 def train_steps(
     state: TrainState,
     log: EventLog,
-    rows: dict[str, jax.Array],
+    indices: Batch,
     up_to: jax.Array | None,
     *,
     layout: Layout,
@@ -354,8 +283,8 @@ def train_steps(
 
     Args:
       state: donated.
-      log: of the dataset.
-      rows: of the steps' batches, each array with a leading axis of steps.
+      log: of all events of the dataset.
+      indices: of the steps' batches, each array with a leading axis of steps.
       up_to: as for `tim4rec_jax.training.step.update`.
       layout: of the batches.
       needed: the arrays of a batch that the model and the objective use.
@@ -364,24 +293,24 @@ def train_steps(
     Returns:
       The state after the last step, and its metrics.
     """
-    count = next(v for name, v in rows.items() if name != "bucket").shape[1]
+    rows = indices["weights"].shape[1]
 
     def with_width(width):
-        micro = num_microbatches(count, width, layout.devices)
+        micro = num_microbatches(rows, width, layout.devices)
 
-        def one(state, rows):
-            batch = layout.batch(log, rows, width)
+        def one(state, indices):
+            batch = layout.batch(log, indices, width)
             batch = {name: batch[name] for name in needed if name in batch}
             return update(state, batch, micro=micro, up_to=up_to, **dict(settings))
 
         return one
 
-    def step(state, rows):
-        rows = dict(rows)
-        bucket = rows.pop("bucket")
-        return jax.lax.switch(bucket, [with_width(w) for w in layout.buckets], state, rows)
+    def step(state, indices):
+        indices = dict(indices)
+        bucket = indices.pop("bucket")
+        return jax.lax.switch(bucket, [with_width(w) for w in layout.buckets], state, indices)
 
-    state, metrics = jax.lax.scan(step, state, rows)
+    state, metrics = jax.lax.scan(step, state, indices)
     return state, jax.tree.map(lambda each: each[-1], metrics)
 
 
@@ -449,8 +378,8 @@ class DeviceSteps:
         up_to: jax.Array | None,
         **settings: Any,
     ):
-        self.iterator = train_iterator(batches, rows_only=True)
-        self._log = jax.device_put(event_log(dataset, convention), placement.replicated)
+        self.iterator = train_iterator(batches, indices_only=True)
+        self._log = jax.device_put(dataset.all_events(), placement.replicated)
         mesh = placement.by_row.mesh
         self._by_row = NamedSharding(mesh, PartitionSpec(None, "batch"))
         self._replicated = placement.replicated
@@ -464,8 +393,8 @@ class DeviceSteps:
     def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
         """See `HostSteps`."""
         count = STEPS if done % STEPS == 0 and left >= STEPS else 1
-        rows = [next(self.iterator) for _ in range(count)]
-        stacked = {name: np.stack([each[name] for each in rows]) for name in rows[0]}
+        indices = [next(self.iterator) for _ in range(count)]
+        stacked = {name: np.stack([each[name] for each in indices]) for name in indices[0]}
         shardings = {
             name: self._by_row if array.ndim > 1 else self._replicated
             for name, array in stacked.items()
