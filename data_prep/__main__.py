@@ -1,6 +1,7 @@
 """`python -m data_prep`: the command line."""
 
 import argparse
+import shlex
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,9 @@ from tim4rec_jax.errors import UserError, run_main
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, or the given arguments."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser().parse_args(arguments)
+    flags.again = shlex.join(["python", "-m", "data_prep", *arguments])
     console = Console()
     if flags.command == "inspect":
         _inspect(flags, console)
@@ -87,8 +90,8 @@ def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:
             f"(`python -m data_prep {flags.command} --help`)"
         )
     address = url(flags)
-    path = fetch(address, flags.cache, md5=MD5.get(address.rsplit("/", 1)[-1]), console=console)
-    return [str(path)]
+    md5 = MD5.get(address.rsplit("/", 1)[-1])
+    return [str(fetch(address, flags.cache, md5=md5, command=flags.again, console=console))]
 
 
 if __name__ == "__main__":

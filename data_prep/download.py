@@ -20,7 +20,13 @@ _CUT = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
 def fetch(
-    url: str, directory: Path, *, md5: str | None, console: Console, pause: float = 1.0
+    url: str,
+    directory: Path,
+    *,
+    md5: str | None,
+    command: str,
+    console: Console,
+    pause: float = 1.0,
 ) -> Path:
     """Downloads a file unless it is there already.
 
@@ -30,6 +36,7 @@ def fetch(
       url: the owner's address.
       directory: where the file goes.
       md5: the checksum that the owner publishes; None if there is none.
+      command: the command that takes the file with `--source`; error messages show it.
       console: where progress is shown.
       pause: seconds to wait before the second attempt; doubled each time.
 
@@ -43,9 +50,8 @@ def fetch(
     path = directory / Path(urllib.parse.urlparse(url).path).name
     if path.exists():
         return path
-    directory.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".part")
-    by_hand = f"fetch {url} by other means and pass the file as --source"
+    by_hand = f"fetch {url} by other means and run `{command} --source {path.name}`"
     for attempt in range(1, _ATTEMPTS + 1):
         offline = False
         try:
@@ -92,6 +98,7 @@ def _continue(url: str, partial: Path, console: Console) -> bool:
         request.add_header("Range", f"bytes={have}-")
         request.add_header("If-Range", version.read_text())
     with urllib.request.urlopen(request, timeout=_TIMEOUT) as answer:
+        partial.parent.mkdir(parents=True, exist_ok=True)
         if answer.status != 206:
             have = 0  # the whole file, from the start
         size = answer.headers.get("Content-Length")

@@ -68,6 +68,13 @@ def test_a_folder_is_replaced_only_when_complete(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_a_failure_leaves_no_parents(tmp_path):
+    (tmp_path / "here").mkdir()
+    with pytest.raises(RuntimeError), atomic_directory(tmp_path / "here" / "deep" / "x"):
+        raise RuntimeError
+    assert list(tmp_path.rglob("*")) == [tmp_path / "here"]
+
+
 def test_one_run_at_a_time_writes_a_folder(tmp_path):
     with atomic_directory(tmp_path / "x") as folder:
         (folder / "mine").touch()

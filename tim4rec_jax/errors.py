@@ -1,4 +1,4 @@
-"""How a user's mistake reaches the user: one sentence, a non-zero exit, no traceback."""
+"""How mistakes reach the user: as one sentence and an exit code, without a traceback."""
 
 import os
 import sys
@@ -6,34 +6,29 @@ from collections.abc import Callable
 
 
 class UserError(Exception):
-    """Something the user can put right; its message names the thing and the remedy."""
-
-
-def _fail(message: object, code: int = 1) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return code
+    """A mistake that the user can correct. The message names the mistake and the remedy."""
 
 
 def run_main(main: Callable[[], int | None]) -> int:
-    """Runs an entry point and turns what the user can put right into one sentence.
+    """Runs the main function of a command and reports what the user can correct.
 
     Args:
-      main: the entry point; returns an exit code, or None for 0.
+      main: returns an exit code, or None for 0.
 
     Returns:
-      The exit code: `main`'s own, 1 after a `UserError` or an operating-system error
-      (full disk, no permission), 130 after Ctrl-C. Anything else is a bug and keeps
-      its traceback.
+      The exit code. It is 1 after a `UserError` or an error of the operating system (full disk,
+      no permission), 130 after Ctrl-C, and otherwise that of `main`. All other exceptions are
+      bugs and keep their traceback.
     """
     try:
         return main() or 0
     except UserError as error:
-        return _fail(error)
+        return _fail(str(error))
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:
-        # The reader of our output went away (`... | head`): not an error of ours, and
-        # the interpreter must not try to flush the closed pipe at exit.
+        # The program that reads our output has ended (`... | head`), which is no error. Python
+        # flushes the output at exit and must not find the closed pipe then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -41,6 +36,11 @@ def run_main(main: Callable[[], int | None]) -> int:
         return _fail(f"{where}{error.strerror or error}")
 
 
+def _fail(message: str, code: int = 1) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code
+
+
 def first_line(error: Exception) -> str:
-    """The first line of an error's message, or its type where it says nothing."""
+    """The first line of an error's message, or the error's type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -73,7 +73,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     was. What a killed process leaves behind is cleared by the next call for the same `path`.
 
     Args:
-      path: the folder to write. Missing parents are made; a folder that is there is replaced.
+      path: the folder to write. Missing parents are made, and a folder that is there is replaced.
 
     Yields:
       The empty folder; its parent is the hidden one.
@@ -82,6 +82,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
       UserError: another process is writing `path`, or the folder cannot be made.
     """
     path = path.absolute()
+    missing = [parent for parent in path.parents if not parent.exists()]
     hidden = path.with_name(f".{path.name}.partial")
     folder = hidden / path.name
     with _one_sentence(path):
@@ -106,3 +107,6 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
         os.close(lock)
+        with suppress(OSError):  # those that hold something stay
+            for parent in missing:
+                parent.rmdir()

@@ -1,4 +1,4 @@
-"""Where programs run: devices and sharding, and the cache of compiled programs."""
+"""Where programs run: devices, the cache of compiled programs, the platform compiled for."""
 
 import contextlib
 import math
@@ -11,12 +11,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-# ---- devices
-# How a batch lies on this process's devices: rows spread, everything else on each.
-
 
 class Placement(NamedTuple):
-    """Shardings over the first `devices` local devices."""
+    """How arrays lie on the devices of this process.
+
+    Attributes:
+      devices: how many devices hold the rows of a batch.
+      by_row: the sharding of an array with a row for each sample: the rows are split evenly.
+      replicated: the sharding of parameters: each device holds all of them.
+    """
 
     devices: int
     by_row: NamedSharding
@@ -24,34 +27,38 @@ class Placement(NamedTuple):
 
 
 def data_sharding(rows: int) -> Placement:
-    """Spreads batches of `rows` over as many local devices as divide them evenly."""
+    """Spreads batches over the local devices.
+
+    Args:
+      rows: number of rows in a batch. Each device gets the same number of rows, so the largest
+        number of devices is used that divides `rows`.
+    """
     devices = jax.local_devices()
     devices = devices[: math.gcd(len(devices), rows)]
     mesh = Mesh(np.asarray(devices), ("batch",))
     return Placement(
-        len(devices),
-        NamedSharding(mesh, PartitionSpec("batch")),
-        NamedSharding(mesh, PartitionSpec()),
+        devices=len(devices),
+        by_row=NamedSharding(mesh, PartitionSpec("batch")),
+        replicated=NamedSharding(mesh, PartitionSpec()),
     )
 
 
-# ---- compilation_cache
-# Compiled programs kept on disk: a resumed run or another seed starts at once.
-
-
 def enable_compilation_cache() -> None:
-    """Keeps what JAX compiles under `~/.cache/tim4rec-jax/xla` (or XDG_CACHE_HOME).
+    """Keeps compiled programs on disk, so that the next run starts at once.
 
-    JAX_COMPILATION_CACHE_DIR, where set, names another place. Deleting it is always safe.
+    They are kept in `$XDG_CACHE_HOME/tim4rec-jax/xla`, by default `~/.cache/tim4rec-jax/xla`. The
+    environment variable JAX_COMPILATION_CACHE_DIR names another folder. The folder can be deleted
+    at any time.
     """
-    # What a kill or a full disk cut off is compiled again.
-    unreadable = "Error (reading|writing) persistent compilation cache entry"
-    warnings.filterwarnings("ignore", unreadable, UserWarning)
+    # JAX warns where a kill or a full disk has damaged an entry, and compiles that program again.
+    damaged = "Error (reading|writing) persistent compilation cache entry"
+    warnings.filterwarnings("ignore", damaged, UserWarning)
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     jax.config.update("jax_compilation_cache_dir", str(home / "tim4rec-jax" / "xla"))
-    # Small programs, too: drawing the first weights of a model is some fifty of them.
+    # JAX keeps only programs that compile slowly. The initial weights of a model are drawn by some
+    # fifty quick ones, which take seconds together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
@@ -59,9 +66,9 @@ class Target(NamedTuple):
     """What programs are compiled for.
 
     Attributes:
-        platform: "cpu", "gpu" or "tpu", as `jax.default_backend` names it.
-        compute_capability: of an NVIDIA GPU that need not be in this machine, 90 for an H100;
-            None where the platform's own device tells.
+      platform: "cpu", "gpu" or "tpu", as `jax.default_backend` names it.
+      compute_capability: that of the NVIDIA GPU compiled for, 90 for an H100. None: that of the
+        GPU in this machine.
     """
 
     platform: str
@@ -74,21 +81,22 @@ _context = jax.make_user_context()
 def compile_for(
     platform: str, compute_capability: int | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Within it, programs are traced as they would be on another platform.
+    """Traces programs as if they ran on another platform.
 
-    That is how they are lowered or compiled ahead of time: implementations are chosen, and
-    refused, for that platform. Arrays still live, and calls still run, on the platform at hand.
+    Within this context, the package chooses and refuses implementations as it would on that
+    platform. Programs can thus be lowered, or compiled ahead of time, on a machine without the
+    device. Arrays stay on the platform of this machine, and calls still run there.
 
     Args:
-        platform: "cpu", "gpu" or "tpu".
-        compute_capability: of an NVIDIA GPU, 90 for an H100.
+      platform: "cpu", "gpu" or "tpu".
+      compute_capability: that of an NVIDIA GPU, 90 for an H100.
 
     Returns:
-        A context manager.
+      A context manager.
     """
     return _context(Target(platform, compute_capability))
 
 
 def target() -> Target:
-    """Returns what is compiled for: the nearest `compile_for`, else the default backend."""
+    """The target of the innermost `compile_for`, or the default backend outside of one."""
     return _context.value or Target(jax.default_backend())

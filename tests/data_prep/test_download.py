@@ -56,7 +56,9 @@ def server():
 
 
 def get(server, directory, md5=MD5):
-    return fetch(server.url, directory, md5=md5, console=Console(quiet=True), pause=0.001)
+    return fetch(
+        server.url, directory, md5=md5, command="prepare", console=Console(quiet=True), pause=0.001
+    )
 
 
 def test_whole_file_once(server, tmp_path):
@@ -104,7 +106,7 @@ def test_wrong_checksum(server, tmp_path):
     found = hashlib.md5(server.content).hexdigest()
     assert str(error.value) == (
         f"a.bin from {server.url} has the checksum {found}, its owner says {MD5}: deleted; run "
-        f"again, or fetch {server.url} by other means and pass the file as --source"
+        f"again, or fetch {server.url} by other means and run `prepare --source a.bin`"
     )
     assert not any(path.stat().st_size for path in tmp_path.iterdir() if path.suffix != ".version")
 
@@ -133,7 +135,9 @@ def test_offline(run, tmp_path, monkeypatch):
     serve_movielens_from(url, monkeypatch)
     sentence = run("movielens", "ml-1m", "--cache", tmp_path / "cache", fails=True)
     assert sentence.startswith("cannot download ml-1m.zip (")
-    assert sentence.endswith(f"fetch {url} by other means and pass the file as --source")
+    command = f"python -m data_prep movielens ml-1m --cache {tmp_path / 'cache'} --out"
+    assert f"fetch {url} by other means and run `{command}" in sentence
+    assert sentence.endswith(" --source ml-1m.zip`")
 
 
 def test_from_server_to_dataset(run, server, tmp_path, monkeypatch, histories):
@@ -151,7 +155,7 @@ def test_from_server_to_dataset(run, server, tmp_path, monkeypatch, histories):
 def test_addresses(run, monkeypatch, tmp_path):
     asked = []
 
-    def fetch(url, directory, *, md5, console):
+    def fetch(url, directory, *, md5, command, console):
         asked.append((url, md5 is not None))
         raise UserError("no network here")
 
