@@ -9,8 +9,8 @@ second command times whole epochs on a prepared dataset, as `train.py` runs them
 pipeline.
 
 The columns are seconds of wall clock and processor time (all cores), page faults, and memory that
-XLA allocates for temporaries. Each is the median of the runs, for one step. On a GPU or TPU a run is
-several steps dispatched one after the other, because training does not wait for a step.
+XLA allocates for temporaries. Each is the median of the runs, for one step. On a GPU or TPU a run
+is several steps dispatched one after the other, because training does not wait for a step.
 """
 
 import argparse
