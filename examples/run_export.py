@@ -80,7 +80,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("history", nargs="+", metavar="ITEM@TIME")
     parser.add_argument("--top", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it")
+    parser.add_argument(
+        "--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it"
+    )
     flags = parser.parse_args()
     history = []
     for event in flags.history:
