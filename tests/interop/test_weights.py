@@ -97,7 +97,7 @@ CONFIG_FAULTS = {
     "missing": (lambda c: without(c, "d_state"), "lacks d_state"),
     "no number": (lambda c: c | {"hidden_size": "wide"}, "hidden_size is 'wide': expected int"),
     "no bool": (lambda c: c | {"is_time": "False"}, "is_time is 'False': expected bool"),
-    "impossible": (lambda c: c | {"head_dim": 5}, "head_dim 5 does not divide"),
+    "impossible": (lambda c: c | {"head_dim": 5}, "head_dim is 5; it must divide"),
     "time off": (lambda c: c | {"is_time": False}, "unexpected .*give the configuration"),
     "other length": (lambda c: c | {"MAX_ITEM_LIST_LENGTH": 50}, r"\(12,\), expected \(50,\)"),
     "other items": (lambda c: c | {"n_items": 99}, r"\(40, 16\), expected \(99, 16\)"),
