@@ -162,7 +162,7 @@ class Drift(nnx.Module):
         self.days: tuple[float, float] | None = None
         self.vectors = nnx.Param(jnp.zeros((knots, width), param_dtype))
 
-    def spread_over(self, first: float, last: float) -> None:
+    def spread_over(self, first: int, last: int) -> None:
         """Spreads the knots evenly from `first` to `last`, in seconds since 1970."""
         self.days = first / _DAY, last / _DAY
 

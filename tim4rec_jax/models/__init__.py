@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
 from tim4rec_jax.models.base import (
     DataSizes,
@@ -75,7 +76,7 @@ def find_model(name: str) -> type[SequenceModel]:
     return found
 
 
-def model_settings(config: Mapping[str, Any]) -> ModelSettings:
+def model_settings(config: Mapping[str, Any] | ConfigDict) -> ModelSettings:
     """The settings of a model as its own dataclass.
 
     Args:
@@ -95,19 +96,19 @@ def model_settings(config: Mapping[str, Any]) -> ModelSettings:
     return kind(**settings)
 
 
-def model_class(config: Mapping[str, Any]) -> type[SequenceModel]:
+def model_class(config: Mapping[str, Any] | ConfigDict) -> type[SequenceModel]:
     """The class that `build` makes from these settings; arguments and errors as there."""
-    return find_model(config["name"]).variant(model_settings(config))
+    return find_model(str(config["name"])).variant(model_settings(config))
 
 
 def build(
-    config: Mapping[str, Any],
+    config: Mapping[str, Any] | ConfigDict,
     *,
     n_items: int,
     max_length: int,
     n_users: int = 0,
     item_counts: np.ndarray | None = None,
-    date_range: tuple[float, float] | None = None,
+    date_range: tuple[int, int] | None = None,
     seed: int = 0,
     param_dtype: Any = jnp.float32,
 ) -> SequenceModel:

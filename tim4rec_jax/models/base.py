@@ -27,7 +27,12 @@ def rate(default: float) -> Any:
     return dataclasses.field(default=default, metadata={"range": "rate"})
 
 
-def not_negative(default: float) -> Any:
+def share(default: float) -> Any:
+    """A setting that is a part of a whole, in [0, 1]."""
+    return dataclasses.field(default=default, metadata={"range": "share"})
+
+
+def not_negative(default: int | float) -> Any:
     """A setting that is 0 or more. Numbers declared without a mark must be positive."""
     return dataclasses.field(default=default, metadata={"range": "not negative"})
 
@@ -40,6 +45,7 @@ def one_of(default: str, *others: str) -> Any:
 # Conditions are written so that NaN does not meet them.
 _RANGES = {
     "rate": (lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
+    "share": (lambda value: 0 <= value <= 1, "it must lie in [0, 1]"),
     "not negative": (lambda value: value >= 0, "it must not be negative"),
     "positive": (lambda value: value > 0, "it must be positive"),
 }

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions
 from tim4rec_jax.layers.basic import Dense, fold, gelu, layer_norm
-from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class BERT4RecSettings(ModelSettings):
     attn_dropout_prob: float = rate(0.4)
     layer_norm_eps: float = 1e-12
     mask_ratio: float = rate(0.2)
-    ft_ratio: float = rate(0.5)
+    ft_ratio: float = share(0.5)
 
     def __post_init__(self):
         super().__post_init__()

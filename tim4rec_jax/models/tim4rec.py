@@ -152,9 +152,11 @@ class TiM4Rec(SequenceModel):
         self.dropout_rate = settings.dropout_prob
         self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
         time: dict[str, Any] = dict(eps=eps, dtype=param_dtype, rngs=rngs)
-        self.time = None
-        if settings.is_time:
-            self.time = TimeEncoder(length, dropout_rate=self.dropout_rate, **time)
+        self.time = (
+            TimeEncoder(length, dropout_rate=self.dropout_rate, **time)
+            if settings.is_time
+            else None
+        )
 
         def block() -> Block:
             ssd = TimeAwareSSD(width, **ssd_arguments(settings, self.dtype, param_dtype, rngs))
@@ -276,11 +278,11 @@ class CausalTiM4Rec(CausalBlocks):
             return CausalBlock(ssd, modulator, **arguments)
 
         self.blocks = nnx.List([block() for _ in range(settings.num_layers)])
-        self.next_time = None
-        if self.knows_next_time:
-            self.next_time = NextTime(
-                width, eps=eps, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs
-            )
+        self.next_time = (
+            NextTime(width, eps=eps, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+            if self.knows_next_time
+            else None
+        )
 
     def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
         """See `SequenceModel`."""
