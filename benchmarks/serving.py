@@ -104,7 +104,7 @@ def streaming(folder: Path, recommender: Recommender, model: nnx.Module, seconds
             ("update, MemoryStore", MemoryStore()),
             ("update, SQLiteStore", sqlite),
         ):
-            stored = Recommender(recommender.engine, recommender.catalogue, store)
+            stored = Recommender(recommender.model, recommender.catalogue, store)
             ways[name] = updates(stored, batch)
         for name, call in ways.items():
             per_event = measure(call, seconds) / batch
@@ -127,11 +127,11 @@ def recommending(recommender: Recommender, batch: int) -> Callable[[], list]:
 def compare(table: Table, exact: Recommender, seconds: float) -> None:
     """Adds rows for exact search and for an index, with the share of items that the index found."""
     began = time.perf_counter()
-    index = ApproximateIndex(exact.engine.table)
+    index = ApproximateIndex(exact.model.table)
     built = time.perf_counter() - began
     ways = {
         "exact": exact,
-        f"index (made in {built:.1f} s)": Recommender(exact.engine, exact.catalogue, index=index),
+        f"index (made in {built:.1f} s)": Recommender(exact.model, exact.catalogue, index=index),
     }
     for batch in HISTORIES:
         wanted = [set(one.items) for one in recommending(exact, batch)()]

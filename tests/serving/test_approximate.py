@@ -24,8 +24,8 @@ HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_
 @pytest.mark.parametrize("exclude_seen", [False, True])
 def test_finds_everything_in_a_small_catalogue(recommenders, kind, exclude_seen):
     exact = recommenders(kind)
-    index = ApproximateIndex(exact.engine.table)
-    ours = Recommender(exact.engine, exact.catalogue, index=index)
+    index = ApproximateIndex(exact.model.table)
+    ours = Recommender(exact.model, exact.catalogue, index=index)
     histories = [*HISTORIES, (["nobody knows"], [5])]
     for k in (4, N_ITEMS):
         pairs = zip(
@@ -51,7 +51,7 @@ def test_finds_most_in_a_large_catalogue():
     had = rng.integers(0, 5001, (64, 20)).astype(np.int32)
     history = HistoryItems(jnp.asarray(had), jnp.float32(-2))
     wanted, items = map(np.asarray, top_k(hidden, table, 10, history=history))
-    scores, found = index.best(hidden, 10, had, offset=-2.0)
+    scores, found = index.best(hidden, 10, had, repeat_bias=-2.0)
     hits = [np.isin(a, b).mean() for a, b in zip(items, found, strict=True)]
     assert np.mean(hits) > 0.95
     np.testing.assert_allclose(scores[0], wanted[0], rtol=1e-4)

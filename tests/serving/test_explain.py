@@ -1,15 +1,15 @@
 """Weights, masks and the picture of them."""
 
-import argparse
-
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.serving import Recommender
-from tim4rec_jax.serving.explain import add_command, draw, explain
+from tim4rec_jax.serving.__main__ import main
+from tim4rec_jax.serving.explain import explain
+from tim4rec_jax.serving.picture import draw
 
 ITEMS = ["i7", "i3", "i12", "i3", "i20"]
 TIMES = [880_000_000, 880_000_000, 880_090_000, 881_000_123, 881_000_124]
@@ -59,17 +59,14 @@ def test_too_little_to_explain(tiny_workdir):
 
 
 def run(*arguments):
-    parser = argparse.ArgumentParser()
-    add_command(parser.add_subparsers())
-    flags = parser.parse_args(["explain", *map(str, arguments)])
-    return flags.run(flags)
+    return main(["explain", *map(str, arguments)])
 
 
 def test_picture(tiny_workdir, tmp_path, capsys):
     out = tmp_path / "picture.png"
     history = [f"{item}@{time}" for item, time in zip(ITEMS, TIMES, strict=True)]
-    code = run("--workdir", tiny_workdir, "--out", out, "--history", "no@body@0", *history)
-    assert code == 0
+    flags = ["--workdir", tiny_workdir, "--out", out, "--history", "no@body@0", *history]
+    assert run_main(lambda: run(*flags)) == 0
     with Image.open(out) as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 500

@@ -76,7 +76,7 @@ def test_recommends_what_the_model_does(run):
 
 def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
     recommender = recommenders("causal")
-    recommend, weights = program(recommender.engine.model, 12)
+    recommend, weights = program(recommender.model.sequence_model, 12)
     items, times = np.array([[3, 7, 7, 12, 0, 0]]), np.array([[0, 50, 90, 200, 0, 0]])
     gaps = np.array([[0, 50, 40, 110, 0, 0]], np.float32)
     nothing, date = np.zeros((1, 1), np.int32), days(times[:, 3])
@@ -89,7 +89,7 @@ def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
 
 def test_knows_the_next_time(tmp_path, tiny_data):
     settings = dict(time_encoding="causal", num_layers=2, knows_next_time=True)
-    settings |= dict(date_bias_knots=3, date_range=(870_000_000, 920_000_000))
+    settings |= dict(date_bias_knots=3, date_bias_dates=(870_000_000, 920_000_000))
     compare(exported_run(tmp_path, tiny_data, **settings), wait=86_400)
 
 

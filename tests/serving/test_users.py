@@ -12,13 +12,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from tests.data.small_dataset import random_histories
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, tiny_recommender
+from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
-from tim4rec_jax.serving.history import Events
+from tim4rec_jax.serving.compiled_model import power_of_two
 from tim4rec_jax.serving.stores import Change, Snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +37,7 @@ def store(request, tmp_path):
 
 
 def with_store(recommender, store):
-    return Recommender(recommender.engine, recommender.catalogue, store)
+    return Recommender(recommender.model, recommender.catalogue, store)
 
 
 def interleaved(histories):
@@ -46,12 +48,15 @@ def interleaved(histories):
 
 def full_forward(recommender, items, times):
     """Hidden state after the whole history by the model itself, in one pass."""
-    indices = recommender.catalogue.indices(items)
-    engine = recommender.engine
-    window, engine.max_length = engine.max_length, 128
-    hidden = engine.encode(Events(indices, np.asarray(times), np.array([0, len(items)])))
-    engine.max_length = window
-    return np.asarray(hidden)[:1]
+    model, count = recommender.model, len(items)
+    missing = (0, power_of_two(count, 32) - count)
+    indices = np.pad(recommender.catalogue.indices(items), missing)[None]
+    lengths = np.array([count], np.int32)
+    gaps = time_gaps(np.pad(times, missing)[None], lengths, model.convention)
+    return np.asarray(encode(model.sequence_model, indices, lengths, gaps))
+
+
+encode = nnx.jit(lambda model, *inputs: model.encode(*inputs))
 
 
 def test_streaming_equals_the_full_forward(recommenders, store):
@@ -62,7 +67,7 @@ def test_streaming_equals_the_full_forward(recommenders, store):
         assert all(recommender.update_batch(events[first:last]))
     for user, (items, times) in enumerate(HISTORIES):
         state = recommender._users.state(f"u{user}")
-        ours, theirs = recommender.engine.hidden(state), full_forward(recommender, items, times)
+        ours, theirs = recommender.model.hidden(state), full_forward(recommender, items, times)
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
         found = recommender.recommend_user(f"u{user}", k=5)
         assert not set(found.items) & set(items)
@@ -112,23 +117,23 @@ def test_late_events(recommenders, store):
     recommender.update("u", "i4", 30)
     items, times = ["i1", "i2", "i3", "i4"], [10, 20, 30, 30]
     assert store.history("u") == (items, times)
-    hidden = recommender.engine.hidden(recommender._users.state("u"))
+    hidden = recommender.model.hidden(recommender._users.state("u"))
     np.testing.assert_allclose(hidden, full_forward(recommender, items, times), atol=1e-5)
 
 
 def test_a_state_of_another_model_is_computed_anew(tiny_data, recommenders, store):
     with_store(recommenders("causal"), store).update_batch(interleaved([(0, HISTORIES[4])]))
     other = tiny_recommender(tiny_data, store, **KINDS["causal"], seed=5)
-    [snapshot] = store.snapshots(["u0"], other.engine.fingerprint)
+    [snapshot] = store.snapshots(["u0"], other.model.fingerprint)
     assert (snapshot.events, snapshot.state) == (14, None)
-    hidden = other.engine.hidden(other._users.state("u0"))
+    hidden = other.model.hidden(other._users.state("u0"))
     np.testing.assert_allclose(hidden, full_forward(other, *HISTORIES[4]), rtol=1e-5, atol=1e-5)
-    assert store.snapshots(["u0"], other.engine.fingerprint)[0].state is not None  # and kept
+    assert store.snapshots(["u0"], other.model.fingerprint)[0].state is not None  # and kept
     # An update finds the same way, without being asked for a recommendation first.
     (items, times), later = HISTORIES[4], HISTORIES[4][1][-1] + 9
     first = with_store(recommenders("causal"), store)
     first.update("u0", "i8", later)
-    hidden = first.engine.hidden(first._users.state("u0"))
+    hidden = first.model.hidden(first._users.state("u0"))
     expected = full_forward(first, [*items, "i8"], [*times, later])
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
 
@@ -138,7 +143,7 @@ def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
     recommender = with_store(recommenders("causal"), store)
     recommender.update_batch(interleaved(enumerate(HISTORIES)))
     for user, history in enumerate(HISTORIES):
-        hidden = recommender.engine.hidden(recommender._users.state(f"u{user}"))
+        hidden = recommender.model.hidden(recommender._users.state(f"u{user}"))
         np.testing.assert_allclose(hidden, full_forward(recommender, *history), atol=1e-5)
 
 
@@ -177,9 +182,9 @@ def check_users(recommender, counts):
     for user, count in counts.items():
         items, times = recommender.store.history(user)
         assert len(items) == count
-        [snapshot] = recommender.store.snapshots([user], recommender.engine.fingerprint)
+        [snapshot] = recommender.store.snapshots([user], recommender.model.fingerprint)
         assert (snapshot.events, snapshot.last) == (count, times[-1])
-        hidden = recommender.engine.hidden(snapshot.state)
+        hidden = recommender.model.hidden(snapshot.state)
         expected = full_forward(recommender, items, times)
         np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
 

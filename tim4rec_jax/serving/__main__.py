@@ -1,22 +1,30 @@
-"""`python -m tim4rec_jax.serving`: the command line."""
+"""The commands: `python -m tim4rec_jax.serving {recommend,batch,export,explain,serve}`.
+
+Each command imports what only it needs when it runs: `serve` needs the extra of the same name.
+"""
+
+from __future__ import annotations
 
 import argparse
+import csv
+import dataclasses
+import json
 import sys
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any, NoReturn
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from tim4rec_jax.errors import UserError, run_main
-from tim4rec_jax.serving import batch_job as batch
-from tim4rec_jax.serving import command, explain, export
-from tim4rec_jax.serving.http import app as serve
+from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
-# Each module adds its own command: a parser whose default `run` takes the flags.
-COMMANDS = (command, batch, export, explain, serve)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
+_CSV = "a CSV file with the columns item and timestamp (whole seconds since 1970)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
@@ -25,11 +33,336 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
         prog="python -m tim4rec_jax.serving",
         description="Recommendations from a run of train.py.",
     )
-    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        module.add_command(subparsers)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_recommend(commands)
+    _add_batch(commands)
+    _add_export(commands)
+    _add_explain(commands)
+    _add_serve(commands)
     flags = parser.parse_args(arguments)
     return flags.run(flags)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see `{self.prog} --help`")
+
+
+def _add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, help="directory of a run, as train.py wrote it")
+    add("--dataset", type=Path, help="the prepared dataset, if it has moved since the training")
+
+
+def _add_history_flags(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument(
+        "--history",
+        nargs="+",
+        metavar="ITEM@TIME,...",
+        help="events, oldest first; times in whole seconds since 1970",
+    )
+    source.add_argument("--file", help=f"{_CSV}; - is standard input")
+
+
+def _add_ranking_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("-k", "--top-k", type=int, default=10, metavar="K", help="how many items (default: 10)")
+    add("--at", type=int, metavar="TIME", help="when they are shown, for models that know it")
+    add("--include-seen", action="store_true", help="items of the history may come again")
+    add("--allow", type=Path, metavar="FILE", help="recommend only these items, an id per line")
+    add("--deny", type=Path, metavar="FILE", help="never recommend these items, an id per line")
+    _add_approximate_flag(parser)
+
+
+def _add_approximate_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--approximate",
+        action="store_true",
+        help="search an index instead of scoring all items: for catalogues of 100,000 and more "
+        "(pip install 'tim4rec-jax[ann]')",
+    )
+
+
+def _add_recommend(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "recommend",
+        help="recommend to one history",
+        description="Recommends items to one history: --history, --file or standard input.",
+    )
+    _add_history_flags(parser)
+    _add_run_flags(parser)
+    _add_ranking_flags(parser)
+    parser.add_argument("--sort", action="store_true", help="the events are not in order of time")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=_recommend)
+
+
+def _recommend(flags: argparse.Namespace) -> None:
+    items, timestamps = _read_history(flags)
+    recommender, options = _load(flags)
+    found = recommender.recommend(items, timestamps, sort=flags.sort, **options)
+    if flags.json:
+        values = dataclasses.asdict(found)
+        if recommender.catalogue.titles:
+            values["titles"] = [recommender.catalogue.title(item) for item in found.items]
+        print(json.dumps(values, indent=2))
+    else:
+        _print_table(found, recommender)
+
+
+def _print_table(found: Recommendations, recommender: Recommender) -> None:
+    table, console = Table(box=SIMPLE_HEAD), Console()
+    table.add_column("", justify="right")
+    table.add_column("item")
+    titled = bool(recommender.catalogue.titles)
+    if titled:
+        table.add_column("title")
+    table.add_column("events" if found.fallback else "score", justify="right")
+    for rank, (item, score) in enumerate(zip(found.items, found.scores, strict=True), 1):
+        title = [escape(recommender.catalogue.title(item) or "")] if titled else []
+        number = f"{score:,.0f}" if found.fallback else f"{score:.4f}"
+        table.add_row(str(rank), escape(item), *title, number)
+    console.print(table)
+    if found.unknown:
+        console.print(f"{found.unknown:,} events left out: the model does not know their items")
+    if found.fallback:
+        console.print("no known event: these are the most popular items of the training")
+
+
+def _add_batch(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "batch",
+        help="recommend to all users of a Parquet file",
+        description="Reads events in any order, writes the best items of every user: user, rank, "
+        "item, score, fallback (no event was known: popular items). Larger than memory.",
+    )
+    add = parser.add_argument
+    add("--events", required=True, metavar="FILE", help="Parquet; a glob takes several files")
+    add("--out", type=_file, required=True, metavar="FILE", help="the Parquet file to write")
+    _add_run_flags(parser)
+    _add_ranking_flags(parser)
+    for column in ("user", "item", "timestamp"):
+        add(f"--{column}", default=column, metavar="COLUMN", help=f"default: {column}")
+    add(
+        "--on-unknown",
+        choices=("skip", "error"),
+        default="skip",
+        help="what to do about items that the model does not know (default: skip and count)",
+    )
+    add("--memory-limit", default="2GB", metavar="SIZE", help="for sorting (default: 2GB)")
+    parser.set_defaults(run=_batch)
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
+    return path
+
+
+def _batch(flags: argparse.Namespace) -> None:
+    from tim4rec_jax.serving.batch_job import Columns, recommend_all
+
+    recommender, options = _load(flags)
+    started = perf_counter()
+    summary = recommend_all(
+        recommender,
+        flags.events,
+        flags.out,
+        Columns(flags.user, flags.item, flags.timestamp),
+        allow_unknown=flags.on_unknown == "skip",
+        memory_limit=flags.memory_limit,
+        **options,
+    )
+    seconds = perf_counter() - started
+    print(
+        f"wrote {flags.out}: {summary.rows:,} recommendations to {summary.users:,} users in "
+        f"{seconds:,.1f} s ({summary.users / seconds:,.0f} users/s)"
+    )
+    if summary.unknown:
+        print(f"skipped {summary.unknown:,} events: the model does not know their items")
+    if summary.fallback:
+        print(
+            f"{summary.fallback:,} users had no known event and got the most popular items "
+            "(column fallback)"
+        )
+
+
+def _add_export(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "export",
+        help="write a run as StableHLO, weights and vocabulary that need only jax",
+        description="Writes a folder that recommends without this package (CPU, CUDA, TPU).",
+    )
+    _add_run_flags(parser)
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument(
+        "--top-k", type=int, default=100, metavar="K", help="items a call returns (default: 100)"
+    )
+    parser.set_defaults(run=_export)
+
+
+def _export(flags: argparse.Namespace) -> None:
+    from tim4rec_jax.serving.export import PLATFORMS, export
+
+    if flags.top_k < 1:
+        raise UserError(f"--top-k is {flags.top_k}; it must be 1 or more")
+    metadata = export(flags.workdir, flags.out, top=flags.top_k, dataset=flags.dataset)
+    size = sum(file.stat().st_size for file in flags.out.iterdir())
+    print(
+        f"wrote {flags.out}: {metadata['items']:,} items, {size / 1e6:.1f} MB, for "
+        f"{', '.join(PLATFORMS)}"
+    )
+
+
+def _add_explain(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "explain",
+        help="draw what the top recommendation for a history rests on",
+        description="Draws each event's weight in the top recommendation and the time-aware "
+        "mask of every layer and head.",
+    )
+    _add_run_flags(parser)
+    _add_history_flags(parser)
+    add = parser.add_argument
+    add("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
+    add("--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it")
+    parser.set_defaults(run=_explain)
+
+
+def _explain(flags: argparse.Namespace) -> None:
+    from tim4rec_jax.serving.explain import explain
+    from tim4rec_jax.serving.picture import draw
+
+    items, timestamps = _read_history(flags)
+    enable_compilation_cache()
+    found = explain(flags.workdir, items, timestamps, at=flags.at, dataset=flags.dataset)
+    draw(found, flags.out)
+    print(f"top recommendation: {found.titles[0]} (probability {found.probability:.2%})")
+    weights = found.weights.tolist()
+    for weight, event in sorted(
+        zip(weights, found.events, strict=True), key=lambda pair: -abs(pair[0])
+    )[:5]:
+        print(f"{weight:+.3f}  {event}")
+    if found.recommendations.unknown:
+        print(f"left out: {found.recommendations.unknown} events with items unknown to the model")
+    print(f"wrote {flags.out}")
+
+
+def _add_serve(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "serve",
+        help="recommend over HTTP (pip install 'tim4rec-jax[serve]')",
+        description="Serves recommendations over HTTP, with a page to try them at /.",
+    )
+    _add_run_flags(parser)
+    add = parser.add_argument
+    add("--store", type=Path, metavar="FILE", help="keep users in this SQLite file, not in memory")
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    _add_approximate_flag(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(flags: argparse.Namespace) -> None:
+    try:
+        from tim4rec_jax.serving.http.app import serve
+    except ModuleNotFoundError as error:
+        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+            raise
+        raise UserError(
+            f"{error.name} is not installed; pip install 'tim4rec-jax[serve]'"
+        ) from error
+    if not 0 <= flags.port < 1 << 16:
+        raise UserError(f"--port is {flags.port}; ports go from 0 to 65535")
+    serve(
+        flags.workdir,
+        dataset=flags.dataset,
+        store=flags.store,
+        host=flags.host,
+        port=flags.port,
+        approximate=flags.approximate,
+    )
+
+
+def _load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
+    """The recommender, and the arguments of its methods, that the flags name."""
+    options = {
+        "k": flags.top_k,
+        "at": flags.at,
+        "exclude_seen": not flags.include_seen,
+        "allow": _read_ids(flags.allow),
+        "deny": _read_ids(flags.deny),
+    }
+    enable_compilation_cache()
+    recommender = Recommender.load(
+        flags.workdir, dataset=flags.dataset, approximate=flags.approximate
+    )
+    return recommender, options
+
+
+def _read_ids(path: Path | None) -> list[str] | None:
+    if path is None:
+        return None
+    try:
+        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not a text file with an id per line") from None
+
+
+def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
+    """The items and times of `--history`, of `--file` or of standard input."""
+    if flags.history:
+        events = [event for text in flags.history for event in text.split(",") if event]
+        pairs = (event.rpartition("@")[::2] for event in events)
+        return _parse_events(
+            pairs,
+            "--history takes ITEM@TIME, times in whole seconds since 1970",
+            [f"{event!r} is not" for event in events],
+        )
+    if flags.file is None and sys.stdin.isatty():
+        raise UserError("name a history: --history ITEM@TIME,ITEM@TIME or --file history.csv")
+    if flags.file in (None, "-"):
+        return _read_csv(sys.stdin, "standard input")
+    try:
+        with open(flags.file, encoding="utf-8-sig", newline="") as file:
+            return _read_csv(file, flags.file)
+    except FileNotFoundError:
+        raise UserError(f"--file: there is no file {flags.file}") from None
+
+
+def _read_csv(file: Iterable[str], name: str) -> tuple[list[str], list[int]]:
+    try:
+        reader = csv.DictReader(file)
+        if not {"item", "timestamp"} <= set(reader.fieldnames or ()):
+            raise UserError(f"{name} is not {_CSV}")
+        rows = [(reader.line_num, row["item"], row["timestamp"]) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{name} is not {_CSV}: {error}") from None
+    return _parse_events(
+        ((item, time) for _, item, time in rows),
+        f"{name} must have an item and a time in whole seconds since 1970 in every line",
+        [f"line {number} has not" for number, _, _ in rows],
+    )
+
+
+def _parse_events(
+    pairs: Iterable[tuple[Any, Any]], rule: str, where: list[str]
+) -> tuple[list[str], list[int]]:
+    """Items and whole times; an error quotes the rule, and says where it is broken."""
+    items, timestamps = [], []
+    for (item, time), place in zip(pairs, where, strict=True):
+        try:
+            timestamps.append(int(time))
+        except (TypeError, ValueError):
+            item = None
+        if not item:
+            raise UserError(f"{rule}; {place}")
+        items.append(item)
+    return items, timestamps
 
 
 if __name__ == "__main__":

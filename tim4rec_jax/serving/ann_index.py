@@ -1,4 +1,4 @@
-"""Search without scoring every item: a navigable small world of FAISS (arXiv 1603.09320)."""
+"""Finds the best items without scoring every one: a graph of FAISS (HNSW, arXiv 1603.09320)."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from jaxtyping import Array, Float, Float32, Int32
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_write
 
-# Neighbours of an item, and how many candidates are kept while it is put into the graph and
-# while it is searched. Finds .97 of the ten best of 12,101 trained items (benchmarks.serving).
+# How many neighbours an item has in the graph, and how many candidates are kept while an item is
+# put into the graph and while the graph is searched. With these settings a search finds .97 of the
+# ten best of 12,101 trained items (benchmarks.serving).
 _NEIGHBOURS, _BUILDING, _SEARCHING = 16, 80, 128
 
 
 class ApproximateIndex:
-    """The best items, found by going from item to item through a graph of similar ones.
+    """Searches the best items by going from item to item through a graph of similar items.
 
     Scores are exact; now and then an item is missed.
     """
 
     def __init__(self, table: Float[Array | np.ndarray, "rows D"], kept: Path | None = None):
-        """Reads the graph, or builds it: a second for 10,000 items, minutes for a million.
+        """Reads the graph or builds it, which takes a second for 10,000 items, minutes for 10^6.
 
         Args:
-            table: item embeddings, row 0 is padding.
-            kept: file with the graph; written where it is missing or another table's. None: no
-                file.
+            table: the item embeddings; row 0 is padding.
+            kept: the file that keeps the graph. It is written where it is missing, damaged, or of
+                another table. `None` keeps the graph in memory only.
 
         Raises:
             UserError: FAISS is not installed.
@@ -46,39 +47,43 @@ class ApproximateIndex:
             self._index.hnsw.efConstruction = _BUILDING
             self._index.add(self.table[1:])
             if kept is not None:
-                _write(self._index, kept)
+                # Where the file cannot be written, the graph is built again the next time.
+                with contextlib.suppress(RuntimeError, UserError), atomic_write(kept) as file:
+                    faiss.write_index(self._index, file.name)
         self._index.hnsw.efSearch = _SEARCHING
 
     def best(
         self,
         hidden: Float[Array | np.ndarray, "R D"],
         k: int,
-        had: Int32[np.ndarray, "B S"] | None = None,
-        offset: float | None = None,
+        history_items: Int32[np.ndarray, "B S"] | None = None,
+        repeat_bias: float | None = None,
     ) -> tuple[Float32[np.ndarray, "B k"], Int32[np.ndarray, "B k"]]:
-        """Scores and items of the `k` best, item 0 with score -inf where fewer were found.
+        """The scores and the items of the `k` best; item 0 with score -inf where fewer are found.
 
         Args:
-            hidden: states of users, the first B of them of interest.
-            k: how many.
-            had: items that the histories hold, 0 for nothing; left out, or offset. None: R = B.
-            offset: added to the scores of those; None leaves them out.
+            hidden: the hidden states of users. Only the first B are of interest.
+            k: how many items.
+            history_items: the items of the histories, 0 for none; `None` leaves nothing out, and
+                B is R.
+            repeat_bias: added to the scores of the history items; `None` leaves them out.
         """
         states = np.asarray(hidden, np.float32)
-        if had is None:
+        if history_items is None:
             scores, items = self._index.search(states, k)
             return scores, (items + 1).astype(np.int32)
-        states = states[: len(had)]
-        scores, items = self._index.search(states, min(k + had.shape[1], self._index.ntotal))
+        states = states[: len(history_items)]
+        asked = min(k + history_items.shape[1], self._index.ntotal)
+        scores, items = self._index.search(states, asked)
         items = (items + 1).astype(np.int32)
-        for row, mine in enumerate(had):
-            scores[row, np.isin(items[row], mine)] = -np.inf
-        if offset is not None:
-            # They are scored whether or not the search has found them, each once.
-            ordered = np.sort(had, axis=1)
-            again = np.diff(ordered, axis=1, prepend=0) == 0
-            own = np.einsum("bd,bsd->bs", states, self.table[ordered]) + offset
-            scores = np.concatenate([scores, np.where(again, -np.inf, own)], axis=1)
+        for row, own in enumerate(history_items):
+            scores[row, np.isin(items[row], own)] = -np.inf
+        if repeat_bias is not None:
+            # The history items are scored, each once, whether or not the search has found them.
+            ordered = np.sort(history_items, axis=1)
+            repeated = np.diff(ordered, axis=1, prepend=0) == 0
+            own = np.einsum("bd,bsd->bs", states, self.table[ordered]) + repeat_bias
+            scores = np.concatenate([scores, np.where(repeated, -np.inf, own)], axis=1)
             items = np.concatenate([items, ordered], axis=1)
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         scores = np.take_along_axis(scores, best, axis=1).astype(np.float32)
@@ -87,22 +92,14 @@ class ApproximateIndex:
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(items, missing)
 
 
-def _read(path: Path, table: np.ndarray) -> Any:
-    """The graph in a file if it is one of these items, else None."""
+def _read(path: Path, table: Float32[np.ndarray, "V D"]) -> Any:
+    """The graph in a file if it is the graph of these items, else `None`."""
     import faiss
 
     try:
         index = faiss.read_index(str(path))
-    except RuntimeError:  # missing, or damaged
+    except RuntimeError:  # the file is missing or damaged
         return None
     same = isinstance(index, faiss.IndexHNSWFlat) and (index.ntotal, index.d) == table.shape
-    # It holds the vectors themselves.
+    # The graph holds the embeddings themselves, so it can be compared with the table.
     return index if same and np.array_equal(index.reconstruct_n(0, index.ntotal), table) else None
-
-
-def _write(index: Any, path: Path) -> None:
-    """Writes a file whole or not at all; one that cannot be written is built again next time."""
-    import faiss
-
-    with contextlib.suppress(RuntimeError, UserError), atomic_write(path) as file:
-        faiss.write_index(index, file.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,18 @@ from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 
 
-def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, SequenceModel, Catalogue]:
-    """The settings of a run, its best model, and what the model's items stand for.
-
-    Args:
-        workdir: a run directory of train.py.
-        dataset: the prepared dataset, if it has moved since the training; only its
-            `items.parquet` and `dataset.json` are needed.
-
-    Raises:
-        UserError: the run or the dataset is missing or damaged, or they do not belong together.
-    """
-    config, model = load_model(workdir)
-    catalogue = Catalogue(dataset or Path(config.dataset))
-    check_model(model, len(catalogue), catalogue.directory, workdir)
-    trained_on = workdir / "dataset.json"
-    if trained_on.exists():
-        check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
-    return config, model, catalogue
-
-
 class Catalogue:
-    """What a model's item indices stand for; the events of the dataset are not read.
+    """The original id, the popularity and the title of every item that a model knows.
+
+    Only `items.parquet` and `dataset.json` of the prepared dataset are read, not its events.
 
     Attributes:
-        directory: of the prepared dataset.
-        metadata: what its dataset.json holds.
-        ids: original id of every item; index i at position i - 1.
-        counts: events of every item, int64, likewise.
-        titles: likewise, None for items without one; empty if the dataset has no titles.
+        directory: the folder of the prepared dataset.
+        metadata: the content of its `dataset.json`.
+        ids: the original id of every item; the item with index i is at position i - 1.
+        counts: the number of events of every item, likewise.
+        titles: the title of every item, likewise, `None` for an item without one. The list is
+            empty if the dataset has no titles.
     """
 
     def __init__(self, directory: Path):
@@ -65,11 +49,49 @@ class Catalogue:
         return len(self.ids)
 
     def indices(self, items: Iterable[Any]) -> Int32[np.ndarray, " items"]:
-        """Index of each id (a number counts as its decimal digits), 0 where it is not known."""
+        """The index of each id, 0 for an unknown one; a number counts as its decimal digits."""
         get = self._index.get
         return np.fromiter((get(str(item), 0) for item in items), np.int32)
 
     def title(self, item: str) -> str | None:
-        """The title of an item, or None where it has none."""
+        """The title of an item, or `None` where it has none."""
         index = self._index.get(item, 0)
         return self.titles[index - 1] if self.titles and index else None
+
+    def search(self, query: str, limit: int) -> list[int]:
+        """The positions of items whose title or id contains a text, most popular first.
+
+        Args:
+            query: the text; upper and lower case are the same.
+            limit: how many positions at most.
+        """
+        wanted = query.casefold()
+        found = [position for position, name in enumerate(self._names) if wanted in name]
+        found.sort(key=lambda position: -int(self.counts[position]))
+        return found[:limit]
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        titles = self.titles or [None] * len(self)
+        return [
+            f"{title or ''} {item}".casefold() for item, title in zip(self.ids, titles, strict=True)
+        ]
+
+
+def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, SequenceModel, Catalogue]:
+    """Loads the settings of a run, its best model, and the catalogue of the model's items.
+
+    Args:
+        workdir: a run directory of train.py.
+        dataset: the prepared dataset, if it has moved since the training.
+
+    Raises:
+        UserError: the run or the dataset is missing or damaged, or they do not belong together.
+    """
+    config, model = load_model(workdir)
+    catalogue = Catalogue(dataset or Path(config.dataset))
+    check_model(model, len(catalogue), catalogue.directory, workdir)
+    trained_on = workdir / "dataset.json"
+    if trained_on.exists():
+        check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
+    return config, model, catalogue

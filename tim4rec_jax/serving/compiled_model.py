@@ -1,28 +1,34 @@
-"""The model behind functions of few shapes: compiled once each, safe to call from many threads."""
+"""A model behind a few compiled programs, which any number of threads may call.
+
+Rows and lengths are padded to powers of two, so that histories of all lengths share few programs.
+"""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Int32, Int64
+from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import collate, days, event_log, time_gaps
 from tim4rec_jax.data.dataset import windows
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
+from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch, inputs
 from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.history import Events
 
-MAX_ROWS = 1024  # histories computed at once
-_MAX_STEPS = 512  # events of one user that one compiled loop takes
+MAX_ROWS = 1024  # how many histories are computed at once
+_MAX_STEPS = 512  # how many events of a user one call of the compiled loop takes
 _MIN_WIDTH = 8
 
 
@@ -31,77 +37,88 @@ def power_of_two(size: int, least: int = 1) -> int:
     return max(least, 1 << max(size - 1, 0).bit_length())
 
 
-class CompiledModel:
-    """Hidden states of histories, states of users, and the best items for them.
-
-    Rows and lengths are padded to powers of two, so that few programs are compiled.
+class NewEvents(NamedTuple):
+    """Events that a user's state has not taken in yet.
 
     Attributes:
-        model: itself.
-        table: item embeddings, [V+1, D]; row 0 is padding.
-        offset: what the model adds to the scores of items that the history holds, or None.
-        supports_step: whether users have a state of fixed size, see `advance`.
-        knows_next_time: whether the moment of the prediction can be given.
-        drifts: whether scores depend on the date.
-        fingerprint: of everything that a user's state depends on.
-        one_width: compute every history at full length: one program per number of rows, for
-            services that cannot wait for a compilation.
+        state: the state before them, as `CompiledModel.advance` returned it; `None` for a user
+            without earlier events.
+        since: the time of the last event that the state has taken in; `None` without a state.
+        items: the items of the new events, as indices of the catalogue.
+        timestamps: the times of the new events, in whole seconds since 1970.
     """
 
-    def __init__(self, config: Config, model, item_ids: Sequence[str]):
-        """Takes a model as `tim4rec_jax.run.load_model` returns it."""
-        self.model = model
+    state: bytes | None
+    since: int | None
+    items: Int[np.ndarray, " n"]
+    timestamps: Int64[np.ndarray, " n"]
+
+
+class CompiledModel:
+    """Computes the hidden states of histories, the states of users, and the best items for them.
+
+    Attributes:
+        sequence_model: the model itself.
+        max_length: how many events at the end of a history the model is given.
+        convention: the convention of its time gaps.
+        table: the item embeddings, [V+1, D]; row 0 is padding.
+        repeat_bias: what the model adds to the scores of items that the history holds, or `None`.
+        supports_step: whether users have a state of fixed size; see `advance`.
+        knows_next_time: whether the moment of the prediction can be given.
+        fingerprint: a digest of everything that a user's state depends on.
+        one_width: whether every history is computed at full length. That is one program per number
+            of rows, for services that cannot wait for a compilation.
+    """
+
+    def __init__(self, config: Config, model: SequenceModel, item_ids: Sequence[str]):
+        """Prepares a model; nothing is compiled yet.
+
+        Args:
+            config: the settings of the run, as `tim4rec_jax.run.load_model` returns them.
+            model: the model, likewise.
+            item_ids: the original id of every item.
+        """
+        self.sequence_model = model
         graphdef, self._params = nnx.split(model)
+        self._programs = _programs(graphdef)
+        self._inputs = inputs(model)
         self.max_length: int = config.data.max_length
-        self.one_width = False
         self.convention = config.data.convention
+        self.one_width = False
         self.supports_step, self.knows_next_time = model.supports_step, model.knows_next_time
-        self.drifts = model.drift is not None
         self.table: Array = model.item_table()
-        self.offset: Array | None = model.repeat_bias()
+        self.repeat_bias: Array | None = model.repeat_bias()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
-
-        def encode(params, items, lengths, gaps):
-            return nnx.merge(graphdef, params).encode(items, lengths, gaps)
-
-        def advance(params, state, hidden, items, gaps, lengths):
-            model = nnx.merge(graphdef, params)
-
-            def step(carry, event):
-                number, items, gaps = event
-                advanced = model.step(carry[0], items, gaps)
-
-                def keep(new, old):
-                    going_on = number < lengths
-                    return jnp.where(going_on.reshape(-1, *[1] * (new.ndim - 1)), new, old)
-
-                return jax.tree.map(keep, advanced, carry), None
-
-            numbers = jnp.arange(items.shape[1])
-            return lax.scan(step, (state, hidden), (numbers, items.T, gaps.T))[0]
-
-        self._encode, self._advance = jax.jit(encode), jax.jit(advance)
-        self._at = jax.jit(lambda params, *args: nnx.merge(graphdef, params).at(*args))
-        self._drifted = jax.jit(lambda params, *args: nnx.merge(graphdef, params).drift(*args))
         if self.supports_step:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
-            _, hidden = jax.eval_shape(lambda: model.step(model.init_state(1), *one))
-            hidden = np.zeros(hidden.shape, hidden.dtype)
-            self._initial = jax.tree.map(np.asarray, (model.init_state(1), hidden))
+            state = jax.jit(lambda: model.init_state(1))()
+            _, hidden = jax.eval_shape(model.step, state, *one)
+            self._initial = jax.tree.map(np.asarray, state), np.zeros(hidden.shape, hidden.dtype)
 
-    def encode(self, events: Events) -> Float[Array, "R D"]:
-        """Hidden states after each history's last `max_length` events.
+    def encode(
+        self, events: Events, moments: Int64[np.ndarray, " B"] | None = None
+    ) -> Float[Array, "R D"]:
+        """The hidden states that items are scored with, after B histories.
 
-        Rows beyond those of `events`, up to a power of two, and of empty histories mean nothing.
+        Rows B to R, which is a power of two, and the rows of empty histories mean nothing.
+
+        Args:
+            events: the histories. The model is given their last `max_length` events.
+            moments: the times of the predictions, in whole seconds since 1970, for a model that
+                knows them.
+
+        Raises:
+            UserError: a moment is before the last event of its history.
         """
         lengths = np.minimum(np.diff(events.offsets), self.max_length)
-        starts = events.offsets[1:] - lengths
-        missing = (0, power_of_two(len(lengths)) - len(lengths))
-        lengths, starts = np.pad(lengths, missing), np.pad(starts, missing)
+        rows = power_of_two(len(lengths))
+        missing = (0, rows - len(lengths))
+        starts = np.pad(events.offsets[1:] - lengths, missing)
+        lengths = np.pad(lengths, missing)
         width = min(power_of_two(int(lengths.max()), _MIN_WIDTH), self.max_length)
         if self.one_width:
             width = self.max_length
-        # No event follows the last history: one is made up, which no history holds.
+        # An event that no history holds stands for the one that follows the last history.
         log = event_log(np.pad(events.items, (0, 1)), np.pad(events.timestamps, (0, 1)))
         batch = collate(
             log,
@@ -111,103 +128,101 @@ class CompiledModel:
             max_length=self.max_length,
             convention=self.convention,
         )
-        lengths = np.maximum(batch["lengths"], 1)
-        return self._encode(self._params, batch["items"], lengths, batch["gaps"])
+        batch["lengths"] = np.maximum(batch["lengths"], 1)
+        batch["users"] = np.full(rows, -1, np.int32)  # nobody whom the model knows
+        batch |= _moments(events, moments, rows)
+        return self._programs.encode(self._params, self._needed(batch))
 
-    def condition_on_time(
+    def condition(
         self,
         hidden: Float[Array, "R D"],
         events: Events,
-        moments: Int64[np.ndarray, " B"] | None,
-    ) -> Array:
-        """Hidden states to score with, from those after the histories.
+        moments: Int64[np.ndarray, " B"] | None = None,
+    ) -> Float[Array, "R D"]:
+        """What `encode` does to the hidden states of the model, for those of users' states.
 
-        `moments` are those of the predictions, seconds since 1970, where the model knows them.
+        Args:
+            hidden: the last hidden states of users, as `hidden` returns them.
+            events: all their events, of which only the last times matter.
+            moments: as for `encode`.
 
         Raises:
             UserError: a moment is before the last event of its history.
         """
-        times, missing = events.last_times(), (0, len(hidden) - len(events.offsets) + 1)
-        if moments is not None:
-            wait = np.where(np.diff(events.offsets) == 0, 0, moments - times)
-            if wait.min() < 0:
-                raise UserError("`at` is before the last event of a history")
-            hidden = self._at(self._params, hidden, np.pad(wait.astype(np.float32), missing))
-            times = moments
-        if not self.drifts:
-            return hidden
-        return self._drifted(self._params, hidden, np.pad(days(times), missing))
+        batch = self._needed(_moments(events, moments, len(hidden)))
+        return self._programs.condition(self._params, hidden, batch) if batch else hidden
 
     def best(
         self,
         hidden: Float[Array, "R D"],
         table: Float[Array, "C D"],
         k: int,
-        had: Int32[np.ndarray, "B S"] | None,
+        history_items: Int32[np.ndarray, "B S"] | None,
         exclude: bool,
     ) -> tuple[Float[np.ndarray, "R k"], Int[np.ndarray, "R k"]]:
-        """Scores and rows of `table` of the `k` best, as `tim4rec_jax.evaluation.top_k`.
+        """The scores and the rows of `table` of the `k` best items; see `ranking.top_k`.
 
-        `had` are rows of the table that the histories hold, 0 for nothing: left out if `exclude`,
-        else offset as the model has learnt.
+        Args:
+            hidden: the hidden states to score with.
+            table: the item embeddings; row 0 is padding.
+            k: how many items.
+            history_items: the rows of the table that the histories hold, 0 for none.
+            exclude: whether these are left out. Otherwise the model's repeat bias is added to
+                their scores.
         """
         options = {}
-        if had is not None:
-            width = power_of_two(had.shape[1], 16)
-            missing = ((0, len(hidden) - len(had)), (0, width - had.shape[1]))
-            had = np.pad(had, missing)
+        if history_items is not None:
+            width = power_of_two(history_items.shape[1], 16)
+            missing = (0, len(hidden) - len(history_items)), (0, width - history_items.shape[1])
+            padded = jnp.asarray(np.pad(history_items, missing))
             if exclude:
-                options["exclude"] = had
-            elif self.offset is not None:
-                options["history"] = HistoryItems(jnp.asarray(had), self.offset)
+                options["exclude"] = padded
+            elif self.repeat_bias is not None:
+                options["history"] = HistoryItems(padded, self.repeat_bias)
         scores, rows = top_k(hidden, table, power_of_two(k, 16), **options)
         return np.asarray(scores)[:, :k], np.asarray(rows)[:, :k]
 
-    def advance(
-        self, states: Sequence[bytes | None], new: Sequence[tuple[np.ndarray, np.ndarray]]
-    ) -> list[bytes]:
-        """States of users after further events, of models that stream.
+    def advance(self, users: Sequence[NewEvents]) -> list[bytes]:
+        """The states of users after new events, of a model that supports steps.
 
         Args:
-            states: before; None for a user without events.
-            new: items and times of each user's events to come. Where there is a state, the first
-                one is the event before, which only tells the time since when.
+            users: one or more new events of each user, in order of time.
 
         Returns:
-            A state per user: the model's own and the last hidden state, as bytes.
+            A state per user, as bytes: the model's own state and the last hidden state.
         """
-        skipped = np.array([state is not None for state in states], int)
-        items, times = (np.concatenate(column) for column in zip(*new, strict=True))
-        items = items.astype(np.int32)
-        counts = np.array([len(events) for events, _ in new])
-        starts, lengths = np.cumsum(counts) - counts, counts - skipped
+        items = np.concatenate([user.items for user in users]).astype(np.int32)
+        times = np.concatenate([user.timestamps for user in users])
+        counts = np.array([len(user.items) for user in users])
+        starts = np.cumsum(counts) - counts
         gaps = time_gaps(times[None], np.array([len(times)]), self.convention)[0]
-        gaps[starts] = 0  # a history's first event has none
-        rows = power_of_two(len(states))
-        missing = (0, rows - len(states))
-        starts, lengths = np.pad(starts + skipped, missing), np.pad(lengths, missing)
-        state, hidden = self._unpack(states, rows)
-        for first in range(0, int(lengths.max()), _MAX_STEPS):
-            left = np.clip(lengths - first, 0, _MAX_STEPS).astype(np.int32)
+        before = [
+            times[start] if user.since is None else user.since
+            for start, user in zip(starts, users, strict=True)
+        ]
+        pairs = np.stack([np.array(before), times[starts]], axis=1)
+        gaps[starts] = time_gaps(pairs, np.full(len(users), 2), self.convention)[:, 1]
+        rows = power_of_two(len(users))
+        starts, counts = (np.pad(numbers, (0, rows - len(users))) for numbers in (starts, counts))
+        carry = self._unpack([user.state for user in users], rows)
+        for first in range(0, int(counts.max()), _MAX_STEPS):
+            left = np.clip(counts - first, 0, _MAX_STEPS).astype(np.int32)
             width = power_of_two(int(left.max()))
-            inputs = [windows(column, starts + first, left, width) for column in (items, gaps)]
-            state, hidden = self._advance(self._params, state, hidden, *inputs, left)
-        return self._pack((state, hidden), len(states))
+            part = (windows(values, starts + first, left, width) for values in (items, gaps))
+            carry = self._programs.advance(self._params, carry, *part, left)
+        return _pack(carry, len(users))
 
     def hidden(self, state: bytes) -> Float[Array, "1 D"]:
-        """The hidden state that a user's state ends with."""
+        """The hidden state that a user's state ends with; see `condition`."""
         return jnp.asarray(self._unpack([state], 1)[1])
 
-    # A state is tens of kilobytes: every needless copy of a thousand of them is felt.
+    def _needed(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return {name: batch[name] for name in self._inputs if name in batch}
 
-    def _pack(self, tree, rows: int) -> list[bytes]:
-        leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(tree)]
-        leaves = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
-        return [b"".join([leaf[row] for leaf in leaves]) for row in range(rows)]
-
-    def _unpack(self, states: Sequence[bytes | None], rows: int):
+    def _unpack(self, states: Sequence[bytes | None], rows: int) -> Any:
+        """The states of users as arrays, for `advance`; the initial state where there is none."""
         initial, structure = jax.tree.flatten(self._initial)
-        [nothing] = self._pack(self._initial, 1)
+        [nothing] = _pack(self._initial, 1)
         ends = np.cumsum([leaf.nbytes for leaf in initial]).tolist()
         leaves = [np.zeros((rows, leaf.nbytes), np.uint8) for leaf in initial]
         for row, state in enumerate(states):
@@ -219,6 +234,70 @@ class CompiledModel:
             for leaf, like in zip(leaves, initial, strict=True)
         ]
         return jax.tree.unflatten(structure, leaves)
+
+
+class _Programs(NamedTuple):
+    """Compiled programs; the first argument of each are the parameters of the model."""
+
+    encode: Callable[..., Any]
+    condition: Callable[..., Any]
+    advance: Callable[..., Any]
+
+
+@functools.lru_cache(maxsize=8)
+def _programs(graphdef: nnx.GraphDef) -> _Programs:
+    """The programs of all models that have this structure, whatever their parameters."""
+
+    def merge(params) -> Any:
+        return nnx.merge(graphdef, params)
+
+    def advance(params, carry, items, gaps, lengths):
+        model = merge(params)
+
+        def step(carry, event):
+            number, items, gaps = event
+            advanced = model.step(carry[0], items, gaps)
+
+            def keep(new, old):
+                goes_on = (number < lengths).reshape(-1, *[1] * (new.ndim - 1))
+                return jnp.where(goes_on, new, old)
+
+            return jax.tree.map(keep, advanced, carry), None
+
+        numbers = jnp.arange(items.shape[1])
+        return lax.scan(step, carry, (numbers, items.T, gaps.T))[0]
+
+    return _Programs(
+        encode=jax.jit(lambda params, batch: encode_batch(merge(params), batch)),
+        condition=jax.jit(
+            lambda params, hidden, batch: condition_on_time(merge(params), hidden, batch)
+        ),
+        advance=jax.jit(advance),
+    )
+
+
+def _moments(
+    events: Events, moments: Int64[np.ndarray, " B"] | None, rows: int
+) -> dict[str, Float32[np.ndarray, " R"]]:
+    """The arrays `dates` and `time_to_next` of a batch (`tim4rec_jax.data`), padded to `rows`."""
+    last = events.last_times()
+    batch = {"dates": days(last)}
+    if moments is not None:
+        wait = np.where(np.diff(events.offsets) == 0, 0, moments - last)
+        if wait.min() < 0:
+            raise UserError("`at` is before the last event of a history")
+        batch["time_to_next"] = wait.astype(np.float32)
+    return {name: np.pad(values, (0, rows - len(values))) for name, values in batch.items()}
+
+
+def _pack(carry: Any, rows: int) -> list[bytes]:
+    """The first rows of all arrays of a state, one after the other.
+
+    A state is tens of kilobytes, so a needless copy of a thousand states would be felt.
+    """
+    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(carry)]
+    leaves = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
+    return [b"".join([leaf[row] for leaf in leaves]) for row in range(rows)]
 
 
 def _fingerprint(config: Config, params: nnx.State, item_ids: Sequence[str]) -> str:

@@ -1,20 +1,20 @@
-"""A run as a folder that recommends without this package: StableHLO, weights, vocabulary.
+"""Exports a run as a folder that recommends without this package: StableHLO, weights, vocabulary.
 
 `python -m tim4rec_jax.serving export --workdir RUN --out DIR` writes
 
-- `recommend.stablehlo`: what `jax.export.deserialize` reads; for CPU, CUDA and TPU, any number
-  of rows;
-- `weights.npz`: its first argument, an array for each parameter;
-- `items.parquet`: `index` (from 1) and `item`, the original id, `count`, and `title` where known;
+- `recommend.stablehlo`: the program, which `jax.export.deserialize` reads. It runs on CPU, CUDA
+  and TPU, for any number of rows.
+- `weights.npz`: the first argument of the program, an array for each parameter.
+- `items.parquet`: the items, with `index` (from 1), `item` (the original id), `count`, and `title`
+  where there are titles.
 - `metadata.json`: the other arguments in words, and what the model was trained with.
 
-Weights are an argument and no constants: the program stays small, compiles fast and has no
-limit on the catalogue. `examples/run_export.py` shows how it is called.
+The weights are an argument of the program and not constants in it. So the program is small,
+compiles fast, and sets no limit to the catalogue. `examples/run_export.py` shows how to call it.
 """
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,17 +27,19 @@ from flax import nnx
 from jax import export as jax_export
 
 import tim4rec_jax
+from tim4rec_jax.config import Config
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.files import atomic_directory, write_json
-from tim4rec_jax.models import condition_on_time, inputs
+from tim4rec_jax.models import SequenceModel, condition_on_time, inputs
 from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
 PLATFORMS = ("cpu", "cuda", "tpu")
-# The names in the program of arrays of a batch, and what they are.
+PROGRAM, WEIGHTS, METADATA = "recommend.stablehlo", "weights.npz", "metadata.json"
+# Arrays of a batch that only some models take: the name and the description in `metadata.json`.
 _MOMENTS = {
     "time_to_next": (
         "wait",
@@ -45,20 +47,19 @@ _MOMENTS = {
     ),
     "dates": ("date", "float32 [rows]: of the last event, days since 1970"),
 }
-PROGRAM, WEIGHTS, METADATA = "recommend.stablehlo", "weights.npz", "metadata.json"
 
 
 def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = None) -> dict:
-    """Writes the best model of a run as a folder of its own, complete or not there at all.
+    """Writes the best model of a run as a folder, which is complete or not there at all.
 
     Args:
-      workdir: of the run.
-      out: the folder to write; must not exist, or be empty.
-      top: items that a call returns (fewer where the catalogue has fewer).
-      dataset: the prepared dataset with the vocabulary; None takes the one of the training.
+      workdir: the run directory.
+      out: the folder to write. It must not exist, or be empty.
+      top: how many items a call returns; fewer where the catalogue has fewer.
+      dataset: the prepared dataset with the vocabulary; `None` takes that of the training.
 
     Returns:
-      What `metadata.json` holds.
+      The content of `metadata.json`.
 
     Raises:
       UserError: the run or the dataset is missing or damaged, they do not belong together, or
@@ -71,8 +72,7 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
     recommend, weights = program(model, top)
     metadata = _metadata(config, model, catalogue, top)
     with atomic_directory(out) as folder:
-        exported = lower(recommend, weights, model)
-        (folder / PROGRAM).write_bytes(exported.serialize())
+        (folder / PROGRAM).write_bytes(lower(recommend, weights, model).serialize())
         np.savez(folder / WEIGHTS, allow_pickle=False, **weights)
         shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, folder / fmt.ITEMS_FILE)
         write_json(folder / METADATA, metadata)
@@ -80,32 +80,32 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
 
 
 def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndarray]]:
-    """The function to export and its weights.
+    """Makes the function to export, and its weights.
 
     Args:
-      model: see `tim4rec_jax.models`.
-      top: items that it returns.
+      model: the model.
+      top: how many items the function returns, K.
 
     Returns:
       `recommend(weights, items [B,L], lengths [B], gaps [B,L], exclude [B,S]) -> (scores [B,K],
-      items [B,K])`, and the weights by the path of the parameter (`"blocks.0.ssd.A_log"`). A
-      model that knows when the next event happens takes `wait [B]` too, seconds until then;
-      then one that drifts with the date `date [B]`, of the last event, days since 1970.
+      items [B,K])`, and the weights by the path of the parameter (`"blocks.0.ssd.A_log"`). For a
+      model that knows when the next event happens, the function takes `wait [B]` besides, the
+      seconds until then. For a model with a date bias it takes `date [B]` last, the date of the
+      last event in days since 1970.
     """
     graphdef, params = nnx.split(model)
-    paths = {".".join(map(str, path)): path for path, _ in nnx.to_flat_state(params)}
-    weights = {
-        ".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(params)
-    }
+    parameters = [
+        (".".join(map(str, path)), path, leaf) for path, leaf in nnx.to_flat_state(params)
+    ]
 
     def recommend(weights, items, lengths, gaps, exclude, *moments):
-        values = {paths[name]: value for name, value in weights.items()}
-        state = jax.tree.map(lambda leaf: leaf, params)
-        nnx.replace_by_pure_dict(state, nnx.traversals.unflatten_mapping(values))
-        model = nnx.merge(graphdef, state)
+        state = nnx.from_flat_state(
+            [(path, leaf.replace(weights[name])) for name, path, leaf in parameters]
+        )
+        model: Any = nnx.merge(graphdef, state)
 
-        # Row by row under vmap: the layers choose block sizes by the number of rows, which
-        # is unknown here.
+        # The rows go through the model one by one under vmap, because the layers choose the sizes
+        # of their blocks by the number of rows, which is unknown here.
         def encode(*row):
             return model.encode(*(value[None] for value in row))[0]
 
@@ -115,16 +115,18 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
         history = None if repeat_bias is None else HistoryItems(items, repeat_bias)
         return top_k(hidden, model.item_table(), top, exclude=exclude, history=history)
 
-    return recommend, weights
+    return recommend, {name: np.asarray(leaf[...]) for name, _, leaf in parameters}
 
 
-def _moments(model: Any) -> list[str]:
-    """The arrays of a batch, one value a row, that the program of this model takes last."""
+def _moments(model: SequenceModel) -> list[str]:
+    """The arrays of a batch, one value per row, that the program of this model takes last."""
     return [name for name in inputs(model) if name in _MOMENTS]
 
 
-def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_export.Exported:
-    """Lowers the function of `program` for all `PLATFORMS`, rows and exclusions left open."""
+def lower(
+    recommend: Callable[..., Any], weights: dict[str, np.ndarray], model: SequenceModel
+) -> jax_export.Exported:
+    """Lowers the function of `program` for all `PLATFORMS` and any number of rows."""
     rows, excluded = jax_export.symbolic_shape("rows, excluded")
     kinds = [
         ((rows, model.max_length), jnp.int32),
@@ -137,7 +139,7 @@ def lower(recommend: Callable[..., Any], weights: dict, model: Any) -> jax_expor
     return jax_export.export(jax.jit(recommend), platforms=PLATFORMS)(weights, *arguments)
 
 
-def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
+def _metadata(config: Config, model: SequenceModel, catalogue: Catalogue, top: int) -> dict:
     return {
         "format_version": FORMAT_VERSION,
         "made_by": f"tim4rec-jax {tim4rec_jax.__version__}, jax {jax.__version__}",
@@ -161,31 +163,3 @@ def _metadata(config: Any, model: Any, catalogue: Catalogue, top: int) -> dict:
         "returns": "scores float32 [rows, top_k] and item indices int32 [rows, top_k], best "
         "first; index 0 where no item was left",
     }
-
-
-def add_command(subparsers: Any) -> None:
-    """Adds `export` to the command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "export",
-        help="write a run as StableHLO, weights and vocabulary that need only jax",
-        description="Writes a folder that recommends without this package (CPU, CUDA, TPU).",
-    )
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of a run")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--top-k", type=int, default=100, metavar="K", help="items a call returns (default: 100)"
-    )
-    parser.add_argument("--dataset", type=Path, help="the prepared dataset, if it has moved")
-    parser.set_defaults(run=_run)
-
-
-def _run(flags: argparse.Namespace) -> int:
-    if flags.top_k < 1:
-        raise UserError(f"--top-k is {flags.top_k}; it must be 1 or more")
-    metadata = export(flags.workdir, flags.out, top=flags.top_k, dataset=flags.dataset)
-    size = sum(file.stat().st_size for file in flags.out.iterdir())
-    print(
-        f"wrote {flags.out}: {metadata['items']:,} items, {size / 1e6:.1f} MB, for "
-        f"{', '.join(PLATFORMS)}"
-    )
-    return 0

@@ -1,4 +1,4 @@
-"""Histories as callers give them, checked and turned into arrays."""
+"""Checks the histories that callers give, and turns them into arrays."""
 
 from __future__ import annotations
 
@@ -13,14 +13,20 @@ from tim4rec_jax.serving.catalogue import Catalogue
 
 
 class Events(NamedTuple):
-    """Known events of B histories, one after the other: row b is `offsets[b] : offsets[b + 1]`."""
+    """The known events of B histories, one history after the other.
+
+    Attributes:
+        items: the items, as indices of the catalogue.
+        timestamps: the times, in whole seconds since 1970.
+        offsets: history b has the events `offsets[b]` to `offsets[b + 1]`, the last not included.
+    """
 
     items: Int32[np.ndarray, " N"]
     timestamps: Int64[np.ndarray, " N"]
     offsets: Int64[np.ndarray, " B_and_1"]
 
     def rows(self, first: int, last: int) -> Events:
-        """Histories `first` to `last`, the last not included."""
+        """The histories `first` to `last`, the last not included."""
         start, stop = self.offsets[first], self.offsets[min(last, len(self.offsets) - 1)]
         return Events(
             self.items[start:stop],
@@ -29,7 +35,7 @@ class Events(NamedTuple):
         )
 
     def last_times(self) -> Int64[np.ndarray, " B"]:
-        """When the last event of each history was; of an empty one it means nothing."""
+        """The time of the last event of each history; a meaningless number for an empty one."""
         return np.append(self.timestamps, 0)[self.offsets[1:] - 1]
 
     def padded_items(self) -> Int32[np.ndarray, "B S"]:
@@ -41,18 +47,18 @@ class Events(NamedTuple):
 
 
 def check_times(timestamps: Any, where: str = "") -> Int64[np.ndarray, " N"]:
-    """Times as int64.
+    """The times as int64.
 
     Args:
         timestamps: whole seconds since 1970.
-        where: what to begin the message of an error with.
+        where: what the message of an error begins with.
 
     Raises:
-        UserError: some are no whole numbers, or negative.
+        UserError: a time is not a whole number, or is negative.
     """
     try:
         given = np.asarray(timestamps)
-        with np.errstate(invalid="ignore"):  # of NaN
+        with np.errstate(invalid="ignore"):  # NaN becomes some number, and is refused below
             times = given.astype(np.int64)
     except (TypeError, ValueError, OverflowError):  # texts, lists in lists, huge numbers
         given = times = np.empty((0, 0))
@@ -68,24 +74,27 @@ def check_times(timestamps: Any, where: str = "") -> Int64[np.ndarray, " N"]:
 def read_histories(
     histories: Sequence[tuple[Any, Any]], catalogue: Catalogue, *, sort: bool
 ) -> tuple[Events, list[int]]:
-    """Checks histories and leaves out events with items that the model does not know.
+    """Checks histories, and leaves out the events whose items the model does not know.
 
-    Order is judged as the dataset of the training was sorted: by exact time, or by the float32
-    that RecBole rounds it to.
+    The order of events is judged as in the dataset of the training: by the exact time, or by the
+    float32 that RecBole rounds the time to.
 
     Args:
-        histories: per user, original item ids and whole seconds since 1970.
-        catalogue: items known.
-        sort: sort by time, ties in the order given; otherwise times must not fall.
+        histories: for each user the original ids of the items, and their times in whole seconds
+            since 1970.
+        catalogue: the items that the model knows.
+        sort: whether to sort the events by time, ties in the order given. Otherwise the times must
+            not fall.
 
     Returns:
-        The known events, and per history the number of unknown ones.
+        The known events, and the number of unknown ones of each history.
 
     Raises:
-        UserError: times fall, are no numbers, or are not as many as items.
+        UserError: times fall, are no numbers, or are not as many as the items.
     """
     rounded = catalogue.metadata["order"] == "recbole"
-    items, times, unknown = [], [], []
+    items, times = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    lengths, unknown = [], []
     for number, (ids, timestamps) in enumerate(histories):
         where = f"history {number + 1}: " if len(histories) > 1 else ""
         if isinstance(ids, str) or len(ids) != len(timestamps):
@@ -104,12 +113,8 @@ def read_histories(
             order = np.argsort(keys, kind="stable")
             indices, exact = indices[order], exact[order]
         known = indices > 0
-        unknown.append(len(known) - int(known.sum()))
         items.append(indices[known])
         times.append(exact[known])
-    offsets = np.cumsum([0, *map(len, items)])
-    return Events(_joined(items, np.int32), _joined(times, np.int64), offsets), unknown
-
-
-def _joined(arrays: list[np.ndarray], dtype) -> np.ndarray:
-    return np.concatenate([np.empty(0, dtype), *arrays])
+        lengths.append(len(items[-1]))
+        unknown.append(len(known) - lengths[-1])
+    return Events(np.concatenate(items), np.concatenate(times), np.cumsum([0, *lengths])), unknown

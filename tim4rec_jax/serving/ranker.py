@@ -1,4 +1,4 @@
-"""The items that may be recommended."""
+"""Finds the best items for histories, among the whole catalogue or among the items allowed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32
+from jaxtyping import Array, Float, Int, Int32, Int64
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.ann_index import ApproximateIndex
@@ -17,17 +17,16 @@ from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel, power_of_two
 from tim4rec_jax.serving.history import Events, check_times
 
-# ---- serving.candidates
-# The items that may be recommended.
+Times = int | np.integer | Sequence[int] | np.ndarray | None
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Items as a table of their own, to be ranked.
+    """The items that may be recommended, with a table of their own.
 
     Attributes:
-        table: embeddings of the items from row 1 on, then rows that are never recommended.
-        items: index of each row in the catalogue, rising; the first is the padding, 0.
+        table: the embeddings of the items from row 1 on, then rows that are never recommended.
+        items: the index of each row in the catalogue, rising; the first is the padding, 0.
         popular: the items, most popular first.
     """
 
@@ -52,38 +51,34 @@ class Candidates:
         popular = items[np.argsort(-catalogue.counts[items - 1], kind="stable")]
         if len(items) < len(catalogue):
             rows = min(power_of_two(len(items) + 1, 16), len(table))
-            # A score that is not a number is never recommended.
+            # An item whose score is NaN is never recommended.
             filler = jnp.full((rows - len(items) - 1, table.shape[1]), jnp.nan, table.dtype)
             table = jnp.concatenate([table[np.append(0, items)], filler])
         return cls(table, np.append(np.int32(0), items), popular)
 
-    def places(self, items: Int32[np.ndarray, "B S"]) -> Int32[np.ndarray, "B S"]:
-        """The rows of items given by their index in the catalogue, 0 for others."""
+    def rows(self, items: Int32[np.ndarray, "B S"]) -> Int32[np.ndarray, "B S"]:
+        """The rows of items given by their index in the catalogue, 0 for items not in the table."""
         rows = np.minimum(np.searchsorted(self.items, items), len(self.items) - 1)
         return np.where(self.items[rows] == items, rows, 0).astype(np.int32)
 
 
-# ---- serving.ranker
-# The best items for histories, of the whole catalogue or of those allowed.
-
-Times = int | np.integer | Sequence[int] | np.ndarray | None
-
-
 class Ranker:
-    """A model and its catalogue, in indices of the catalogue.
+    """Ranks the items of a catalogue with a model; items are indices of the catalogue.
 
     Attributes:
-        index: searched instead of scoring all items, unless `allow` or `deny` is given; None:
-            rankings are exact.
+        model: the model.
+        catalogue: the items.
+        index: searched instead of scoring all items, unless `allow` or `deny` is given; `None`
+            makes all rankings exact.
     """
 
     def __init__(
-        self, engine: CompiledModel, catalogue: Catalogue, index: ApproximateIndex | None = None
+        self, model: CompiledModel, catalogue: Catalogue, index: ApproximateIndex | None = None
     ):
-        self.engine, self.catalogue, self.index = engine, catalogue, index
-        # Requests of a service, and the batches of a large job, share few filters.
-        build = functools.partial(Candidates.build, catalogue, engine.table)
-        self._candidates: Callable = functools.lru_cache(maxsize=4)(build)
+        self.model, self.catalogue, self.index = model, catalogue, index
+        # The requests of a service, and the batches of a large job, share few filters.
+        build = functools.partial(Candidates.build, catalogue, model.table)
+        self._candidates: Callable[..., Candidates] = functools.lru_cache(maxsize=4)(build)
 
     def rank(
         self,
@@ -96,65 +91,68 @@ class Ranker:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = None,
     ) -> tuple[Float[np.ndarray, "B k"], Int[np.ndarray, "B k"]]:
-        """Scores and items of each history, best first, with 0 as filler.
+        """The scores and the items of each history, best first, with item 0 as filler.
 
         Args:
-            events: histories in order of time; empty ones get the most popular items.
-            k: columns of the result, fewer where the catalogue has fewer.
-            hidden: states after the histories, at most `MAX_ROWS`; None computes them.
-            at: when the items will be shown, one time or one per history, for a model trained
-                with `model.knows_next_time`.
-            exclude_seen: leave out the items of each history.
-            allow: rank only these ids; unknown ones are passed over.
-            deny: leave out these ids.
+            events: the histories in order of time. Empty histories get the most popular items.
+            k: the number of items, fewer where the catalogue has fewer.
+            hidden: the hidden states of users after these histories (`CompiledModel.hidden`), at
+                most `MAX_ROWS`; `None` computes them from the events.
+            at: when the items will be shown, one time for all or one per history, in whole seconds
+                since 1970; for a model trained with `model.knows_next_time`.
+            exclude_seen: whether the items of each history are left out.
+            allow: the ids of the only items to rank; unknown ids are ignored.
+            deny: the ids of items to leave out.
 
         Raises:
             UserError: `k` is below 1, or `at` does not fit the model or the histories.
         """
-        rows = len(events.offsets) - 1
-        k, moments = self._check(k, at, rows)
-        candidates = self._candidates(_ids(allow), _ids(deny))
-        scores, items = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
-        for first in range(0, rows, MAX_ROWS):
-            part = events.rows(first, first + MAX_ROWS)
-            states = self.engine.encode(part) if hidden is None else hidden
-            then = None if moments is None else moments[first : first + MAX_ROWS]
-            states = self.engine.condition_on_time(states, part, then)
-            ranked = self._best(part, states, k, candidates, exclude_seen)
-            scores.append(ranked[0])
-            items.append(ranked[1])
-        return np.concatenate(scores), np.concatenate(items)
-
-    def _check(self, k: int, at: Times, rows: int):
-        """The number of columns, and the moments of prediction if the model knows them."""
+        count = len(events.offsets) - 1
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
         k = min(int(k), len(self.catalogue))
+        moments = self._moments(at, count)
+        candidates = self._candidates(_ids(allow), _ids(deny))
+        scores, items = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
+        for first in range(0, count, MAX_ROWS):
+            part = events.rows(first, first + MAX_ROWS)
+            then = None if moments is None else moments[first : first + MAX_ROWS]
+            if hidden is None:
+                states = self.model.encode(part, then)
+            else:
+                states = self.model.condition(hidden, part, then)
+            best_scores, best_items = self._best(part, states, k, candidates, exclude_seen)
+            scores.append(best_scores)
+            items.append(best_items)
+        return np.concatenate(scores), np.concatenate(items)
+
+    def _moments(self, at: Times, count: int) -> Int64[np.ndarray, " B"] | None:
+        """The time of each prediction, if the model knows it."""
         if at is None:
-            if self.engine.knows_next_time:
+            if self.model.knows_next_time:
                 raise UserError(
                     "this model was trained to know when the next event happens; say so with `at`"
                 )
-            return k, None
-        if not self.engine.knows_next_time:
+            return None
+        if not self.model.knows_next_time:
             raise UserError(
                 "this model was not trained to know when the next event happens; leave `at` out, "
                 "or train with --config.model.knows_next_time=True"
             )
         moments = check_times([at] if np.ndim(at) == 0 else at, "`at`: ")
-        if len(moments) not in (1, rows):
-            raise UserError(f"`at` has {len(moments)} times for {rows} histories")
-        return k, np.broadcast_to(moments, rows)
+        if len(moments) not in (1, count):
+            raise UserError(f"`at` has {len(moments)} times for {count} histories")
+        return np.broadcast_to(moments, count)
 
     def _best(self, events: Events, hidden, k: int, candidates: Candidates, exclude_seen: bool):
-        offset, had = self.engine.offset, None
-        if exclude_seen or offset is not None:
-            had = candidates.places(events.padded_items())
-        if self.index is not None and len(candidates.items) == len(self.engine.table):
-            offset = None if exclude_seen or offset is None else float(offset)
-            scores, items = self.index.best(hidden, k, had, offset)
+        repeat_bias, history_items = self.model.repeat_bias, None
+        if exclude_seen or repeat_bias is not None:
+            history_items = candidates.rows(events.padded_items())
+        if self.index is not None and len(candidates.items) == len(self.model.table):
+            added = None if exclude_seen or repeat_bias is None else float(repeat_bias)
+            scores, items = self.index.best(hidden, k, history_items, added)
         else:
-            scores, rows = self.engine.best(hidden, candidates.table, k, had, exclude_seen)
+            scores, rows = self.model.best(hidden, candidates.table, k, history_items, exclude_seen)
             items = candidates.items[rows]
         empty = np.diff(events.offsets) == 0
         scores, items = scores[: len(empty)], items[: len(empty)]

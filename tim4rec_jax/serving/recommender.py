@@ -1,4 +1,4 @@
-"""Recommendations from a trained run, for anyone: by history, or by user with a stored state."""
+"""Recommends items of a trained run, for a history or for a user with a stored state."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Values = Sequence[Any] | np.ndarray
 
 @dataclass(frozen=True)
 class Recommendations:
-    """What is recommended to one user, best first.
+    """The items recommended to one user, best first.
 
     Attributes:
-        items: original ids; fewer than asked for where no more are allowed.
-        scores: of the model; of a fallback, how often the training had the item.
-        unknown: events left out because the model does not know their item.
-        fallback: no event was known, so these are the most popular items.
+        items: the original ids; fewer than asked for where no more items are allowed.
+        scores: the scores of the model. For a fallback they are the items' numbers of events.
+        unknown: the number of events left out because the model does not know their items.
+        fallback: whether no event was known, so that these are the most popular items.
     """
 
     items: list[str]
@@ -42,26 +42,33 @@ class Recommender:
     """A model with its catalogue and a store of users; any number of threads may call it.
 
     Attributes:
+        model: the compiled model.
         catalogue: the items.
-        engine: the model.
         ranker: finds the best items.
-        store: of users.
-        unknown_events: how many `update` has skipped so far.
+        store: keeps the users.
+        unknown_events: how many events `update` has skipped so far.
     """
 
     def __init__(
         self,
-        engine: CompiledModel,
+        model: CompiledModel,
         catalogue: Catalogue,
         store: Store | None = None,
         index: ApproximateIndex | None = None,
     ):
-        """Takes a model and its catalogue; users are kept in memory unless a store is given."""
-        self.engine, self.catalogue = engine, catalogue
-        self.ranker = Ranker(engine, catalogue, index)
+        """Puts the parts together; `Recommender.load` takes them from a run.
+
+        Args:
+            model: the compiled model.
+            catalogue: the items of the model.
+            store: keeps the users; `None` keeps them in memory.
+            index: searched instead of scoring all items; `None` scores all items.
+        """
+        self.model, self.catalogue = model, catalogue
+        self.ranker = Ranker(model, catalogue, index)
         self.store = MemoryStore() if store is None else store
         self.unknown_events = 0
-        self._users = Users(engine, catalogue, self.store)
+        self._users = Users(model, catalogue, self.store)
         self._counting = threading.Lock()
 
     @classmethod
@@ -73,27 +80,27 @@ class Recommender:
         *,
         approximate: bool = False,
     ) -> Recommender:
-        """The best model of a run.
+        """Loads the best model of a run.
 
         Args:
             workdir: a run directory of train.py.
-            store: of users; by default in memory.
-            dataset: the prepared dataset, if it has moved since the training; only its
+            store: keeps the users; `None` keeps them in memory.
+            dataset: the prepared dataset, if it has moved since the training. Only its
                 `items.parquet` and `dataset.json` are needed.
-            approximate: search an index (extra `ann`) instead of scoring all items, for
-                catalogues of some 100,000 and more; it misses an item now and then. It is kept
-                in the run directory.
+            approximate: whether to search an index (extra `ann`) instead of scoring all items. An
+                index is faster for catalogues of some 100,000 items and more, and misses an item
+                now and then. It is kept in the run directory.
 
         Raises:
             UserError: the run or the dataset is missing or damaged, they do not belong together, or
-                the index's library is not installed.
+                the library of the index is not installed.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
-        engine = CompiledModel(config, model, catalogue.ids)
+        compiled = CompiledModel(config, model, catalogue.ids)
         index = None
         if approximate:
-            index = ApproximateIndex(engine.table, Path(workdir) / "index.faiss")
-        return cls(engine, catalogue, store, index)
+            index = ApproximateIndex(compiled.table, Path(workdir) / "index.faiss")
+        return cls(compiled, catalogue, store, index)
 
     def recommend(
         self,
@@ -107,19 +114,20 @@ class Recommender:
         deny: Iterable[Any] | None = None,
         sort: bool = False,
     ) -> Recommendations:
-        """The best items for a history, of a user in the training or not.
+        """Recommends items for a history, whether or not its user was in the training.
 
         The model sees the last `max_length` known events.
 
         Args:
-            items: original ids; those that the model does not know are left out and counted.
-            timestamps: whole seconds since 1970, one per item, not falling.
+            items: the original ids. Those that the model does not know are left out and counted.
+            timestamps: the time of each item, in whole seconds since 1970; times must not fall.
             k: how many items.
-            at: when they will be shown, for a model trained with `model.knows_next_time`.
-            exclude_seen: leave out the items of the history.
-            allow: recommend only these; unknown ones are passed over.
-            deny: never recommend these.
-            sort: sort the events by time, ties in the order given.
+            at: when the items will be shown, in whole seconds since 1970, for a model trained with
+                `model.knows_next_time`.
+            exclude_seen: whether to leave out the items of the history.
+            allow: the ids of the only items to recommend; unknown ids are ignored.
+            deny: the ids of items never to recommend.
+            sort: whether to sort the events by time, ties in the order given.
 
         Raises:
             UserError: times fall or are no numbers, `k` is below 1, or `at` does not fit the model.
@@ -138,7 +146,7 @@ class Recommender:
         deny: Iterable[Any] | None = None,
         sort: bool = False,
     ) -> list[Recommendations]:
-        """`recommend` for many histories at once; `at` may be one time or one per history."""
+        """Does `recommend` for many histories at once; `at` is one time, or one per history."""
         events, unknown = read_histories(histories, self.catalogue, sort=sort)
         filters: dict[str, Any] = dict(exclude_seen=exclude_seen, allow=allow, deny=deny)
         scores, best = self.ranker.rank(events, k, at=at, **filters)
@@ -150,14 +158,14 @@ class Recommender:
     def update(
         self, user: Any, item: Any, timestamp: int | np.integer, *, sort: bool = False
     ) -> bool:
-        """Adds an event to a user's log and takes the user's state along.
+        """Adds an event to a user's log and brings the user's state up to date.
 
         Args:
             user: any id.
-            item: original id; an unknown one is counted in `unknown_events` and skipped.
-            timestamp: whole seconds since 1970.
-            sort: put an event before the user's last one where it belongs, at the cost of
-                computing the state anew; otherwise it is refused.
+            item: the original id. An unknown item is counted in `unknown_events` and skipped.
+            timestamp: the time, in whole seconds since 1970.
+            sort: whether to put an event that is earlier than the user's last one where it
+                belongs, which computes the state anew. Otherwise such an event is refused.
 
         Returns:
             Whether the model knows the item.
@@ -170,7 +178,7 @@ class Recommender:
     def update_batch(
         self, events: Sequence[tuple[Any, Any, Any]], *, sort: bool = False
     ) -> list[bool]:
-        """`update` for many (user, item, timestamp): much faster than one by one."""
+        """Does `update` for many (user, item, timestamp), much faster than one after the other."""
         indices = self.catalogue.indices(item for _, item, _ in events)
         times = check_times([time for _, _, time in events])
         known: dict[str, list[tuple[int, int]]] = {}
@@ -192,19 +200,19 @@ class Recommender:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = None,
     ) -> Recommendations:
-        """The best items for a user of the store; arguments as for `recommend`.
+        """Recommends items to a user of the store; the arguments are those of `recommend`.
 
-        The state of a model that streams has seen all the user's events and is not computed again;
-        other models are given the last `max_length` events.
+        A model that supports steps uses the user's state, which has taken in all events and is not
+        computed again. Other models are given the last `max_length` events.
         """
         events, _ = self._users.log(str(user))
         options: dict[str, Any] = dict(at=at, exclude_seen=exclude_seen, allow=allow, deny=deny)
-        if self.engine.supports_step and events.items.size:
-            options["hidden"] = self.engine.hidden(self._users.state(str(user)))
+        if self.model.supports_step and events.items.size:
+            options["hidden"] = self.model.hidden(self._users.state(str(user)))
         scores, items = self.ranker.rank(events, k, **options)
         return self._recommendations(scores[0], items[0], 0, not events.items.size)
 
     def _recommendations(self, scores, items, unknown: int, fallback: bool) -> Recommendations:
-        items = items[items > 0]
+        items = items[items > 0]  # 0 fills up where no item was left
         ids = [self.catalogue.ids[item - 1] for item in items.tolist()]
         return Recommendations(ids, scores[: len(ids)].tolist(), unknown, fallback)

@@ -1,4 +1,12 @@
-"""Stores of users: a log of their events, and the state of the model after them."""
+"""Stores keep users between requests: a log of each user's events, and a state of the model.
+
+The log is the truth, and the state is a cache of it. A state that another model made is not used;
+the state is then computed anew from the log. A store knows no model.
+
+All stores are safe when several callers use them at once. Whoever adds events says how many events
+the log had when the new state was computed. If the log has another number of events by now, the
+store refuses the change, and the caller tries again.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +21,34 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 from tim4rec_jax.errors import UserError
 
-# ---- serving.store
-# What is kept of users between requests: a log of their events, and the model's state.
-#
-# The log is the truth and the state a cache of it: a state that another model made is left
-# aside, and computed anew from the log. No store knows a model. All are safe under concurrent
-# callers: who adds events says how many there were when the state was computed, and is refused, to
-# try again, if that is no longer so.
-
 
 class Snapshot(NamedTuple):
-    """A user at a moment."""
+    """What a store holds of a user at one moment.
 
-    events: int  # so many in the log
-    last: int | None  # time of the latest
-    state: bytes | None  # after all of them, if it was made by the model that asks
+    Attributes:
+        events: the number of events in the log.
+        last: the time of the latest event, in whole seconds since 1970; `None` without events.
+        state: the state after all events, if the model that asks has made it.
+    """
+
+    events: int
+    last: int | None
+    state: bytes | None
 
 
 class Change(NamedTuple):
-    """Events to be added to a user's log, and the state that then holds."""
+    """Events to add to a user's log, and the state after them.
+
+    Attributes:
+        user: the id of the user.
+        expected: the number of events in the log when the state was computed.
+        items: the original ids of the items of the new events.
+        timestamps: the times of the new events, in whole seconds since 1970.
+        state: the state after all events; `None` for a model without states.
+    """
 
     user: str
-    expected: int  # events in the log when the state was computed
+    expected: int
     items: Sequence[str]
     timestamps: Sequence[int]
     state: bytes | None
@@ -45,19 +59,33 @@ class Store(Protocol):
     """What a `Recommender` asks of a store."""
 
     def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
-        """The users, in the same order; a new user has no events."""
+        """A snapshot of each user, in the same order; a new user has no events.
+
+        Args:
+            users: the ids of the users.
+            model: the fingerprint of the model that asks; only its own states are returned.
+        """
         ...
 
     def history(self, user: str) -> tuple[list[str], list[int]]:
-        """Items and times of all the user's events in order of time, ties as they came."""
+        """The items and times of all events of a user by time; events of one time as they came."""
         ...
 
     def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
-        """Makes changes, each whole or not at all; False where there are other events by now."""
+        """Makes each change completely or not at all.
+
+        Args:
+            changes: at most one change per user.
+            model: the fingerprint of the model that made the states.
+
+        Returns:
+            For each change, whether it was made; False if the log has another number of events
+            than the change expects.
+        """
         ...
 
     def close(self) -> None:
-        """Ends the use of the store."""
+        """Releases what the store holds open; it cannot be used any more."""
         ...
 
 
@@ -70,7 +98,7 @@ class _User:
 
 
 class MemoryStore:
-    """Keeps users in this process's memory."""
+    """Keeps users in the memory of this process."""
 
     def __init__(self):
         self._users: dict[str, _User] = {}
@@ -116,9 +144,6 @@ class MemoryStore:
         """See `Store`."""
 
 
-# ---- serving.sqlite_store
-# Users in an SQLite file, shared by threads and processes; whole after `kill -9`.
-
 _VERSION = 1
 _SCHEMA = f"""
 CREATE TABLE events (
@@ -130,24 +155,24 @@ PRAGMA user_version = {_VERSION};
 
 
 class SQLiteStore:
-    """Keeps users in a file on a local disk.
+    """Keeps users in an SQLite file on a local disk, which threads and processes may share.
 
-    An update is one transaction: after a crash of the process it is there whole or not at all.
-    A power cut may take the last ones with it.
+    An update is one transaction. After a crash of the process, the update is in the file
+    completely or not at all. A power cut may lose the last updates.
     """
 
     def __init__(self, path: str | Path, *, timeout: float = 60.0):
         """Opens the file, or makes it.
 
         Args:
-            path: of the file; SQLite keeps two more beside it.
-            timeout: seconds to wait for other processes that write.
+            path: the file. SQLite keeps two more files beside it.
+            timeout: how many seconds to wait for other processes that write.
 
         Raises:
-            UserError: the file cannot be opened or is no such store.
+            UserError: the file cannot be opened, or is not such a store.
         """
         self.path = Path(path)
-        # One connection for all threads: SQLite takes one writer at a time anyway.
+        # All threads share one connection, because SQLite takes one writer at a time anyway.
         self._lock = threading.Lock()
         with self._naming_what_fails():
             self._connection = sqlite3.connect(
@@ -190,7 +215,7 @@ class SQLiteStore:
         return [item for item, _ in rows], [timestamp for _, timestamp in rows]
 
     def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
-        """See `Store`; all in one transaction."""
+        """See `Store`; all changes are one transaction."""
         with self._naming_what_fails(), self._lock, self._transaction():
             return [self._apply(change, model) for change in changes]
 
@@ -228,7 +253,8 @@ class SQLiteStore:
             yield
             self._connection.execute("COMMIT")
         except BaseException:
-            if self._connection.in_transaction:  # SQLite itself has ended it if the disk is full
+            # If the disk is full, SQLite itself has ended the transaction.
+            if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
 

@@ -1,21 +1,21 @@
-"""Recommendations over HTTP (extra `serve`): `python -m tim4rec_jax.serving serve --workdir RUN`.
+"""Recommends over HTTP (extra `serve`): `python -m tim4rec_jax.serving serve --workdir RUN`.
 
-`POST /recommend` for a history or a user, `POST /events` to tell what users did, `GET /items` to
-look items up, `GET /health`, `GET /metrics` (Prometheus), and a page at `/` to try it by hand.
-The schema of requests and answers is at `/openapi.json`.
+`POST /recommend` takes a history or a user, `POST /events` tells what users did, `GET /items`
+looks items up, `GET /health` and `GET /metrics` (Prometheus) say how the service is, and `/` is a
+page to try it by hand. `/openapi.json` holds the schema of requests and answers.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import uvicorn
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
@@ -27,23 +27,17 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import tim4rec_jax
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.serving.command import add_approximate_flag
 from tim4rec_jax.serving.http import schema
 from tim4rec_jax.serving.http.metrics import Metrics
 from tim4rec_jax.serving.http.micro_batcher import Batcher
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 from tim4rec_jax.serving.stores import SQLiteStore
 
-# ---- serving.http_service
-# Recommendations over HTTP (extra `serve`): `python -m tim4rec_jax.serving serve --workdir RUN`.
-#
-# `POST /recommend` for a history or a user, `POST /events` to tell what users did, `GET /items` to
-# look items up, `GET /health`, `GET /metrics` (Prometheus), and a page at `/` to try it by hand.
-# The schema of requests and answers is at `/openapi.json`.
-
 MAX_BODY = 1 << 20  # bytes of a request
-# Histories computed at once, each a program to compile. A CPU gains nothing by larger ones.
+# How many histories are computed at once. Each size is a program to compile, and a CPU gains
+# nothing by a larger one.
 BATCHES = (1, 4, 16, 64)
+_LEAST_EXCLUDED = 16  # the smallest width of history items in `CompiledModel.best`
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -54,41 +48,70 @@ _PAGE_HEADERS = {
 _KINDS = {404: "not_found", 405: "method_not_allowed", 413: "too_large"}
 
 
-class _Options(NamedTuple):
-    """What requests of one batch have in common."""
+def serve(
+    workdir: Path,
+    *,
+    dataset: Path | None = None,
+    store: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    approximate: bool = False,
+) -> None:
+    """Serves the best model of a run until the process is told to end.
 
-    k: int
-    exclude_seen: bool
-    sort: bool
-    allow: frozenset[str] | None
-    deny: frozenset[str] | None
-    timed: bool  # whether they say `at`
+    It prints the address once everything is compiled.
+
+    Args:
+        workdir: the run directory.
+        dataset: the prepared dataset, if it has moved since the training.
+        store: an SQLite file that keeps the users; `None` keeps them in memory.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes any that is free.
+        approximate: whether to search an index; see `Recommender.load`.
+
+    Raises:
+        UserError: the port cannot be used, or the run, the dataset or the store cannot be read.
+    """
+    try:
+        listener = socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    enable_compilation_cache()
+    users = SQLiteStore(store) if store else None
+    recommender = Recommender.load(workdir, users, dataset, approximate=approximate)
+    warm_up(recommender)
+    host, port = listener.getsockname()[:2]
+    config = uvicorn.Config(create_app(recommender), log_level="warning", access_log=False)
+    print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def warm_up(recommender: Recommender) -> None:
+    """Compiles what histories of up to a full window need, for each of `BATCHES`."""
+    model = recommender.model
+    model.one_width = True
+    at = model.max_length if model.knows_next_time else None
+    item, lengths = recommender.catalogue.ids[:1], [model.max_length]
+    while lengths[-1] > _LEAST_EXCLUDED:  # the items left out have a width of their own
+        lengths.append(lengths[-1] // 2)
+    for rows in BATCHES:
+        for length in lengths:
+            recommender.recommend_batch([(item * length, list(range(length)))] * rows, at=at)
 
 
 def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI:
-    """The service around a recommender.
+    """Makes the service around a recommender.
 
     Args:
-        recommender: answers; its store keeps what `/events` tells.
-        max_body: bytes of a request; longer ones get status 413.
+        recommender: answers the requests; its store keeps what `/events` tells.
+        max_body: how many bytes a request may have; a longer one is answered with status 413.
     """
-    metrics = Metrics()
-    catalogue = recommender.catalogue
-    names = [
-        (f"{title or ''} {item}".casefold(), item)
-        for item, title in zip(
-            catalogue.ids, catalogue.titles or [None] * len(catalogue), strict=True
-        )
-    ]
+    metrics, catalogue = Metrics(), recommender.catalogue
 
     def recommend_batch(requests: list[schema.RecommendRequest], options: _Options):
-        histories: list = [(request.items, request.timestamps) for request in requests]
-        at: Any = [request.at for request in requests] if options.timed else None
-        missing = next(size for size in BATCHES if size >= len(requests)) - len(requests)
-        histories += histories[-1:] * missing
-        at = at and at + at[-1:] * missing
-        found = recommender.recommend_batch(histories, at=at, **_keywords(options))
-        return found[: len(requests)]
+        return _recommend_batch(recommender, requests, options)
 
     batcher = Batcher(recommend_batch, max_batch=BATCHES[-1], observe=metrics.batch.observe)
 
@@ -105,7 +128,7 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
         title="tim4rec-jax",
         version=tim4rec_jax.__version__,
         lifespan=lifespan,
-        docs_url=None,  # their pages load scripts from elsewhere
+        docs_url=None,  # the pages of FastAPI load scripts from elsewhere
         redoc_url=None,
         responses=schema.ERRORS,
     )
@@ -122,13 +145,16 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
 
     @app.post("/recommend")
     async def recommend(request: schema.RecommendRequest) -> schema.RecommendAnswer:
-        options = _options(request)
         if request.user is None:
-            return answer(await batcher(request, options))
-        keywords = _keywords(options)
-        del keywords["sort"]
+            return answer(await batcher(request, _Options.of(request)))
         found = await run_in_threadpool(
-            recommender.recommend_user, request.user, at=request.at, **keywords
+            recommender.recommend_user,
+            request.user,
+            request.k,
+            at=request.at,
+            exclude_seen=request.exclude_seen,
+            allow=request.allow,
+            deny=request.deny,
         )
         return answer(found)
 
@@ -145,16 +171,13 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
         query: Annotated[str, Query(max_length=100)] = "",
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
     ) -> list[schema.Item]:
-        wanted = query.casefold()
-        found = [row for row, (name, _) in enumerate(names) if wanted in name]
-        found.sort(key=lambda row: -int(catalogue.counts[row]))
         return [
             schema.Item(
-                item=names[row][1],
-                title=catalogue.title(names[row][1]),
-                count=int(catalogue.counts[row]),
+                item=catalogue.ids[position],
+                title=catalogue.title(catalogue.ids[position]),
+                count=int(catalogue.counts[position]),
             )
-            for row in found[:limit]
+            for position in catalogue.search(query, limit)
         ]
 
     @app.get("/health")
@@ -162,9 +185,9 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
         return schema.Health(
             dataset=catalogue.metadata["name"],
             items=len(catalogue),
-            max_length=recommender.engine.max_length,
-            streaming=recommender.engine.supports_step,
-            knows_next_time=recommender.engine.knows_next_time,
+            max_length=recommender.model.max_length,
+            streaming=recommender.model.supports_step,
+            knows_next_time=recommender.model.knows_next_time,
         )
 
     @app.get("/metrics", response_class=Response)
@@ -178,23 +201,46 @@ def create_app(recommender: Recommender, *, max_body: int = MAX_BODY) -> FastAPI
     return app
 
 
-def _options(request: schema.RecommendRequest) -> _Options:
-    return _Options(
-        request.k,
-        request.exclude_seen,
-        request.sort,
-        None if request.allow is None else frozenset(request.allow),
-        None if request.deny is None else frozenset(request.deny),
-        request.at is not None,
+class _Options(NamedTuple):
+    """What the requests of one batch have in common."""
+
+    k: int
+    exclude_seen: bool
+    sort: bool
+    allow: frozenset[str] | None
+    deny: frozenset[str] | None
+    timed: bool  # whether they say `at`
+
+    @classmethod
+    def of(cls, request: schema.RecommendRequest) -> _Options:
+        allow = None if request.allow is None else frozenset(request.allow)
+        deny = None if request.deny is None else frozenset(request.deny)
+        timed = request.at is not None
+        return cls(request.k, request.exclude_seen, request.sort, allow, deny, timed)
+
+
+def _recommend_batch(
+    recommender: Recommender, requests: list[schema.RecommendRequest], options: _Options
+) -> list[Recommendations]:
+    """Answers histories with equal options; copies of the last one fill up the batch."""
+    size = next(size for size in BATCHES if size >= len(requests))
+    padded = requests + requests[-1:] * (size - len(requests))
+    histories: list[Any] = [(request.items, request.timestamps) for request in padded]
+    at: Any = [request.at for request in padded] if options.timed else None
+    found = recommender.recommend_batch(
+        histories,
+        k=options.k,
+        at=at,
+        exclude_seen=options.exclude_seen,
+        allow=options.allow,
+        deny=options.deny,
+        sort=options.sort,
     )
-
-
-def _keywords(options: _Options) -> dict[str, Any]:
-    return {name: value for name, value in options._asdict().items() if name != "timed"}
+    return found[: len(requests)]
 
 
 def _answer_errors(app: FastAPI) -> None:
-    """Gives every error the body of `http_schema.ErrorBody`."""
+    """Gives every error the body of `schema.ErrorBody`."""
 
     def body(status: int, kind: Any, message: str, field: str | None = None) -> JSONResponse:
         error = schema.Error(type=kind, message=message, field=field)
@@ -221,7 +267,7 @@ def _answer_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        del request, error  # the server logs its traceback
+        del request, error  # the server logs the traceback
         return body(500, "internal", "the service has failed; its log says why")
 
 
@@ -256,73 +302,6 @@ class _Guard:
             await self.app(scope, limited, watched)
         finally:
             route = scope.get("route")
-            path = getattr(route, "path", "other")  # not what anybody made up
+            # A path that somebody made up would be a metric of its own.
+            path = getattr(route, "path", "other")
             self.metrics.request(path, status, time.perf_counter() - start)
-
-
-# ---- serving.serve
-# `python -m tim4rec_jax.serving serve`: the HTTP service on a port.
-
-_LEAST_EXCLUDED = 16  # of the powers of two that `CompiledModel.best` pads to
-
-
-def add_command(subparsers: Any) -> None:
-    """Adds `serve` to the command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "serve",
-        help="recommend over HTTP (pip install 'tim4rec-jax[serve]')",
-        description="Serves recommendations over HTTP, with a page to try them at /.",
-    )
-    add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="directory of a run, as train.py wrote it")
-    add("--dataset", type=Path, help="the prepared dataset, if it has moved since the training")
-    add("--store", type=Path, metavar="FILE", help="keep users in this SQLite file, not in memory")
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
-    add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
-    add_approximate_flag(parser)
-    parser.set_defaults(run=_run)
-
-
-def _run(flags: argparse.Namespace) -> None:
-    try:
-        import uvicorn
-
-        from tim4rec_jax.serving.http.app import BATCHES, create_app
-    except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
-            raise
-        raise UserError(
-            f"{error.name} is not installed; pip install 'tim4rec-jax[serve]'"
-        ) from error
-    if not 0 <= flags.port < 1 << 16:
-        raise UserError(f"--port is {flags.port}; ports go from 0 to 65535")
-    try:
-        listener = socket.create_server((flags.host, flags.port), backlog=2048)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {flags.host}:{flags.port}: {error.strerror}; choose another "
-            "--host or --port"
-        ) from error
-    enable_compilation_cache()
-    store = SQLiteStore(flags.store) if flags.store else None
-    recommender = Recommender.load(
-        flags.workdir, store, flags.dataset, approximate=flags.approximate
-    )
-    warm_up(recommender, BATCHES)
-    host, port = listener.getsockname()[:2]
-    config = uvicorn.Config(create_app(recommender), log_level="warning", access_log=False)
-    print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
-    uvicorn.Server(config).run(sockets=[listener])
-
-
-def warm_up(recommender: Recommender, batches: Sequence[int]) -> None:
-    """Compiles what histories of up to a full window will need, in batches of these sizes."""
-    engine = recommender.engine
-    engine.one_width = True
-    at = engine.max_length if engine.knows_next_time else None
-    item, lengths = recommender.catalogue.ids[:1], [engine.max_length]
-    while lengths[-1] > _LEAST_EXCLUDED:  # the items left out have a width of their own
-        lengths.append(lengths[-1] // 2)
-    for rows in batches:
-        for length in lengths:
-            recommender.recommend_batch([(item * length, list(range(length)))] * rows, at=at)

@@ -1,4 +1,4 @@
-"""What the HTTP service tells Prometheus."""
+"""The counters and histograms that the HTTP service shows to Prometheus."""
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -9,12 +9,13 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class Metrics:
-    """Counters and histograms of one service.
+    """The counters and histograms of one service.
 
     Attributes:
-        registry: all of them.
-        batch: histories computed at once.
-        events: told by callers, by whether the model knows their item.
+        registry: holds all of them.
+        batch: a histogram of the number of histories computed at once.
+        events: a counter of the events told by callers; its label says whether the model knows
+            the item.
     """
 
     def __init__(self):
@@ -50,11 +51,11 @@ class Metrics:
         )
 
     def request(self, path: str, status: int, seconds: float) -> None:
-        """Counts one request."""
+        """Counts a request by path and status, and the seconds it took by path."""
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
     def count(self, found: Recommendations) -> None:
-        """Counts what was peculiar about an answer."""
+        """Counts the unknown events of a request, and whether the answer is a fallback."""
         self._unknown.inc(found.unknown)
         self._fallbacks.inc(found.fallback)

@@ -1,4 +1,4 @@
-"""Requests that arrive while the model is busy are its next batch."""
+"""Makes batches of concurrent requests: those that arrive while the model is busy."""
 
 import asyncio
 from collections.abc import Callable, Hashable, Sequence
@@ -9,10 +9,11 @@ from tim4rec_jax.errors import UserError
 
 
 class Batcher:
-    """Gathers calls of many coroutines into few calls of a blocking function.
+    """Gathers the calls of many coroutines into few calls of a blocking function.
 
-    There is no waiting time to choose: a request that finds the model idle is a batch of one,
-    and those that arrive meanwhile are the next. The event loop is never blocked.
+    There is no waiting time to choose. A request that finds the model idle is a batch of one, and
+    the requests that arrive while it is computed are the next batch. The event loop is never
+    blocked.
     """
 
     def __init__(
@@ -22,27 +23,27 @@ class Batcher:
         max_batch: int,
         observe: Callable[[int], None],
     ):
-        """Takes what to call.
+        """Prepares a batcher; `run` must be running for calls to be answered.
 
         Args:
-            function: called in a thread with a list of requests and their common options;
-                returns as many results.
-            max_batch: requests of one call.
-            observe: told the size of every batch.
+            function: called in a thread with a list of requests and their common options. It
+                returns a result for each request.
+            max_batch: how many requests one call may have.
+            observe: called with the size of every batch.
         """
         self._function, self._max_batch, self._observe = function, max_batch, observe
         self._queue: asyncio.Queue = asyncio.Queue()
         self._thread = ThreadPoolExecutor(1, "recommend")
 
     async def run(self) -> None:
-        """Serves requests until cancelled."""
+        """Serves requests until it is cancelled."""
         while True:
             waiting = [await self._queue.get()]
             while not self._queue.empty() and len(waiting) < self._max_batch:
                 waiting.append(self._queue.get_nowait())
             groups: dict[Hashable, list] = {}
             for request, options, future in waiting:
-                if not future.cancelled():  # the caller may have gone
+                if not future.cancelled():  # a cancelled one has no caller any more
                     groups.setdefault(options, []).append((request, future))
             for options, group in groups.items():
                 await self._serve(group, options)
@@ -54,7 +55,7 @@ class Batcher:
         try:
             results = await loop.run_in_executor(self._thread, self._function, requests, options)
         except UserError as error:
-            if len(group) > 1:  # one of them is at fault, and only that one is told
+            if len(group) > 1:  # one request is at fault, and only its caller shall get the error
                 for member in group:
                     await self._serve([member], options)
                 return
@@ -70,7 +71,7 @@ class Batcher:
                 future.set_result(result)
 
     async def __call__(self, request: Any, options: Hashable) -> Any:
-        """The result for one request; only requests with equal options share a call."""
+        """Waits for the result of a request; only requests with equal options share a call."""
         future = asyncio.get_running_loop().create_future()
         await self._queue.put((request, options, future))
         return await future

@@ -1,10 +1,10 @@
-"""Requests and answers of the HTTP service."""
+"""The requests and the answers of the HTTP service."""
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-MAX_EVENTS = 10_000  # of a history, or told at once
+MAX_EVENTS = 10_000  # in a history, or in one request to /events
 MAX_IDS = 100_000  # in `allow` and in `deny`
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
@@ -12,7 +12,7 @@ Time = Annotated[int, Field(ge=0, lt=1 << 40, description="whole seconds since 1
 
 
 class _Request(BaseModel):
-    # Numbers are ids too: they count as their digits.
+    # A number is an id too: its digits.
     model_config = ConfigDict(extra="forbid", coerce_numbers_to_str=True)
 
 
