@@ -34,6 +34,7 @@ from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
+from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.run import load_model
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training.train import flops_per_sample
@@ -45,7 +46,7 @@ console = Console()
 
 def variant(model: str) -> str:
     """Returns the variant of the config that trains a model."""
-    return "" if model == "tim4rec" else model
+    return "" if model == DEFAULT_MODEL else model
 
 
 def train(folder: Path, dataset: str, model: str, seed: int, options: list[str]) -> str:

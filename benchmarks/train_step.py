@@ -9,8 +9,8 @@ second command times whole epochs on a prepared dataset, as `train.py` runs them
 pipeline.
 
 The columns are seconds of wall clock and processor time (all cores), page faults, and memory that
-XLA allocates for temporaries. Each is the median of the runs, for one step. On a GPU or TPU a run is
-several steps dispatched one after the other, because training does not wait for a step.
+XLA allocates for temporaries. Each is the median of the runs, for one step. On a GPU or TPU a run
+is several steps dispatched one after the other, because training does not wait for a step.
 """
 
 import argparse
@@ -193,10 +193,14 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     data = config.data
     dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
     if config.model.date_bias_knots:
-        config.model.date_bias_dates = train_dates(dataset)
+        config.data.date_range = train_dates(dataset)
     batches = make_batches(config, dataset)
     model = build(
-        config.model, n_items=dataset.n_items, n_users=dataset.n_users, max_length=data.max_length
+        config.model,
+        n_items=dataset.n_items,
+        n_users=dataset.n_users,
+        max_length=data.max_length,
+        date_range=data.date_range,
     )
     placement = data_sharding(config.train.batch_size)
     steps, tx = make_steps(config, dataset, batches, model, placement)

@@ -2,8 +2,8 @@
 
 python run_export.py DIR ITEM@TIME ITEM@TIME ... [--top 10] [--at TIME]
 
-Times are unix seconds. Needs jax, flatbuffers, numpy and pyarrow, and nothing of the package
-that trained the model.
+TIME is in whole seconds since 1970. The program needs jax, flatbuffers, numpy and pyarrow. It does
+not need the package that trained the model.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from jax import export
 
 
 class Exported:
-    """The folder in memory."""
+    """An exported folder, read into memory."""
 
     def __init__(self, folder: Path):
         self.metadata = json.loads((folder / "metadata.json").read_text())
@@ -26,14 +26,17 @@ class Exported:
         with np.load(folder / "weights.npz") as weights:
             self.weights = jax.device_put(dict(weights))
         program = export.deserialize(bytearray((folder / "recommend.stablehlo").read_bytes()))
-        self.program = jax.jit(program.call)  # compiled once per number of rows and exclusions
+        # Compiled once for each number of rows and of excluded items.
+        self.program = jax.jit(program.call)
 
     def recommend(
         self, history: list[tuple[str, int]], at: int | None = None
     ) -> list[tuple[str, float]]:
-        """The best new items after (item, time) events, oldest first, with their scores.
+        """Returns the best items that the history does not hold, and their scores, best first.
 
-        `at`: the moment of prediction, for models that were trained to know it.
+        Args:
+            history: (item, time) of each event, oldest first.
+            at: the moment of the prediction, for models that were trained to know it.
         """
         known = [(self.index[item], time) for item, time in history if item in self.index]
         if not known:
@@ -44,7 +47,8 @@ class Exported:
         times = np.zeros((1, length), np.int64)
         items[0, : len(recent)], times[0, : len(recent)] = zip(*recent, strict=True)
         seen = sorted({item for item, _ in known})
-        exclude = np.zeros((1, 1 << (len(seen) - 1).bit_length()), np.int32)  # few widths
+        # The width is a power of two, so that few programs are compiled.
+        exclude = np.zeros((1, 1 << (len(seen) - 1).bit_length()), np.int32)
         exclude[0, : len(seen)] = seen
         lengths = np.array([len(recent)], np.int32)
         gaps = self.gaps(times, lengths)
@@ -60,9 +64,10 @@ class Exported:
         return [(self.items[i - 1].as_py(), float(score)) for i, score in ranked if i]
 
     def gaps(self, times: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Seconds since the event before, as the model was trained on them."""
+        """Returns the seconds since the event before, as the model saw them in training."""
         gaps = np.zeros(times.shape, np.float32)
-        if self.metadata["gaps"] == "recbole":  # float32 times, and a spike at the first padding
+        # RecBole rounds times to float32, and the first padding position gets minus the last time.
+        if self.metadata["gaps"] == "recbole":
             gaps[:, 1:] = np.diff(times.astype(np.float32), axis=1)
             return gaps
         gaps[:, 1:] = np.diff(times, axis=1)
@@ -75,7 +80,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("history", nargs="+", metavar="ITEM@TIME")
     parser.add_argument("--top", type=int, default=10, help="how many (default: 10)")
-    parser.add_argument("--at", type=int, metavar="TIME", help="moment of prediction, if known")
+    parser.add_argument(
+        "--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it"
+    )
     flags = parser.parse_args()
     history = []
     for event in flags.history:

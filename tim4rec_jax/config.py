@@ -1,17 +1,18 @@
 """The settings of a run: defaults, what follows from them, and what must hold."""
 
+import dataclasses
 from typing import Any, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.model_settings import MODEL_SETTINGS
+from tim4rec_jax.models import DEFAULT_MODEL, MODELS, find_model, model_class, model_settings
 
 # A ConfigDict: which attributes it has, no type checker can know.
 Config: TypeAlias = Any
 
 
-BASELINES = tuple(name for name in MODEL_SETTINGS if name != "tim4rec")
+BASELINES = tuple(name for name in MODELS if name != DEFAULT_MODEL)
 
 
 def default() -> Config:
@@ -39,8 +40,11 @@ def default() -> Config:
                 # Windows of max_length an epoch takes from one history, at most; by default
                 # all. Only with train.objective "every_position".
                 "windows_per_user": config_dict.placeholder(int),
+                # Times of the first and the last training event, in seconds since 1970. Training
+                # fills them in for models with date_bias_knots.
+                "date_range": config_dict.placeholder(tuple),
             },
-            "model": {"name": "tim4rec", **MODEL_SETTINGS["tim4rec"]},
+            "model": _model_section(DEFAULT_MODEL),
             "train": {
                 "objective": "prefix",
                 "loss": "cross_entropy",  # or sampled_softmax, gbce, bpr: for large catalogues
@@ -59,19 +63,27 @@ def default() -> Config:
     )
 
 
+def _model_section(name: str) -> dict[str, Any]:
+    return {"name": name, **dataclasses.asdict(find_model(name).Settings())}
+
+
 def use_model(config: Config, name: str) -> None:
-    """Switches to another model, with its settings in TiM4Rec's comparison.
+    """Switches to another model, with its default settings.
 
     Args:
       config: changed in place.
-      name: a key of `tim4rec_jax.model_settings.MODEL_SETTINGS`.
+      name: see `tim4rec_jax.models.find_model`.
+
+    Raises:
+      ValueError: there is no such model.
     """
+    model = find_model(name)
     with config.unlocked():
-        config.model = ConfigDict({"name": name, **MODEL_SETTINGS[name]})
-    config.train.objective = "cloze" if name == "bert4rec" else "prefix"
-    config.train.patience = 20 if name in ("tim4rec", "mamba4rec") else 10
-    if name == "popularity":
-        config.train.epochs = 1  # learns nothing
+        config.model = ConfigDict(_model_section(name))
+    config.train.objective = model.default_objective
+    config.train.patience = model.default_patience
+    if model.default_epochs is not None:
+        config.train.epochs = model.default_epochs
 
 
 def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
@@ -101,25 +113,13 @@ _POSITIVE = (
     "train.epochs",
     "eval.batch_size",
 )
-# Of the model's own settings all other numbers must be positive.
 _NOT_NEGATIVE = (
     "seed",
-    "model.chunk_size",
-    "model.date_bias_knots",
-    "model.reg_weight",
     "train.weight_decay",
     "train.patience",
     "train.checkpoint_minutes",
 )
-_SHARES = (
-    "model.dropout_prob",
-    "model.time_drop_out",
-    "model.hidden_dropout_prob",
-    "model.attn_dropout_prob",
-    "model.mask_ratio",
-    "model.ft_ratio",
-    "train.calibration",
-)
+_SHARES = ("train.calibration",)
 
 
 def check_variant(variant: str, known: tuple[str, ...]) -> None:
@@ -138,14 +138,12 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: a setting cannot be, with its name.
     """
-    from tim4rec_jax.models import MODELS, model_class  # with JAX; the others do without
-
     config = config.copy_and_resolve_references()
     model, train = config.model, config.train
-    _one_of("model.name", model.name, tuple(MODELS))
-    if model.name == "tim4rec":
-        _one_of("model.time_encoding", model.time_encoding, ("paper", "masked", "causal"))
-    _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    try:
+        settings, kind = model_settings(model), model_class(model)
+    except ValueError as error:
+        raise UserError(f"config.model.{error}") from error
     _one_of("data.placement", config.data.placement, ("auto", "device", "host"))
     _one_of("data.split", config.data.split, ("leave_one_out", "global_time"))
     _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
@@ -153,20 +151,16 @@ def resolve(config: Config) -> Config:
     _one_of("train.loss", train.loss, losses)
     _one_of("train.schedule", train.schedule, ("constant", "cosine"))
     encoding = model.get("time_encoding")
-    if train.objective == "every_position" and not model_class(model).causal:
+    if train.objective == "every_position" and not kind.causal:
         name = f"{model.name} with time encoding {encoding}" if encoding else model.name
         raise UserError(
             f"config.train.objective is 'every_position', which needs a causal model, but {name} "
             "looks ahead; take config.model.time_encoding=causal, or another model or objective"
         )
-    if (train.objective == "cloze") != (model.name == "bert4rec"):
+    if (train.objective == "cloze") != (kind.default_objective == "cloze"):
         raise UserError(
-            f"config.train.objective is {train.objective!r} and the model {model.name}; "
-            "cloze is the objective of bert4rec and of no other model"
-        )
-    if model.date_bias_knots == 1:
-        raise UserError(
-            "config.model.date_bias_knots is 1; it must be 2 or more, or 0 for no drift"
+            f"config.train.objective is {train.objective!r}, and the model {model.name} is trained "
+            f"with {kind.default_objective}; cloze is for models that fill masks, and for no others"
         )
     if model.date_bias_knots and train.objective == "cloze":
         raise UserError(
@@ -179,15 +173,9 @@ def resolve(config: Config) -> Config:
             f"another objective than cloze, and they are {train.loss} and {train.objective}; "
             "change them, or take config.model.repeat_bias=False"
         )
-    if model.get("knows_next_time") and encoding != "causal":
-        raise UserError(
-            f"config.model.knows_next_time is True, which needs config.model.time_encoding=causal; "
-            f"it is {encoding}"
-        )
     if config.data.convention is None:
-        published = encoding == "paper" or model.name == "tisasrec"
         packed = train.objective == "every_position"
-        config.data.convention = "recbole" if published and not packed else "exact"
+        config.data.convention = "exact" if packed else settings.convention
     _one_of("data.convention", config.data.convention, ("recbole", "exact"))
     if train.objective == "every_position" and config.data.convention != "exact":
         raise UserError(
@@ -201,23 +189,12 @@ def resolve(config: Config) -> Config:
     windows = config.data.windows_per_user
     if windows is not None and windows < 1:
         raise UserError(f"config.data.windows_per_user is {windows}; it must be positive")
-    if "head_dim" in model and model.hidden_size * model.expand % model.head_dim:
-        raise UserError(
-            f"config.model.head_dim is {model.head_dim}; it must divide "
-            f"expand * hidden_size = {model.expand * model.hidden_size}"
-        )
-    if "n_heads" in model and model.hidden_size % model.n_heads:
-        raise UserError(
-            f"config.model.n_heads is {model.n_heads}; it must divide "
-            f"hidden_size = {model.hidden_size}"
-        )
     return config
 
 
 def _check_numbers(flat: dict) -> None:
     numbers = {name: value for name, value in flat.items() if isinstance(value, int | float)}
     for name, value in numbers.items():
-        of_model = name.startswith("model.") and not isinstance(value, bool)
         # Negated, so that a NaN does not pass.
         if name in _SHARES:
             if not 0 <= value < 1:
@@ -225,7 +202,7 @@ def _check_numbers(flat: dict) -> None:
         elif name in _NOT_NEGATIVE:
             if not value >= 0:
                 raise UserError(f"config.{name} is {value}; it must not be negative")
-        elif (name in _POSITIVE or of_model) and not value > 0:
+        elif name in _POSITIVE and not value > 0:
             raise UserError(f"config.{name} is {value}; it must be positive")
 
 

@@ -33,12 +33,21 @@ def read_settings(path: Path) -> config_lib.Config:
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
     config = config_lib.default()
-    if "model" in values:
-        config_lib.use_model(config, values["model"].get("name", "tim4rec"))
+    model = values.setdefault("model", {})
+    # Names that settings had in older runs.
+    for old, new in (("seen_offset", "repeat_bias"), ("drift_knots", "date_bias_knots")):
+        if old in model:
+            model[new] = model.pop(old)
+    for old in ("drift_dates", "date_bias_dates"):
+        if dates := model.pop(old, None):
+            values.setdefault("data", {})["date_range"] = dates
+    config_lib.use_model(config, model.get("name", config.model.name))
     with config.unlocked(), config.ignore_type():
         config.update(values)
         if config.data.buckets is not None:
             config.data.buckets = tuple(config.data.buckets)
+        if config.data.date_range is not None:
+            config.data.date_range = tuple(config.data.date_range)
     return config
 
 
@@ -100,7 +109,12 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
             sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
             # Shapes alone: nothing is drawn only to be replaced.
             model = nnx.eval_shape(
-                lambda: build(config.model, max_length=config.data.max_length, **sizes)
+                lambda: build(
+                    config.model,
+                    max_length=config.data.max_length,
+                    date_range=config.data.date_range,
+                    **sizes,
+                )
             )
             graphdef, params = nnx.split(model)
             wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))

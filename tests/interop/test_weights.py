@@ -46,7 +46,7 @@ def test_half_precision_weights_become_float32(golden):
 
 def test_what_the_published_model_lacks_is_refused(golden):
     model = golden.model()
-    model.drift = Drift(2, (0, 1), 4, param_dtype=jnp.float32)
+    model.drift = Drift(2, 4, param_dtype=jnp.float32)
     with pytest.raises(UserError, match=r"train with config\.model\.date_bias_knots=0"):
         to_torch(model)
     model.drift = None
@@ -97,7 +97,7 @@ CONFIG_FAULTS = {
     "missing": (lambda c: without(c, "d_state"), "lacks d_state"),
     "no number": (lambda c: c | {"hidden_size": "wide"}, "hidden_size is 'wide': expected int"),
     "no bool": (lambda c: c | {"is_time": "False"}, "is_time is 'False': expected bool"),
-    "impossible": (lambda c: c | {"head_dim": 5}, "head_dim 5 does not divide"),
+    "impossible": (lambda c: c | {"head_dim": 5}, "head_dim is 5; it must divide"),
     "time off": (lambda c: c | {"is_time": False}, "unexpected .*give the configuration"),
     "other length": (lambda c: c | {"MAX_ITEM_LIST_LENGTH": 50}, r"\(12,\), expected \(50,\)"),
     "other items": (lambda c: c | {"n_items": 99}, r"\(40, 16\), expected \(99, 16\)"),

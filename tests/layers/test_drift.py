@@ -10,7 +10,8 @@ DAY = 86_400
 
 
 def drift(first, last, values):
-    module = Drift(len(values), (first, last), 1, param_dtype=jnp.float32)
+    module = Drift(len(values), 1, param_dtype=jnp.float32)
+    module.spread_over(first, last)
     assert not module.vectors[...].any()
     module.vectors[...] = jnp.array(values, jnp.float32)[:, None] / 5  # what they are multiplied by
     return module
@@ -30,8 +31,8 @@ def test_events_of_one_time_have_one_date():
 
 
 def test_must_know_its_dates():
-    module = Drift(2, None, 1, param_dtype=jnp.float32)
-    with pytest.raises(ValueError, match=r"model\.date_bias_dates"):
+    module = Drift(2, 1, param_dtype=jnp.float32)
+    with pytest.raises(ValueError, match="pass date_range to build"):
         module(jnp.zeros((1, 1)), jnp.zeros(1))
 
 

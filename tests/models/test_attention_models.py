@@ -14,8 +14,7 @@ from flax import nnx
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import attention
-from tim4rec_jax.model_settings import MODEL_SETTINGS
-from tim4rec_jax.models import build
+from tim4rec_jax.models import MODELS, build
 from tim4rec_jax.models.hstu import time_buckets
 from tim4rec_jax.models.tisasrec import time_index
 from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
@@ -32,7 +31,7 @@ causal_models = pytest.mark.parametrize("name", CAUSAL)
 @functools.cache
 def make(name):
     """A model whose every part moves the output: the initial weights are tiny or zero."""
-    settings = MODEL_SETTINGS[name] | {k: v for k, v in SMALL.items() if k in MODEL_SETTINGS[name]}
+    settings = {key: v for key, v in SMALL.items() if hasattr(MODELS[name].Settings, key)}
     graph, params = nnx.split(build({"name": name, **settings}, n_items=ITEMS, max_length=LENGTH))
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(2)
@@ -240,7 +239,7 @@ def hstu_by_loops(weights, items, times, heads, max_length, temperature):
 
 
 def test_hstu_is_its_equations(x64):
-    settings = {"name": "hstu", **MODEL_SETTINGS["hstu"], "hidden_size": 8, "n_heads": 2}
+    settings = {"name": "hstu", "hidden_size": 8, "n_heads": 2}
     model = build(settings, n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
     items, gaps = histories(1)
     weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))

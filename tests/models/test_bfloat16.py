@@ -30,7 +30,7 @@ def test_states_are_those_of_float32(name):
         model = nnx.eval_shape(
             lambda s=settings: build(s, n_items=ITEMS, n_users=3, max_length=LENGTH)
         )
-        users = {"users": jnp.array([1, 2, 3])} if model.by_user else {}
+        users = {"users": jnp.array([1, 2, 3])} if model.needs_users else {}
         graph, params = nnx.split(model)
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
         rng = np.random.default_rng(0)

@@ -9,7 +9,6 @@ import pytest
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build, encode_batch
 
 ITEMS, USERS, LENGTH = 20, 5, 9
@@ -20,7 +19,7 @@ jit = functools.partial(
 
 @functools.cache
 def caser():
-    settings = MODEL_SETTINGS["caser"] | {"name": "caser", "embedding_size": 8, "nh": 24}
+    settings = {"name": "caser", "embedding_size": 8, "nh": 24}
     sizes = dict(n_items=ITEMS, n_users=USERS, max_length=LENGTH)
     return nnx.split(build(settings, **sizes))
 

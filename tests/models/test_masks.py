@@ -9,6 +9,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.layers import CausalSSD
 from tim4rec_jax.models import build
 from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.reference import decay_mask
 
 LENGTH, LENGTHS = 6, [6, 4]
@@ -66,7 +67,7 @@ def mixed(layer, h, time, mask):
     """A layer's output by way of its mask."""
     if isinstance(layer, CausalSSD):
         z, inner, _ = layer._project(h, time)
-        x, B, C = layer.split(layer.activation(layer.conv(inner)))
+        x, B, C = layer.split(ACTIVATIONS[layer.activation](layer.conv(inner)))
     else:
         z, inner = jnp.split(layer.in_proj(h), [layer.inner], axis=-1)
         x, B, C, _ = layer._inputs(inner, time)

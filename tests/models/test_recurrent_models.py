@@ -10,8 +10,7 @@ from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.model_settings import MODEL_SETTINGS
-from tim4rec_jax.models import build
+from tim4rec_jax.models import MODELS, build
 from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
@@ -25,7 +24,7 @@ models = pytest.mark.parametrize("name", ["gru4rec", "lrurec", "mamba4rec", "ssd
 @functools.cache
 def make(name):
     """A model whose every part moves the output: the initial weights are tiny or zero."""
-    settings = MODEL_SETTINGS[name] | {k: v for k, v in SMALL.items() if k in MODEL_SETTINGS[name]}
+    settings = {key: v for key, v in SMALL.items() if hasattr(MODELS[name].Settings, key)}
     graph, params = nnx.split(build({"name": name, **settings}, n_items=ITEMS, max_length=LENGTH))
     leaves, structure = jax.tree.flatten(params)
     rng = np.random.default_rng(2)

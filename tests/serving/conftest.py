@@ -10,14 +10,14 @@ KINDS = {
         num_layers=2,
         repeat_bias=True,
         date_bias_knots=3,
-        date_bias_dates=(880_000_000, 880_003_000),
+        date_range=(880_000_000, 880_003_000),
     ),
     "bert4rec": dict(name="bert4rec"),
     "next_time": dict(
         time_encoding="causal",
         knows_next_time=True,
         date_bias_knots=3,
-        date_bias_dates=(870_000_000, 900_000_000),
+        date_range=(870_000_000, 900_000_000),
     ),
 }
 

@@ -89,7 +89,7 @@ def test_scores_of_items_seen_are_offset(tiny_data, recommenders):
 
 def test_knows_the_next_time(tmp_path, tiny_data):
     settings = dict(time_encoding="causal", num_layers=2, knows_next_time=True)
-    settings |= dict(date_bias_knots=3, date_bias_dates=(870_000_000, 920_000_000))
+    settings |= dict(date_bias_knots=3, date_range=(870_000_000, 920_000_000))
     compare(exported_run(tmp_path, tiny_data, **settings), wait=86_400)
 
 

@@ -32,7 +32,7 @@ def tiny_dataset(folder, **kwargs):
     return dataset
 
 
-def tiny_model(dataset, *, seed=0, name="tim4rec", **settings):
+def tiny_model(dataset, *, seed=0, name="tim4rec", date_range=None, **settings):
     """Settings of a run and its model; `settings` are those of the model called `name`."""
     config = config_lib.default()
     config.dataset, config.data.max_length = str(dataset), MAX_LENGTH
@@ -40,8 +40,10 @@ def tiny_model(dataset, *, seed=0, name="tim4rec", **settings):
     small = dict(hidden_size=8, head_dim=8, d_state=4, num_layers=1, time_encoding="masked")
     small |= dict(inner_size=8, embedding_size=8, n_layers=1)
     config.model.update({key: v for key, v in small.items() if key in config.model} | settings)
+    config.data.date_range = date_range
     config = config_lib.resolve(config)
-    model = build(config.model, n_items=N_ITEMS, max_length=MAX_LENGTH)
+    sizes = dict(n_items=N_ITEMS, max_length=MAX_LENGTH)
+    model = build(config.model, **sizes, date_range=date_range)
     graphdef, params = nnx.split(model)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(

@@ -13,7 +13,6 @@ from tests.data.small_dataset import in_memory, random_histories
 from tests.training.test_step import check_close
 from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.layers import row_seeds
-from tim4rec_jax.model_settings import MODEL_SETTINGS
 from tim4rec_jax.models import build
 from tim4rec_jax.training.objectives import cloze_loss, mask_batch
 from tim4rec_jax.training.step import (
@@ -29,7 +28,7 @@ quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimizati
 
 def bert4rec(**settings) -> Any:
     small = dict(hidden_size=16, inner_size=32, n_layers=1) | settings
-    config = {"name": "bert4rec", **MODEL_SETTINGS["bert4rec"], **small}
+    config = {"name": "bert4rec", **small}
     return build(config, n_items=ITEMS, max_length=LENGTH)
 
 

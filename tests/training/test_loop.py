@@ -120,7 +120,7 @@ def test_a_run_keeps_the_dates_of_what_it_was_trained_on(dataset, tmp_path):
     trained_on = ds.lengths - 2
     times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
     settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["model"]["date_bias_dates"] == [times[times > 0].min(), times.max()]
+    assert settings["data"]["date_range"] == [times[times > 0].min(), times.max()]
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):

@@ -69,8 +69,8 @@ def _check_dataset(directory: Path, n_items: int, checkpoint: Path) -> None:
 
 def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, model: SequenceModel):
     config = config_lib.default()
-    with config.unlocked():  # conv_path is not among the defaults
-        config.update({"dataset": dataset, "data": {"max_length": max_length}, "model": settings})
+    config_lib.use_model(config, settings["name"])
+    config.update({"dataset": dataset, "data": {"max_length": max_length}, "model": settings})
     config = config_lib.resolve(config)
     checkpoints = Checkpoints(workdir)
     checkpoints.save_best(0, nnx.state(model, nnx.Param))

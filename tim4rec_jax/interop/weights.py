@@ -1,5 +1,6 @@
 """Weights of published PyTorch models <-> ours."""
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -31,8 +32,11 @@ def model_config(config: Mapping) -> tuple[dict, int]:
     Raises:
       UserError: the model is not known, or a key is missing or has a value of the wrong type.
     """
-    settings, max_length = model_format(config).read_settings(config)
-    if "conv_path" in config:  # no key of the reference: it goes by what is installed
+    form = model_format(config)
+    settings, max_length = form.read_settings(config)
+    known = {field.name for field in dataclasses.fields(MODELS[form.model].Settings)}
+    # The reference has no such key: its activation depends on what is installed.
+    if "conv_path" in config and "conv_path" in known:
         settings["conv_path"] = config["conv_path"]
     return settings, max_length
 

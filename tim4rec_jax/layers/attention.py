@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from tim4rec_jax.layers.basic import ALL, Dense, dropout, fold, gelu, layer_norm
+from tim4rec_jax.layers.basic import ALL, NORMAL, Dense, dropout, fold, gelu, layer_norm
 
 # Queries are cut into so many blocks, none shorter than that: of the scores above the diagonal
 # most are never computed (on CPU a third of attention over 200 positions, a sixth over 50).
@@ -156,17 +156,25 @@ class Attention(nnx.Module):
 class EncoderLayer(nnx.Module):
     """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h), exact GELU."""
 
-    def __init__(self, config, *, dtype, param_dtype, rngs: nnx.Rngs):
-        width, inner = config["hidden_size"], config["inner_size"]
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.attention = Attention(
-            width, config["n_heads"], dropout_rate=config["attn_dropout_prob"], **kwargs
-        )
-        eps = config["layer_norm_eps"]
+    def __init__(
+        self,
+        width: int,
+        *,
+        inner: int,
+        heads: int,
+        dropout_rate: float,
+        attention_dropout_rate: float,
+        eps: float,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.attention = Attention(width, heads, dropout_rate=attention_dropout_rate, **kwargs)
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.fc1, self.fc2 = Dense(width, inner, **kwargs), Dense(inner, width, **kwargs)
         self.out_norm = layer_norm(width, eps, dtype, param_dtype, rngs)
-        self.dropout_rate = config["hidden_dropout_prob"]
+        self.dropout_rate = dropout_rate
 
     def __call__(
         self,
@@ -203,18 +211,27 @@ class EncoderLayer(nnx.Module):
 class Positions(nnx.Module):
     """LayerNorm(x + a learned vector for each position from the left), then dropout."""
 
-    def __init__(self, config, max_length: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        width = config["hidden_size"]
+    def __init__(
+        self,
+        width: int,
+        max_length: int,
+        *,
+        dropout_rate: float,
+        eps: float,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
         self.embedding = nnx.Embed(
             max_length,
             width,
-            embedding_init=nnx.initializers.normal(0.02),
+            embedding_init=NORMAL,
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.norm = layer_norm(width, config["layer_norm_eps"], dtype, param_dtype, rngs)
-        self.dropout_rate = config["hidden_dropout_prob"]
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+        self.dropout_rate = dropout_rate
 
     def __call__(
         self,

@@ -49,7 +49,7 @@ class SSDLayer(nnx.Module):
         expand: int,
         conv_width: int,
         chunk_size: int | None,
-        activation,
+        activation: str,
         kaiming: bool,
         eps: float,
         dtype,
@@ -84,8 +84,6 @@ class SSDLayer(nnx.Module):
 
     def fuses(self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None) -> bool:
         """Whether there is a kernel for `fused` on the platform that is compiled for."""
-        if self.activation not in ACTIVATIONS.values():
-            return False
         return has_kernel(jax.eval_shape(self.in_proj, h), factor, **self._block_settings())
 
     def fused(
@@ -108,7 +106,7 @@ class SSDLayer(nnx.Module):
             D=self.D[...],
             dt_bias=self.dt_bias[...],
             norm_scale=jnp.asarray(self.norm.scale),
-            activation=next(name for name, f in ACTIVATIONS.items() if f is self.activation),
+            activation=self.activation,
             state=self.state,
             eps=self.norm.epsilon,
             chunk_size=self.chunk_size,
@@ -187,7 +185,7 @@ class TimeAwareSSD(SSDLayer):
     def _inputs(self, mixed_dt, factor):
         """The op's x [B,L,H,P], B and C [B,L,1,N] and raw step sizes [B,L,H]."""
         mixed, dt = jnp.split(mixed_dt, [self.inner + 2 * self.state], axis=-1)
-        x, B, C = self.split(self.activation(self.conv(mixed)))
+        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed)))
         # Step sizes and decays stay in the parameters' precision.
         dt = dt.astype(self.dt_bias.dtype)
         return x, B, C, dt if factor is None else dt * factor
@@ -224,7 +222,7 @@ class CausalSSD(SSDLayer):
         if time is None and self.fuses(h, None):
             return self.fused(h, None, segment_ids)
         z, mixed, dt = self._project(h, time)
-        x, B, C = self.split(self.activation(self.conv(mixed, segment_ids)))
+        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed, segment_ids)))
         inputs, decay = self._for_op(x, dt, time)
         y = ssd(
             inputs,
@@ -246,7 +244,7 @@ class CausalSSD(SSDLayer):
             self.in_proj(h, slice(self.inner, None)), [self.inner + 2 * self.state], axis=-1
         )
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner))
-        x, B, C = self.split(self.activation(self.conv(mixed)))
+        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed)))
         inputs, decay = self._for_op(x, dt, time)
         y = ssd_last(
             inputs,
@@ -280,7 +278,7 @@ class CausalSSD(SSDLayer):
         """`__call__` for one more event."""
         z, mixed, dt = self._project(h, time)
         window = jnp.concatenate([state.window, mixed[:, None]], axis=1)
-        x, B, C = self.split(self.activation(self.conv(window)[:, -1]))
+        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(window)[:, -1]))
         inputs, decay = self._for_op(x, dt, time)
         hidden, y = ssd_step(
             state.ssd,

@@ -1,6 +1,5 @@
 """Layers that turn time into numbers: the time stream of the paper and the date bias."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -9,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
+from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 # ---- layers.time_stream
 # The time stream: from the gaps between events to a factor on every step size.
@@ -67,7 +67,7 @@ class TimeMixer(nnx.Module):
         heads: int,
         *,
         width: int,
-        activation,
+        activation: str,
         dropout_rate: float,
         gate_per_position: bool,
         kaiming: bool,
@@ -93,7 +93,8 @@ class TimeMixer(nnx.Module):
         self.conv_1, self.conv_2 = conv(), conv()
         self.gate = linear(length if gate_per_position else 1)
         self.norm = _layer_norm(length, eps, dtype, rngs)
-        self.activation, self.dropout_rate, self.heads = activation, dropout_rate, heads
+        self.activation = ACTIVATIONS[activation]
+        self.dropout_rate, self.heads = dropout_rate, heads
 
     def __call__(
         self,
@@ -150,18 +151,20 @@ class Drift(nnx.Module):
     the last one constant. All start at zero: an untrained model is one without.
     """
 
-    def __init__(self, knots: int, dates: Sequence[int] | None, width: int, *, param_dtype):
-        """Spreads the knots.
+    def __init__(self, knots: int, width: int, *, param_dtype: Any):
+        """Makes the vectors; `spread_over` must follow before the layer is called.
 
         Args:
-          knots: how many, 2 or more.
-          dates: of the first and of the last one, seconds since 1970; training takes those of the
-            events it sees. None: not known yet.
+          knots: number of vectors, 2 or more.
           width: of hidden states.
           param_dtype: dtype of the vectors.
         """
-        self.days = None if dates is None else tuple(date / _DAY for date in dates)
+        self.days: tuple[float, float] | None = None
         self.vectors = nnx.Param(jnp.zeros((knots, width), param_dtype))
+
+    def spread_over(self, first: int, last: int) -> None:
+        """Spreads the knots evenly from `first` to `last`, in seconds since 1970."""
+        self.days = first / _DAY, last / _DAY
 
     def __call__(
         self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
@@ -173,7 +176,7 @@ class Drift(nnx.Module):
         """
         if self.days is None:
             raise ValueError(
-                "a model that drifts needs model.date_bias_dates, (first, last) seconds"
+                "a date bias needs the dates of the training events: pass date_range to build"
             )
         first, last = self.days
         vectors = _UNIT * self.vectors[...]

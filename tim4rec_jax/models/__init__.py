@@ -1,16 +1,25 @@
-"""Models, one file each; `tim4rec_jax.models.base` says what they have in common."""
+"""Models, one file each. A new model is one file and one line in `MODELS`."""
 
+import dataclasses
+import importlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from ml_collections import ConfigDict
 
-from tim4rec_jax.config import Config
-from tim4rec_jax.models.base import SequenceModel, condition_on_time, encode_batch, inputs
+from tim4rec_jax.models.base import (
+    DataSizes,
+    ModelSettings,
+    SequenceModel,
+    condition_on_time,
+    encode_batch,
+    inputs,
+)
 from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.models.caser import Caser
-from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
 from tim4rec_jax.models.gru4rec import GRU4Rec
 from tim4rec_jax.models.hstu import HSTU
 from tim4rec_jax.models.lrurec import LRURec
@@ -18,11 +27,11 @@ from tim4rec_jax.models.mamba4rec import Mamba4Rec
 from tim4rec_jax.models.popularity import Popularity
 from tim4rec_jax.models.sasrec import SASRec
 from tim4rec_jax.models.ssd4rec import SSD4Rec
-from tim4rec_jax.models.tim4rec import TiM4Rec
+from tim4rec_jax.models.tim4rec import CausalTiM4Rec, TiM4Rec
 from tim4rec_jax.models.tisasrec import TiSASRec
 
 MODELS: dict[str, type[SequenceModel]] = {
-    "tim4rec": TiM4Rec,  # CausalTiM4Rec with `time_encoding="causal"`
+    "tim4rec": TiM4Rec,
     "gru4rec": GRU4Rec,
     "popularity": Popularity,
     "caser": Caser,
@@ -34,61 +43,113 @@ MODELS: dict[str, type[SequenceModel]] = {
     "tisasrec": TiSASRec,
     "hstu": HSTU,
 }
+DEFAULT_MODEL = "tim4rec"
 
 
-def model_class(config: Config) -> type[SequenceModel]:
-    """The model that `config["name"]` names.
+def find_model(name: str) -> type[SequenceModel]:
+    """The model of this name.
+
+    Args:
+      name: a key of `MODELS`, or "module:Class" for a model outside this package. The module is
+        imported, so that a run of such a model can be loaded without any other preparation.
 
     Raises:
-      ValueError: the name is not known.
+      ValueError: there is no such model.
     """
-    if config["name"] not in MODELS:
-        raise ValueError(f"model {config['name']!r} is not one of {sorted(MODELS)}")
-    model = MODELS[config["name"]]
-    return CausalTiM4Rec if model is TiM4Rec and config["time_encoding"] == "causal" else model
+    if name in MODELS:
+        return MODELS[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ValueError(
+            f"name is {name!r}; it must be one of {', '.join(MODELS)}, or name a model of your own "
+            "as 'module:Class'"
+        )
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"name is {name!r}, which cannot be imported ({error}); start the command in the "
+            f"folder that holds the module {module}, or put that folder on PYTHONPATH"
+        ) from error
+    if not (isinstance(found, type) and issubclass(found, SequenceModel)):
+        raise ValueError(f"name is {name!r}, which is no subclass of SequenceModel")
+    return found
+
+
+def model_settings(config: Mapping[str, Any] | ConfigDict) -> ModelSettings:
+    """The settings of a model as its own dataclass.
+
+    Args:
+      config: `name`, and the settings that differ from the model's defaults (`config.model` of a
+        run holds all).
+
+    Raises:
+      ValueError: the name or a setting is not known, or a setting is out of its range.
+    """
+    settings = dict(config)
+    kind = find_model(settings.pop("name")).Settings
+    known = [field.name for field in dataclasses.fields(kind)]
+    if unknown := sorted(settings.keys() - set(known)):
+        raise ValueError(
+            f"{unknown[0]} is no setting of {config['name']}; it has {', '.join(known)}"
+        )
+    return kind(**settings)
+
+
+def model_class(config: Mapping[str, Any] | ConfigDict) -> type[SequenceModel]:
+    """The class that `build` makes from these settings; arguments and errors as there."""
+    return find_model(str(config["name"])).variant(model_settings(config))
 
 
 def build(
-    config: Config,
+    config: Mapping[str, Any] | ConfigDict,
     *,
     n_items: int,
     max_length: int,
     n_users: int = 0,
     item_counts: np.ndarray | None = None,
+    date_range: tuple[int, int] | None = None,
     seed: int = 0,
-    param_dtype=jnp.float32,
+    param_dtype: Any = jnp.float32,
 ) -> SequenceModel:
-    """Builds the model that `config["name"]` names.
+    """Builds a model with its initial weights.
 
     Args:
-      config: the model's settings (`config.model` of a run).
+      config: as `model_settings`.
       n_items: number of items, without padding.
-      max_length: longest history.
-      n_users: number of users, for models that know them.
-      item_counts: int [n_items], events of each item in training, for `popularity`.
+      max_length: length of the longest history, in events.
+      n_users: number of users, for models that have a vector for each.
+      item_counts: int [n_items], training events of each item, for `popularity`.
+      date_range: times of the first and the last training event, in seconds since 1970, for models
+        with `date_bias_knots`. Such a model cannot score anything without it.
       seed: of the initial weights.
       param_dtype: dtype of the parameters.
 
     Raises:
-      ValueError: the name or a setting is not known.
+      ValueError: the name or a setting is not known, or a setting is out of its range.
     """
-    model: Any = model_class(config)
-    sizes: dict = {"n_items": n_items, "max_length": max_length}
-    if model.by_user:
-        sizes["n_users"] = n_users
-    if config["name"] == "popularity":
-        sizes["item_counts"] = item_counts
-    return model(config, **sizes, rngs=nnx.Rngs(params=seed), param_dtype=param_dtype)
+    sizes = DataSizes(n_items, max_length, n_users, item_counts)
+    rngs = nnx.Rngs(params=seed)
+    make: Any = model_class(config)
+    model = make(model_settings(config), sizes, rngs=rngs, param_dtype=param_dtype)
+    if model.drift is not None and date_range is not None:
+        model.drift.spread_over(*date_range)
+    return model
 
 
 __all__ = [
+    "DEFAULT_MODEL",
     "MODELS",
     "CausalTiM4Rec",
+    "DataSizes",
+    "ModelSettings",
     "SequenceModel",
     "TiM4Rec",
     "build",
     "condition_on_time",
     "encode_batch",
+    "find_model",
     "inputs",
     "model_class",
+    "model_settings",
 ]

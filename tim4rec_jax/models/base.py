@@ -1,40 +1,138 @@
-"""What all models have in common: how they are asked for hidden states and scores."""
+"""What all models have in common: settings, construction, and the questions they answer.
 
-from typing import Any
+A model turns the history of a user into a hidden state. The score of an item is the dot product of
+that state with the item's vector. `docs/add-a-model.md` builds a model step by step.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm, take_position
 from tim4rec_jax.layers.time import Drift
 
-# ---- models.sequence_model
-# What all models have in common: how they are asked for hidden states and scores.
-
 NORMAL = nnx.initializers.normal(0.02)
-# A weight that Adam moves by its learning rate a step has to get from 0 to where exp() of it
-# vanishes within an epoch or two.
-_OFFSET_UNIT = 30.0
+# Adam moves a weight by about the learning rate in a step. In this unit the bias can go from 0 to
+# a value whose exp() vanishes within an epoch or two.
+_REPEAT_BIAS_UNIT = 30.0
+
+
+def rate(default: float) -> Any:
+    """A setting that is a probability in [0, 1)."""
+    return dataclasses.field(default=default, metadata={"range": "rate"})
+
+
+def share(default: float) -> Any:
+    """A setting that is a part of a whole, in [0, 1]."""
+    return dataclasses.field(default=default, metadata={"range": "share"})
+
+
+def not_negative(default: int | float) -> Any:
+    """A setting that is 0 or more. Numbers declared without a mark must be positive."""
+    return dataclasses.field(default=default, metadata={"range": "not negative"})
+
+
+def one_of(default: str, *others: str) -> Any:
+    """A setting that is one of some words."""
+    return dataclasses.field(default=default, metadata={"words": (default, *others)})
+
+
+# Conditions are written so that NaN does not meet them.
+_RANGES = {
+    "rate": (lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
+    "share": (lambda value: 0 <= value <= 1, "it must lie in [0, 1]"),
+    "not negative": (lambda value: value >= 0, "it must not be negative"),
+    "positive": (lambda value: value > 0, "it must be positive"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The settings that every model has; each model adds its own in a subclass.
+
+    Attributes:
+      dtype: of the activations, "float32" or "bfloat16". The second halves their memory.
+      repeat_bias: whether the model learns a number that is added to the scores of items that the
+        history holds. Without it, a model whose inputs and scores share one table recommends what
+        the user just had. No model of TiM4Rec's comparison has one.
+      date_bias_knots: number of dates between which the model interpolates learned changes of the
+        scores. The dates are spread evenly over the time of the training events. 0: no changes.
+
+    Raises:
+      ValueError: a setting is out of its range; the message begins with the setting's name.
+    """
+
+    dtype: str = one_of("float32", "bfloat16")
+    repeat_bias: bool = False
+    date_bias_knots: int = not_negative(0)
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value, words = getattr(self, field.name), field.metadata.get("words")
+            if words is not None and value not in words:
+                listed = ", ".join(word or "''" for word in words)
+                raise ValueError(f"{field.name} is {value!r}; it must be one of {listed}")
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                holds, condition = _RANGES[field.metadata.get("range", "positive")]
+                if not holds(value):
+                    raise ValueError(f"{field.name} is {value!r}; {condition}")
+        if self.date_bias_knots == 1:
+            raise ValueError("date_bias_knots is 1; it must be 2 or more, or 0 for no date bias")
+
+    @property
+    def convention(self) -> str:
+        """How the published model computes gaps: "recbole" or "exact" (see `data.convention`)."""
+        return "exact"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSizes:
+    """What a model must know of the data when it is built.
+
+    Attributes:
+      n_items: number of items, without padding.
+      max_length: length of the longest history, in events.
+      n_users: number of users, without the unknown user. Only for models that `need_users`.
+      item_counts: int [n_items], training events of each item. Only for models that
+        `need_item_counts`; None: the counts are loaded later, with the other weights.
+    """
+
+    n_items: int
+    max_length: int
+    n_users: int = 0
+    item_counts: np.ndarray | None = None
 
 
 class SequenceModel(nnx.Module):
-    """Histories -> hidden states, whose dot products with the rows of a table score the items.
+    """A model that turns histories into hidden states.
 
     Attributes:
-      item_embedding: `nnx.Embed`; row 0 is padding, then one row for each item, then the other
-        `special_rows`.
+      item_embedding: `nnx.Embed`. Row 0 is padding, rows 1 to `n_items` are the items, and the
+        other `special_rows` follow.
       n_items: number of items, without padding.
-      max_length: longest history.
+      max_length: length of the longest history, in events.
+      dtype: of the activations.
+      offset: the parameter behind `repeat_bias`, or None.
+      drift: the date bias, or None.
     """
 
-    # What a model can do; subclasses say so.
-    causal = False  # a position's hidden state depends on what came before only
-    supports_step = False  # `init_state` and `step`: constant cost for each further event
-    knows_next_time = False  # `at`: conditions on the moment of prediction
-    by_user = False  # `encode` takes `users`
-    special_rows = 1  # rows of `item_embedding` that are no items
+    # What the rest of the program asks a model's class. Subclasses state where they differ.
+    Settings: ClassVar[type[ModelSettings]] = ModelSettings
+    causal = False  # whether a hidden state depends on the events up to its position only
+    supports_step = False  # whether `init_state` and `step` work
+    knows_next_time = False  # whether `at` works: predictions depend on the time of the next event
+    needs_users = False  # whether `encode` takes `users`
+    needs_item_counts = False  # whether the constructor reads `DataSizes.item_counts`
+    special_rows = 1  # number of rows of `item_embedding` that are no items
+    # Defaults of training, which a configuration can change.
+    default_objective = "prefix"  # a model with "cloze" is trained with this objective only
+    default_patience = 10  # epochs without improvement before training stops
+    default_epochs: int | None = None  # None: as the configuration says
 
     item_embedding: nnx.Embed
     n_items: int
@@ -42,41 +140,47 @@ class SequenceModel(nnx.Module):
     offset: nnx.Param | None = None
     drift: Drift | None = None
 
-    def begin(
+    @classmethod
+    def variant(cls, settings: Any) -> "type[SequenceModel]":
+        """The class that is built for these settings; `cls` unless a model has several."""
+        del settings
+        return cls
+
+    def __init__(
         self,
-        config,
+        settings: ModelSettings,
+        sizes: DataSizes,
+        *,
         width: int,
-        n_items: int,
-        max_length: int,
         rngs: nnx.Rngs,
-        param_dtype,
-        embedding_init=NORMAL,
-    ) -> dict[str, Any]:
-        """Sets what all models have; the first thing a constructor calls.
+        param_dtype: Any = jnp.float32,
+        embedding_init: nnx.Initializer = NORMAL,
+    ):
+        """Makes the item table and the biases. A subclass calls this first.
 
         Args:
-          config: the model's settings, with the dtype of the activations.
-          width: of `item_embedding`.
-          n_items: number of items, without padding.
-          max_length: longest history.
-          rngs: stream `params`.
-          param_dtype: of parameters; if not float32, of activations as well.
-          embedding_init: of all rows of the table, that of padding included.
-
-        Returns:
-          Dtypes and rngs, keyword arguments of the model's layers.
+          settings: those of the model.
+          sizes: of the data.
+          width: of the item vectors.
+          rngs: a stream `params`.
+          param_dtype: dtype of the parameters. If it is not float32, it is that of the activations
+            too, instead of `settings.dtype`; float64 serves tests of parity.
+          embedding_init: initialiser of all rows of the item table.
         """
-        self.n_items, self.max_length = n_items, max_length
-        dtype = jnp.dtype(config["dtype"]) if param_dtype == jnp.float32 else param_dtype
-        self.dtype = dtype
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        rows = n_items + self.special_rows
-        self.item_embedding = nnx.Embed(rows, width, embedding_init=embedding_init, **kwargs)
-        if config.get("repeat_bias"):  # a setting that older runs do not have
+        self.n_items, self.max_length = sizes.n_items, sizes.max_length
+        self.dtype = jnp.dtype(settings.dtype) if param_dtype == jnp.float32 else param_dtype
+        self.item_embedding = nnx.Embed(
+            sizes.n_items + self.special_rows,
+            width,
+            embedding_init=embedding_init,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        if settings.repeat_bias:
             self.offset = nnx.Param(jnp.zeros((), param_dtype))
-        if knots := config.get("date_bias_knots"):
-            self.drift = Drift(knots, config["date_bias_dates"], width, param_dtype=param_dtype)
-        return kwargs
+        if settings.date_bias_knots:
+            self.drift = Drift(settings.date_bias_knots, width, param_dtype=param_dtype)
 
     def __call__(
         self,
@@ -87,16 +191,17 @@ class SequenceModel(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Hidden states at every position; only those before `lengths` mean anything.
+        """Hidden states at every position. Those from `lengths` on have no meaning.
 
         Args:
-          items: item indices, right padded with 0.
-          lengths: number of events of each row, >= 1.
-          gaps: seconds since the event before (`tim4rec_jax.data.time_gaps`), 0 at the first.
-          segment_ids: which history a position belongs to, for rows of several; None: one a
-            row. Causal models only.
-          dropout_seeds: one seed per row (`tim4rec_jax.layers.row_seeds`) to train; None to
-            evaluate.
+          items: item indices, padded with 0 on the right.
+          lengths: number of events of each row, at least 1.
+          gaps: seconds since the event before (`tim4rec_jax.data.time_gaps`), 0 at the first
+            event. T is L or `max_length`.
+          segment_ids: the number of the history that each position belongs to, for rows that hold
+            several histories. None: each row is one history. Only causal models take it.
+          dropout_seeds: one seed for each row (`tim4rec_jax.layers.row_seeds`). None switches
+            dropout off.
         """
         raise NotImplementedError
 
@@ -108,27 +213,31 @@ class SequenceModel(nnx.Module):
         *,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1`, what the next item is predicted from."""
+        """Hidden states at the last event of each row, from which the next item is predicted.
+
+        Equals `__call__` at position `lengths - 1`. A model overrides it where it can be cheaper.
+        """
         return take_position(self(items, lengths, gaps, dropout_seeds=dropout_seeds), lengths - 1)
 
     def item_table(self) -> Float[Array, "V D"]:
-        """The vector of each item: its score is the dot product with a hidden state."""
+        """The vector of each item, row 0 for padding, V >= `n_items` + 1."""
         return self.item_embedding.embedding[...]
 
     def repeat_bias(self) -> Float[Array, ""] | None:
-        """What is added to the score of each item that the history holds; None: nothing."""
-        return None if self.offset is None else _OFFSET_UNIT * self.offset[...]
+        """What is added to the score of each item that the history holds. None: nothing."""
+        return None if self.offset is None else _REPEAT_BIAS_UNIT * self.offset[...]
 
     def penalty(self) -> Float[Array, ""] | float:
-        """What the training loss of a batch has on top of the mean loss of its samples."""
+        """What training adds to the mean loss of a batch."""
         return 0.0
 
     def masks(
         self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
-        """What each event counts for in each later one before its content, by layer and head.
+        """The time-aware mask of each layer: the weight of each event in each later event.
 
-        The time-aware masks of TiM4Rec (`tim4rec_jax.ssd.reference`); models without have no layers.
+        The weights are those of `tim4rec_jax.ssd.reference`, before the content of the events
+        counts. A model without such layers returns an empty list.
         """
         return []
 
@@ -136,7 +245,7 @@ class SequenceModel(nnx.Module):
         """Hidden states for a prediction `wait` seconds after the last event.
 
         Raises:
-          ValueError: the model was not trained so.
+          ValueError: the model was not trained with the time of the next event.
         """
         raise ValueError("this model does not know when the next event happens")
 
@@ -144,31 +253,31 @@ class SequenceModel(nnx.Module):
         """The state of `batch` users without events.
 
         Raises:
-          ValueError: the model has no state of constant size.
+          ValueError: the model has no state of fixed size.
         """
-        raise self._does_not_stream()
+        raise self._cannot_step()
 
     def step(
         self, state: Any, items: Int32[Array, "B"], gaps: Float[Array, "B"]
     ) -> tuple[Any, Float[Array, "B D"]]:
-        """One event of each user: constant cost, whatever came before.
+        """Takes one event of each user, at a cost that does not depend on the history's length.
 
         Args:
-          state: from `init_state` or the last `step`.
+          state: what `init_state` or the last `step` returned.
           items: item indices.
-          gaps: exact seconds since the user's event before, 0 for the first.
+          gaps: exact seconds since the user's event before, 0 for the first event.
 
         Returns:
-          The next state, and the hidden state that `__call__` has at this position.
+          The next state, and the hidden state that `__call__` computes at this position.
 
         Raises:
-          ValueError: the model has no state of constant size.
+          ValueError: the model has no state of fixed size.
         """
-        raise self._does_not_stream()
+        raise self._cannot_step()
 
-    def _does_not_stream(self) -> ValueError:
+    def _cannot_step(self) -> ValueError:
         return ValueError(
-            f"{type(self).__name__} cannot go on event by event; take a model that streams, "
+            f"{type(self).__name__} cannot go on event by event; take a model that can, "
             "TiM4Rec with time_encoding='causal' for example"
         )
 
@@ -176,8 +285,14 @@ class SequenceModel(nnx.Module):
 def encode_batch(
     model: SequenceModel, batch: dict, dropout_seeds: UInt32[Array, "B"] | None = None
 ) -> Float[Array, "B D"]:
-    """What scores are computed from, for a batch of `tim4rec_jax.data`: `model.encode` and more."""
-    users: dict = {"users": batch["users"] + 1} if model.by_user else {}
+    """The hidden states that score items, for a batch of `tim4rec_jax.data`.
+
+    Args:
+      model: any model.
+      batch: the arrays that `inputs` names.
+      dropout_seeds: one seed for each row; None switches dropout off.
+    """
+    users: dict = {"users": batch["users"] + 1} if model.needs_users else {}
     hidden = model.encode(
         batch["items"], batch["lengths"], batch["gaps"], dropout_seeds=dropout_seeds, **users
     )
@@ -185,9 +300,10 @@ def encode_batch(
 
 
 def condition_on_time(model: SequenceModel, hidden: jax.Array, batch: dict) -> jax.Array:
-    """What follows on `encode`, or `__call__`, before items are scored.
+    """Adds to hidden states of `encode` or `__call__` what depends on the time of prediction.
 
-    The date that counts is that of the last event, or of the next one where it is known.
+    The date bias takes the date of the last event, or that of the next event if the model knows
+    it.
     """
     if model.knows_next_time:
         hidden = model.at(hidden, batch["time_to_next"])
@@ -200,45 +316,42 @@ def condition_on_time(model: SequenceModel, hidden: jax.Array, batch: dict) -> j
 
 
 def inputs(model: SequenceModel) -> tuple[str, ...]:
-    """The arrays of a batch that a model makes use of; the others need not leave the host."""
-    needed = ("items", "lengths", "gaps", "segment_ids")
-    needed += ("users",) * model.by_user + ("time_to_next",) * model.knows_next_time
-    needed += ("dates",) * (model.drift is not None)
-    return needed
-
-
-# ---- models.causal_blocks
-# What models have in common that are a stack of causal layers with a state of fixed size.
+    """Names of the arrays of a batch that a model uses. The others need not leave the host."""
+    names = ("items", "lengths", "gaps", "segment_ids")
+    names += ("users",) * model.needs_users + ("time_to_next",) * model.knows_next_time
+    return names + ("dates",) * (model.drift is not None)
 
 
 class CausalBlocks(SequenceModel):
-    """Item embedding, dropout, norm, then layers with the methods of `CausalBlock`.
+    """Item embedding, dropout, norm, then a stack of causal layers with a state of fixed size.
 
-    Every position predicts the event after it; no weight depends on `max_length`.
+    A layer has the methods of `tim4rec_jax.layers.CausalBlock`. Every position predicts the event
+    after it, and no weight depends on `max_length`.
+
+    Attributes:
+      dropout_rate: of the item vectors.
+      norm: follows the dropout.
+      blocks: the layers. A subclass makes them after it has called `__init__`.
     """
 
     causal = supports_step = True
+    blocks: nnx.List
 
     def __init__(
         self,
-        config,
+        settings: ModelSettings,
+        sizes: DataSizes,
         *,
         width: int,
-        layers: int,
+        dropout_rate: float,
         eps: float,
-        n_items: int,
-        max_length: int,
         rngs: nnx.Rngs,
-        param_dtype,
+        param_dtype: Any = jnp.float32,
     ):
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
-        self.dropout_rate = config["dropout_prob"]
+        """Makes what comes before the layers; `eps` is that of the norm."""
+        super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
+        self.dropout_rate = dropout_rate
         self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
-        self.blocks = nnx.List([self.make_block(config, kwargs) for _ in range(layers)])
-
-    def make_block(self, config, kwargs: dict) -> Any:
-        """A layer; `kwargs` are its dtypes and rngs."""
-        raise NotImplementedError
 
     def __call__(
         self,
@@ -249,7 +362,7 @@ class CausalBlocks(SequenceModel):
         segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """See `SequenceModel`; of `gaps` columns after L are not used."""
+        """See `SequenceModel`. Columns of `gaps` after L are not used."""
         del lengths  # what follows a position changes nothing there
         h = self._embed(items, fold(dropout_seeds, 0))
         features = self._features(gaps[:, : items.shape[1]])
@@ -265,7 +378,7 @@ class CausalBlocks(SequenceModel):
         *,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """See `SequenceModel`; the last layer computes nothing else than that position."""
+        """See `SequenceModel`. The last layer computes only the last event of each row."""
         h = self._embed(items, fold(dropout_seeds, 0))
         features = self._features(gaps[:, : items.shape[1]])
         last = len(self.blocks) - 1
@@ -288,7 +401,7 @@ class CausalBlocks(SequenceModel):
         return following, h
 
     def _features(self, gaps: Float[Array, "*batch"]) -> Float[Array, "*batch K"] | None:
-        """What the layers are told of the gaps; nothing, unless a subclass does."""
+        """What the layers learn about the gaps: nothing, unless a subclass says otherwise."""
         del gaps
         return None
 

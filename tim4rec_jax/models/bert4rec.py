@@ -1,51 +1,107 @@
 """BERT4Rec: attention to both sides, trained to fill gaps (arXiv 1904.06690), as compared."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions
 from tim4rec_jax.layers.basic import Dense, fold, gelu, layer_norm
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate, share
+
+
+@dataclasses.dataclass(frozen=True)
+class BERT4RecSettings(ModelSettings):
+    """Names are RecBole's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      inner_size: inner width of the feed-forward networks.
+      n_layers: number of layers.
+      n_heads: number of heads; it must divide `hidden_size`.
+      hidden_dropout_prob: of item vectors and of what a layer adds to them.
+      attn_dropout_prob: of the weights of attention.
+      layer_norm_eps: of all norms.
+      mask_ratio: share of the items that training masks.
+      ft_ratio: share of the batches in which training masks the last item only.
+    """
+
+    hidden_size: int = 64
+    inner_size: int = 256
+    n_layers: int = 2
+    n_heads: int = 2
+    hidden_dropout_prob: float = rate(0.4)
+    attn_dropout_prob: float = rate(0.4)
+    layer_norm_eps: float = 1e-12
+    mask_ratio: float = rate(0.2)
+    ft_ratio: float = share(0.5)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"n_heads is {self.n_heads}; it must divide hidden_size = {self.hidden_size}"
+            )
 
 
 class BERT4Rec(SequenceModel):
-    """SASRec's layers without its causal mask; objective `cloze` (`tim4rec_jax.training.objectives`).
+    """SASRec's layers without the causal mask, trained to fill masked items in.
 
-    Row `n_items + 1` of `item_embedding` is the mask token: no item, and never a candidate. What
-    TiM4Rec's comparison did, and this does too, although it costs the model something:
-    - To predict, it puts the mask behind the history and drops the FIRST item, always, even
-      where there is room for both.
-    - The first position of a row is never a target (its index 0 looks like padding), so rows of
-      one event teach nothing.
+    The objective is `cloze` of `tim4rec_jax.training.objectives`. Row `n_items + 1` of
+    `item_embedding` is the mask token, which is no item and never a candidate. Three habits of
+    TiM4Rec's comparison are kept, although they cost the model something:
+
+    - To predict, it puts the mask behind the history and always drops the FIRST item, even where
+      there is room for both.
+    - The first position of a row is never a target, because its index 0 looks like padding. Rows
+      of one event therefore teach nothing.
     - Rows are the prefixes that the other models train on, but the event after the prefix is
-      ignored: the last training event of a user is neither a target nor an input.
+      ignored. The last training event of a user is neither a target nor an input.
     """
 
+    Settings = BERT4RecSettings
+    default_objective = "cloze"
     special_rows = 2
 
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: BERT4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights: N(0, 0.02) for tables and maps, the padding row included.
+        """Initialises tables and maps by N(0, 0.02^2), padding included, and biases by 0.
 
-        Args:
-          config: hidden_size, inner_size, n_layers, n_heads, hidden_dropout_prob,
-            attn_dropout_prob, layer_norm_eps; mask_ratio, the share of items masked; ft_ratio,
-            the share of batches where only the last item is; dtype of the activations.
-          n_items: number of items, without padding and mask.
-          max_length: longest history.
-          rngs: stream `params`.
-          param_dtype: of parameters and norms: float32, or float64 for parity.
+        Arguments are those of `SequenceModel`.
         """
-        width = config["hidden_size"]
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
-        self.mask_ratio, self.ft_ratio = config["mask_ratio"], config["ft_ratio"]
-        self.positions = Positions(config, max_length, **kwargs)
-        self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
-        self.head = Dense(width, width, **kwargs)
-        self.head_norm = layer_norm(width, config["layer_norm_eps"], self.dtype, param_dtype, rngs)
-        self.output_bias = nnx.Param(jnp.zeros(n_items + 1, param_dtype))
+        width, eps = settings.hidden_size, settings.layer_norm_eps
+        super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(
+            dropout_rate=settings.hidden_dropout_prob,
+            eps=eps,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.mask_ratio, self.ft_ratio = settings.mask_ratio, settings.ft_ratio
+        self.positions = Positions(width, sizes.max_length, **kwargs)
+
+        def layer() -> EncoderLayer:
+            return EncoderLayer(
+                width,
+                inner=settings.inner_size,
+                heads=settings.n_heads,
+                attention_dropout_rate=settings.attn_dropout_prob,
+                **kwargs,
+            )
+
+        self.layers = nnx.List([layer() for _ in range(settings.n_layers)])
+        self.head = Dense(width, width, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.head_norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
+        self.output_bias = nnx.Param(jnp.zeros(sizes.n_items + 1, param_dtype))
 
     @property
     def mask_token(self) -> int:

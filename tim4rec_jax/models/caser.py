@@ -1,6 +1,8 @@
 """Caser: convolutions over the history as an image (WSDM 2018), as RecBole has it."""
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import Dense, correlate, dropout, uniform
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, not_negative, rate
 
 _CHANNELS = 64  # of one convolution over windows of several heights
 
@@ -33,50 +35,64 @@ def _draw_windows(key, length: int, width: int, kernels: int, dtype):
     return drawn
 
 
+@dataclasses.dataclass(frozen=True)
+class CaserSettings(ModelSettings):
+    """Names are RecBole's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      embedding_size: D, the width of the vectors of items and users.
+      nv: number of vertical kernels.
+      nh: number of horizontal kernels of each height.
+      dropout_prob: of the responses of all kernels.
+      reg_weight: of the norms that `penalty` adds up.
+    """
+
+    embedding_size: int = 64
+    nv: int = 4
+    nh: int = 8
+    dropout_prob: float = rate(0.2)
+    reg_weight: float = not_negative(1e-4)
+
+
 class Caser(SequenceModel):
     """Vertical and horizontal convolutions, two dense layers, a vector of the user.
 
-    As published there is no mask: a history shorter than `max_length` is an image whose lower
-    part repeats the vector of padding, and that vector is not zero, for the initialisation
-    overwrites it and no lookup trains it. What a history is taken for thus depends on how long
-    the rows are. States are not negative, and one a history, not one a position.
+    As published there is no mask. A history shorter than `max_length` is an image whose lower part
+    repeats the vector of padding. That vector is not zero, because the initialisation overwrites it
+    and no lookup trains it. The state of a history therefore depends on `max_length`. States are
+    not negative, and there is one for a history, not one for each position.
     """
 
-    by_user = True
+    Settings = CaserSettings
+    needs_users = True
 
     def __init__(
         self,
-        config,
+        settings: CaserSettings,
+        sizes: DataSizes,
         *,
-        n_items: int,
-        n_users: int,
-        max_length: int,
         rngs: nnx.Rngs,
-        param_dtype=jnp.float32,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights as RecBole does.
+        """Initialises the weights as RecBole does; arguments as `SequenceModel`.
 
-        Args:
-          config: embedding_size, nv and nh (vertical kernels, and horizontal ones a height),
-            dropout_prob, reg_weight; dtype of the activations.
-          n_items: number of items, without padding.
-          n_users: number of users, without the unknown one.
-          max_length: height of the image; the weights are tied to it.
-          rngs: stream `params`.
-          param_dtype: of parameters: float32, or float64 for parity.
+        The weights depend on `sizes.max_length`, the height of the image.
         """
-        width, length = config["embedding_size"], max_length
-        self.dropout_rate, self.reg_weight = config["dropout_prob"], config["reg_weight"]
+        width, length = settings.embedding_size, sizes.max_length
         table = nnx.initializers.normal(1 / width)
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, table)
-        self.user_embedding = nnx.Embed(n_users + 1, width, embedding_init=table, **kwargs)
+        super().__init__(
+            settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype, embedding_init=table
+        )
+        self.dropout_rate, self.reg_weight = settings.dropout_prob, settings.reg_weight
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        self.user_embedding = nnx.Embed(sizes.n_users + 1, width, embedding_init=table, **kwargs)
         vertical = uniform(length**-0.5)
         self.vertical = Dense(
-            length, config["nv"], kernel_init=vertical, bias_init=vertical, **kwargs
+            length, settings.nv, kernel_init=vertical, bias_init=vertical, **kwargs
         )
-        drawn = _draw_windows(rngs.params(), length, width, config["nh"], param_dtype)
+        drawn = _draw_windows(rngs.params(), length, width, settings.nh, param_dtype)
         self.windows = nnx.List([Windows(kernel, bias) for kernel, bias in drawn])
-        features, xavier = config["nv"] * width + config["nh"] * length, _xavier_normal
+        features, xavier = settings.nv * width + settings.nh * length, _xavier_normal
         self.fc1 = Dense(features, width, kernel_init=xavier, **kwargs)
         self.fc2 = Dense(2 * width, width, kernel_init=xavier, **kwargs)
 

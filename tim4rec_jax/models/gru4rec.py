@@ -1,5 +1,8 @@
 """GRU4Rec: a gated recurrent network (arXiv 1511.06939), as RecBole has it."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,45 +10,65 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import Dense, dropout, take_position, uniform
 from tim4rec_jax.layers.gru import GRU
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+
+
+@dataclasses.dataclass(frozen=True)
+class GRU4RecSettings(ModelSettings):
+    """Names are RecBole's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      embedding_size: D, the width of the item vectors.
+      hidden_size: H, the width of the states.
+      num_layers: number of GRUs.
+      dropout_prob: of the item vectors.
+    """
+
+    embedding_size: int = 64
+    hidden_size: int = 128
+    num_layers: int = 2
+    dropout_prob: float = rate(0.4)
 
 
 class GRU4Rec(SequenceModel):
     """Item embedding, dropout, stacked GRUs without biases, one dense layer.
 
-    As published for this comparison it takes every prefix of a history for a sample of its own
-    and trains with the full softmax: neither the sessions in parallel nor the ranking losses of
-    the paper. There is no dropout between or after the GRUs.
+    As in TiM4Rec's comparison, every prefix of a history is a sample of its own and the loss is the
+    full softmax. The paper has sessions in parallel and ranking losses instead. There is no dropout
+    between or after the GRUs.
     """
 
+    Settings = GRU4RecSettings
     causal = supports_step = True
 
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: GRU4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
         """Initialises the weights as RecBole does: Xavier for the table and the first GRU only.
 
-        Args:
-          config: embedding_size, hidden_size (of the GRUs), num_layers, dropout_prob; dtype of
-            the activations, the states staying in float32.
-          n_items: number of items, without padding.
-          max_length: longest history; no weight depends on it.
-          rngs: stream `params`.
-          param_dtype: of parameters: float32, or float64 for parity.
+        Arguments are those of `SequenceModel`. States are kept in the dtype of the parameters.
         """
-        width, hidden = config["embedding_size"], config["hidden_size"]
-        self.dropout_rate, self.param_dtype = config["dropout_prob"], param_dtype
-        table = nnx.initializers.normal((2 / (n_items + 1 + width)) ** 0.5)
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, table)
-        default = uniform(hidden**-0.5)  # torch's own, of all but the first layer
-        inits = [nnx.initializers.glorot_uniform(), *[default] * (config["num_layers"] - 1)]
-        self.blocks = nnx.List(
-            [
-                GRU(hidden if i else width, hidden, init=init, **kwargs)
-                for i, init in enumerate(inits)
-            ]
+        width, hidden = settings.embedding_size, settings.hidden_size
+        table = nnx.initializers.normal((2 / (sizes.n_items + 1 + width)) ** 0.5)
+        super().__init__(
+            settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype, embedding_init=table
         )
-        self.dense = Dense(hidden, width, kernel_init=default, bias_init=default, **kwargs)
+        self.dropout_rate, self.param_dtype = settings.dropout_prob, param_dtype
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        torch_default = uniform(hidden**-0.5)  # of all layers but the first
+        first = GRU(width, hidden, init=nnx.initializers.glorot_uniform(), **kwargs)
+        others = range(settings.num_layers - 1)
+        self.blocks = nnx.List(
+            [first, *(GRU(hidden, hidden, init=torch_default, **kwargs) for _ in others)]
+        )
+        self.dense = Dense(
+            hidden, width, kernel_init=torch_default, bias_init=torch_default, **kwargs
+        )
 
     def __call__(
         self,

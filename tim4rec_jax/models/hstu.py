@@ -1,5 +1,8 @@
 """HSTU: attention without softmax, gated, aware of time (arXiv 2402.17152)."""
 
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,9 +10,39 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import causal_mask, segment_positions, take_rows
 from tim4rec_jax.layers.basic import Dense, dropout, fold
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
 
 _NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class HSTUSettings(ModelSettings):
+    """Defaults are those of the paper for ML-1M, except for the width, which is 50 there.
+
+    TiM4Rec's comparison does not have this model.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      n_layers: number of layers.
+      n_heads: number of heads; it must divide `hidden_size`.
+      hidden_dropout_prob: of item vectors and of the output of each layer.
+      time_buckets: the largest bucket of distances in time.
+      temperature: cosines are divided by it to get scores.
+    """
+
+    hidden_size: int = 64
+    n_layers: int = 2
+    n_heads: int = 1
+    hidden_dropout_prob: float = rate(0.2)
+    time_buckets: int = 128
+    temperature: float = 0.05
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"n_heads is {self.n_heads}; it must divide hidden_size = {self.hidden_size}"
+            )
 
 
 def time_buckets(gaps: Float[Array, "B L"], last: int) -> Int32[Array, "B L L"]:
@@ -25,18 +58,25 @@ def time_buckets(gaps: Float[Array, "B L"], last: int) -> Int32[Array, "B L L"]:
 class HSTULayer(nnx.Module):
     """U, Q, V, K = silu(W1 norm(x)); y = W2 drop(norm(silu(Q K^T + bias) / n V) * U) + x."""
 
-    def __init__(self, config, max_length: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        width = config["hidden_size"]
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+    def __init__(
+        self,
+        settings: HSTUSettings,
+        max_length: int,
+        *,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        width, normal = settings.hidden_size, nnx.initializers.normal(0.02)
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.uqvk = Dense(width, 4 * width, use_bias=False, **kwargs)
         glorot = nnx.initializers.glorot_uniform()
         self.out = Dense(width, width, kernel_init=glorot, **kwargs)
-        normal = nnx.initializers.normal(0.02)
-        buckets = config["time_buckets"] + 1
+        buckets = settings.time_buckets + 1
         self.time_bias = nnx.Param(normal(rngs.params(), (buckets,), param_dtype))
         self.position_bias = nnx.Param(normal(rngs.params(), (max_length,), param_dtype))
-        self.width, self.heads, self.max_length = width, config["n_heads"], max_length
-        self.dropout_rate = config["hidden_dropout_prob"]
+        self.width, self.heads, self.max_length = width, settings.n_heads, max_length
+        self.dropout_rate = settings.hidden_dropout_prob
 
     def __call__(
         self,
@@ -87,38 +127,45 @@ class HSTULayer(nnx.Module):
 
 
 class HSTU(SequenceModel):
-    """A strong peer that knows time too: scores depend on distances in position and in time.
+    """A strong peer that uses time: scores depend on distances in position and in time.
 
-    As in the paper's experiments on public data, and their settings with 64 for 50 dimensions:
-    scores are cosines over a temperature. Two things are not: the loss is that of the
-    comparison; and distances in time are measured from the last event instead of from the one
-    to be predicted, whose time no recommender knows beforehand.
+    The model and its settings are those of the paper's experiments on public data, with 64 instead
+    of 50 dimensions. Scores are cosines divided by a temperature. Two things differ:
+
+    - The loss is that of TiM4Rec's comparison.
+    - Distances in time are measured from the last event. The paper measures them from the event to
+      be predicted, whose time no recommender knows beforehand.
     """
 
+    Settings = HSTUSettings
     causal = True
 
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: HSTUSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights as the authors' code does.
-
-        Args:
-          config: hidden_size, n_layers, n_heads, hidden_dropout_prob, time_buckets,
-            temperature; dtype of the activations.
-          n_items: number of items, without padding.
-          max_length: longest history; the n that sums over keys are divided by.
-          rngs: stream `params`.
-          param_dtype: of the parameters: float32, or float64 for tests.
-        """
-        width = config["hidden_size"]
-        init = nnx.initializers.truncated_normal(0.02)
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype, init)
-        self.last_bucket, self.temperature = config["time_buckets"], config["temperature"]
-        self.dropout_rate = config["hidden_dropout_prob"]
-        init = nnx.initializers.truncated_normal(width**-0.5)
-        self.position_embedding = nnx.Embed(max_length, width, embedding_init=init, **kwargs)
+        """Initialises the weights as the authors' code does; arguments as `SequenceModel`."""
+        width, length = settings.hidden_size, sizes.max_length
+        normal = nnx.initializers.truncated_normal
+        super().__init__(
+            settings,
+            sizes,
+            width=width,
+            rngs=rngs,
+            param_dtype=param_dtype,
+            embedding_init=normal(0.02),
+        )
+        self.last_bucket, self.temperature = settings.time_buckets, settings.temperature
+        self.dropout_rate = settings.hidden_dropout_prob
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        init = normal(width**-0.5)
+        self.position_embedding = nnx.Embed(length, width, embedding_init=init, **kwargs)
         self.layers = nnx.List(
-            [HSTULayer(config, max_length, **kwargs) for _ in range(config["n_layers"])]
+            [HSTULayer(settings, length, **kwargs) for _ in range(settings.n_layers)]
         )
 
     def __call__(

@@ -1,7 +1,9 @@
 """LRURec: linear recurrent units over the history (arXiv 2310.02367)."""
 
+import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,47 +14,72 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers import FeedForward
 from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.lru import LRU, LRUBlock
-from tim4rec_jax.models.base import CausalBlocks
+from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, rate
 
-_EPS = 1e-5
+_EPS = 1e-5  # of all norms
+
+
+@dataclasses.dataclass(frozen=True)
+class LRURecSettings(ModelSettings):
+    """Names are the published configuration's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      n_layers: number of layers.
+      dropout_prob: of item vectors and layers.
+    """
+
+    hidden_size: int = 64
+    n_layers: int = 2
+    dropout_prob: float = rate(0.2)
 
 
 class LRURec(CausalBlocks):
     """Item embedding, dropout, norm; linear recurrent units with feed-forward networks.
 
     The published code shifts histories to the right end of rows whose length is a power of two,
-    and lets no state leave a padded position: the values are those of a recurrence that starts
-    from zeros at the first event, which is what is computed here.
+    and lets no state leave a padded position. That computes a recurrence which starts from zeros
+    at the first event, and so does this code.
 
-    Initial weights are its own too: all tensors but norms and decays come from one truncated
-    normal, biases included, those of the scores as well; the real part of the input maps is no
-    larger than in any dense layer, where the paper on the unit scales it by the width.
+    The initial weights are the published code's too. All tensors but norms and decays are drawn
+    from one truncated normal distribution, biases included. The real part of the input maps is
+    therefore no larger than in any dense layer; the paper on the unit scales it by the width.
     """
 
-    def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
-    ):
-        """Initialises the weights as the published code does.
+    Settings = LRURecSettings
 
-        Args:
-          config: hidden_size, n_layers, dropout_prob; dtype of the activations, the states
-            staying in float32.
-          n_items: number of items, without padding.
-          max_length: longest history; no weight depends on it.
-          rngs: stream `params`.
-          param_dtype: of parameters, norms and states: float32, or float64 for parity.
+    def __init__(
+        self,
+        settings: LRURecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ):
+        """Initialises the weights as the published code does; arguments as `SequenceModel`.
+
+        States are kept in the dtype of the parameters, whatever that of the activations is.
         """
+        width, dropout_rate = settings.hidden_size, settings.dropout_prob
         super().__init__(
-            config,
-            width=config["hidden_size"],
-            layers=config["n_layers"],
+            settings,
+            sizes,
+            width=width,
+            dropout_rate=dropout_rate,
             eps=_EPS,
-            n_items=n_items,
-            max_length=max_length,
             rngs=rngs,
             param_dtype=param_dtype,
         )
-        self.score_bias = nnx.Param(jnp.zeros((n_items + 1,), param_dtype))
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        around: dict[str, Any] = dict(dropout_rate=dropout_rate, eps=_EPS, **kwargs)
+
+        def block() -> LRUBlock:
+            feed_forward = FeedForward(width, activation=gelu, **around)
+            lru = LRU(width, states=2 * width, **kwargs)
+            return LRUBlock(lru, feed_forward, width=width, residual=True, **around)
+
+        self.blocks = nnx.List([block() for _ in range(settings.n_layers)])
+        self.score_bias = nnx.Param(jnp.zeros((sizes.n_items + 1,), param_dtype))
         drawn = [
             param
             for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param))
@@ -62,20 +89,6 @@ class LRURec(CausalBlocks):
         values = _truncated_normal(rngs.params(), shapes, param_dtype)
         for param, value in zip(drawn, values, strict=True):
             param[...] = value
-
-    def make_block(self, config, kwargs: dict) -> LRUBlock:
-        """See `CausalBlocks`."""
-        width, rate = config["hidden_size"], config["dropout_prob"]
-        feed_forward = FeedForward(width, dropout_rate=rate, activation=gelu, eps=_EPS, **kwargs)
-        return LRUBlock(
-            LRU(width, states=2 * width, **kwargs),
-            feed_forward,
-            width=width,
-            residual=True,
-            dropout_rate=rate,
-            eps=_EPS,
-            **kwargs,
-        )
 
     def item_table(self) -> Float[Array, "V E"]:
         """The vector of each item and, as the last column, its bias."""

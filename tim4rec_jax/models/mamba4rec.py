@@ -1,64 +1,82 @@
 """Mamba4Rec: Mamba blocks over the history (arXiv 2403.03900)."""
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 
 from tim4rec_jax.layers import FeedForward
 from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.mamba import Mamba, MambaBlock
-from tim4rec_jax.models.base import CausalBlocks
+from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, rate
 
-_EPS = 1e-12
+_EPS = 1e-12  # of all norms
+
+
+@dataclasses.dataclass(frozen=True)
+class Mamba4RecSettings(ModelSettings):
+    """Names are the published configuration's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      num_layers: number of layers. A single layer has no residual connection.
+      dropout_prob: of item vectors and layers.
+      d_state: N, the size of the state of each channel.
+      d_conv: taps of the causal convolutions.
+      expand: width of the Mamba layer, in units of `hidden_size`.
+    """
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    dropout_prob: float = rate(0.2)
+    d_state: int = 32
+    d_conv: int = 4
+    expand: int = 2
 
 
 class Mamba4Rec(CausalBlocks):
     """Item embedding, dropout, norm; Mamba blocks with feed-forward networks.
 
-    A single layer has no residual connection around its Mamba block, as published. How the
-    published code loses Mamba's initial step sizes, see `tim4rec_jax.layers.mamba.Mamba`.
+    As published, a single layer has no residual connection around its Mamba block, and Mamba's own
+    initial step sizes are lost (see `tim4rec_jax.layers.mamba.Mamba`).
     """
 
-    def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
-    ):
-        """Initialises the weights as the published code does.
+    Settings = Mamba4RecSettings
+    default_patience = 20
 
-        Args:
-          config: hidden_size, num_layers, dropout_prob, d_state, d_conv, expand; dtype of the
-            activations.
-          n_items: number of items, without padding.
-          max_length: longest history; no weight depends on it.
-          rngs: stream `params`.
-          param_dtype: of parameters, norms and states: float32, or float64 for parity.
-        """
+    def __init__(
+        self,
+        settings: Mamba4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ):
+        """Initialises the weights as the published code does; arguments as `SequenceModel`."""
+        width, dropout_rate = settings.hidden_size, settings.dropout_prob
         super().__init__(
-            config,
-            width=config["hidden_size"],
-            layers=config["num_layers"],
+            settings,
+            sizes,
+            width=width,
+            dropout_rate=dropout_rate,
             eps=_EPS,
-            n_items=n_items,
-            max_length=max_length,
             rngs=rngs,
             param_dtype=param_dtype,
         )
+        kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+        around: dict[str, Any] = dict(dropout_rate=dropout_rate, eps=_EPS, **kwargs)
 
-    def make_block(self, config, kwargs: dict) -> MambaBlock:
-        """See `CausalBlocks`."""
-        width, rate = config["hidden_size"], config["dropout_prob"]
-        mamba = Mamba(
-            width,
-            state=config["d_state"],
-            conv_width=config["d_conv"],
-            expand=config["expand"],
-            **kwargs,
-        )
-        feed_forward = FeedForward(width, dropout_rate=rate, activation=gelu, eps=_EPS, **kwargs)
-        return MambaBlock(
-            mamba,
-            feed_forward,
-            width=width,
-            residual=config["num_layers"] > 1,
-            dropout_rate=rate,
-            eps=_EPS,
-            **kwargs,
-        )
+        def block() -> MambaBlock:
+            mamba = Mamba(
+                width,
+                state=settings.d_state,
+                conv_width=settings.d_conv,
+                expand=settings.expand,
+                **kwargs,
+            )
+            feed_forward = FeedForward(width, activation=gelu, **around)
+            residual = settings.num_layers > 1
+            return MambaBlock(mamba, feed_forward, width=width, residual=residual, **around)
+
+        self.blocks = nnx.List([block() for _ in range(settings.num_layers)])

@@ -1,55 +1,50 @@
 """Popularity: the items with most events in training, for everybody."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel
 
 
 class Popularity(SequenceModel):
     """Scores every item by its number of events in training; nothing is learnt.
 
-    Equal counts are equal scores. The ranking counts what scores strictly more than the target,
-    so that a target shares the best place among its equals: its figures are an upper bound, as
-    close as ties between frequent items are rare.
+    Items with equal counts have equal scores. The ranking counts the items whose score is strictly
+    higher than the target's, so a target takes the best place among its equals. The figures are
+    therefore an upper bound, which is close where frequent items seldom have equal counts.
     """
 
     causal = supports_step = True
+    needs_item_counts = True
+    default_epochs = 1
 
     def __init__(
         self,
-        config,
+        settings: ModelSettings,
+        sizes: DataSizes,
         *,
-        n_items: int,
-        max_length: int,
         rngs: nnx.Rngs,
-        item_counts: np.ndarray | None = None,
-        param_dtype=jnp.float32,
+        param_dtype: Any = jnp.float32,
     ):
-        """Sets the only weights, [V, 1].
+        """Sets the only weights, the counts [V, 1] in `param_dtype`; float32 is exact up to 2^24.
 
-        Args:
-          config: not used; counts are exact in float32 up to 2^24 and stay in it.
-          n_items: number of items, without padding.
-          max_length: longest history; nothing depends on it.
-          rngs: not used.
-          item_counts: int [n_items], events of each item in training; None: zeros, for weights
-            that are read later.
-          param_dtype: of the counts.
+        Nothing depends on `settings` and `rngs`, which all models take.
         """
-        self.max_length, self.n_items = max_length, n_items
+        del settings
+        self.n_items, self.max_length = sizes.n_items, sizes.max_length
         self.item_embedding = nnx.Embed(
-            n_items + 1,
+            sizes.n_items + 1,
             1,
             embedding_init=nnx.initializers.zeros,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        if item_counts is not None:
-            counts = jnp.asarray(item_counts, param_dtype)
+        if sizes.item_counts is not None:
+            counts = jnp.asarray(sizes.item_counts, param_dtype)
             self.item_embedding.embedding[...] = jnp.pad(counts, (1, 0))[:, None]
 
     def __call__(

@@ -1,4 +1,7 @@
-"""SASRec: causal self-attention over the items (arXiv 1808.09781), as the comparison ran it."""
+"""SASRec: causal self-attention over the items (arXiv 1808.09781), as TiM4Rec compared with it."""
+
+import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -6,36 +9,83 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
 from tim4rec_jax.layers.basic import fold
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+
+
+@dataclasses.dataclass(frozen=True)
+class SASRecSettings(ModelSettings):
+    """Names are RecBole's; defaults are those of TiM4Rec's comparison.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      inner_size: inner width of the feed-forward networks.
+      n_layers: number of layers.
+      n_heads: number of heads; it must divide `hidden_size`.
+      hidden_dropout_prob: of item vectors and of what a layer adds to them.
+      attn_dropout_prob: of the weights of attention.
+      layer_norm_eps: of all norms.
+    """
+
+    hidden_size: int = 64
+    inner_size: int = 256
+    n_layers: int = 2
+    n_heads: int = 8
+    hidden_dropout_prob: float = rate(0.2)
+    attn_dropout_prob: float = rate(0.2)
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"n_heads is {self.n_heads}; it must divide hidden_size = {self.hidden_size}"
+            )
 
 
 class SASRec(SequenceModel):
     """Items and learned positions through post-norm transformer layers with a causal mask.
 
-    It departs from its paper as that comparison's code does: GELU for ReLU, norms after the
-    sums instead of before, a feed-forward network four times as wide, and full softmax
-    cross-entropy for one sampled negative.
+    It departs from its paper as the comparison's code does: GELU instead of ReLU, norms after the
+    sums instead of before, a feed-forward network four times as wide, and the full softmax
+    cross-entropy instead of one sampled negative.
     """
 
+    Settings = SASRecSettings
     causal = True
 
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: SASRecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights: N(0, 0.02) for tables and maps, the padding row included.
+        """Initialises tables and maps by N(0, 0.02^2), padding included, and biases by 0.
 
-        Args:
-          config: hidden_size, inner_size, n_layers, n_heads, hidden_dropout_prob,
-            attn_dropout_prob, layer_norm_eps; dtype of the activations.
-          n_items: number of items, without padding.
-          max_length: longest history.
-          rngs: stream `params`.
-          param_dtype: of parameters and norms: float32, or float64 for parity.
+        Arguments are those of `SequenceModel`.
         """
-        width = config["hidden_size"]
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
-        self.positions = Positions(config, max_length, **kwargs)
-        self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
+        width, eps = settings.hidden_size, settings.layer_norm_eps
+        super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(
+            dropout_rate=settings.hidden_dropout_prob,
+            eps=eps,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.positions = Positions(width, sizes.max_length, **kwargs)
+
+        def layer() -> EncoderLayer:
+            return EncoderLayer(
+                width,
+                inner=settings.inner_size,
+                heads=settings.n_heads,
+                attention_dropout_rate=settings.attn_dropout_prob,
+                **kwargs,
+            )
+
+        self.layers = nnx.List([layer() for _ in range(settings.n_layers)])
 
     def __call__(
         self,

@@ -1,26 +1,59 @@
-"""SSD4Rec*: TiM4Rec without time, as its authors re-implemented SSD4Rec to compare with."""
+"""SSD4Rec*: TiM4Rec without time, as TiM4Rec's authors re-implemented SSD4Rec to compare with it."""
+
+import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
-from tim4rec_jax.models.causal_tim4rec import CausalTiM4Rec
+from tim4rec_jax.models.base import DataSizes, ModelSettings, not_negative, one_of, rate
+from tim4rec_jax.models.tim4rec import CausalTiM4Rec, TiM4RecSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class SSD4RecSettings(ModelSettings):
+    """Names and defaults are those of the TiM4Rec repository; `TiM4RecSettings` explains them."""
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    dropout_prob: float = rate(0.2)
+    d_state: int = 32
+    d_conv: int = 4
+    expand: int = 2
+    head_dim: int = 32
+    chunk_size: int = not_negative(0)
+    norm_eps: float = 1e-12
+    is_ffn: bool = True
+    is_kai_ming_init: bool = False
+    conv_path: str = one_of("", "hardswish", "silu")
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.without_time()  # checks the heads
+
+    def without_time(self) -> TiM4RecSettings:
+        """The settings of TiM4Rec that make this model."""
+        settings = dataclasses.asdict(self)
+        return TiM4RecSettings(**settings, time_encoding="causal", is_time=False)
 
 
 class SSD4Rec(CausalTiM4Rec):
     """Item embedding, dropout, norm; SSD blocks with feed-forward networks.
 
-    Not the model of the SSD4Rec paper (arXiv 2409.01192), whose blocks read in both directions
-    over rows of several histories: what TiM4Rec's comparison ran under that name.
+    TiM4Rec's comparison ran this model under the name SSD4Rec. The model of the SSD4Rec paper
+    (arXiv 2409.01192) is another: its blocks read rows of several histories in both directions.
     """
 
+    Settings = SSD4RecSettings  # pyright: ignore[reportAssignmentType]
+    default_patience = 10
+
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: SSD4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights; arguments as for `TiM4Rec`, less all that time needs."""
-        super().__init__(
-            {**config, "is_time": False, "knows_next_time": False},
-            n_items=n_items,
-            max_length=max_length,
-            rngs=rngs,
-            param_dtype=param_dtype,
-        )
+        """Initialises the weights; arguments as `SequenceModel`."""
+        super().__init__(settings.without_time(), sizes, rngs=rngs, param_dtype=param_dtype)

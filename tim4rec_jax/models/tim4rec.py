@@ -1,68 +1,181 @@
-"""TiM4Rec: items and the gaps between them -> the next item (arXiv 2409.16182)."""
+"""TiM4Rec: items and the gaps between them predict the next item (arXiv 2409.16182).
 
+`TiM4Rec` is the paper's model, whose time stream sees whole rows. `CausalTiM4Rec` uses time without
+looking ahead. `time_encoding` chooses between them.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers import Block, FeedForward, TimeAwareSSD, TimeEncoder, TimeMixer
+from tim4rec_jax.layers import (
+    Block,
+    CausalBlock,
+    CausalSSD,
+    FeedForward,
+    GapModulator,
+    TimeAwareSSD,
+    TimeEncoder,
+    TimeMixer,
+    gap_features,
+)
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm
-from tim4rec_jax.models.base import SequenceModel
-from tim4rec_jax.ssd.convolution import ACTIVATIONS
+from tim4rec_jax.layers.time import NextTime
+from tim4rec_jax.models.base import (
+    CausalBlocks,
+    DataSizes,
+    ModelSettings,
+    SequenceModel,
+    not_negative,
+    one_of,
+    rate,
+)
 
-TIME_ENCODINGS = ("paper", "masked")
+
+@dataclasses.dataclass(frozen=True)
+class TiM4RecSettings(ModelSettings):
+    """Names and defaults are those of the 64-d configurations in the TiM4Rec repository.
+
+    `time_encoding`, `output_std`, `knows_next_time` and `conv_path` are ours. Their defaults
+    reproduce the published model.
+
+    Attributes:
+      time_encoding: "paper": the published time stream. "masked": the same, but its statistics
+        are taken over real events only and gaps are exact. "causal": each event's own gap changes
+        its step, and nothing looks ahead.
+      hidden_size: D, the width of the item vectors.
+      num_layers: number of layers. A single layer has no residual connection.
+      dropout_prob: of item vectors, layers, and the input of the time stream.
+      time_drop_out: of the layers of the time stream.
+      d_state: N, the size of the state of each head.
+      d_conv: taps of the causal convolutions.
+      expand: width of the SSD layer, in units of `hidden_size`.
+      head_dim: P, the width of a head.
+      chunk_size: of the SSD op; 0 lets the op choose. Results do not depend on it.
+      norm_eps: of all norms but that of the feed-forward networks.
+      is_ffn: whether layers have a feed-forward network.
+      is_time: whether the model uses time.
+      p2p_residual: whether the gate of the time stream has a weight for each position.
+      is_kai_ming_init: whether convolutions are initialised by Kaiming's rule.
+      output_std: standard deviation of the initial weights of an SSD layer's output projection.
+        The norm before that projection gives its input the size 1, however weak the layer's signal
+        is. With less than the paper's 0.02 a new layer changes little, as in attention and Mamba.
+      knows_next_time: whether predictions depend on the time of the next event. A recommender
+        knows that time only if it is asked at that moment. Needs `time_encoding` "causal".
+      conv_path: the activation after the convolutions, "hardswish" or "silu". By default the one
+        that the published code takes, see `activation`.
+    """
+
+    time_encoding: str = one_of("paper", "masked", "causal")
+    hidden_size: int = 64
+    num_layers: int = 2
+    dropout_prob: float = rate(0.2)
+    time_drop_out: float = rate(0.2)
+    d_state: int = 32
+    d_conv: int = 4
+    expand: int = 2
+    head_dim: int = 32
+    chunk_size: int = not_negative(0)
+    norm_eps: float = 1e-12
+    is_ffn: bool = True
+    is_time: bool = True
+    p2p_residual: bool = False
+    is_kai_ming_init: bool = True
+    output_std: float = 0.02
+    knows_next_time: bool = False
+    conv_path: str = one_of("", "hardswish", "silu")
+
+    def __post_init__(self):
+        super().__post_init__()
+        inner = self.expand * self.hidden_size
+        if inner % self.head_dim:
+            raise ValueError(
+                f"head_dim is {self.head_dim}; it must divide expand * hidden_size = {inner}"
+            )
+        if self.knows_next_time and self.time_encoding != "causal":
+            raise ValueError(
+                "knows_next_time is True, which needs config.model.time_encoding=causal; "
+                f"it is {self.time_encoding}"
+            )
+
+    @property
+    def convention(self) -> str:
+        """See `ModelSettings`."""
+        return "recbole" if self.time_encoding == "paper" else "exact"
+
+    @property
+    def heads(self) -> int:
+        """H, the number of heads."""
+        return self.expand * self.hidden_size // self.head_dim
+
+    @property
+    def activation(self) -> str:
+        """The activation after the convolutions.
+
+        The published code has a fast convolution that runs for multiples of eight channels only and
+        applies SiLU. Every released model has four heads, takes the other path, and so applies
+        hard-swish.
+        """
+        return self.conv_path or ("hardswish" if self.heads % 8 else "silu")
 
 
 class TiM4Rec(SequenceModel):
-    """The paper's model; field names of `config` are the reference's own.
+    """The paper's model.
 
-    Not causal: the time stream looks ahead. Its weights are tied to `max_length`.
+    It is not causal, because the time stream looks ahead. Its weights depend on `max_length`.
     """
 
-    def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
-    ):
-        """Initialises the weights as the reference does.
+    Settings = TiM4RecSettings
+    default_patience = 20
 
-        Args:
-          config: hidden_size, num_layers, dropout_prob, time_drop_out, d_state, d_conv,
-            expand, head_dim, chunk_size (0 or None: the op chooses), norm_eps, is_ffn,
-            is_time, p2p_residual, is_kai_ming_init; time_encoding `paper` (as published)
-            or `masked` (statistics over real events, exact gaps); dtype of the activations;
-            conv_path, optional: `hardswish` or `silu` after the convolutions.
-          n_items: number of items, without padding.
-          max_length: longest history.
-          rngs: stream `params`.
-          param_dtype: of parameters, norms and decays: float32, or float64 for parity.
-        """
-        width = config["hidden_size"]
-        inner = width * config["expand"]
-        if inner % config["head_dim"]:
-            raise ValueError(
-                f"head_dim {config['head_dim']} does not divide expand * hidden_size = {inner}"
-            )
-        if config["time_encoding"] not in TIME_ENCODINGS:
-            raise ValueError(
-                f"time_encoding {config['time_encoding']!r} is not one of {TIME_ENCODINGS}"
-            )
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
-        self.masked = config["time_encoding"] == "masked"
-        self.dropout_rate = config["dropout_prob"]
-        eps = config["norm_eps"]
+    @classmethod
+    def variant(cls, settings: TiM4RecSettings) -> type[SequenceModel]:
+        """See `SequenceModel`."""
+        return CausalTiM4Rec if settings.time_encoding == "causal" else cls
+
+    def __init__(
+        self,
+        settings: TiM4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ):
+        """Initialises the weights as the published code does; arguments as `SequenceModel`."""
+        width, eps, length = settings.hidden_size, settings.norm_eps, sizes.max_length
+        super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
+        self.masked = settings.time_encoding == "masked"
+        self.dropout_rate = settings.dropout_prob
         self.norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
+        time: dict[str, Any] = dict(eps=eps, dtype=param_dtype, rngs=rngs)
         self.time = (
-            TimeEncoder(
-                max_length,
-                dropout_rate=self.dropout_rate,
-                eps=eps,
-                dtype=param_dtype,
-                rngs=rngs,
-            )
-            if config["is_time"]
+            TimeEncoder(length, dropout_rate=self.dropout_rate, **time)
+            if settings.is_time
             else None
         )
-        self.blocks = nnx.List(
-            [_block(config, max_length, kwargs) for _ in range(config["num_layers"])]
-        )
+
+        def block() -> Block:
+            ssd = TimeAwareSSD(width, **ssd_arguments(settings, self.dtype, param_dtype, rngs))
+            mixer = None
+            if settings.is_time:
+                mixer = TimeMixer(
+                    length,
+                    settings.heads,
+                    width=settings.d_conv,
+                    activation=settings.activation,
+                    dropout_rate=settings.time_drop_out,
+                    gate_per_position=settings.p2p_residual,
+                    kaiming=settings.is_kai_ming_init,
+                    **time,
+                )
+            arguments = block_arguments(settings, self.dtype, param_dtype, rngs)
+            return Block(ssd, mixer, **arguments)
+
+        self.blocks = nnx.List([block() for _ in range(settings.num_layers)])
 
     def __call__(
         self,
@@ -73,12 +186,16 @@ class TiM4Rec(SequenceModel):
         segment_ids: Int[Array, "B L"] | None = None,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """See `SequenceModel`; one history a row.
+        """See `SequenceModel`.
 
-        L <= T = max_length: cutting L to the longest history of the batch changes nothing
-        before `lengths`; `gaps` always have all T columns.
+        `gaps` always have T = `max_length` columns. L may be shorter, down to the longest history
+        of the batch; that changes nothing before `lengths`.
+
+        Raises:
+          ValueError: `segment_ids` are given.
         """
-        assert segment_ids is None, "the time stream looks at whole rows"
+        if segment_ids is not None:
+            raise ValueError("the time stream sees whole rows: each row must be one history")
         h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
         for i, block in enumerate(self.blocks):
             h, tau = block(h, tau, real, fold(dropout_seeds, i + 1))
@@ -92,10 +209,7 @@ class TiM4Rec(SequenceModel):
         *,
         dropout_seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1`, what the next item is predicted from.
-
-        The last layer computes nothing else than that position (arguments as `__call__`).
-        """
+        """See `SequenceModel` and `__call__`. The last layer computes only the last events."""
         h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
         last = len(self.blocks) - 1
         for i, block in enumerate(self.blocks[:last]):
@@ -114,6 +228,7 @@ class TiM4Rec(SequenceModel):
         return masks
 
     def _embed(self, items, lengths, gaps, seeds):
+        """The item stream, the time stream, and where real events are (`masked` only)."""
         h = self.norm(dropout(self.item_embedding(items), self.dropout_rate, fold(seeds, 0)))
         if self.time is None:
             return h, None, None
@@ -123,64 +238,105 @@ class TiM4Rec(SequenceModel):
         return h, self.time(gaps, real, fold(seeds, -1)), real
 
 
-def activation(config, heads: int):
-    """The activation after the convolutions, as the reference chooses it.
+class CausalTiM4Rec(CausalBlocks):
+    """TiM4Rec with a causal use of time, see `tim4rec_jax.layers.CausalSSD`.
 
-    Its fast convolution runs for multiples of eight channels only, with SiLU; every released
-    model has four heads and takes its other path, with hardswish.
+    Every position predicts the event after it, from the events up to it and their gaps. Of the
+    settings it does not use `time_drop_out` and `p2p_residual`, which belong to the time stream.
     """
-    return ACTIVATIONS[config.get("conv_path") or ("hardswish" if heads % 8 else "silu")]
 
+    Settings = TiM4RecSettings
+    default_patience = 20
 
-def ssd_settings(config, kwargs: dict) -> dict:
-    """Arguments of an `SSDLayer`; `kwargs` are its dtypes and rngs."""
-    heads = config["hidden_size"] * config["expand"] // config["head_dim"]
-    return dict(
-        state=config["d_state"],
-        head_width=config["head_dim"],
-        expand=config["expand"],
-        conv_width=config["d_conv"],
-        chunk_size=config["chunk_size"] or None,
-        activation=activation(config, heads),
-        kaiming=config["is_kai_ming_init"],
-        eps=config["norm_eps"],
-        output_std=config.get("output_std", 0.02),  # a setting that older runs do not have
-        **kwargs,
-    )
-
-
-def feed_forward(config, kwargs: dict) -> FeedForward | None:
-    """The feed-forward network of a layer, if the model has them."""
-    if not config["is_ffn"]:
-        return None
-    return FeedForward(config["hidden_size"], dropout_rate=config["dropout_prob"], **kwargs)
-
-
-def block_settings(config, kwargs: dict) -> dict:
-    """Arguments of a `ResidualBlock`."""
-    return dict(
-        width=config["hidden_size"],
-        residual=config["num_layers"] > 1,
-        dropout_rate=config["dropout_prob"],
-        eps=config["norm_eps"],
-        **kwargs,
-    )
-
-
-def _block(config, max_length: int, kwargs: dict) -> Block:
-    ssd = TimeAwareSSD(config["hidden_size"], **ssd_settings(config, kwargs))
-    mixer = None
-    if config["is_time"]:
-        mixer = TimeMixer(
-            max_length,
-            ssd.heads,
-            width=config["d_conv"],
-            activation=activation(config, ssd.heads),
-            dropout_rate=config["time_drop_out"],
-            gate_per_position=config["p2p_residual"],
-            kaiming=config["is_kai_ming_init"],
-            eps=config["norm_eps"],
-            dtype=kwargs["param_dtype"],
-            rngs=kwargs["rngs"],
+    def __init__(
+        self,
+        settings: TiM4RecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+    ):
+        """Initialises the weights; arguments as `SequenceModel`."""
+        self.is_time, self.knows_next_time = settings.is_time, settings.knows_next_time
+        width, eps = settings.hidden_size, settings.norm_eps
+        super().__init__(
+            settings,
+            sizes,
+            width=width,
+            dropout_rate=settings.dropout_prob,
+            eps=eps,
+            rngs=rngs,
+            param_dtype=param_dtype,
         )
-    return Block(ssd, mixer, feed_forward(config, kwargs), **block_settings(config, kwargs))
+
+        def block() -> CausalBlock:
+            ssd = CausalSSD(width, **ssd_arguments(settings, self.dtype, param_dtype, rngs))
+            modulator = None
+            if settings.is_time:
+                modulator = GapModulator(width, settings.heads, param_dtype=param_dtype)
+            arguments = block_arguments(settings, self.dtype, param_dtype, rngs)
+            return CausalBlock(ssd, modulator, **arguments)
+
+        self.blocks = nnx.List([block() for _ in range(settings.num_layers)])
+        self.next_time = (
+            NextTime(width, eps=eps, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
+            if self.knows_next_time
+            else None
+        )
+
+    def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
+        """See `SequenceModel`."""
+        if self.next_time is None:
+            return super().at(hidden, wait)
+        return self.next_time(hidden, gap_features(wait))
+
+    def masks(
+        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+    ) -> list[Float[Array, "B H L L"]]:
+        """See `SequenceModel`."""
+        del lengths
+        h, features = self._embed(items, None), self._features(gaps[:, : items.shape[1]])
+        masks = []
+        for block in self.blocks:
+            masks.append(block.mask(h, features))
+            h = block(h, features, None)
+        return masks
+
+    def _features(self, gaps):
+        if not self.is_time:
+            return None
+        return gap_features(gaps.astype(self.item_embedding.embedding.dtype))
+
+
+def ssd_arguments(settings: TiM4RecSettings, dtype, param_dtype, rngs: nnx.Rngs) -> dict[str, Any]:
+    """Arguments of `TimeAwareSSD` and `CausalSSD`."""
+    return dict(
+        state=settings.d_state,
+        head_width=settings.head_dim,
+        expand=settings.expand,
+        conv_width=settings.d_conv,
+        chunk_size=settings.chunk_size or None,
+        activation=settings.activation,
+        kaiming=settings.is_kai_ming_init,
+        eps=settings.norm_eps,
+        output_std=settings.output_std,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        rngs=rngs,
+    )
+
+
+def block_arguments(
+    settings: TiM4RecSettings, dtype, param_dtype, rngs: nnx.Rngs
+) -> dict[str, Any]:
+    """Arguments of `Block` and `CausalBlock`: the feed-forward network and what is around it."""
+    kwargs: dict[str, Any] = dict(
+        dropout_rate=settings.dropout_prob, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+    return dict(
+        feed_forward=FeedForward(settings.hidden_size, **kwargs) if settings.is_ffn else None,
+        width=settings.hidden_size,
+        residual=settings.num_layers > 1,
+        eps=settings.norm_eps,
+        **kwargs,
+    )

@@ -1,6 +1,7 @@
 """TiSASRec: SASRec whose attention sees the time between events (WSDM 2020), as compared."""
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -8,7 +9,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
 from tim4rec_jax.layers.basic import dropout, fold
-from tim4rec_jax.models.base import SequenceModel
+from tim4rec_jax.models.base import NORMAL, DataSizes, ModelSettings, SequenceModel, rate
 
 
 def time_index(gaps: Float[Array, "B L"], span: int) -> Int32[Array, "B L L"]:
@@ -58,47 +59,109 @@ class TimeRelation(NamedTuple):
         return jnp.einsum("bhqs,shp->bhqp", sums, self.values)
 
 
-class TiSASRec(SequenceModel):
-    """SASRec with two tables of `time_span` + 1 vectors, for keys and values, in all layers.
+@dataclasses.dataclass(frozen=True)
+class TiSASRecSettings(ModelSettings):
+    """Names are RecBole's; defaults are those of TiM4Rec's comparison.
 
-    What TiM4Rec's comparison did, and this does too:
-    - Distances are whole seconds, cut at `time_span`, where the paper divides them by a user's
-      shortest gap: with `time_span` 256 all that is told apart is events within 4 minutes.
-    - They are differences of float32 times (`data.convention` "recbole"): multiples of 64 or
-      128 seconds. "exact" gives every distance its own vector.
-
-    One thing differs in training. The original looks up a vector for each pair, [B,L,L,D], and
-    drops single numbers of it, one mask for all layers. Here a pair's whole vector of a head is
-    dropped, anew in each layer: as often, and on its own for each pair, as there.
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      inner_size: inner width of the feed-forward networks.
+      n_layers: number of layers.
+      n_heads: number of heads; it must divide `hidden_size`.
+      hidden_dropout_prob: of item vectors and of what a layer adds to them.
+      attn_dropout_prob: of the weights of attention.
+      layer_norm_eps: of all norms.
+      time_span: distances in time are cut at so many seconds.
     """
 
+    hidden_size: int = 64
+    inner_size: int = 256
+    n_layers: int = 2
+    n_heads: int = 4
+    hidden_dropout_prob: float = rate(0.2)
+    attn_dropout_prob: float = rate(0.2)
+    layer_norm_eps: float = 1e-12
+    time_span: int = 256
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.hidden_size % self.n_heads:
+            raise ValueError(
+                f"n_heads is {self.n_heads}; it must divide hidden_size = {self.hidden_size}"
+            )
+
+    @property
+    def convention(self) -> str:
+        """See `ModelSettings`."""
+        return "recbole"
+
+
+class TiSASRec(SequenceModel):
+    """SASRec with two tables of `time_span` + 1 vectors, one for keys and one for values.
+
+    All layers share the tables. Two habits of TiM4Rec's comparison are kept:
+
+    - Distances are whole seconds, cut at `time_span`. The paper divides them by the user's
+      shortest gap. With a `time_span` of 256 the model only tells apart events within 4 minutes.
+    - Distances are differences of float32 times (`data.convention` "recbole"), so they are
+      multiples of 64 or 128 seconds. With "exact" every distance has its own vector.
+
+    Dropout differs from the original in one way. The original looks up a vector for each pair of
+    events, [B,L,L,D], and drops single numbers of these vectors, with one mask for all layers.
+    This code drops the whole vector of a pair in a head, with a new mask in each layer. Each pair
+    is dropped with the same probability as a number there, independently of the other pairs.
+    """
+
+    Settings = TiSASRecSettings
     causal = True
 
     def __init__(
-        self, config, *, n_items: int, max_length: int, rngs: nnx.Rngs, param_dtype=jnp.float32
+        self,
+        settings: TiSASRecSettings,
+        sizes: DataSizes,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
     ):
-        """Initialises the weights: N(0, 0.02) for tables and maps, the padding row included.
+        """Initialises tables and maps by N(0, 0.02^2), padding included, and biases by 0.
 
-        Args:
-          config: hidden_size, inner_size, n_layers, n_heads, hidden_dropout_prob,
-            attn_dropout_prob, layer_norm_eps, time_span in seconds; dtype of the activations.
-          n_items: number of items, without padding.
-          max_length: longest history.
-          rngs: stream `params`.
-          param_dtype: of parameters and norms: float32, or float64 for parity.
+        Arguments are those of `SequenceModel`.
         """
-        width = config["hidden_size"]
-        kwargs = self.begin(config, width, n_items, max_length, rngs, param_dtype)
-        self.time_span, self.heads = config["time_span"], config["n_heads"]
-        self.dropout_rate = config["hidden_dropout_prob"]
+        width, eps = settings.hidden_size, settings.layer_norm_eps
+        super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
+        kwargs: dict[str, Any] = dict(
+            dropout_rate=settings.hidden_dropout_prob,
+            eps=eps,
+            dtype=self.dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.time_span, self.heads = settings.time_span, settings.n_heads
+        self.dropout_rate = settings.hidden_dropout_prob
 
-        def table(rows: int) -> nnx.Embed:
-            init = nnx.initializers.normal(0.02)
-            return nnx.Embed(rows, width, embedding_init=init, **kwargs)
+        def table() -> nnx.Embed:
+            return nnx.Embed(
+                self.time_span + 1,
+                width,
+                embedding_init=NORMAL,
+                dtype=self.dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
 
-        self.time_keys, self.time_values = table(self.time_span + 1), table(self.time_span + 1)
-        self.positions = Positions(config, max_length, **kwargs)
-        self.layers = nnx.List([EncoderLayer(config, **kwargs) for _ in range(config["n_layers"])])
+        self.time_keys, self.time_values = table(), table()
+        self.positions = Positions(width, sizes.max_length, **kwargs)
+
+        def layer() -> EncoderLayer:
+            return EncoderLayer(
+                width,
+                inner=settings.inner_size,
+                heads=settings.n_heads,
+                attention_dropout_rate=settings.attn_dropout_prob,
+                **kwargs,
+            )
+
+        self.layers = nnx.List([layer() for _ in range(settings.n_layers)])
 
     def __call__(
         self,

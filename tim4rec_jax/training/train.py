@@ -33,7 +33,7 @@ from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import write_json
-from tim4rec_jax.models import build
+from tim4rec_jax.models import build, model_class
 from tim4rec_jax.run import check_same_dataset, check_unchanged, load_model, write_settings
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
 from tim4rec_jax.training.checkpoints import Checkpoints, silence_echoes
@@ -170,7 +170,7 @@ class _Run:
         trained_on = workdir / "dataset.json"
         check_same_dataset(dataset.directory, dataset.metadata, trained_on)
         if config.model.date_bias_knots:
-            config.model.date_bias_dates = train_dates(dataset)
+            config.data.date_range = train_dates(dataset)
         settings = workdir / "config.json"
         if settings.exists():
             check_unchanged(config, settings)
@@ -180,12 +180,13 @@ class _Run:
 
         self.batches = make_batches(config, dataset)
         self.placement = data_sharding(config.train.batch_size)
-        counted = config.model.name == "popularity"  # counting goes over the whole log
+        counted = model_class(config.model).needs_item_counts  # counting goes over the whole log
         model = build(
             config.model,
             n_items=dataset.n_items,
             n_users=dataset.n_users,
             item_counts=train_item_counts(dataset) if counted else None,
+            date_range=config.data.date_range,
             max_length=config.data.max_length,
             seed=config.seed,
         )
