@@ -206,7 +206,7 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     steps, tx = make_steps(config, dataset, batches, model, placement)
     state = init_state(nnx.state(model), tx, config.seed)
     state = jax.device_put(state, placement.replicated)
-    console.print(f"{dataset.name}: {batches.n_samples:,} samples", end=", ")
+    console.print(f"{dataset.name}: {batches.n_targets:,} samples", end=", ")
     console.print(f"{batches.batches_per_epoch} batches, {type(steps).__name__}")
     for epoch in range(count + 1):
         wall, cpu = time.perf_counter(), time.process_time()
@@ -219,7 +219,7 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
         note = " (compiling included)" if epoch == 0 else ""
         console.print(
             f"epoch {epoch}: {wall:.1f} s wall, {cpu:.1f} s cpu, "
-            f"{batches.n_samples / wall:,.0f} samples/s{note}"
+            f"{batches.n_targets / wall:,.0f} samples/s{note}"
         )
     # None on CPU.
     if memory := jax.devices()[0].memory_stats():

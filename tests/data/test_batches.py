@@ -61,7 +61,7 @@ def test_an_epoch_holds_every_sample_once(plan, epoch):
     )
     made = epoch_of(batches, epoch)
     assert collections.Counter(sample for batch in made for sample in samples_of(batch)) == expected
-    assert batches.n_samples == expected.total()
+    assert batches.n_targets == expected.total()
 
     partial = 0
     for batch in made:
@@ -152,7 +152,7 @@ def test_buckets_save_padding():
     dataset, arguments = dataset_and_arguments()
     alike = TrainBatches(dataset, **arguments, buckets=(30,))
     bucketed = TrainBatches(dataset, **arguments)
-    assert bucketed.n_samples == alike.n_samples
+    assert bucketed.n_targets == alike.n_targets
     assert bucketed.padding_share < 0.5 * alike.padding_share
 
 
@@ -181,7 +181,7 @@ def test_evaluation_covers_each_user_once(plan, split):
     last = 1 if split == "test" else 2
     batches = EvalBatches(dataset, split, **arguments)
     made = list(batches)
-    assert len(made) == len(batches) == -(-batches.n_samples // arguments["batch_size"])
+    assert len(made) == len(batches) == -(-batches.n_targets // arguments["batch_size"])
     found = [sample for batch in made for sample in samples_of(batch)]
     ends = dataset.lengths - last
     targets = dataset.items(dataset.offsets[:-1] + ends.clip(0), np.ones_like(ends), 1)[:, 0]

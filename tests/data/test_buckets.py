@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tim4rec_jax.data import default_buckets
-from tim4rec_jax.data.batches import train_prefixes
+from tim4rec_jax.data.batches import window_counts
 
 samples = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(np.array)
 
@@ -16,12 +16,12 @@ samples = st.lists(st.integers(0, 60), min_size=1, max_size=12).map(np.array)
 def test_prefixes_by_length(samples, max_length):
     lengths = [min(end, max_length) for n in samples for end in range(1, n + 1)]
     expected = np.bincount(np.array(lengths, int), minlength=max_length + 1)
-    np.testing.assert_array_equal(train_prefixes(samples, max_length), expected)
+    np.testing.assert_array_equal(window_counts(samples, max_length), expected)
 
 
 @given(samples=samples, max_length=st.integers(1, 30), most=st.integers(1, 5))
 def test_no_other_buckets_pad_less(samples, max_length, most):
-    lengths = np.repeat(np.arange(max_length + 1), train_prefixes(samples, max_length))
+    lengths = np.repeat(np.arange(max_length + 1), window_counts(samples, max_length))
 
     def slots(buckets):
         return sum(min(width for width in buckets if width >= length) for length in lengths)

@@ -57,7 +57,7 @@ def test_an_epoch_holds_every_target_once(plan, epoch):
     for batch in epoch_of(batches, epoch):
         found.update(batch["targets"][batch["weights"] > 0])
     assert found == expected
-    assert sum(found.values()) == batches.n_samples
+    assert sum(found.values()) == batches.n_targets
 
 
 @given(plan=plans(), windows=st.none() | st.integers(1, 3))
@@ -92,15 +92,15 @@ def test_only_the_end_of_an_epoch_is_padded(plan):
     _, batches = packed(**plan)
     weights = np.concatenate([batch["weights"].ravel() for batch in epoch_of(batches)])
     assert weights.tolist() == sorted(weights, reverse=True)
-    assert batches.fill == pytest.approx(weights.mean())
+    assert 1 - batches.padding_share == pytest.approx(weights.mean())
 
 
 @given(plan=plans(), windows=st.integers(1, 2))
 def test_no_user_gives_more_than_the_windows_asked_for(plan, windows):
     dataset, batches = packed(**plan, windows_per_user=windows)
     most = windows * plan["max_length"]
-    assert batches.n_samples == np.minimum(np.maximum(dataset.lengths - 3, 0), most).sum()
-    assert sum(b["weights"].sum() for b in epoch_of(batches)) == batches.n_samples
+    assert batches.n_targets == np.minimum(np.maximum(dataset.lengths - 3, 0), most).sum()
+    assert sum(b["weights"].sum() for b in epoch_of(batches)) == batches.n_targets
 
 
 def test_windows_move_from_epoch_to_epoch():

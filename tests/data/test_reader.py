@@ -10,7 +10,6 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tim4rec_jax.data import dataset as reader
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
@@ -218,7 +217,7 @@ def test_the_float32_order_allows_what_float32_cannot_tell_apart(tmp_path):
 
 @pytest.mark.parametrize("size", [1, 2, 3, 7])
 def test_checks_hold_across_their_pieces(tmp_path, monkeypatch, size):
-    monkeypatch.setattr(reader, "_CHECK_EVENTS", size)
+    monkeypatch.setattr(fmt, "_CHECK_EVENTS", size)
     write_dataset(tmp_path, HISTORIES)
     open_dataset(tmp_path)
     edit_column("timestamps", set_event(9, 6, 0))(tmp_path)

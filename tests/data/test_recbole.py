@@ -86,7 +86,7 @@ def test_training_rows(golden_all, dataset_and_users):
         columns += (items @ weights, items**2 @ weights)
         made.append(np.stack(columns, axis=1)[batch["weights"] == 1])
     made = np.concatenate(made)
-    assert len(made) == batches.n_samples == len(reference)
+    assert len(made) == batches.n_targets == len(reference)
     if len(users) == 943:
         assert len(made) == 96_458
     np.testing.assert_array_equal(made[np.lexsort(made.T)], reference[np.lexsort(reference.T)])

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax.data import EvalBatches, TrainBatches, train_item_counts
-from tim4rec_jax.data.splits import by_time, date, leave_one_out, moment
+from tim4rec_jax.data.splits import by_time, format_time, leave_one_out, parse_time
 from tim4rec_jax.errors import UserError
 
 
@@ -100,6 +100,11 @@ def test_dates_that_cannot_be(dataset, dates, words):
 
 
 def test_moments():
-    assert moment("86400") == moment("1970-01-02") == moment("1970-01-02T01:00+01:00") == 86400
-    assert date(86400) == "1970-01-02T00:00:00+00:00"
-    assert date(10**18) == str(10**18)
+    assert (
+        parse_time("86400")
+        == parse_time("1970-01-02")
+        == parse_time("1970-01-02T01:00+01:00")
+        == 86400
+    )
+    assert format_time(86400) == "1970-01-02T00:00:00+00:00"
+    assert format_time(10**18) == str(10**18)

@@ -1,4 +1,7 @@
-"""Prepared datasets, windows over histories, batches. Needs no JAX, except `data.pipeline`."""
+"""Prepared datasets, windows over histories, and batches.
+
+Nothing here imports JAX, except `tim4rec_jax.data.pipeline` through grain.
+"""
 
 from tim4rec_jax.data.batches import (
     Batch,

@@ -1,4 +1,29 @@
-"""Windows over histories: the last events before a target, their time gaps, batches of them."""
+"""Batches: what they hold, how they are gathered, and which samples each of them has.
+
+A batch is a dictionary of arrays. The table describes its fields for all of the package. B is the
+number of rows, which `train.batch_size` and `eval.batch_size` set. L is `data.max_length`. W is the
+width of the batch, one of a few buckets up to L. All seconds are exact differences, rounded to
+float32 at the end, unless the convention of `gaps` is "recbole" (see `time_gaps`).
+
+| field | one target a row (`TrainBatches`, `EvalBatches`) | packed rows (`PackedBatches`) |
+|---|---|---|
+| `items` | int32 [B, W], the events of a window, then 0 | int32 [B, L], segments, then 0 |
+| `lengths` | int32 [B], number of events in the window | |
+| `gaps` | float32 [B, L], seconds since the event before | float32 [B, L], the same |
+| `segment_ids` | | int32 [B, L], the segment of a position, from 1 in every row |
+| `targets` | int32 [B], the item of the event after the window | int32 [B, L], of the event after |
+| `time_to_next` | float32 [B], seconds from the last event to the target | float32 [B, L] |
+| `dates` | float32 [B], days since 1970 of the last event | float32 [B, L], of each event |
+| `users` | int32 [B], row of the user in the dataset | |
+| `weights` | float32 [B], 0 for a row that only fills up, else 1 | float32 [B, L], 0 at padding |
+
+A window is a user's last events before a target, at most L of them. A segment is a run of events of
+one user in a packed row; the first gap of a window and of a segment is 0. `gaps` has all L columns
+whatever W is, because the time stream of the published model looks at whole rows.
+
+Training has one target for each event that it sees (`tim4rec_jax.data.splits`), except for a user's
+first event, before which there is nothing to predict from.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -6,14 +31,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int, Int64
 
-from tim4rec_jax.data.dataset import (
-    Array,
-    Dataset,
-    EventLog,
-    event_log,
-    samples_of_users,
-    windows,
-)
+from tim4rec_jax.data.dataset import Array, Dataset, EventLog, event_log, train_targets, windows
+from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
 
 Batch = dict[str, Any]
@@ -29,27 +48,24 @@ def collate(
     max_length: int,
     convention: Convention,
 ) -> Batch:
-    """Makes a batch of windows over histories, each with the event that follows it.
+    """Gathers windows from a log, each with the event that follows it.
 
-    It is the same function on the host and inside a compiled step: `log`, `starts` and
-    `lengths` are arrays of NumPy, or all are arrays of JAX.
+    The same function works on the host and inside a compiled step: `log`, `starts` and `lengths`
+    are all arrays of NumPy, or all arrays of JAX.
 
     Args:
       log: the events.
       starts: number of each window's first event in the log.
-      lengths: events of each window. The event after them must be in the log too.
+      lengths: number of events of each window. The event after them must be in the log too.
       width: columns of `items`; at least the longest window.
       max_length: columns of `gaps`.
       convention: of the gaps; see `time_gaps`.
 
     Returns:
-      `items` int32 [B, width] right padded with 0; `lengths` int32 [B]; `gaps` float32
-      [B, max_length], all columns whatever `width` is, because the time stream of the model
-      looks at whole rows; `targets` int32 [B], the event after; `time_to_next` float32 [B], exact
-      seconds until it; `dates` float32 [B], of the window's last event, days since 1970.
+      A batch without `users` and `weights`.
     """
     xp = log.items.__array_namespace__()
-    # The first pad column holds the spike of the recbole convention; beyond it all is 0.
+    # With the convention "recbole" the first pad column holds a gap; later columns hold 0.
     reach = min(width + 1, max_length)
     gaps = _window_gaps(log, starts, lengths, reach, convention)
     stops = starts + lengths
@@ -68,27 +84,26 @@ def time_gaps(
     lengths: Int[np.ndarray, "B"],
     convention: Convention = "recbole",
 ) -> Float32[np.ndarray, "B L"]:
-    """Time passed since the event before, per event.
+    """Seconds from the event before to each event.
 
     Args:
-      timestamps: times of events, right padded with 0.
-      lengths: events of each row.
-      convention: `"recbole"` computes what the published implementation feeds its model: times
-        are rounded to float32 first (64 s apart near 9e8), and the difference runs on into the
-        padding, so that the first pad holds minus the last time. `"exact"` takes differences
-        in int64 and leaves 0 at pads.
+      timestamps: times of events in seconds, padded with 0 on the right.
+      lengths: number of events of each row.
+      convention: `"recbole"` computes what the published implementation feeds its model. Times
+        are first rounded to float32, whose values are 64 s apart near 9e8. The difference runs
+        on into the padding, so that the first pad holds minus the last time. `"exact"` takes
+        differences in int64 and leaves 0 at pads.
 
     Returns:
-      Gaps in the unit of `timestamps`; the first of each row is 0.
+      The gaps. The first of each row is 0.
     """
-    times = timestamps.ravel()
     rows, width = timestamps.shape
-    log = event_log(np.zeros(times.size, np.int32), times)
+    log = event_log(np.zeros(timestamps.size, np.int32), timestamps.ravel())
     return _window_gaps(log, np.arange(rows) * width, lengths, width, convention)
 
 
 def _window_gaps(log: EventLog, starts, lengths, width: int, convention: Convention):
-    """The gaps within windows, float32 [B, width]; see `time_gaps`."""
+    """The gaps of windows over a log, float32 [B, width]; see `time_gaps`."""
     xp = log.items.__array_namespace__()
     if convention == "recbole":
         times = windows(log.times, starts, lengths, width)
@@ -106,79 +121,25 @@ def prefix_batch(
     max_length: int,
     convention: Convention,
 ) -> Batch:
-    """Gathers prefixes of histories and the events that follow them.
+    """Gathers windows from a dataset, each with the event that follows it.
 
     Args:
-      dataset: where from.
-      users: row numbers of users.
-      ends: the target is the user's event number `ends` (from 0), the input all before it.
-      width: columns of `items`; at least the longest input or `max_length`.
-      max_length: inputs are cut to their last `max_length` events.
-      convention: see `time_gaps`.
+      dataset: holds the events.
+      users: the user of each row.
+      ends: the target of each row is event number `ends` of the user, counted from 0. The window
+        is the last `max_length` events before it.
+      width: columns of `items`; at least the longest window.
+      max_length: longest window, and columns of `gaps`.
+      convention: of the gaps; see `time_gaps`.
 
     Returns:
-      What `collate` returns, and `users` int32 [B].
+      A batch without `weights`.
     """
     lengths = np.minimum(ends, max_length)
     log, starts = dataset.events(dataset.offsets[users] + ends - lengths, lengths + 1)
-    batch = collate(log, starts, lengths, width=width, max_length=max_length, convention=convention)
-    return batch | {"users": users.astype(np.int32)}
+    settings: dict[str, Any] = dict(width=width, max_length=max_length, convention=convention)
+    return collate(log, starts, lengths, **settings) | {"users": users.astype(np.int32)}
 
-
-# ---- data.buckets
-# Chooses the few lengths to which batches are padded.
-
-
-def train_prefixes(
-    samples: Int64[np.ndarray, "users"], max_length: int
-) -> Int64[np.ndarray, "max_length_and_1"]:
-    """Number of training samples by window length, 0 to `max_length`.
-
-    Args:
-      samples: of each user; with n the events 1 to n (from 0) are targets, and target number t
-        has t events before it.
-      max_length: longer windows are cut to it.
-    """
-    users = np.bincount(np.minimum(samples, max_length), minlength=max_length + 1)
-    counts = np.cumsum(users[::-1])[::-1]  # users with at least that many prefixes
-    counts[0] = 0
-    counts[max_length] += np.maximum(samples - max_length, 0).sum()
-    return counts
-
-
-def default_buckets(
-    samples: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
-) -> tuple[int, ...]:
-    """Bucket lengths that leave the least padding in an epoch of training.
-
-    Args:
-      samples: training samples of each user.
-      max_length: the longest window, always a bucket.
-      max_buckets: at most so many; each is one more shape to compile.
-      multiple: all but the longest are multiples of it.
-
-    Returns:
-      Lengths in rising order.
-    """
-    below = np.cumsum(train_prefixes(samples, max_length))
-    lengths = [0, *range(multiple, max_length, multiple), max_length]
-    # best[i]: fewest item slots for samples of up to lengths[i] events, and the buckets that do it.
-    best = {0: (0, 0, ())}
-    for _ in range(max_buckets):
-        best |= {
-            i: min(
-                (slots + int(below[end] - below[lengths[j]]) * end, used + 1, (*chosen, end))
-                for j, (slots, used, chosen) in best.items()
-                if j < i
-            )
-            for i, end in enumerate(lengths)
-            if i
-        }
-    return best[len(lengths) - 1][2]
-
-
-# ---- data.shuffle
-# A shuffle that is never stored: position in, shuffled position out.
 
 _ROUNDS = 4
 
@@ -186,16 +147,18 @@ _ROUNDS = 4
 def permute(
     positions: Int64[np.ndarray, "N"], size: int, key: tuple[int, ...]
 ) -> Int64[np.ndarray, "N"]:
-    """Where a pseudo-random permutation of `range(size)` sends `positions`.
+    """Maps positions in a shuffled list to positions in the list itself.
 
-    A bijection of the next power of two (rounds of add, multiply by an odd number, xor with
-    the own upper half; all invertible), walked until it lands below `size`. So any part of the
-    shuffle of a billion samples costs only that part, with no state to keep or to restore.
+    The map is a pseudo-random permutation of `range(size)` that is computed and never stored. So
+    any part of the shuffle of a billion samples costs only that part, and a resumed run has no
+    state to restore. Rounds of invertible steps (add, multiply by an odd number, xor with the own
+    upper half) permute the numbers below the next power of two. A result of `size` or more goes
+    through the rounds again until it is smaller.
 
     Args:
       positions: numbers from 0 to `size - 1`.
-      size: how many there are.
-      key: non-negative integers; they alone choose the permutation.
+      size: length of the list.
+      key: non-negative integers, which alone choose the permutation.
     """
     bits = max(size - 1, 1).bit_length()
     mask, half = np.uint64((1 << bits) - 1), np.uint64((bits + 1) // 2)
@@ -213,48 +176,73 @@ def permute(
     return out.astype(np.int64)
 
 
-# ---- data.batches
-# Batches by number: which samples they hold is computed, never stored.
-#
-# Every event that training sees (`tim4rec_jax.data.splits`) but a user's first is the target of a
-# training sample. Leave one out, as in the paper: the last event of a history tests, the one
-# before validates; users with three events have no training sample, those with two only test,
-# those with one do nothing.
+class ShuffledBatches:
+    """An endless, shuffled sequence of training batches, each made from its number alone.
 
-
-def rows_of_process(batch_size: int, process_index: int, process_count: int) -> np.ndarray:
-    """Numbers of the rows of each batch that a process makes.
-
-    Raises:
-      UserError: the processes cannot share a batch evenly.
-    """
-    if batch_size < 1 or batch_size % process_count:
-        raise UserError(
-            f"a batch size of {batch_size} cannot be shared by {process_count} processes; "
-            "take a multiple of their number"
-        )
-    share = batch_size // process_count
-    return np.arange(process_index * share, (process_index + 1) * share)
-
-
-class TrainBatches:
-    """An endless, shuffled sequence of training batches with random access.
-
-    Batch `g` is a pure function of the arguments and `g`: any of them can be made at any time,
-    on any thread or process. An epoch is `batches_per_epoch` batches and holds every sample
-    once. Its samples are shuffled; each goes to the shortest bucket that holds its window;
-    what is left of a bucket after the last full batch goes up to the next one; the batches are
-    shuffled. The one batch that may not be full at the end is completed by rows of weight 0
-    that repeat a real row.
-
-    Elements are as `tim4rec_jax.data.batches.prefix_batch` describes, with `weights` float32
-    [B] besides.
+    Batch `g` is a function of the constructor's arguments and of `g`. So any thread or process
+    can make any batch at any time. An epoch is `batches_per_epoch` batches and holds every target
+    once. `TrainBatches` and `PackedBatches` are the two kinds.
 
     Attributes:
-      buckets: widths of `items`, rising; the last is `max_length`.
-      n_samples: samples in an epoch.
-      batches_per_epoch: batches in an epoch.
-      padding_share: share of the positions in `items` over an epoch that hold no event.
+      dataset: holds the events.
+      max_length: longest window or segment.
+      batch_size: rows of a batch over all processes.
+      buckets: widths that a batch may have, rising; the last is `max_length`.
+      batches_per_epoch: number of batches in an epoch.
+      n_targets: number of targets in an epoch.
+      n_events: number of events in `items` over an epoch.
+      padding_share: share of the positions of `items` over an epoch that hold no event.
+    """
+
+    buckets: tuple[int, ...]
+    batches_per_epoch: int
+    n_targets: int
+    n_events: int
+    padding_share: float
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        max_length: int,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
+    ):
+        if batch_size < 1 or batch_size % process_count:
+            raise UserError(
+                f"a batch size of {batch_size} cannot be shared by {process_count} processes; "
+                "take a multiple of their number"
+            )
+        self.dataset, self.max_length, self.batch_size = dataset, max_length, batch_size
+        self.seed = seed
+        share = batch_size // process_count
+        # The rows of each batch that this process makes.
+        self._rows = np.arange(process_index * share, (process_index + 1) * share)
+
+    @property
+    def rows_per_step(self) -> int:
+        """Number of rows of a batch, over all processes."""
+        return self.batch_size
+
+    @property
+    def events_per_step(self) -> float:
+        """Mean number of events in the `items` of a batch, over all processes."""
+        return self.n_events / self.batches_per_epoch
+
+    @property
+    def targets_per_step(self) -> float:
+        """Mean number of targets of a batch, over all processes."""
+        return self.n_targets / self.batches_per_epoch
+
+
+class TrainBatches(ShuffledBatches):
+    """Training batches of the objective `prefix`: each row is a window and its target.
+
+    The samples of an epoch are shuffled. Each goes to the shortest bucket that holds its window.
+    What is left of a bucket after its last full batch goes up to the next bucket, and the batches
+    are shuffled at the end. At most one batch of an epoch is not full. It is completed by rows of
+    weight 0 that repeat one of its rows.
     """
 
     def __init__(
@@ -273,40 +261,37 @@ class TrainBatches:
 
         Args:
           dataset: an open dataset.
-          max_length: windows are the last `max_length` events.
+          max_length: longest window.
           batch_size: rows of a batch over all processes.
           seed: chooses the shuffles.
-          convention: of the time gaps; see `tim4rec_jax.data.time_gaps`.
-          buckets: widths of batches; `None` chooses by `default_buckets`, `(max_length,)`
-            makes all batches alike.
-          process_index: which share of each batch to make.
+          convention: of the time gaps; see `time_gaps`.
+          buckets: widths of batches. `None` chooses by `default_buckets`, and `(max_length,)`
+            gives all batches the same width.
+          process_index: which share of each batch to make, from 0.
           process_count: number of equal shares.
 
         Raises:
           UserError: the numbers do not fit together, or there is nothing to train on.
         """
-        self.buckets = _checked_buckets(dataset, buckets, max_length)
-        self._rows = rows_of_process(batch_size, process_index, process_count)
-        self.dataset, self.seed, self.batch_size = dataset, seed, batch_size
-        self.max_length = max_length
+        super().__init__(dataset, max_length, batch_size, seed, process_index, process_count)
         self.convention: Convention = convention
-
-        prefixes = samples_of_users(dataset)
-        self._plan = _plan(prefixes, self.buckets, batch_size)
-        self.n_samples = int(prefixes.sum())
+        self.buckets = _checked_buckets(dataset, buckets, max_length)
+        targets = train_targets(dataset)
+        self._plan = _plan(targets, self.buckets, batch_size)
         self.batches_per_epoch = sum(bucket.batches for bucket in self._plan)
+        self.n_targets = int(targets.sum())
+        self.n_events = int(window_counts(targets, max_length) @ np.arange(max_length + 1))
         slots = batch_size * sum(bucket.batches * bucket.width for bucket in self._plan)
-        events = train_prefixes(prefixes, max_length) @ np.arange(max_length + 1)
-        self.padding_share = 1 - float(events) / slots
+        self.padding_share = 1 - self.n_events / slots
 
     @property
     def layout(self) -> str:
-        """How samples are laid out, in words."""
+        """The widths of the batches, for people."""
         return f"lengths {', '.join(map(str, self.buckets))}"
 
     def __getitem__(self, number: int) -> Batch:
-        """Makes batch `number`, counted from the start of training (0 and up)."""
-        level, users, ends, weights = self._batch(number)
+        """Makes batch `number`, counted from 0 at the start of training."""
+        level, users, ends, weights = self._samples_of_batch(number)
         batch = prefix_batch(
             self.dataset,
             users,
@@ -318,14 +303,14 @@ class TrainBatches:
         return batch | {"weights": weights}
 
     def indices(self, number: int) -> Batch:
-        """What batch `number` is gathered from, if all events lie in one log.
+        """What `collate` gathers batch `number` from, if the log holds all events of the dataset.
 
         Returns:
-          `bucket` int32 [], which of `buckets` `items` is as wide as; and for every row `starts`
-          int32, the number of the window's first event among all of the dataset, its `lengths`
-          int32, `users` int32 and `weights` float32.
+          `bucket` int32 [], the position of the batch's width in `buckets`; and for each row
+          `starts` int32 and `lengths` int32, the arguments of `collate`, and `users` int32 and
+          `weights` float32, fields of the batch.
         """
-        level, users, ends, weights = self._batch(number)
+        level, users, ends, weights = self._samples_of_batch(number)
         lengths = np.minimum(ends, self.max_length)
         return {
             "bucket": np.array(level, np.int32),
@@ -335,8 +320,8 @@ class TrainBatches:
             "weights": weights,
         }
 
-    def _batch(self, number: int):
-        """Bucket, users, numbers of their target events and weights of a batch."""
+    def _samples_of_batch(self, number: int):
+        """The position of the batch's bucket; and users, target events and weights of the rows."""
         epoch, number = divmod(number, self.batches_per_epoch)
         key = (self.seed, epoch, len(self.buckets))
         number = permute(np.array([number]), self.batches_per_epoch, key)[0]
@@ -350,7 +335,7 @@ class TrainBatches:
         return level, users, ends, real.astype(np.float32)
 
     def _samples(self, epoch: int, level: int, positions: np.ndarray):
-        """User and target event of the samples at `positions` of a bucket's shuffled list."""
+        """Users and target events of the samples at some positions of a bucket's shuffled list."""
         bucket = self._plan[level]
         order = permute(positions, bucket.size, (self.seed, epoch, level))
         own = order - bucket.carried
@@ -366,27 +351,27 @@ class TrainBatches:
 class _Bucket(NamedTuple):
     """The samples whose windows have more than `low` and at most `width` events.
 
-    Its list holds first what the bucket below could not make full batches of, `carried`
-    samples, then its own, user after user; `before[u]` of these are of users before u.
+    The list of a bucket begins with the `carried` samples of which the bucket below could not make
+    full batches. The bucket's own samples follow, one user's after the other's.
     """
 
     width: int
     low: int
-    before: np.ndarray  # int64 [n_users + 1]
+    before: np.ndarray  # int64 [n_users + 1], own samples of all users before each user
     carried: int
-    size: int  # carried and own samples
-    first_batch: int
+    size: int  # number of samples, carried and own
+    first_batch: int  # number of its first batch in the epoch, before the shuffle
     batches: int
 
 
-def _plan(prefixes: np.ndarray, widths: tuple[int, ...], batch_size: int) -> list[_Bucket]:
-    """Deals samples out to buckets; `prefixes` [n_users] counts those of each user."""
+def _plan(targets: np.ndarray, widths: tuple[int, ...], batch_size: int) -> list[_Bucket]:
+    """Deals samples out to buckets; `targets` int64 [n_users] counts the samples of each user."""
     plan, low, carried, first_batch = [], 0, 0, 0
     for width in widths:
         last = width == widths[-1]
-        # The last bucket also takes the prefixes that are cut to its width.
-        high = max(width, int(prefixes.max())) if last else width
-        before = np.concatenate([[0], np.cumsum(np.clip(prefixes, low, high) - low)])
+        # The last bucket also takes the windows that are cut to its width.
+        high = max(width, int(targets.max())) if last else width
+        before = np.concatenate([[0], np.cumsum(np.clip(targets, low, high) - low)])
         size = carried + int(before[-1])
         batches = -(-size // batch_size) if last else size // batch_size
         plan.append(_Bucket(width, low, before, carried, size, first_batch, batches))
@@ -395,29 +380,36 @@ def _plan(prefixes: np.ndarray, widths: tuple[int, ...], batch_size: int) -> lis
 
 
 class EvalBatches:
-    """Batches that hold every user with a target in a split once, shortest histories first.
+    """Batches that hold every user with a target in a split once, shortest windows first.
 
-    `valid`: the target is the last event but one, `test`: the last, with the validation event
-    in the input. Elements are those of `TrainBatches`; `users` says whose row is which.
+    A row is the window before the user's target. The last batch is completed by rows of weight 0
+    that repeat its first row.
+
+    Attributes:
+      dataset: holds the events.
+      max_length: longest window.
+      batch_size: rows of a batch.
+      buckets: widths that a batch may have, rising; the last is `max_length`.
+      n_targets: number of users with a target.
     """
 
     def __init__(
         self,
         dataset: Dataset,
-        split: Literal["valid", "test"],
+        split: Split,
         *,
         max_length: int,
         batch_size: int,
         convention: Convention,
         buckets: Sequence[int] | None = None,
     ):
-        """Takes arguments as `TrainBatches` does.
+        """Plans the batches; see `TrainBatches` for the arguments.
 
         Raises:
           UserError: the buckets do not fit `max_length`, or no user has a target.
         """
         self.buckets = _checked_buckets(dataset, buckets, max_length)
-        self.dataset, self.batch_size, self.max_length = dataset, batch_size, max_length
+        self.dataset, self.max_length, self.batch_size = dataset, max_length, batch_size
         self.convention: Convention = convention
         ends = getattr(dataset.splits, split)
         users = np.flatnonzero(ends >= 1)
@@ -426,10 +418,10 @@ class EvalBatches:
         lengths = np.minimum(ends[users], max_length)
         self._users = users[np.argsort(lengths, kind="stable")]
         self._ends = ends[self._users]
-        self.n_samples = len(users)
+        self.n_targets = len(users)
 
     def __len__(self) -> int:
-        return -(-self.n_samples // self.batch_size)
+        return -(-self.n_targets // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         return map(self.__getitem__, range(len(self)))
@@ -438,7 +430,7 @@ class EvalBatches:
         """Makes batch `number`, from 0 to `len(self) - 1`."""
         first = number * self.batch_size
         rows = np.arange(first, first + self.batch_size)
-        real = rows < self.n_samples
+        real = rows < self.n_targets
         rows = np.where(real, rows, first)
         longest = min(self._ends[rows].max(), self.max_length)
         batch = prefix_batch(
@@ -452,14 +444,61 @@ class EvalBatches:
         return batch | {"weights": real.astype(np.float32)}
 
 
+def default_buckets(
+    targets: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
+) -> tuple[int, ...]:
+    """Chooses the widths of batches that leave the least padding in an epoch of training.
+
+    Args:
+      targets: number of training targets of each user.
+      max_length: longest window, which is always a bucket.
+      max_buckets: largest number of buckets. Each one is one more shape to compile.
+      multiple: all buckets but the longest are multiples of this number.
+
+    Returns:
+      The widths, rising.
+    """
+    below = np.cumsum(window_counts(targets, max_length))
+    lengths = [0, *range(multiple, max_length, multiple), max_length]
+    # best[i] is about the samples of up to lengths[i] events: the fewest positions of `items` that
+    # hold them, the number of buckets used, and the buckets.
+    best = {0: (0, 0, ())}
+    for _ in range(max_buckets):
+        best |= {
+            i: min(
+                (slots + int(below[end] - below[lengths[j]]) * end, used + 1, (*chosen, end))
+                for j, (slots, used, chosen) in best.items()
+                if j < i
+            )
+            for i, end in enumerate(lengths)
+            if i
+        }
+    return best[len(lengths) - 1][2]
+
+
+def window_counts(
+    targets: Int64[np.ndarray, "users"], max_length: int
+) -> Int64[np.ndarray, "max_length_and_1"]:
+    """Number of training windows of each length, from 0 to `max_length`.
+
+    Args:
+      targets: number of training targets of each user. The n-th has n events before it.
+      max_length: longer windows are cut to this length.
+    """
+    users = np.bincount(np.minimum(targets, max_length), minlength=max_length + 1)
+    counts = np.cumsum(users[::-1])[::-1]  # users with at least that many targets
+    counts[0] = 0
+    counts[max_length] += np.maximum(targets - max_length, 0).sum()
+    return counts
+
+
 def _checked_buckets(
     dataset: Dataset, buckets: Sequence[int] | None, max_length: int
 ) -> tuple[int, ...]:
     if max_length < 1:
         raise UserError(f"a maximum length of {max_length} leaves no event; take 1 or more")
     if buckets is None:
-        samples = np.maximum(dataset.splits.train - 1, 0)
-        return default_buckets(samples, max_length)
+        return default_buckets(np.maximum(dataset.splits.train - 1, 0), max_length)
     rising = tuple(sorted({int(width) for width in buckets}))
     if not rising or rising[0] < 1 or rising[-1] != max_length:
         raise UserError(f"buckets {tuple(buckets)} must be positive and the longest {max_length}")

@@ -1,16 +1,24 @@
-"""What a prepared dataset looks like on disk: file names, Arrow schemas, format version.
+"""A prepared dataset on disk: its files, how they are read, and how they are checked.
 
-A dataset is a directory of three parts, written by ``data_prep`` and read by ``tim4rec_jax.data``:
+A dataset is a directory of three parts. `data_prep` writes it and `tim4rec_jax.data` reads it.
 
-- ``sequences.arrow`` (or ``sequences-00000-of-00004.arrow`` and so on): Arrow IPC file,
-  uncompressed, so that it can be mapped into memory; one row per user, users in order of first
-  appearance in the filtered source, shards one after the other.
-- ``items.parquet``: one row per item, ``index`` counting from 1 (0 is padding).
-- ``dataset.json``: where the events come from and what was done to them. Readers need
-  `DATASET_KEYS` at its top level; whatever else it tells is for people.
+- `sequences.arrow` (or `sequences-00000-of-00004.arrow` and so on) holds the events. It is an
+  uncompressed Arrow IPC file, so that it can be mapped into memory. It has one row for each user.
+  Users are in the order of their first appearance in the filtered source, one file after the other.
+- `items.parquet` has one row for each item. `index` counts from 1, because 0 is padding.
+- `dataset.json` says where the events come from and what was done to them. Readers need the keys
+  in `DATASET_KEYS` at its top level. All other keys are for people.
 """
 
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+
+from tim4rec_jax.errors import UserError
 
 FORMAT_VERSION = 1
 
@@ -18,10 +26,12 @@ DATASET_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 SEQUENCES_GLOB = "sequences*.arrow"
 
-# Of dataset.json: FORMAT_VERSION, a name, "exact" or "recbole", what to find in the other files.
+# `order` is "exact" or "recbole". `shards`, `users`, `items` and `events` are numbers of what the
+# other files hold.
 DATASET_KEYS = ("format_version", "name", "order", "shards", "users", "items", "events")
 
-# Indices and times of one user are in the order of events. Lists are never null and never empty.
+# The items and the timestamps (seconds since 1970) of a user are in the order of the events.
+# Lists are never null and never empty.
 SEQUENCES_SCHEMA = pa.schema(
     [
         pa.field("user", pa.string(), nullable=False),
@@ -32,7 +42,7 @@ SEQUENCES_SCHEMA = pa.schema(
     ]
 )
 
-# A further column ``title: string`` (nullable) may follow.
+# A further column `title: string` (nullable) may follow.
 ITEMS_SCHEMA = pa.schema(
     [
         pa.field("index", pa.int32(), nullable=False),
@@ -41,9 +51,181 @@ ITEMS_SCHEMA = pa.schema(
     ]
 )
 
+PREPARE_AGAIN = "prepare the dataset again with `python -m data_prep`"
+# A check looks at so many events at a time, which bounds its memory for datasets of any size.
+_CHECK_EVENTS = 1 << 18
+
 
 def sequences_file(shard: int = 0, shards: int = 1) -> str:
-    """Name of the sequences file that holds shard ``shard`` of ``shards`` (counting from 0)."""
+    """The name of the sequences file that holds shard `shard` of `shards`, counted from 0."""
     if shards == 1:
         return "sequences.arrow"
     return f"sequences-{shard:05d}-of-{shards:05d}.arrow"
+
+
+def read_metadata(directory: Path) -> dict:
+    """Reads `dataset.json` of a prepared dataset.
+
+    Raises:
+      UserError: the file is missing, damaged or of another format version.
+    """
+    path = directory / DATASET_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{path.parent} is not a prepared dataset ({path.name} is missing); make it with "
+            f"`python -m data_prep NAME --out {path.parent}`"
+        )
+    try:
+        metadata = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {PREPARE_AGAIN}") from error
+    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {version}, and this release reads version "
+            f"{FORMAT_VERSION}; {PREPARE_AGAIN} of this release"
+        )
+    for key in DATASET_KEYS:
+        kind = str if key in ("name", "order") else int
+        if not isinstance(metadata.get(key), kind):
+            raise UserError(f"{path}: `{key}` is missing or no {kind.__name__}; {PREPARE_AGAIN}")
+    if metadata["order"] not in ("exact", "recbole"):
+        raise UserError(f"{path}: unknown event order {metadata['order']!r}; {PREPARE_AGAIN}")
+    return metadata
+
+
+def read_items(directory: Path, metadata: dict) -> pa.Table:
+    """Reads the items of a prepared dataset: `ITEMS_SCHEMA`, and titles if there are any.
+
+    Raises:
+      UserError: the file is missing, damaged, or not the one that `metadata` describes.
+    """
+    path = directory / ITEMS_FILE
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError) as error:
+        raise _unreadable(path, error) from error
+    if list(table.schema)[:3] != list(ITEMS_SCHEMA):
+        raise _other_columns(path, table.schema, ITEMS_SCHEMA)
+    index = table.column("index").to_numpy()
+    wrong = np.flatnonzero(index != np.arange(1, len(index) + 1))
+    if wrong.size or len(index) != metadata["items"]:
+        what = f"row {wrong[0]} has index {index[wrong[0]]}" if wrong.size else f"{len(index)} rows"
+        raise UserError(
+            f"{path}: {what}, expected indices 1 to {metadata['items']} in order; {PREPARE_AGAIN}"
+        )
+    return table
+
+
+def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
+    """Maps the sequences files into memory and yields their record batches, each one checked.
+
+    All events are read once for the checks. Record batches without rows are left out.
+
+    Raises:
+      UserError: a file is missing, damaged, or not what `metadata` describes. The message names
+        the file, the row where there is one, and the remedy.
+    """
+    shards = metadata["shards"]
+    paths = [directory / sequences_file(shard, shards) for shard in range(shards)]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing ({shards} in all); copy it here too, or {PREPARE_AGAIN}"
+            )
+    for path in paths:
+        rows = 0
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            if not reader.schema.equals(SEQUENCES_SCHEMA):
+                raise _other_columns(path, reader.schema, SEQUENCES_SCHEMA)
+            for number in range(reader.num_record_batches):
+                batch = reader.get_batch(number)
+                batch.validate(full=True)  # Arrow itself checks buffers, offsets and UTF-8.
+                if not len(batch):
+                    continue
+                if problem := _first_problem(batch, metadata):
+                    row, reason = problem
+                    user = batch.column("user")[row].as_py()
+                    raise UserError(
+                        f"{path}: row {rows + row} (user {user!r}) {reason}; {PREPARE_AGAIN}"
+                    )
+                yield batch
+                rows += len(batch)
+        except (pa.ArrowException, OSError) as error:
+            raise _unreadable(path, error) from error
+
+
+def list_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """The values of a column of lists, all rows one after the other; a view on the mapped file."""
+    return batch.column(name).flatten().to_numpy(zero_copy_only=True)
+
+
+def list_offsets(batch: pa.RecordBatch, name: str) -> np.ndarray:
+    """Where each row's list starts in `list_values`, and the end: int64 [rows + 1], from 0."""
+    offsets = batch.column(name).offsets.to_numpy().astype(np.int64)
+    return offsets - offsets[0]
+
+
+def _first_problem(batch: pa.RecordBatch, metadata: dict) -> tuple[int, str] | None:
+    """The first row of a record batch in which something is wrong, and what is wrong."""
+    for column in batch.columns:
+        if column.null_count:
+            return _first_null(column), "holds a null"
+    offsets, time_offsets = list_offsets(batch, "items"), list_offsets(batch, "timestamps")
+    unequal = np.flatnonzero(offsets != time_offsets)
+    if unequal.size:
+        return int(unequal[0]) - 1, "has not as many timestamps as items"
+    empty = np.flatnonzero(offsets[1:] == offsets[:-1])
+    if empty.size:
+        return int(empty[0]), "has no events"
+    problem = _first_event_problem(batch, offsets, metadata)
+    if not problem:
+        return None
+    event, reason = problem
+    row = int(np.searchsorted(offsets, event, side="right")) - 1
+    return row, f"{reason} at event {event - offsets[row]}"
+
+
+def _first_event_problem(batch, offsets, metadata: dict) -> tuple[int, str] | None:
+    """The number of the first event of a record batch that is wrong, and what is wrong with it."""
+    for name in ("items", "timestamps"):
+        lists = batch.column(name).flatten()
+        if lists.null_count:
+            return _first_null(lists), f"holds a null in its {name}"
+    items, timestamps = list_values(batch, "items"), list_values(batch, "timestamps")
+    for first in range(0, len(items), _CHECK_EVENTS):
+        some = items[first : first + _CHECK_EVENTS]
+        if some.min() < 1 or some.max() > metadata["items"]:
+            wrong = int(np.argmax((some < 1) | (some > metadata["items"])))
+            return first + wrong, f"has item {some[wrong]}, outside 1 to {metadata['items']},"
+        # One event more than of items, so that pairs across two pieces are compared as well.
+        times = timestamps[first : first + _CHECK_EVENTS + 1]
+        if times.min() < 0:
+            return first + int(np.argmax(times < 0)), "has a negative timestamp"
+        if metadata["order"] == "recbole":
+            times = times.astype(np.float32)
+        falls = first + 1 + np.flatnonzero(times[1:] < times[:-1])
+        # Time may fall only where the next user starts.
+        falls = falls[offsets[np.searchsorted(offsets, falls)] != falls]
+        if falls.size:
+            return int(falls[0]), f"is not in time order ({metadata['order']})"
+    return None
+
+
+def _first_null(values: pa.Array) -> int:
+    return int(np.argmax(values.is_null().to_numpy(zero_copy_only=False)))
+
+
+def _other_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> UserError:
+    found, expected = (
+        ", ".join(str(field)[len("pyarrow.Field<") : -1] for field in schema)
+        for schema in (found, expected)
+    )
+    return UserError(f"{path} has the columns ({found}) instead of ({expected}); {PREPARE_AGAIN}")
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    if not path.exists():
+        return UserError(f"{path} is missing; {PREPARE_AGAIN}")
+    return UserError(f"{path} is damaged or incomplete ({error}); {PREPARE_AGAIN}")

@@ -1,9 +1,10 @@
-"""Packed training batches for the every-position objective: rows full of histories.
+"""Packed training batches for the objective `every_position`: rows full of histories.
 
-The training events of all users, shuffled user by user, make one stream; a row is the next
-`max_length` positions of it. Nothing is padded but the end of an epoch, and any batch can be
-made from its number. (Grain's packing yields one row after another with a state of its own;
-here a batch stays the unit of work, and the resume is that of the prefix batches.)
+The training events of all users, in the shuffled order of the users, make one stream. A row is the
+next `max_length` events of the stream. Only the end of an epoch is padded.
+
+Grain has a packing of its own, which yields one row after the other from a state. Here any batch
+is made from its number, so that training resumes as it does with `TrainBatches`.
 """
 
 import functools
@@ -11,21 +12,24 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.data.batches import Batch, permute, rows_of_process
-from tim4rec_jax.data.dataset import Dataset, EventLog, samples_of_users
+from tim4rec_jax.data.batches import Batch, ShuffledBatches, permute
+from tim4rec_jax.data.dataset import Dataset, EventLog, train_targets
 
 
 def pack(log: EventLog, indices: Batch) -> Batch:
-    """Makes a packed batch; the same function on the host and inside a compiled step.
+    """Gathers a packed batch from a log.
+
+    The same function works on the host and inside a compiled step: the arrays of `log` and
+    `indices` are all NumPy's, or all JAX's.
 
     Args:
-      log: the events; arrays of NumPy, or of JAX as those in `indices`.
-      indices: for every position of R rows of L `events` int32 [R,L], the number of its event in
-        the log; `first` bool [R,L], whether a segment begins there; and `weights` float32 [R,L],
-        1, or 0 for a position without an event. The event after a position's must be in the log.
+      log: the events.
+      indices: for every position of B rows of L, `events` int32 [B, L], the number of the event in
+        the log; `first` bool [B, L], whether a segment begins there; and `weights` float32
+        [B, L], 1 for an event and 0 for padding. The event after each one must be in the log too.
 
     Returns:
-      A batch as `PackedBatches` describes it.
+      A batch of packed rows, as the table in `tim4rec_jax.data.batches` describes it.
     """
     xp = log.items.__array_namespace__()
     events, first, weights = indices["events"], indices["first"], indices["weights"]
@@ -42,28 +46,12 @@ def pack(log: EventLog, indices: Batch) -> Batch:
     }
 
 
-class PackedBatches:
-    """An endless, shuffled sequence of packed training batches with random access.
+class PackedBatches(ShuffledBatches):
+    """Training batches of the objective `every_position`: each event of a row has a target.
 
-    The targets of an epoch are those of `TrainBatches` (every event of a history but the
-    first and the last two), each predicted from the events before it in its row. Where a row
-    ends within a history the rest goes on in the next row as a history of its own, at other
-    places in every epoch; so none is longer than `max_length`.
-
-    Elements, with R rows and L = max_length:
-      items: int32 [R,L], 0 only behind the end of an epoch.
-      gaps: float32 [R,L], exact seconds since the event before, 0 at the first of a segment.
-      segment_ids: int32 [R,L], rising along a row from 1; which segment a position belongs to.
-      targets: int32 [R,L], the event after.
-      time_to_next: float32 [R,L], seconds until it.
-      dates: float32 [R,L], of the event, days since 1970.
-      weights: float32 [R,L], 1, or 0 behind the end of an epoch.
-
-    Attributes:
-      buckets: widths of rows, only one.
-      n_samples: targets in an epoch.
-      batches_per_epoch: batches in an epoch.
-      fill: share of the positions of an epoch that hold an event.
+    The targets of an epoch are those of `TrainBatches`. Each is predicted from the events before
+    it in its segment. Where a row ends within a history, the rest of the history begins a new
+    segment in the next row. The shuffle of the users moves these places in every epoch.
     """
 
     def __init__(
@@ -83,53 +71,53 @@ class PackedBatches:
           dataset: an open dataset.
           max_length: positions of a row.
           batch_size: rows of a batch over all processes.
-          seed: chooses shuffles and windows.
-          windows_per_user: an epoch takes at most `windows_per_user * max_length` consecutive
-            targets of a user, anew in every epoch; None: all.
-          process_index: which share of each batch to make.
+          seed: chooses the shuffles and the windows.
+          windows_per_user: an epoch takes at most `windows_per_user * max_length` targets of a
+            user, consecutive ones that are drawn anew in every epoch. `None` takes all.
+          process_index: which share of each batch to make, from 0.
           process_count: number of equal shares.
 
         Raises:
           UserError: the numbers do not fit together, or there is nothing to train on.
         """
-        self._rows = rows_of_process(batch_size, process_index, process_count)
-        self.dataset, self.seed, self.max_length = dataset, seed, max_length
-        samples = samples_of_users(dataset)
-        self._users = np.flatnonzero(samples)
-        self._samples = samples[self._users]
-        most = int(samples.max()) if windows_per_user is None else windows_per_user * max_length
-        self._taken = np.minimum(self._samples, most)
-        self.n_samples = int(self._taken.sum())
+        super().__init__(dataset, max_length, batch_size, seed, process_index, process_count)
+        targets = train_targets(dataset)
+        self._users = np.flatnonzero(targets)
+        self._targets = targets[self._users]
+        most = int(targets.max()) if windows_per_user is None else windows_per_user * max_length
+        self._taken = np.minimum(self._targets, most)
         self._positions = batch_size * max_length
         self.buckets = (max_length,)
-        self.batches_per_epoch = -(-self.n_samples // self._positions)
-        self.fill = self.n_samples / (self.batches_per_epoch * self._positions)
+        self.n_targets = self.n_events = int(self._taken.sum())
+        self.batches_per_epoch = -(-self.n_events // self._positions)
+        self.padding_share = 1 - self.n_events / (self.batches_per_epoch * self._positions)
         # Threads work at the end of one epoch and at the beginning of the next.
         self._epoch = functools.lru_cache(maxsize=2)(self._plan_epoch)
 
     @property
     def layout(self) -> str:
-        """How samples are laid out, in words."""
-        return f"rows of {self.max_length} packed to {self.fill:.1%}"
+        """The length and the filling of the rows, for people."""
+        return f"rows of {self.max_length} packed to {1 - self.padding_share:.1%}"
 
     def __getitem__(self, number: int) -> Batch:
-        """Makes batch `number`, counted from the start of training (0 and up)."""
+        """Makes batch `number`, counted from 0 at the start of training."""
         begins, lengths = self._segments(number)
-        # One event more, as this process may have no segment of an epoch's last batch.
+        # The log has one event more, because this process may have no segment in an epoch's last
+        # batch.
         log, places = self.dataset.events(np.append(begins, 0), np.append(lengths + 1, 1))
         return pack(log, self._indices(places[:-1], lengths))
 
     def indices(self, number: int) -> Batch:
-        """What batch `number` is gathered from, if all events lie in one log; see `pack`.
+        """What `pack` gathers batch `number` from, if the log holds all events of the dataset.
 
         Returns:
-          `bucket` int32 [], always 0; and for every position `events` int32 [R,L], `first` bool
-          [R,L] and `weights` float32 [R,L].
+          The `indices` of `pack`, and `bucket` int32 [], the position of the batch's width in
+          `buckets`, which is always 0.
         """
         return {"bucket": np.zeros((), np.int32), **self._indices(*self._segments(number))}
 
-    def _indices(self, begins, lengths) -> Batch:
-        """The arguments of `pack` for segments that begin at the events `begins` of a log."""
+    def _indices(self, begins: np.ndarray, lengths: np.ndarray) -> Batch:
+        """The `indices` of `pack` for segments that begin at the events `begins` of a log."""
         starts = np.cumsum(lengths) - lengths
         filled = int(lengths.sum())
         shape = (len(self._rows), self.max_length)
@@ -140,12 +128,12 @@ class PackedBatches:
         return {"events": events, "first": first, "weights": weights}
 
     def _segments(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the first events of a batch's segments, and how many events they have."""
+        """The first event of each segment of a batch in the dataset, and the segments' lengths."""
         epoch, number = divmod(number, self.batches_per_epoch)
         plan, length = self._epoch(epoch), self.max_length
         first = number * self._positions + int(self._rows[0]) * length
-        end = max(min(first + len(self._rows) * length, self.n_samples), first)
-        # A segment ends with a history or with a row.
+        end = max(min(first + len(self._rows) * length, self.n_events), first)
+        # A segment ends where a history or a row ends.
         histories = plan.starts[slice(*np.searchsorted(plan.starts, [first, end]))]
         starts = np.union1d(np.arange(first, end, length), histories)
         user = np.searchsorted(plan.starts, starts, side="right") - 1
@@ -153,9 +141,9 @@ class PackedBatches:
 
     def _plan_epoch(self, epoch: int) -> "_Epoch":
         order = permute(np.arange(len(self._users)), len(self._users), (self.seed, epoch))
-        taken, samples, users = self._taken[order], self._samples[order], self._users[order]
+        taken, targets, users = self._taken[order], self._targets[order], self._users[order]
         words = np.random.SeedSequence((self.seed, epoch, 1)).generate_state(len(order), np.uint64)
-        skipped = (words % (samples - taken + 1).astype(np.uint64)).astype(np.int64)
+        skipped = (words % (targets - taken + 1).astype(np.uint64)).astype(np.int64)
         starts = np.concatenate([[0], np.cumsum(taken)[:-1]])
         return _Epoch(starts, self.dataset.offsets[users] + skipped)
 
@@ -163,5 +151,5 @@ class PackedBatches:
 class _Epoch(NamedTuple):
     """The stream of an epoch: the histories in it, one after the other."""
 
-    starts: np.ndarray  # position of the first event in the stream, rising
-    events: np.ndarray  # its number in the dataset
+    starts: np.ndarray  # position of each history's first event in the stream, rising
+    events: np.ndarray  # number of that event in the dataset

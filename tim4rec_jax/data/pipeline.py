@@ -1,4 +1,4 @@
-"""Training batches made ahead by threads, with a state that checkpoints."""
+"""Training batches that threads make ahead of time, and a state that checkpoints."""
 
 import sys
 
@@ -18,17 +18,16 @@ def train_iterator(
 ) -> grain.DatasetIterator:
     """Iterates over training batches without end.
 
-    One element of the pipeline is a whole batch, because grain spends microseconds on every
-    element whatever it is. `get_state()["next_index"]` is the number of the next batch and is
-    all there is to save: `set_state`, `grain.checkpoint.CheckpointSave` and
-    `CheckpointRestore` of Orbax continue exactly there.
+    One element of the grain pipeline is a whole batch, because grain spends microseconds on every
+    element. The state is `{"next_index": number of the next batch}`. `set_state` of grain, and
+    Orbax with `grain.checkpoint.CheckpointSave` and `CheckpointRestore`, continue exactly there.
 
     Args:
-      batches: makes them.
-      indices_only: yield only what the batches are gathered from (`batches.indices`).
+      batches: the batches by number.
+      indices_only: yield `batches.indices(number)` instead of the batches themselves.
       start_batch: number of the first batch, counted over all epochs.
-      threads: how many make batches; 0 makes them when they are asked for.
-      prefetch: how many batches to hold ready.
+      threads: number of threads that make batches; with 0 they are made when asked for.
+      prefetch: number of batches to hold ready.
     """
     numbers = grain.MapDataset.range(sys.maxsize)
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

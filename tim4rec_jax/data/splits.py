@@ -1,4 +1,4 @@
-"""Which events train, which validate, which test, and what training sees of a dataset."""
+"""Which events of each user train, which one validates, and which one tests."""
 
 import datetime
 from typing import Literal, NamedTuple
@@ -6,20 +6,17 @@ from typing import Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int64
 
-# ---- data.splits
-# Which events train, which validate, which test.
-
-
 Split = Literal["valid", "test"]
 
 
 class Splits(NamedTuple):
-    """Each user's share in training, validation and test, as numbers of events from 0.
+    """For each user, the numbers of the user's events (from 0) that train, validate and test.
 
     Attributes:
-      train: training sees the first so many events.
-      valid: the event to predict from those before it; 0: none, as nothing is before it.
-      test: likewise.
+      train: training sees this many events, from the first one on.
+      valid: the event that validation predicts from all events before it. 0 means none, because
+        nothing is before the first event.
+      test: the event that the test predicts, likewise.
     """
 
     train: Int64[np.ndarray, "n_users"]
@@ -28,10 +25,13 @@ class Splits(NamedTuple):
 
 
 def leave_one_out(lengths: Int64[np.ndarray, "n_users"]) -> Splits:
-    """The paper's: the last event tests, the one before validates, the others train.
+    """The split of the paper: the last event tests, the one before validates, the others train.
 
-    It leaks the future: the model has trained on events of other users that come after a test
-    event, and so knows what will be in fashion.
+    This split leaks the future. The model has trained on events of other users that come after a
+    test event, and so it knows which items will be in fashion.
+
+    Args:
+      lengths: number of events of each user.
     """
     before_valid = np.maximum(lengths - 2, 0)
     return Splits(before_valid, before_valid, np.maximum(lengths - 1, 0))
@@ -43,17 +43,20 @@ def by_time(
     valid_from: int,
     test_from: int,
 ) -> Splits:
-    """Nothing after `valid_from` trains; a user's next event after each date is predicted.
+    """The split by two dates: each user's first event after a date is predicted.
+
+    No event after `valid_from` trains.
 
     Args:
-      times: of all events, user after user.
-      offsets: the events of user u are numbers `offsets[u]` to `offsets[u + 1]`.
+      times: times of all events, one user's after the other's.
+      offsets: user u has the events `offsets[u]` to `offsets[u + 1]`, the last not included.
       valid_from: first moment of validation, in the unit of `times`.
-      test_from: first moment of the test.
+      test_from: first moment of the test, in the unit of `times`.
 
     Returns:
-      Splits without a validation target where a user has no event between the two dates, without
-      a test target where none comes later, and without either where no event is before it.
+      The splits. A user without an event between the two dates has no validation target. A user
+      without an event after the second date has no test target. A user whose first event comes
+      after a date has no target there.
     """
     train, until_test = (_events_before(times, offsets, cut) for cut in (valid_from, test_from))
     lengths = np.diff(offsets)
@@ -63,18 +66,18 @@ def by_time(
 
 
 def _events_before(times, offsets, cut) -> np.ndarray:
-    """Events of each user before the first one at `cut` or later."""
+    """Number of events of each user before the user's first one at `cut` or later."""
     late = np.flatnonzero(times >= cut)
-    # Users without a late event find the first one of a later user, or none.
+    # For a user without a late event this finds an event of a later user, or the end.
     first = np.append(late, len(times))[np.searchsorted(late, offsets[:-1])]
     return np.minimum(first, offsets[1:]) - offsets[:-1]
 
 
-def moment(text: str) -> int:
-    """Seconds since 1970 of an ISO date or time (UTC where it names no zone), or of a number.
+def parse_time(text: str) -> int:
+    """Seconds since 1970 of an ISO date or time (UTC unless it names a zone), or of a number.
 
     Raises:
-      ValueError: it is neither.
+      ValueError: the text is neither.
     """
     try:
         return int(text)
@@ -85,9 +88,9 @@ def moment(text: str) -> int:
         return int(date.timestamp())
 
 
-def date(moment: int) -> str:
-    """An ISO date and time of seconds since 1970, as `moment` reads it; the number if too far."""
+def format_time(seconds: int) -> str:
+    """The ISO date and time of seconds since 1970; the number itself if no calendar holds it."""
     try:
-        return datetime.datetime.fromtimestamp(moment, datetime.UTC).isoformat()
+        return datetime.datetime.fromtimestamp(seconds, datetime.UTC).isoformat()
     except (OverflowError, ValueError, OSError):
-        return str(moment)
+        return str(seconds)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data.dataset import read_items, read_metadata
+from tim4rec_jax.data.format import read_items, read_metadata
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 

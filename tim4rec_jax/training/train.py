@@ -49,7 +49,7 @@ def describe_data(batches: TrainBatches | PackedBatches) -> str:
     dataset = batches.dataset
     return (
         f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
-        f"{batches.n_samples:,} training samples in {batches.batches_per_epoch:,} batches, "
+        f"{batches.n_targets:,} training samples in {batches.batches_per_epoch:,} batches, "
         f"{batches.layout}; {dataset.split_in_words}"
     )
 
@@ -242,7 +242,7 @@ class _Run:
     def _epoch(self) -> None:
         """Trains to the end of the running epoch; checkpoints and stops in between if asked."""
         per_epoch = self.batches.batches_per_epoch
-        samples = self.batches.n_samples / per_epoch
+        samples = self.batches.n_targets / per_epoch
         line = ProgressLine(per_epoch, self.config.train.epochs, samples)
         end = (self._epochs_done + 1) * per_epoch
         pending: deque = deque()
