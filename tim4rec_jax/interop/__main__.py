@@ -1,7 +1,8 @@
-"""`python -m tim4rec_jax.interop CHECKPOINT.pth --workdir DIR`: a run out of the reference's file.
+"""`python -m tim4rec_jax.interop CHECKPOINT.pth --workdir DIR`: a run from a PyTorch checkpoint.
 
-Reads what the published PyTorch code saves (RecBole's trainer, or a bare state dict with its
-YAML file as --config) without torch, and writes a run directory that eval.py evaluates.
+Reads a checkpoint of the published code without torch, and writes a run directory that `eval.py`
+evaluates. The checkpoint is a file of RecBole's trainer, or a state dict alone with its YAML file
+as `--config`.
 """
 
 import argparse
@@ -75,7 +76,7 @@ def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, mod
     checkpoints = Checkpoints(workdir)
     checkpoints.save_best(0, nnx.state(model, nnx.Param))
     checkpoints.close()
-    # Last: a directory without it is not taken for a run.
+    # The settings come last, because a directory without them does not count as a run.
     write_settings(config, workdir / "config.json")
 
 

@@ -1,9 +1,9 @@
-"""Reads the files `torch.save` writes, without torch and without trusting them.
+"""Reads files of `torch.save` without torch, and without running anything from them.
 
-Such a file is a zip archive: `NAME/data.pkl` is a pickle whose tensors point at raw
-little-endian storages `NAME/data/0`, `NAME/data/1`, ... The unpickler here knows four
-names; every other class becomes an `Inert` record of what it was given, so a RecBole
-`Config` can be read where RecBole is not installed and nothing from the file is executed.
+Such a file is a zip archive. `NAME/data.pkl` is a pickle whose tensors point at raw little-endian
+storages `NAME/data/0`, `NAME/data/1` and so on. The unpickler knows four names. An object of any
+other class becomes an `Inert` record of its state. So a RecBole `Config` can be read without
+RecBole, and nothing from the file is executed.
 """
 
 import io
@@ -35,7 +35,7 @@ _STORAGE_DTYPES = {
 
 
 class Inert(dict):
-    """Stands for an object of a class we neither have nor trust: its state, as a dict."""
+    """The state of an object of an unknown class, as a dict."""
 
     origin = "?"
 
@@ -46,16 +46,16 @@ class Inert(dict):
         self.update(state if isinstance(state, dict) else {"state": state})
 
     def append(self, item):
-        """Keeps what the pickle of a list appends."""
+        """Keeps the items that the pickle of a list appends."""
         self.setdefault("items", []).append(item)
 
-    # Such objects also occur as keys.
+    # Such objects also occur as keys of a dictionary.
     __hash__ = object.__hash__  # pyright: ignore[reportAssignmentType]
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """A tensor not read yet: where its elements lie in the archive."""
+    """The place of a tensor in the archive; the tensor is read later."""
 
     storage: tuple
     offset: int
@@ -72,10 +72,11 @@ def _rebuild_parameter(data, *_):
 
 
 class _Unpickler(pickle._Unpickler):
-    """Builds containers, numbers, strings, tensor references and `Inert`s; nothing else.
+    """Builds only containers, numbers, strings, tensor references and `Inert` records.
 
-    The interpreter in Python: the one in C believes the sizes a damaged file states, and
-    allocates gigabytes. So does the opcode for bytearrays, which torch has no use for.
+    It is based on the unpickler in Python. The one in C trusts the sizes that a damaged file
+    states, and allocates gigabytes. The opcode for bytearrays does the same. torch does not use
+    that opcode, so it is removed.
     """
 
     dispatch = {  # noqa: RUF012  (never changed)
@@ -118,7 +119,7 @@ def _read_parameter(archive: zipfile.ZipFile, root: str, name: str, ref: object)
         raise UserError(f"{name!r} is no tensor but {kind!r}")
     try:
         return _read_tensor(archive, root, ref)
-    except Exception as error:  # a damaged file can fail in any way
+    except Exception as error:  # reading a damaged file can fail in any way
         raise UserError(f"parameter {name!r} cannot be read: {str(error)!r}") from None
 
 
@@ -158,18 +159,18 @@ def _check_kind(path: Path) -> None:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
-    """Reads a checkpoint of the reference: a file of RecBole's trainer, or a bare state dict.
+    """Reads a checkpoint of the published code: a file of RecBole's trainer, or a state dict alone.
 
     Args:
-      path: file written by `torch.save` (zip format, torch 1.6 or later).
+      path: a file that `torch.save` wrote (zip format, torch 1.6 or later).
 
     Returns:
-      The final RecBole configuration (empty where the file holds none) and the state dict,
-      torch names to arrays; float16 and bfloat16 stay what they are. Tensors of the
-      optimizer are not read.
+      The final configuration of RecBole, which is empty if the file holds none, and the array of
+      each torch name. float16 and bfloat16 keep their dtype. Tensors of the optimizer are not
+      read.
 
     Raises:
-      UserError: no such file, not written by torch.save, damaged, or without weights.
+      UserError: the file is missing, damaged, without weights, or not written by `torch.save`.
     """
     path = Path(path)
     _check_kind(path)
@@ -178,7 +179,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
             return _read_archive(archive)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # as above
+    except Exception as error:  # reading a damaged file can fail in any way
         raise UserError(
             f"{path} is damaged or incomplete ({str(error)!r}): copy it again"
         ) from None

@@ -1,4 +1,4 @@
-"""Weights of published PyTorch models <-> ours."""
+"""Converts weights between the published PyTorch models and ours."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ from tim4rec_jax.models import MODELS, SequenceModel, build
 
 
 def model_format(config: Mapping) -> Format:
-    """The format that the configuration's `model` names; TiM4Rec's without it.
+    """Returns the format of the model that a configuration names; without a name, TiM4Rec's.
 
     Raises:
-      UserError: there is no such format.
+      UserError: the model is not known.
     """
     name = config.get("model", "TiM4Rec")
     if name not in FORMATS:
@@ -27,7 +27,7 @@ def model_format(config: Mapping) -> Format:
 
 
 def model_config(config: Mapping) -> tuple[dict, int]:
-    """Our model settings and L from the configuration of a published model.
+    """Returns our settings and the longest history for the configuration of a published model.
 
     Raises:
       UserError: the model is not known, or a key is missing or has a value of the wrong type.
@@ -50,7 +50,7 @@ def _parameters(model: SequenceModel) -> list[tuple[tuple, nnx.Param]]:
 
 
 def parameter_names(model: SequenceModel) -> dict[str, str]:
-    """The torch name of each parameter -> ours, for example `blocks.0.ssd.in_proj.kernel`."""
+    """Returns our name for each torch name, for example `blocks.0.ssd.in_proj.kernel`."""
     name = _format_of(model).torch_name
     return {name(path): ".".join(map(str, path)) for path, _ in _parameters(model)}
 
@@ -93,17 +93,18 @@ def _check(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) 
 
 
 def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> SequenceModel:
-    """Builds one of our models with the weights of the published one.
+    """Builds one of our models with the weights of a published model.
 
     Args:
-      state_dict: torch names to arrays. Any float64 array makes a float64 model, anything
-        else a float32 one.
-      config: the published configuration's own keys (its YAML files, RecBole's
-        `final_config_dict`), others ignored. `model` names the model, TiM4Rec where absent.
-        `n_items` and `n_users`, padding included, are taken from the tables where absent.
+      state_dict: the array of each torch name. The model is float64 if an array is float64, and
+        float32 otherwise.
+      config: the keys of the published configuration, as its YAML files or RecBole's
+        `final_config_dict` have them. Other keys are ignored. `model` names the model; the default
+        is TiM4Rec. `n_items` and `n_users` include the padding; by default they come from the
+        tables.
 
     Returns:
-      The model (TiM4Rec in time encoding `paper`), for evaluation and training alike.
+      The model, ready for evaluation and training. TiM4Rec has the time encoding `paper`.
 
     Raises:
       UserError: a setting or parameter is missing, unknown or of the wrong shape, or the
@@ -135,19 +136,20 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
 
 
 def to_torch(model: SequenceModel) -> dict[str, np.ndarray]:
-    """Every parameter under its torch name and in torch's layout; undoes `from_torch`.
+    """Returns every parameter under its torch name and in the layout of torch.
+
+    This is the inverse of `from_torch`.
 
     Raises:
       UserError: the model has a parameter that the published one lacks.
     """
     if model.offset is not None:
         raise UserError(
-            "the published models have no offset for items seen: "
-            "train with config.model.repeat_bias=False"
+            "the published models have no repeat bias: train with config.model.repeat_bias=False"
         )
     if model.drift is not None:
         raise UserError(
-            "the published models do not drift with the date: train with config.model.date_bias_knots=0"
+            "the published models have no date bias: train with config.model.date_bias_knots=0"
         )
     form = _format_of(model)
     return {
