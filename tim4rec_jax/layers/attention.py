@@ -1,4 +1,4 @@
-"""Multi-head attention, and the encoder that SASRec, BERT4Rec and TiSASRec are made of."""
+"""Multi-head attention, and the encoder layer of SASRec, BERT4Rec and TiSASRec."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -9,17 +9,22 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import ALL, NORMAL, Dense, dropout, fold, gelu, layer_norm
 
-# Queries are cut into so many blocks, none shorter than that: of the scores above the diagonal
-# most are never computed (on CPU a third of attention over 200 positions, a sixth over 50).
+# Causal attention cuts the queries into at most 4 blocks of at least 25 positions. Most scores
+# above the diagonal are then not computed. On a CPU this saves a third of the time of attention
+# over 200 positions, and a sixth over 50.
 _BLOCKS, _LEAST_BLOCK = 4, 25
 
 
 def causal_mask(
     length: int, segment_ids: Int[Array, "B L"] | None = None
 ) -> Bool[Array, "#B 1 L L"]:
-    """Every query sees the keys up to its own position, in its own segment.
+    """Returns a mask that is true for the keys up to the query's position in the same segment.
 
-    Padding behind a history needs no mask: no position in it looks that far.
+    Padding after a history needs no mask, because no position of the history looks that far.
+
+    Args:
+      length: L, the number of positions.
+      segment_ids: the segment of each position; None: each row is one segment.
     """
     mask = jnp.tri(length, dtype=bool)[None, None]
     if segment_ids is None:
@@ -28,36 +33,36 @@ def causal_mask(
 
 
 def segment_positions(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
-    """How many positions before each belong to the same segment."""
+    """Returns the position of each event in its segment, counted from 0."""
     index = jnp.arange(segment_ids.shape[1])
     starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
     return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
 def take_rows(x: Float[Array, "B L D"], positions: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
-    """Rows of each sample."""
+    """Returns the vectors at the given positions of each row."""
     return jnp.take_along_axis(x, positions[..., None], axis=1)
 
 
 @runtime_checkable
 class Relation(Protocol):
-    """What queries and keys have to do with each other besides their content."""
+    """How queries and keys are related besides their content, for example by time."""
 
     def block(self, queries: slice, keys: slice) -> "Relation":
-        """The part of a block of queries and the keys that they may see."""
+        """Returns the part of the relation for a block of queries and the keys that they see."""
         ...
 
     def score(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
-        """What is added to the scores, for queries that are scaled already."""
+        """Returns what is added to the scores; the queries are already scaled."""
         ...
 
     def add_up(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
-        """What is added to the weighted sum of the values."""
+        """Returns what is added to the weighted sum of the values."""
         ...
 
 
 class Attention(nnx.Module):
-    """softmax(Q K^T / sqrt(P)) V over heads that are slices of the width, all maps with bias."""
+    """softmax(Q K^T / sqrt(P)) V. Each head is a slice of the width, and all maps have a bias."""
 
     def __init__(
         self, width: int, heads: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs
@@ -77,14 +82,14 @@ class Attention(nnx.Module):
         *,
         causal: bool = False,
     ) -> Float[Array, "B L D"]:
-        """Attention from every position.
+        """Attends from every position.
 
         Args:
           h: the input.
-          mask: which keys a query sees.
-          seeds: dropout seeds per row, or None for no dropout.
-          relation: of queries and keys, if it counts.
-          causal: the mask hides what follows a query: blocks of queries need not look there.
+          mask: true for the keys that a query sees.
+          seeds: one dropout seed for each row; None switches dropout off.
+          relation: what queries and keys add to each other besides their content; None: nothing.
+          causal: whether the mask hides all keys after a query. Then blocks of queries skip them.
         """
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
@@ -115,11 +120,18 @@ class Attention(nnx.Module):
         seeds: UInt32[Array, "B"] | None = None,
         relation: Relation | None = None,
     ) -> Float[Array, "B Q D"]:
-        """Attention from some positions only; `queries` are their rows of `h`.
+        """Attends from some positions only.
 
-        No key and no value is ever computed: the few queries go through the transposed key
-        map instead, and the weighted sums of `h` through the value map. (A key bias adds the
-        same to all scores of a query and changes nothing.)
+        This computes no keys and no values. The few queries go through the transposed map of the
+        keys, and the weighted sums of `h` go through the map of the values. The bias of the keys
+        adds the same number to all scores of a query, so it changes nothing and is left out.
+
+        Args:
+          h: the input.
+          queries: the rows of `h` at the positions.
+          mask: true for the keys that a query sees.
+          seeds: one dropout seed for each row; None switches dropout off.
+          relation: what queries and keys add to each other besides their content; None: nothing.
         """
         query = self._split(self.query(queries)) * self.scale
         keys, values = (
@@ -129,7 +141,7 @@ class Attention(nnx.Module):
         scores = jnp.einsum("bhqd,bkd->bhqk", jnp.einsum("bhqp,dhp->bhqd", query, keys), h)
         weights = self._weights(scores, query, mask, seeds, relation)
         y = jnp.einsum("bhqd,dhp->bhqp", jnp.einsum("bhqk,bkd->bhqd", weights, h), values)
-        # After dropout the weights do not add up to 1, which the bias of the values feels.
+        # After dropout the weights do not add up to 1, so the bias of the values is weighted too.
         bias: Any = self.value.bias
         bias = bias[...].astype(h.dtype).reshape(self.heads, 1, -1)
         y += weights.sum(-1, keepdims=True) * bias
@@ -140,11 +152,11 @@ class Attention(nnx.Module):
         return x.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
 
     def _weights(self, scores, query, mask, seeds, relation):
-        """Softmax in at least float32, then dropout."""
+        """Returns the softmax in at least float32, after dropout."""
         if relation is not None:
             scores += relation.score(query)
         scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-        lowest = jnp.finfo(scores.dtype).min  # finite, so that a row without keys is no NaN
+        lowest = jnp.finfo(scores.dtype).min  # finite, so that a query without keys gives no NaN
         weights = jax.nn.softmax(jnp.where(mask, scores, lowest))
         return dropout(weights.astype(query.dtype), self.dropout_rate, seeds)
 
@@ -154,7 +166,7 @@ class Attention(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h), exact GELU."""
+    """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h) with exact GELU."""
 
     def __init__(
         self,
@@ -185,7 +197,7 @@ class EncoderLayer(nnx.Module):
         *,
         causal: bool = False,
     ) -> Float[Array, "B L D"]:
-        """All positions; arguments as `Attention`."""
+        """Computes all positions; the arguments are those of `Attention`."""
         y = self.attention(h, mask, fold(seeds, 0), relation, causal=causal)
         return self._finish(y, h, seeds)
 
@@ -197,7 +209,7 @@ class EncoderLayer(nnx.Module):
         seeds: UInt32[Array, "B"] | None = None,
         relation: Relation | None = None,
     ) -> Float[Array, "B Q D"]:
-        """`__call__` at some positions; rows of mask and relation are theirs."""
+        """Computes `__call__` at some positions, with their rows of mask and relation."""
         queries = take_rows(h, positions)
         y = self.attention.at(h, queries, mask, fold(seeds, 0), relation)
         return self._finish(y, queries, seeds)
@@ -209,7 +221,7 @@ class EncoderLayer(nnx.Module):
 
 
 class Positions(nnx.Module):
-    """LayerNorm(x + a learned vector for each position from the left), then dropout."""
+    """LayerNorm(x + a learned vector for each position), then dropout."""
 
     def __init__(
         self,
@@ -239,7 +251,7 @@ class Positions(nnx.Module):
         segment_ids: Int[Array, "B L"] | None = None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """Positions count from the start of the segment, or of the row."""
+        """Counts positions from the start of each segment, or of each row without segments."""
         if segment_ids is None:
             vectors = self.embedding.embedding[: x.shape[1]].astype(x.dtype)
         else:

@@ -1,9 +1,9 @@
-"""The gated recurrent unit (arXiv 1406.1078) without biases, positions before rows.
+"""The gated recurrent unit (arXiv 1406.1078) without biases. The first axis is the position.
 
     r = sigmoid(x W_r + h R_r)    u = sigmoid(x W_u + h R_u)    n = tanh(x W_n + r (h R_n))
     h' = (1 - u) n + u h
 
-Kernels hold the gates side by side in torch's order: reset r, update u, candidate n.
+A kernel holds the gates side by side in the order of torch: reset r, update u, candidate n.
 """
 
 from typing import NamedTuple
@@ -15,12 +15,12 @@ from jaxtyping import Array, Bool, Float
 
 
 class Gates(NamedTuple):
-    """Of one step."""
+    """The gates of one step."""
 
     reset: Float[Array, "*batch H"]
     update: Float[Array, "*batch H"]
     candidate: Float[Array, "*batch H"]
-    memory: Float[Array, "*batch H"]  # h R_n, what `reset` scales
+    memory: Float[Array, "*batch H"]  # h R_n, which `reset` scales
 
 
 def _gates(inputs, h, kernel) -> Gates:
@@ -34,7 +34,7 @@ def _gates(inputs, h, kernel) -> Gates:
 def gru_step(
     inputs: Float[Array, "B G"], h: Float[Array, "B H"], kernel: Float[Array, "H G"]
 ) -> Float[Array, "B H"]:
-    """The state after one more event; arguments as for `gru`."""
+    """Returns the state after one more event; `inputs` and `kernel` are those of `gru`."""
     gates = _gates(inputs, h, kernel)
     return gates.candidate + gates.update * (h - gates.candidate)
 
@@ -45,15 +45,15 @@ def gru(
     kernel: Float[Array, "H G"],
     starts: Bool[Array, "L B"] | None,
 ) -> Float[Array, "L B H"]:
-    """The state after every position, from zeros.
+    """Returns the state after every position, starting from zeros.
 
-    Differentiated as cuDNN does it: the loop backwards yields the gradients of the gates, and
-    that of the kernel is one product over all positions after it, instead of one each.
+    The gradient is computed as in cuDNN. A backward loop yields the gradients of the gates. The
+    gradient of the kernel is then one product over all positions, instead of one for each position.
 
     Args:
-      inputs: x W for all positions, the gates side by side: G = 3 H.
-      kernel: R.
-      starts: where the state is set to zero first; None: nowhere.
+      inputs: x W for all positions, the gates side by side, G = 3 H.
+      kernel: R, the gates side by side.
+      starts: true where the state is set to zero before the input; None: nowhere.
 
     Returns:
       The states, in at least float32.
@@ -114,10 +114,10 @@ gru.defvjp(_forward, _backward)
 
 
 class GRU(nnx.Module):
-    """One layer."""
+    """One layer of gated recurrent units."""
 
     def __init__(self, inputs: int, width: int, *, init, dtype, param_dtype, rngs: nnx.Rngs):
-        """Arguments: numbers of features, and the initialiser of both kernels."""
+        """Draws both kernels with `init`, for `inputs` features in and `width` features out."""
         self.input = nnx.Param(init(rngs.params(), (inputs, 3 * width), param_dtype))
         self.recurrent = nnx.Param(init(rngs.params(), (width, 3 * width), param_dtype))
         self.dtype = dtype
@@ -125,12 +125,12 @@ class GRU(nnx.Module):
     def __call__(
         self, x: Float[Array, "L B I"], starts: Bool[Array, "L B"] | None = None
     ) -> Float[Array, "L B H"]:
-        """The states after every position; `starts` as for `gru`."""
+        """Returns the states after every position; `starts` is that of `gru`."""
         inputs = self._inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
         return gru(inputs, self.recurrent.astype(self.dtype), starts)
 
     def step(self, h: Float[Array, "B H"], x: Float[Array, "B I"]) -> Float[Array, "B H"]:
-        """`__call__` for one more event."""
+        """Computes `__call__` for one more event."""
         return gru_step(self._inputs(x), h, self.recurrent.astype(self.dtype))
 
     def _inputs(self, x):

@@ -1,7 +1,7 @@
 """The linear recurrent unit (arXiv 2303.06349): a diagonal complex recurrence.
 
-Complex numbers are pairs of real arrays throughout, parameters included, so that an optimizer
-treats them as torch does: real and imaginary parts each with moments of their own.
+Complex numbers are pairs of real arrays, parameters included. An optimizer then treats them as
+torch does: the real and the imaginary part have moments of their own.
 """
 
 import functools
@@ -18,26 +18,26 @@ from tim4rec_jax.runtime import target
 
 
 class Complex(NamedTuple):
-    """A complex array."""
+    """A complex array as a pair of real arrays."""
 
     real: Float[Array, "*shape"]
     imag: Float[Array, "*shape"]
 
     def times(self, other: "Complex") -> "Complex":
-        """The product."""
+        """Returns the product."""
         real = self.real * other.real - self.imag * other.imag
         return Complex(real, self.real * other.imag + self.imag * other.real)
 
     def plus(self, other: "Complex") -> "Complex":
-        """The sum."""
+        """Returns the sum."""
         return Complex(self.real + other.real, self.imag + other.imag)
 
     def conjugate(self) -> "Complex":
-        """The conjugate."""
+        """Returns the conjugate."""
         return Complex(self.real, -self.imag)
 
     def scaled(self, factor: jax.Array) -> "Complex":
-        """The product with a real array."""
+        """Returns the product with a real array."""
         return Complex(self.real * factor, self.imag * factor)
 
 
@@ -45,23 +45,23 @@ class Complex(NamedTuple):
 def linear_recurrence(
     decay: Complex, inputs: Complex, starts: Bool[Array, "L B"] | None, implementation: str
 ) -> Complex:
-    """h[t] = decay h[t-1] + inputs[t] over the first axis, from zeros.
+    """Computes h[t] = decay h[t-1] + inputs[t] over the first axis, starting from zeros.
 
     Args:
-      decay: of every channel, [S].
-      inputs: [L, B, S].
-      starts: where the state is zero before the input; None: nowhere.
-      implementation: "loop" over the positions, or "associative": a parallel prefix sum with
-        several times the arithmetic.
+      decay: the decay of each channel, [S].
+      inputs: the inputs, [L, B, S].
+      starts: true where the state is set to zero before the input; None: nowhere.
+      implementation: "loop" goes over the positions one by one. "associative" is a parallel prefix
+        sum, with several times the arithmetic.
 
     Returns:
-      The states [L, B, S].
+      The states after every position, [L, B, S].
     """
     return _run(decay, inputs, starts, implementation)
 
 
 def _run(decay, inputs, starts, implementation):
-    """The recurrence; `starts[t]`: nothing passes from t - 1 to t."""
+    """Runs the recurrence. Where `starts[t]` is true, nothing passes from t - 1 to t."""
     keep = None if starts is None else (~starts[..., None]).astype(decay.real.dtype)
     if implementation == "loop":
 
@@ -106,7 +106,7 @@ linear_recurrence.defvjp(_forward, _backward)
 
 
 def _ring(key, states: int, smallest: float, largest: float, dtype) -> jax.Array:
-    """Logarithms [3, S] of rate, angle and input scale: decays uniform over a ring."""
+    """Draws decays uniformly over a ring; returns logarithms of rate, angle and input scale."""
     magnitude, angle = jax.random.split(key)
     squared = jax.random.uniform(magnitude, (states,), dtype, smallest**2, largest**2)
     angle = jax.random.uniform(angle, (states,), dtype, 1e-6, 2 * jnp.pi)
@@ -115,10 +115,10 @@ def _ring(key, states: int, smallest: float, largest: float, dtype) -> jax.Array
 
 
 class LRU(nnx.Module):
-    """Re(W_out h + b_out) of h[t] = decay h[t-1] + scale (W_in x[t] + b_in)."""
+    """Returns Re(W_out h + b_out), where h[t] = decay h[t-1] + scale (W_in x[t] + b_in)."""
 
     def __init__(self, width: int, *, states: int, dtype, param_dtype, rngs: nnx.Rngs):
-        """Decays start between 0.8 and 0.99 in magnitude; weights are pairs, N(0, 0.02^2)."""
+        """Draws decays of magnitude 0.8 to 0.99, and both parts of weights from N(0, 0.02^2)."""
         draw = nnx.initializers.normal(0.02)
         self.dtype = dtype
         self.params_log = nnx.Param(_ring(rngs.params(), states, 0.8, 0.99, param_dtype))
@@ -130,7 +130,7 @@ class LRU(nnx.Module):
     def states(
         self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
     ) -> Complex:
-        """The states [L, B, S] after every position."""
+        """Returns the states after every position, [L, B, S]."""
         starts = None
         if segment_ids is not None:
             starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]).T != 0
@@ -138,11 +138,11 @@ class LRU(nnx.Module):
         return linear_recurrence(self._decay(), self._inputs(x.swapaxes(0, 1)), starts, way)
 
     def step(self, state: Complex, x: Float[Array, "B D"]) -> Complex:
-        """The states [B, S] after one more position."""
+        """Returns the states after one more position, [B, S]."""
         return self._decay().times(state).plus(self._inputs(x))
 
     def output(self, state: Complex) -> Float[Array, "*batch D"]:
-        """What the block takes from states [*batch, S]."""
+        """Returns the output of the layer for states [*batch, S]."""
         kernel = jnp.concatenate([self.out_kernel[0], -self.out_kernel[1]]).astype(self.dtype)
         rows = jnp.concatenate(state, axis=-1).astype(self.dtype)
         y = rows.reshape(-1, rows.shape[-1]) @ kernel + self.out_bias[0].astype(self.dtype)
@@ -174,7 +174,7 @@ class LRUBlock(ResidualBlock):
         segment_ids: Int[Array, "B L"] | None = None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """One layer over rows of one or more histories each, which knows nothing of the gaps."""
+        """Applies the layer to rows of one or several histories; it does not use the gaps."""
         y = self.lru.output(self.lru.states(h, segment_ids)).swapaxes(0, 1)
         return self.finish(y, h, seeds)
 
@@ -185,19 +185,19 @@ class LRUBlock(ResidualBlock):
         lengths: Int[Array, "B"],
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1` of rows of one history each."""
+        """Computes `__call__` at position `lengths - 1`, for rows of one history each."""
         states = self.lru.states(h)
         state = jax.tree.map(lambda x: take_position(x.swapaxes(0, 1), lengths - 1), states)
         return self.finish(self.lru.output(state), take_position(h, lengths - 1), seeds)
 
     def init_state(self, batch: int) -> Complex:
-        """The state before the first event."""
+        """Returns the state before the first event."""
         zeros = jnp.zeros((batch, self.lru.params_log.shape[1]), self.lru.params_log.dtype)
         return Complex(zeros, zeros)
 
     def step(
         self, state: Complex, h: Float[Array, "B D"], features: None = None
     ) -> tuple[Complex, Float[Array, "B D"]]:
-        """`__call__` for one more event."""
+        """Computes `__call__` for one more event."""
         state = self.lru.step(state, h)
         return state, self.finish(self.lru.output(state), h, None)
