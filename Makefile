@@ -1,22 +1,29 @@
-# Two commands, each from a bare machine (Python >= 3.11) to done:
+# Commands, each from a bare machine (Python >= 3.11) to done:
 #   make quickstart   prepares synthetic data, trains TiM4Rec, prints its table
-#   make test         lint, types and the whole test-suite
+#   make test         lint, types, the fast tests and their coverage
+#   make test-all     the same with the slow tests, before a release; it reads the large golden
+#                     files too where TIM4REC_GOLDEN names their folder
 
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart test clean
+.PHONY: quickstart test test-all lint clean
 
 quickstart: .venv/.base
 	test -f data/synthetic/dataset.json || $(PY) -m data_prep synthetic --out data/synthetic
 	$(PY) train.py --config configs/quickstart.py --workdir runs/quickstart
 	$(PY) eval.py --workdir runs/quickstart --split test
 
-test: .venv/.dev .venv/.tpu .venv/.cuda
+test: lint .venv/.tpu .venv/.cuda
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov
+
+test-all: lint .venv/.tpu .venv/.cuda
+	$(PY) -m pytest -n 2 --dist worksteal --cov
+
+lint: .venv/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pyright
-	$(PY) -m pytest -n 2 --dist worksteal
 
 clean:
 	rm -rf .venv build *.egg-info

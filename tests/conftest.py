@@ -1,5 +1,7 @@
-"""Shared set-up: eight simulated devices, shape checks on, golden files."""
+"""Shared set-up: eight simulated devices, shape checks on, golden files, bounded memory."""
 
+import ctypes
+import gc
 import os
 from pathlib import Path
 
@@ -49,3 +51,34 @@ def x64():
     """Runs the test with 64-bit types enabled."""
     with jax.enable_x64(True):
         yield
+
+
+PROCESS_MEMORY = Path("/proc/self/statm")
+MOST_RESIDENT_BYTES = 1_000_000_000
+GROWTH_BETWEEN_RELEASES = 200_000_000
+_release_above = MOST_RESIDENT_BYTES
+
+
+def _resident_bytes() -> int:
+    """Returns the memory that this process holds, or 0 where the system does not tell."""
+    if not PROCESS_MEMORY.exists():
+        return 0
+    return int(PROCESS_MEMORY.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.fixture(autouse=True)
+def _bounded_memory():
+    """Lets compiled programs go after a test that leaves the process above a limit.
+
+    JAX keeps each program that it compiled, which adds up to several gigabytes over the suite.
+    A later test reads the programs that it shares with earlier tests from the cache on disk.
+    """
+    global _release_above
+    yield
+    if _resident_bytes() > _release_above:
+        jax.clear_caches()
+        gc.collect()
+        # Without this call, glibc keeps most of the freed memory for itself.
+        ctypes.CDLL(None).malloc_trim(0)
+        # What other objects hold must not make every test release again.
+        _release_above = max(MOST_RESIDENT_BYTES, _resident_bytes() + GROWTH_BETWEEN_RELEASES)

@@ -1,0 +1,95 @@
+"""Imports go one way, without circles, and what prepares data works without JAX."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+
+# Each part of `tim4rec_jax` with the parts that it may import.
+MAY_IMPORT = {
+    "errors": (),
+    "files": ("errors",),
+    "runtime": ("errors",),
+    "ssd": ("runtime", "errors"),
+    "layers": ("ssd", "runtime", "errors"),
+    "models": ("layers", "ssd", "runtime", "errors"),
+    "data": ("files", "errors"),
+    "config": ("models", "data", "errors"),
+    "scoring": ("models", "data", "runtime", "errors"),
+    "run": ("config", "models", "data", "files", "runtime", "errors"),
+}
+LIBRARY = tuple(MAY_IMPORT)
+MAY_IMPORT |= {
+    "evaluation": LIBRARY,
+    "training": (*LIBRARY, "evaluation"),
+    "serving": (*LIBRARY, "evaluation"),
+    "interop": LIBRARY,
+}
+# Commands put the parts together, and nothing but another command imports them.
+COMMANDS = {"tim4rec_jax.cli", "tim4rec_jax.interop.__main__", "tim4rec_jax.serving.__main__"}
+
+
+@pytest.fixture(scope="module")
+def graph():
+    return grimp.build_graph(
+        "tim4rec_jax", "data_prep", include_external_packages=True, cache_dir=None
+    )
+
+
+def part(module: str) -> str:
+    """Returns "data" for "tim4rec_jax.data.splits", and "" for the package itself."""
+    return (*module.split("."), "")[1]
+
+
+def test_imports_go_one_way(graph):
+    wrong = []
+    for module in sorted(graph.modules - COMMANDS):
+        if not module.startswith("tim4rec_jax."):
+            continue
+        for imported in sorted(graph.find_modules_directly_imported_by(module)):
+            if imported in COMMANDS or (
+                imported.startswith("tim4rec_jax.")
+                and part(imported) not in (part(module), *MAY_IMPORT[part(module)])
+            ):
+                wrong.append(f"{module} imports {imported}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_preparation_imports_no_more_than_the_format_and_errors(graph):
+    wrong = [
+        f"{module} imports {imported}"
+        for module in sorted(graph.modules)
+        if module.split(".")[0] == "data_prep"
+        for imported in sorted(graph.find_modules_directly_imported_by(module))
+        if imported.startswith("tim4rec_jax.") and part(imported) not in ("data", "errors", "files")
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_circles(graph):
+    """Takes modules away that import none of the rest: what cannot be taken away is a circle."""
+    left = {
+        module: {m for m in graph.find_modules_directly_imported_by(module) if "." in m}
+        for module in graph.modules
+    }
+    while free := {module for module, imported in left.items() if not imported & left.keys()}:
+        left = {module: imported for module, imported in left.items() if module not in free}
+    assert not left, f"circles run through {sorted(left)}"
+
+
+def test_the_op_knows_no_flax(graph):
+    assert not graph.find_modules_that_directly_import("flax") & {
+        module for module in graph.modules if part(module) == "ssd"
+    }
+
+
+@pytest.mark.parametrize("package", ["tim4rec_jax", "tim4rec_jax.data", "data_prep"])
+def test_importing_it_loads_no_jax(package):
+    program = f"import sys, {package}; sys.exit(', '.join(sys.modules.keys() & {{'jax', 'flax'}}))"
+    root = Path(__file__).parents[1]
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert not result.stderr.strip(), result.stderr
