@@ -69,13 +69,13 @@ def test_preparation_imports_no_more_than_the_format_and_errors(graph):
 
 
 def test_no_circles(graph):
-    """Takes modules away that import none of the rest: what cannot be taken away is a circle."""
-    left = {
-        module: {m for m in graph.find_modules_directly_imported_by(module) if "." in m}
-        for module in graph.modules
-    }
-    while free := {module for module, imported in left.items() if not imported & left.keys()}:
-        left = {module: imported for module, imported in left.items() if module not in free}
+    """Takes away what imports none of the rest, or what none of the rest imports, until it ends."""
+    left = {m for m in graph.modules if m.startswith(("tim4rec_jax", "data_prep"))}
+    size = 0
+    while size != len(left):
+        size = len(left)
+        left = {m for m in left if graph.find_modules_directly_imported_by(m) & left}
+        left = {m for m in left if graph.find_modules_that_directly_import(m) & left}
     assert not left, f"circles run through {sorted(left)}"
 
 
