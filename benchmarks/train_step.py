@@ -192,15 +192,13 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     config = config_lib.resolve(config)
     data = config.data
     dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
-    if config.model.date_bias_knots:
-        config.data.date_range = train_dates(dataset)
     batches = make_batches(config, dataset)
     model = build(
         config.model,
         n_items=dataset.n_items,
         n_users=dataset.n_users,
         max_length=data.max_length,
-        date_range=data.date_range,
+        date_range=train_dates(dataset) if config.model.date_bias_knots else None,
     )
     placement = data_sharding(config.train.batch_size)
     steps, tx = make_steps(config, dataset, batches, model, placement)

@@ -40,9 +40,6 @@ def default() -> Config:
                 # Windows of max_length an epoch takes from one history, at most; by default
                 # all. Only with train.objective "every_position".
                 "windows_per_user": config_dict.placeholder(int),
-                # Times of the first and the last training event, in seconds since 1970. Training
-                # fills them in for models with date_bias_knots.
-                "date_range": config_dict.placeholder(tuple),
             },
             "model": _model_section(DEFAULT_MODEL),
             "train": {

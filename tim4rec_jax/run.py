@@ -20,6 +20,36 @@ def write_settings(config: config_lib.Config, path: Path) -> None:
     write_json(path, config.to_dict())
 
 
+# Where the settings of older runs hold the times that `read_date_range` returns.
+_OLD_DATE_RANGES = (("model", "drift_dates"), ("model", "date_bias_dates"), ("data", "date_range"))
+
+
+def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
+    """Writes what `read_date_range` reads; the arguments are described there."""
+    write_json(workdir / "date_range.json", date_range)
+
+
+def read_date_range(workdir: Path) -> tuple[int, int] | None:
+    """The times that a model with a date bias was trained on.
+
+    Args:
+      workdir: of the run.
+
+    Returns:
+      The times of the first and the last training event, in seconds since 1970. None: the model
+      has no date bias.
+    """
+    path = workdir / "date_range.json"
+    if path.exists():
+        first, last = json.loads(path.read_text())
+        return first, last
+    values = json.loads((workdir / "config.json").read_text())
+    for section, old in _OLD_DATE_RANGES:
+        if dates := values.get(section, {}).get(old):
+            return dates[0], dates[1]
+    return None
+
+
 def read_settings(path: Path) -> config_lib.Config:
     """Reads settings that `write_settings` wrote.
 
@@ -38,16 +68,13 @@ def read_settings(path: Path) -> config_lib.Config:
     for old, new in (("seen_offset", "repeat_bias"), ("drift_knots", "date_bias_knots")):
         if old in model:
             model[new] = model.pop(old)
-    for old in ("drift_dates", "date_bias_dates"):
-        if dates := model.pop(old, None):
-            values.setdefault("data", {})["date_range"] = dates
+    for section, old in _OLD_DATE_RANGES:
+        values.get(section, {}).pop(old, None)
     config_lib.use_model(config, model.get("name", config.model.name))
     with config.unlocked(), config.ignore_type():
         config.update(values)
         if config.data.buckets is not None:
             config.data.buckets = tuple(config.data.buckets)
-        if config.data.date_range is not None:
-            config.data.date_range = tuple(config.data.date_range)
     return config
 
 
@@ -112,7 +139,7 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
                 lambda: build(
                     config.model,
                     max_length=config.data.max_length,
-                    date_range=config.data.date_range,
+                    date_range=read_date_range(workdir),
                     **sizes,
                 )
             )

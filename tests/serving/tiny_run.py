@@ -11,7 +11,7 @@ from flax import nnx
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.models import build
-from tim4rec_jax.run import write_settings
+from tim4rec_jax.run import write_date_range, write_settings
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.recommender import Recommender
@@ -40,7 +40,6 @@ def tiny_model(dataset, *, seed=0, name="tim4rec", date_range=None, **settings):
     small = dict(hidden_size=8, head_dim=8, d_state=4, num_layers=1, time_encoding="masked")
     small |= dict(inner_size=8, embedding_size=8, n_layers=1)
     config.model.update({key: v for key, v in small.items() if key in config.model} | settings)
-    config.data.date_range = date_range
     config = config_lib.resolve(config)
     sizes = dict(n_items=N_ITEMS, max_length=MAX_LENGTH)
     model = build(config.model, **sizes, date_range=date_range)
@@ -63,6 +62,8 @@ def save_run(workdir, dataset, **settings):
     config, model = tiny_model(dataset, **settings)
     workdir.mkdir()
     write_settings(config, workdir / "config.json")
+    if date_range := settings.get("date_range"):
+        write_date_range(workdir, date_range)
     metadata = json.loads((dataset / "dataset.json").read_text())
     (workdir / "dataset.json").write_text(json.dumps(metadata))
     checkpoints = Checkpoints(workdir)

@@ -17,6 +17,7 @@ from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
+from tim4rec_jax.run import read_date_range
 from tim4rec_jax.training import step as steps
 from tim4rec_jax.training import train as loop
 from tim4rec_jax.training.step import make_optimizer
@@ -119,8 +120,7 @@ def test_a_run_keeps_the_dates_of_what_it_was_trained_on(dataset, tmp_path):
     ds = open_dataset(dataset)
     trained_on = ds.lengths - 2
     times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
-    settings = json.loads((tmp_path / "run" / "config.json").read_text())
-    assert settings["data"]["date_range"] == [times[times > 0].min(), times.max()]
+    assert read_date_range(tmp_path / "run") == (times[times > 0].min(), times.max())
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):

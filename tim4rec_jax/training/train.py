@@ -34,7 +34,13 @@ from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import write_json
 from tim4rec_jax.models import build, model_class
-from tim4rec_jax.run import check_same_dataset, check_unchanged, load_model, write_settings
+from tim4rec_jax.run import (
+    check_same_dataset,
+    check_unchanged,
+    load_model,
+    write_date_range,
+    write_settings,
+)
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
 from tim4rec_jax.training.checkpoints import Checkpoints, silence_echoes
 from tim4rec_jax.training.log import ProgressLine, RunLog, duration
@@ -169,13 +175,15 @@ class _Run:
     def __init__(self, config: config_lib.Config, dataset: Dataset, workdir: Path):
         trained_on = workdir / "dataset.json"
         check_same_dataset(dataset.directory, dataset.metadata, trained_on)
-        if config.model.date_bias_knots:
-            config.data.date_range = train_dates(dataset)
         settings = workdir / "config.json"
         if settings.exists():
             check_unchanged(config, settings)
         else:
             write_settings(config, settings)
+        date_range = None
+        if config.model.date_bias_knots:
+            date_range = train_dates(dataset)
+            write_date_range(workdir, date_range)
         self.config, self.dataset, self.workdir = config, dataset, workdir
 
         self.batches = make_batches(config, dataset)
@@ -186,7 +194,7 @@ class _Run:
             n_items=dataset.n_items,
             n_users=dataset.n_users,
             item_counts=train_item_counts(dataset) if counted else None,
-            date_range=config.data.date_range,
+            date_range=date_range,
             max_length=config.data.max_length,
             seed=config.seed,
         )
