@@ -10,7 +10,7 @@ from flax import nnx
 from tests.interop.golden_models import NAMES, read_golden
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.interop import from_torch, to_torch
-from tim4rec_jax.layers.time import Drift
+from tim4rec_jax.layers.time import DateBias
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_half_precision_weights_become_float32(golden):
 
 def test_what_the_published_model_lacks_is_refused(golden):
     model = golden.model()
-    model.drift = Drift(2, 4, param_dtype=jnp.float32)
+    model.drift = DateBias(2, 4, param_dtype=jnp.float32)
     with pytest.raises(UserError, match=r"train with config\.model\.date_bias_knots=0"):
         to_torch(model)
     model.drift = None

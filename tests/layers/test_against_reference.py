@@ -84,7 +84,7 @@ def test_gated_rms_norm(misc, eps):
         expand=1,
         conv_width=4,
         chunk_size=None,
-        activation=jax.nn.silu,
+        activation="silu",
         kaiming=True,
         eps=eps,
         rngs=nnx.Rngs(0),

@@ -4,13 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.layers.time import Drift
+from tim4rec_jax.layers.time import DateBias
 
 DAY = 86_400
 
 
 def drift(first, last, values):
-    module = Drift(len(values), 1, param_dtype=jnp.float32)
+    module = DateBias(len(values), 1, param_dtype=jnp.float32)
     module.spread_over(first, last)
     assert not module.vectors[...].any()
     module.vectors[...] = jnp.array(values, jnp.float32)[:, None] / 5  # what they are multiplied by
@@ -31,7 +31,7 @@ def test_events_of_one_time_have_one_date():
 
 
 def test_must_know_its_dates():
-    module = Drift(2, 1, param_dtype=jnp.float32)
+    module = DateBias(2, 1, param_dtype=jnp.float32)
     with pytest.raises(ValueError, match="pass date_range to build"):
         module(jnp.zeros((1, 1)), jnp.zeros(1))
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from tests.ssd.cases import QUICK
-from tim4rec_jax.layers.basic import correlate
 from tim4rec_jax.layers.gru import gru, gru_step
 from tim4rec_jax.layers.lru import Complex, linear_recurrence
+from tim4rec_jax.models.caser import correlate
 
 LENGTH, ROWS, WIDTH = 7, 2, 3
 STARTS = jnp.array([[0, 0, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 0, 0]], bool).T

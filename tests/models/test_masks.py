@@ -9,7 +9,6 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.layers import CausalSSD
 from tim4rec_jax.models import build
 from tim4rec_jax.ssd import ssd
-from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.reference import decay_mask
 
 LENGTH, LENGTHS = 6, [6, 4]
@@ -66,8 +65,9 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
 def mixed(layer, h, time, mask):
     """A layer's output by way of its mask."""
     if isinstance(layer, CausalSSD):
-        z, inner, _ = layer._project(h, time)
-        x, B, C = layer.split(ACTIVATIONS[layer.activation](layer.conv(inner)))
+        h = h if time is None else h + time.inputs
+        z, inner, _ = layer._split(layer.in_proj(h))
+        x, B, C = layer.op_inputs(layer.conv(inner))
     else:
         z, inner = jnp.split(layer.in_proj(h), [layer.inner], axis=-1)
         x, B, C, _ = layer._inputs(inner, time)

@@ -93,23 +93,19 @@ class Attention(nnx.Module):
         """
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
-
-        def block(number, queries, keys):
+        length = h.shape[1]
+        mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))
+        size = max(_LEAST_BLOCK, -(-length // _BLOCKS)) if causal else length
+        blocks = []
+        for number, start in enumerate(range(0, length, size)):
+            queries, keys = slice(start, start + size), slice(start + size) if causal else ALL
             part = None if relation is None else relation.block(queries, keys)
             q = query[:, :, queries]
             scores = jnp.einsum("bhqp,bhkp->bhqk", q, key[:, :, keys])
-            seen = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))[:, :, queries, keys]
-            weights = self._weights(scores, q, seen, fold(seeds, number), part)
+            visible = mask[:, :, queries, keys]
+            weights = self._weights(scores, q, visible, fold(seeds, number), part)
             y = jnp.einsum("bhqk,bhkp->bhqp", weights, value[:, :, keys])
-            return y if part is None else y + part.add_up(weights)
-
-        length = h.shape[1]
-        size = max(_LEAST_BLOCK, -(-length // _BLOCKS)) if causal else length
-        starts = range(0, length, size)
-        blocks = [
-            block(number, slice(start, start + size), slice(start + size) if causal else ALL)
-            for number, start in enumerate(starts)
-        ]
+            blocks.append(y if part is None else y + part.add_up(weights))
         return self._finish(jnp.concatenate(blocks, axis=2))
 
     def at(

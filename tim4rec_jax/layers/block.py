@@ -1,4 +1,4 @@
-"""One layer of TiM4Rec: time-aware SSD and feed-forward network, each with its norm."""
+"""Whole layers: a layer that mixes the sequence, then a feed-forward network, each with a norm."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from tim4rec_jax.layers.time import GapModulator, TimeMixer
 
 
 class FeedForward(nnx.Module):
-    """LayerNorm(drop(W2 drop(f(W1 h))) + h) with inner width 4 D; by default f is hard-swish."""
+    """LayerNorm(drop(W2 drop(f(W1 h))) + h) with inner width 4 D. f is hard-swish by default."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class FeedForward(nnx.Module):
 
 
 class ResidualBlock(nnx.Module):
-    """h = LayerNorm(drop(y) + h), then the feed-forward network; subclasses compute y."""
+    """h = LayerNorm(drop(y) + h), then the feed-forward network. Subclasses compute y."""
 
     def __init__(
         self,
@@ -63,17 +63,14 @@ class ResidualBlock(nnx.Module):
         h: Float[Array, "B ... D"],
         seeds: UInt32[Array, "B"] | None,
     ) -> Float[Array, "B ... D"]:
-        """What follows the sequence-mixing layer: `h` is its input, `y` its output."""
+        """What follows the layer that mixes the sequence: `h` is its input, `y` its output."""
         y = dropout(y, self.dropout_rate, fold(seeds, 0))
         h = self.norm(y + h if self.residual else y)
         return h if self.feed_forward is None else self.feed_forward(h, fold(seeds, 1))
 
 
 class Block(ResidualBlock):
-    """A layer with the paper's time stream.
-
-    `mixer` shapes the layer's step sizes by time; without it time is not used.
-    """
+    """A layer with the paper's time stream, or without time if it has no `mixer`."""
 
     def __init__(self, ssd: TimeAwareSSD, mixer: TimeMixer | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -86,13 +83,13 @@ class Block(ResidualBlock):
         real: Bool[Array, "B 1 T"] | None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B H T"] | None]:
-        """One layer of both streams.
+        """Both streams after this layer.
 
         Args:
-          h: item stream; L may be shorter than the T positions of the time stream.
-          tau: time stream, or None.
-          real: where events are (`masked`), or None (`paper`).
-          seeds: dropout seeds per row, or None for no dropout.
+          h: item stream. L may be shorter than the T positions of the time stream.
+          tau: time stream; None without a `mixer`.
+          real: True where an event is (`masked`), or None (`paper`).
+          seeds: dropout seeds of the rows; None switches dropout off.
         """
         factor, next_tau = self._time(tau, real, seeds)
         if factor is not None:
@@ -102,7 +99,7 @@ class Block(ResidualBlock):
     def mask(
         self, h: Float[Array, "B L D"], tau: Float[Array, "B #H T"] | None
     ) -> Float[Array, "B H L L"]:
-        """What each event counts for in each later one, per head, before their content."""
+        """The time-aware mask of the layer, see `SequenceModel.masks`."""
         factor = None
         if self.mixer is not None and tau is not None:
             factor = self.mixer(tau, None, h.shape[1]).swapaxes(1, 2)
@@ -130,7 +127,7 @@ class Block(ResidualBlock):
 
 
 class CausalBlock(ResidualBlock):
-    """A layer whose time is the gaps; without a modulator time is not used."""
+    """A layer that the gaps modulate, or a layer without time if it has no `modulator`."""
 
     def __init__(self, ssd: CausalSSD, modulator: GapModulator | None, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -143,13 +140,14 @@ class CausalBlock(ResidualBlock):
         segment_ids: Int[Array, "B L"] | None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """One layer over rows of one or more histories each.
+        """One layer over rows of one or several histories.
 
         Args:
           h: item stream.
-          features: `gap_features`.
-          segment_ids: which history a position belongs to; None: one a row.
-          seeds: dropout seeds per row, or None for no dropout.
+          features: `gap_features` of the gaps; None without a `modulator`.
+          segment_ids: the number of the history that each position belongs to; None: each row is
+            one history.
+          seeds: dropout seeds of the rows; None switches dropout off.
         """
         return self.finish(self.ssd(h, self._time(features), segment_ids), h, seeds)
 
@@ -160,7 +158,7 @@ class CausalBlock(ResidualBlock):
     def mask(
         self, h: Float[Array, "B L D"], features: Float[Array, "B L K"] | None
     ) -> Float[Array, "B H L L"]:
-        """What each event counts for in each later one, per head, before their content."""
+        """The time-aware mask of the layer, see `SequenceModel.masks`."""
         return self.ssd.mask(h, self._time(features))
 
     def last(
@@ -177,7 +175,7 @@ class CausalBlock(ResidualBlock):
     def step(
         self, state: LayerState, h: Float[Array, "B D"], features: Float[Array, "B K"] | None
     ) -> tuple[LayerState, Float[Array, "B D"]]:
-        """`__call__` for one more event."""
+        """`__call__` for one more event of each user."""
         state, y = self.ssd.step(state, h, self._time(features))
         return state, self.finish(y, h, None)
 

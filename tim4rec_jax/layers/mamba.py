@@ -1,11 +1,14 @@
-"""The selective scan of Mamba (arXiv 2312.00752, algorithm 2): a decay of its own per number.
+"""Mamba (arXiv 2312.00752): its selective scan (algorithm 2) and its block (section 3.4).
+
+The scan is the recurrence, with a decay of its own for every number of the state:
 
     h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
 
-Unlike in Mamba-2 (`tim4rec_jax.ssd`) the decays have no matrix product to go with: one loop over
-the positions, whose states [B, D, N] are kept for some positions only and computed again
-backwards. An associative scan would hold all of them, several times over.
+Mamba-2 (`tim4rec_jax.ssd`) computes its recurrence with matrix products, which these decays do not
+allow. Here one loop runs over the positions. Of its states [B, D, N] it keeps those at the start of
+each chunk of positions, and computes the others again in the backward pass. An associative scan
+would hold all of them, several times over.
 """
 
 import math
@@ -18,16 +21,6 @@ from jaxtyping import Array, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
 from tim4rec_jax.layers.block import ResidualBlock
-
-# ---- layers.selective_scan
-# The selective scan of Mamba (arXiv 2312.00752, algorithm 2): a decay of its own per number.
-#
-#     h[t, d, n] = exp(dt[t, d] A[d, n]) h[t-1, d, n] + dt[t, d] B[t, n] u[t, d]
-#     y[t, d]    = sum_n C[t, n] h[t, d, n] + D[d] u[t, d]
-#
-# Unlike in Mamba-2 (`tim4rec_jax.ssd`) the decays have no matrix product to go with: one loop over
-# the positions, whose states [B, D, N] are kept for some positions only and computed again
-# backwards. An associative scan would hold all of them, several times over.
 
 
 def selective_scan(
@@ -44,7 +37,7 @@ def selective_scan(
     initial_state: Float[Array, "B D N"] | None = None,
     segment_ids: Int[Array, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Runs over whole rows.
+    """The selective scan over whole rows.
 
     Args:
       u: inputs.
@@ -53,11 +46,12 @@ def selective_scan(
       B: input maps.
       C: output maps.
       D: skip weights; None: no skip.
-      z: gates, `y` being multiplied by silu(z) last; None: none.
+      z: gates; `y` is multiplied by silu(z) last. None: no gates.
       delta_bias: added to `delta` first.
       delta_softplus: whether softplus is applied to `delta` next.
       initial_state: the state before the first position; None: zeros.
-      segment_ids: the state starts from zeros where the id differs from the one before.
+      segment_ids: the state starts from zeros where the id differs from the one before. None: each
+        row is one segment.
 
     Returns:
       y in the dtype of `u`, and the state after the last position, in at least float32.
@@ -94,7 +88,19 @@ def selective_scan_step(
     B: Float[Array, "B N"],
     C: Float[Array, "B N"],
 ) -> tuple[Float[Array, "B D N"], Float[Array, "B D"]]:
-    """One more position, without skip and gate; `dt` is ready to use (`step_size`)."""
+    """One more position, without skip and gate.
+
+    Args:
+      state: the state before the position.
+      u: inputs.
+      dt: step sizes, as `step_size` returns them.
+      A: rates of decay, negative.
+      B: input maps.
+      C: output maps.
+
+    Returns:
+      The state after the position, and y.
+    """
     state = jnp.exp(dt[..., None] * A) * state + (dt * u)[..., None] * B[:, None]
     return state, jnp.einsum("bdn,bn->bd", state, C.astype(state.dtype))
 
@@ -107,15 +113,24 @@ def selective_scan_last(
     C: Float[Array, "B N"],
     lengths: Int[Array, " B"],
 ) -> Float[Array, "B D"]:
-    """The output at position `lengths - 1`, without skip and gate and without any state.
+    """The output at position `lengths - 1`, without skip and gate.
 
-    A sum over the positions, each with the decay from it to the last one. `dt` is ready to use
-    (`step_size`), `C` that of position `lengths - 1`.
+    It is computed without a state, as the sum of all positions' inputs, each multiplied by the
+    decay from its position to the last one.
+
+    Args:
+      u: inputs.
+      dt: step sizes, as `step_size` returns them.
+      A: rates of decay, negative.
+      B: input maps.
+      C: output maps of position `lengths - 1`.
+      lengths: number of positions of each row that count.
     """
     real = jnp.arange(u.shape[1])[None, :, None] < lengths[:, None, None]
     dt = jnp.where(real, dt, 0.0)
     after = jnp.pad(dt[:, 1:], ((0, 0), (0, 1), (0, 0)))
-    after = jax.lax.cumsum(after, axis=1, reverse=True)  # recent events, which count most, exact
+    # Summed from the end, so that recent events, which count most, have the smallest error.
+    after = jax.lax.cumsum(after, axis=1, reverse=True)
     maps = B.astype(dt.dtype) * C[:, None].astype(dt.dtype)
     rates = A.astype(dt.dtype).T
 
@@ -164,7 +179,7 @@ class _Inputs(NamedTuple):
 
 
 def _chunk_size(length: int) -> int:
-    """About the root of the length, so that little is kept; in that range, with least padding."""
+    """About the square root of the length, which keeps few states, with the least padding."""
     root = math.isqrt(length)
     return min(range(root, 2 * root + 1), key=lambda size: (-length % size, size))
 
@@ -225,16 +240,12 @@ def _backward(residuals, gradients):
 
     zero = (d_h, jnp.zeros_like(A))
     (d_h, d_A), d_inputs = jax.lax.scan(chunk, zero, (starts, inputs, d_y), reverse=True)
-    # Nobody wants the gradient of `start`.
+    # `start` is no parameter; its gradient is never used.
     start = None if inputs.start is None else jnp.zeros_like(inputs.start)
     return d_inputs._replace(start=start), d_A, d_h
 
 
 _scan.defvjp(_forward, _backward)
-
-
-# ---- layers.mamba
-# The block of Mamba (arXiv 2312.00752, section 3.4), as Mamba4Rec uses it.
 
 
 class MambaState(NamedTuple):
@@ -254,14 +265,14 @@ class Mamba(nnx.Module):
         state: int,
         conv_width: int,
         expand: int,
-        dtype,
-        param_dtype,
+        dtype: Any,
+        param_dtype: Any,
         rngs: nnx.Rngs,
     ):
-        """Initialises the weights as Mamba4Rec does, with its N(0, 0.02^2) for all projections.
+        """Initialises the weights as Mamba4Rec does: N(0, 0.02^2) for all projections.
 
-        That includes the one of the step sizes and sets its bias to 0: of Mamba's own choice of
-        steps between 0.001 and 0.1 nothing is left, all start close to softplus(0) = 0.69.
+        The projection of the step sizes is one of them, and its bias is 0. All step sizes therefore
+        start close to softplus(0) = 0.69. Mamba itself makes them start between 0.001 and 0.1.
         """
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.inner, self.state, self.rank = expand * width, state, math.ceil(width / 16)
@@ -322,7 +333,7 @@ class Mamba(nnx.Module):
 
 
 class MambaBlock(ResidualBlock):
-    """A Mamba block, then what `ResidualBlock` adds."""
+    """A Mamba block, followed by what `ResidualBlock` adds. It does not use the gaps."""
 
     def __init__(self, mamba: Mamba, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -335,7 +346,7 @@ class MambaBlock(ResidualBlock):
         segment_ids: Int[Array, "B L"] | None = None,
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
-        """One layer over rows of one or more histories each, which knows nothing of the gaps."""
+        """One layer over rows of one or several histories; arguments as `CausalBlock`."""
         return self.finish(self.mamba(h, segment_ids), h, seeds)
 
     def last(
@@ -355,6 +366,6 @@ class MambaBlock(ResidualBlock):
     def step(
         self, state: MambaState, h: Float[Array, "B D"], features: None = None
     ) -> tuple[MambaState, Float[Array, "B D"]]:
-        """`__call__` for one more event."""
+        """`__call__` for one more event of each user."""
         state, y = self.mamba.step(state, h)
         return state, self.finish(y, h, None)

@@ -1,4 +1,8 @@
-"""The time-aware SSD layers: the one of the paper and the causal one."""
+"""The time-aware SSD layers: `TimeAwareSSD` of the paper, and the causal `CausalSSD`.
+
+Both are the block of Mamba-2 (arXiv 2405.21060, section 7) with one group. They differ in what
+time does to the step sizes.
+"""
 
 from typing import Any, NamedTuple
 
@@ -15,29 +19,20 @@ from tim4rec_jax.ssd.fused_block import has_kernel
 from tim4rec_jax.ssd.reference import decay_mask
 from tim4rec_jax.ssd.xla import ssd_last
 
-# ---- layers.time_aware_ssd
-# The time-aware SSD layer: Mamba-2's mixer with step sizes scaled by the time stream.
-
-
-def _inverse_softplus(x: jax.Array) -> jax.Array:
-    return x + jnp.log(-jnp.expm1(-x))
-
-
-def _dt_bias_init(key, shape, dtype):
-    """Step sizes log-uniform in [1e-3, 1e-1], at least 1e-4, before softplus."""
-    log_dt = jax.random.uniform(key, shape, dtype, jnp.log(1e-3), jnp.log(1e-1))
-    return _inverse_softplus(jnp.maximum(jnp.exp(log_dt), 1e-4))
-
-
-def _a_log_init(key, shape, dtype):
-    return jnp.log(jax.random.uniform(key, shape, dtype, 1.0, 16.0))
-
 
 class SSDLayer(nnx.Module):
-    """in_proj -> causal convolution -> SSD -> gated RMSNorm -> out_proj: the parts of it.
+    """in_proj -> causal convolution -> SSD -> gated RMSNorm -> out_proj.
 
-    The block of Mamba-2 (arXiv 2405.21060, section 7) with one group. Subclasses put the
-    parts together; they differ in what time does to the step sizes.
+    This class has the parts, and subclasses put them together. I is the inner width H P.
+
+    Attributes:
+      in_proj: D -> 2 I + 2 N + H, that is z [I], x [I], B [N], C [N] and raw step sizes [H].
+      conv: over (x, B, C), followed by `activation`.
+      dt_bias: added to the step sizes before softplus.
+      A_log: log of the rate of decay of each head.
+      D: weight of the skip connection of each head.
+      norm: RMSNorm over all I features, after the gate.
+      out_proj: I -> D.
     """
 
     def __init__(
@@ -52,23 +47,38 @@ class SSDLayer(nnx.Module):
         activation: str,
         kaiming: bool,
         eps: float,
-        dtype,
-        param_dtype,
+        dtype: Any,
+        param_dtype: Any,
         rngs: nnx.Rngs,
         output_std: float = 0.02,
     ):
+        """Initialises the weights as the published code does.
+
+        Args:
+          width: D.
+          state: N.
+          head_width: P; it must divide I = `expand` * `width`.
+          expand: I / D.
+          conv_width: taps of the convolution.
+          chunk_size: of the SSD op; None lets the op choose.
+          activation: after the convolution, "hardswish" or "silu".
+          kaiming: whether the convolution is initialised by Kaiming's rule.
+          eps: of RMSNorm.
+          dtype: of the activations.
+          param_dtype: of the parameters, step sizes and decays.
+          rngs: a stream `params`.
+          output_std: standard deviation of the initial weights of `out_proj`.
+        """
         self.inner, self.state, self.head_width = expand * width, state, head_width
         self.heads = self.inner // head_width
-        self.chunk_size, self.dtype = chunk_size, dtype
-        self.activation = activation
+        self.chunk_size, self.activation, self.dtype = chunk_size, activation, dtype
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         mixed = self.inner + 2 * state
         self.in_proj = Dense(width, self.inner + mixed + self.heads, **kwargs)
-        self.conv = CausalConv(
-            mixed, conv_width, kaiming=kaiming, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
-        self.dt_bias = nnx.Param(_dt_bias_init(rngs.params(), (self.heads,), param_dtype))
-        self.A_log = nnx.Param(_a_log_init(rngs.params(), (self.heads,), param_dtype))
+        self.conv = CausalConv(mixed, conv_width, kaiming=kaiming, **kwargs)
+        self.dt_bias = nnx.Param(_initial_dt_bias(rngs.params(), self.heads, param_dtype))
+        rates = jax.random.uniform(rngs.params(), (self.heads,), param_dtype, 1.0, 16.0)
+        self.A_log = nnx.Param(jnp.log(rates))
         self.D = nnx.Param(jnp.ones((self.heads,), param_dtype))
         self.norm = nnx.RMSNorm(
             self.inner, epsilon=eps, param_dtype=param_dtype, use_fast_variance=False, rngs=rngs
@@ -76,69 +86,76 @@ class SSDLayer(nnx.Module):
         output_init = nnx.initializers.normal(output_std)
         self.out_proj = Dense(self.inner, width, kernel_init=output_init, **kwargs)
 
-    def split(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """What leaves the convolution, as the op's x [*batch,H,P], B and C [*batch,1,N]."""
+    def op_inputs(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Turns what leaves the convolution into the op's x [*batch,H,P], B and C [*batch,1,N]."""
+        mixed = ACTIVATIONS[self.activation](mixed)
         x, B, C = jnp.split(mixed, [self.inner, self.inner + self.state], axis=-1)
         x = x.reshape(*x.shape[:-1], self.heads, self.head_width)
         return x, B[..., None, :], C[..., None, :]
 
-    def fuses(self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None) -> bool:
-        """Whether there is a kernel for `fused` on the platform that is compiled for."""
-        return has_kernel(jax.eval_shape(self.in_proj, h), factor, **self._block_settings())
+    def decay_rates(self) -> Float[Array, "H"]:
+        """The op's A, which is negative."""
+        return -jnp.exp(self.A_log[...])
 
-    def fused(
+    def block_arguments(
         self,
-        h: Float[Array, "B L D"],
-        factor: Float[Array, "B L H"] | None,
+        projected: Float[Array, "B L E"],
+        time_factor: Float[Array, "B L H"] | None,
         segment_ids: Int[Array, "B L"] | None = None,
-    ) -> Float[Array, "B L D"]:
-        """The layer with one kernel for all between its projections."""
-        projected = self.in_proj(h)
-        settings = self._block_settings()
-        y = time_aware_ssd_block(projected, factor, segment_ids=segment_ids, **settings)
-        return self.out_proj(y)
-
-    def _block_settings(self) -> dict[str, Any]:
+    ) -> dict[str, Any]:
+        """Arguments of `time_aware_ssd_block`, which is all between the two projections."""
         return dict(
+            projected=projected,
+            time_factor=time_factor,
             conv_kernel=self.conv.kernel[...],
             conv_bias=self.conv.bias[...],
-            A=-jnp.exp(self.A_log[...]),
+            A=self.decay_rates(),
             D=self.D[...],
             dt_bias=self.dt_bias[...],
             norm_scale=jnp.asarray(self.norm.scale),
             activation=self.activation,
             state=self.state,
             eps=self.norm.epsilon,
+            segment_ids=segment_ids,
             chunk_size=self.chunk_size,
         )
 
     def output(
         self, y: Float[Array, "*batch H P"], z: Float[Array, "*batch I"]
     ) -> Float[Array, "*batch D"]:
-        """Gates the op's result with `z` and projects it."""
+        """Multiplies the op's result by silu(z), normalises and projects it."""
         gated = self.norm(y.reshape(z.shape) * jax.nn.silu(z))
         return self.out_proj(gated.astype(self.dtype))
+
+
+def _initial_dt_bias(key: jax.Array, heads: int, dtype: Any) -> jax.Array:
+    """Makes the step sizes softplus(bias) log-uniform in [1e-3, 1e-1]."""
+    log_dt = jax.random.uniform(key, (heads,), dtype, jnp.log(1e-3), jnp.log(1e-1))
+    dt = jnp.maximum(jnp.exp(log_dt), 1e-4)
+    return dt + jnp.log(-jnp.expm1(-dt))  # the inverse of softplus
 
 
 class TimeAwareSSD(SSDLayer):
     """The paper's layer (arXiv 2409.16182, section 3.3).
 
-    dt = softplus(dt_raw * factor + dt_bias), `factor` coming from the time stream, or 1 where
-    time is not used.
+    dt = softplus(dt_raw * factor + dt_bias). The factor comes from the time stream, and is 1 where
+    the model does not use time.
     """
 
     def __call__(
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
     ) -> Float[Array, "B L D"]:
-        """Mixes the sequence; `factor` scales the raw step sizes (None: 1)."""
-        if self.fuses(h, factor):
-            return self.fused(h, factor)
-        z, mixed_dt = jnp.split(self.in_proj(h), [self.inner], axis=-1)
+        """Mixes rows of one history each; `factor` scales the raw step sizes (None: 1)."""
+        projected = self.in_proj(h)
+        arguments = self.block_arguments(projected, factor)
+        if has_kernel(**arguments):
+            return self.out_proj(time_aware_ssd_block(**arguments))
+        z, mixed_dt = jnp.split(projected, [self.inner], axis=-1)
         x, B, C, dt = self._inputs(mixed_dt, factor)
         y: Any = ssd(
             x,
             dt,
-            -jnp.exp(self.A_log[...]),
+            self.decay_rates(),
             B,
             C,
             self.D[...],
@@ -154,25 +171,17 @@ class TimeAwareSSD(SSDLayer):
         factor: Float[Array, "B L H"] | None,
         lengths: Int[Array, "B"],
     ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1`, for the cost of the inputs to it.
+        """`__call__` at position `lengths - 1`.
 
-        The gate, the output projection and the mask row of every other position are
-        never computed.
+        Only what that position needs is computed: x, B and step sizes everywhere before it, but the
+        gate, the output projection and one row of the mask only there.
         """
         mixed_dt = self.in_proj(h, slice(self.inner, None))
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner))
         x, B, C, dt = self._inputs(mixed_dt, factor)
-        y = ssd_last(
-            x,
-            dt,
-            -jnp.exp(self.A_log[...]),
-            B,
-            take_position(C, lengths - 1),
-            self.D[...],
-            lengths,
-            dt_bias=self.dt_bias[...],
-        )
-        return self.output(y, z)
+        C = take_position(C, lengths - 1)
+        A, D, bias = self.decay_rates(), self.D[...], self.dt_bias[...]
+        return self.output(ssd_last(x, dt, A, B, C, D, lengths, dt_bias=bias), z)
 
     def mask(
         self, h: Float[Array, "B L D"], factor: Float[Array, "B L H"] | None
@@ -180,36 +189,32 @@ class TimeAwareSSD(SSDLayer):
         """The time-aware mask that `__call__` mixes with, see `tim4rec_jax.ssd.reference`."""
         *_, dt = self._inputs(self.in_proj(h, slice(self.inner, None)), factor)
         step = jax.nn.softplus(dt + self.dt_bias[...])
-        return decay_mask(step, step * -jnp.exp(self.A_log[...]))
+        return decay_mask(step, step * self.decay_rates())
 
     def _inputs(self, mixed_dt, factor):
         """The op's x [B,L,H,P], B and C [B,L,1,N] and raw step sizes [B,L,H]."""
         mixed, dt = jnp.split(mixed_dt, [self.inner + 2 * self.state], axis=-1)
-        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed)))
+        x, B, C = self.op_inputs(self.conv(mixed))
         # Step sizes and decays stay in the parameters' precision.
         dt = dt.astype(self.dt_bias.dtype)
         return x, B, C, dt if factor is None else dt * factor
 
 
-# ---- layers.causal
-# The causal layer: every event's own gap shapes its step, and nothing looks ahead.
-#
-# Unlike the paper's time stream (`tim4rec_jax.layers.time`) it has no weight tied to the
-# length of the row, so one pass trains every position, rows can hold many histories, and a
-# history can go on event by event from a state of fixed size.
-
-
 class LayerState(NamedTuple):
-    """What a layer keeps of the past."""
+    """What a `CausalSSD` keeps of the past."""
 
     window: Float[Array, "B W-1 C"]  # the last inputs of the convolution
     ssd: Float[Array, "B H P N"]
 
 
 class CausalSSD(SSDLayer):
-    """Mamba-2's layer with step sizes and decays shaped by the gaps.
+    """Mamba-2's layer, with step sizes and decays that depend on the gap before each event.
 
-    dt = softplus(dt_raw + step + dt_bias) scales the input, exp(dt e^rate A) is the decay.
+    dt = softplus(dt_raw + step + dt_bias) scales the input, and exp(dt e^rate A) is the decay.
+
+    Unlike the paper's time stream (`tim4rec_jax.layers.time`) it has no weight for each position.
+    Hence one pass trains every position, rows can hold several histories, and a history can go on
+    event by event from a state of fixed size.
     """
 
     def __call__(
@@ -218,16 +223,19 @@ class CausalSSD(SSDLayer):
         time: GapModulation | None,
         segment_ids: Int[Array, "B L"] | None,
     ) -> Float[Array, "B L D"]:
-        """Mixes each segment of each row."""
-        if time is None and self.fuses(h, None):
-            return self.fused(h, None, segment_ids)
-        z, mixed, dt = self._project(h, time)
-        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed, segment_ids)))
+        """Mixes each segment of each row; `time` is what the gaps do (None: nothing)."""
+        projected = self.in_proj(_with_inputs(h, time))
+        if time is None:  # the kernels of the block have one step size for input and decay
+            arguments = self.block_arguments(projected, None, segment_ids)
+            if has_kernel(**arguments):
+                return self.out_proj(time_aware_ssd_block(**arguments))
+        z, mixed, dt = self._split(projected)
+        x, B, C = self.op_inputs(self.conv(mixed, segment_ids))
         inputs, decay = self._for_op(x, dt, time)
         y = ssd(
             inputs,
             decay,
-            -jnp.exp(self.A_log[...]),
+            self.decay_rates(),
             B,
             C,
             segment_ids=segment_ids,
@@ -238,32 +246,26 @@ class CausalSSD(SSDLayer):
     def last(
         self, h: Float[Array, "B L D"], time: GapModulation | None, lengths: Int[Array, "B"]
     ) -> Float[Array, "B D"]:
-        """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
+        """`__call__` at position `lengths - 1` of rows of one history each.
+
+        Only what that position needs is computed, as in `TimeAwareSSD.last`.
+        """
         h = _with_inputs(h, time)
-        mixed, dt = jnp.split(
-            self.in_proj(h, slice(self.inner, None)), [self.inner + 2 * self.state], axis=-1
-        )
+        mixed_dt = self.in_proj(h, slice(self.inner, None))
+        mixed, dt = jnp.split(mixed_dt, [self.inner + 2 * self.state], axis=-1)
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner))
-        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(mixed)))
+        x, B, C = self.op_inputs(self.conv(mixed))
         inputs, decay = self._for_op(x, dt, time)
-        y = ssd_last(
-            inputs,
-            decay,
-            -jnp.exp(self.A_log[...]),
-            B,
-            take_position(C, lengths - 1),
-            None,
-            lengths,
-            dt_softplus=False,
-        )
+        C = take_position(C, lengths - 1)
+        y = ssd_last(inputs, decay, self.decay_rates(), B, C, None, lengths, dt_softplus=False)
         return self._gated(y, take_position(x, lengths - 1), z)
 
     def mask(self, h: Float[Array, "B L D"], time: GapModulation | None) -> Float[Array, "B H L L"]:
         """The time-aware mask that `__call__` mixes with, see `tim4rec_jax.ssd.reference`."""
-        *_, dt = self._project(h, time)
+        *_, dt = self._split(self.in_proj(_with_inputs(h, time)))
         dt, rate = self._steps(dt, time)
         decay = dt if rate is None else dt * rate
-        return decay_mask(dt, decay * -jnp.exp(self.A_log[...]))
+        return decay_mask(dt, decay * self.decay_rates())
 
     def init_state(self, batch: int) -> LayerState:
         """The state before the first event."""
@@ -276,23 +278,16 @@ class CausalSSD(SSDLayer):
         self, state: LayerState, h: Float[Array, "B D"], time: GapModulation | None
     ) -> tuple[LayerState, Float[Array, "B D"]]:
         """`__call__` for one more event."""
-        z, mixed, dt = self._project(h, time)
+        z, mixed, dt = self._split(self.in_proj(_with_inputs(h, time)))
         window = jnp.concatenate([state.window, mixed[:, None]], axis=1)
-        x, B, C = self.split(ACTIVATIONS[self.activation](self.conv(window)[:, -1]))
+        x, B, C = self.op_inputs(self.conv(window)[:, -1])
         inputs, decay = self._for_op(x, dt, time)
-        hidden, y = ssd_step(
-            state.ssd,
-            inputs,
-            decay,
-            -jnp.exp(self.A_log[...]),
-            B,
-            C,
-        )
+        hidden, y = ssd_step(state.ssd, inputs, decay, self.decay_rates(), B, C)
         return LayerState(window[:, 1:], hidden), self._gated(y, x, z)
 
-    def _project(self, h, time):
-        h = self.in_proj(_with_inputs(h, time))
-        return jnp.split(h, [self.inner, 2 * self.inner + 2 * self.state], axis=-1)
+    def _split(self, projected):
+        """z, the convolution's input, and raw step sizes."""
+        return jnp.split(projected, [self.inner, 2 * self.inner + 2 * self.state], axis=-1)
 
     def _steps(self, dt, time):
         """Step sizes and the factor on the rate of decay, in the parameters' precision."""
@@ -302,7 +297,11 @@ class CausalSSD(SSDLayer):
         return jax.nn.softplus(dt + time.step), jnp.exp(time.rate)
 
     def _for_op(self, x, dt, time):
-        """The op has one step size for input and decay: what the decay gets more, x loses."""
+        """The op's input and step sizes.
+
+        The op has one step size for input and decay. The factor on the rate of decay multiplies
+        that step size, and the input is divided by it.
+        """
         dt, rate = self._steps(dt, time)
         if rate is None:
             return x, dt

@@ -1,4 +1,4 @@
-"""Layers that turn time into numbers: the time stream of the paper and the date bias."""
+"""Layers that turn time into numbers: the paper's time stream, functions of gaps, the date bias."""
 
 from typing import Any, NamedTuple
 
@@ -10,52 +10,38 @@ from jaxtyping import Array, Bool, Float, UInt32
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
-# ---- layers.time_stream
-# The time stream: from the gaps between events to a factor on every step size.
-#
-# Section 3.2 of the paper (arXiv 2409.16182). The stream tau has one row per head. It is not
-# causal: its LayerNorm and its maps see the whole row of `max_length` positions.
-
-
-def _layer_norm(length: int, eps: float, dtype, rngs) -> nnx.LayerNorm:
-    # The padding spike is 1e9 times the gaps: E[x^2] - E[x]^2 would cancel to nothing.
-    return nnx.LayerNorm(length, epsilon=eps, param_dtype=dtype, use_fast_variance=False, rngs=rngs)
-
-
-def _normalize(norm: nnx.LayerNorm, x: jax.Array, real: jax.Array | None) -> jax.Array:
-    """LayerNorm over the row; with `real`, over its real positions, the others zero."""
-    if real is None:
-        return norm(x)
-    return jnp.where(real, norm(x, mask=jnp.broadcast_to(real, x.shape)), 0.0)
+# The time stream of the paper (arXiv 2409.16182, section 3.2) turns gaps into a factor on every
+# step size. The stream tau has one row for each head. It is not causal: its norm and its maps see
+# the whole row of T = `max_length` positions.
 
 
 class TimeEncoder(nnx.Module):
-    """Gaps between events -> the normalised time stream of the first layer."""
+    """Makes the time stream of the first layer from the gaps between events."""
 
-    def __init__(self, length: int, *, dropout_rate: float, eps: float, dtype, rngs):
-        self.norm = _layer_norm(length, eps, dtype, rngs)
+    def __init__(self, length: int, *, dropout_rate: float, eps: float, dtype: Any, rngs: nnx.Rngs):
+        self.norm = layer_norm(length, eps, dtype, dtype, rngs)
         self.dropout_rate, self.dtype = dropout_rate, dtype
 
     def __call__(
         self,
-        gaps: Float[Array, "B L"],
-        real: Bool[Array, "B 1 L"] | None,
+        gaps: Float[Array, "B T"],
+        real: Bool[Array, "B 1 T"] | None,
         seeds: UInt32[Array, "B"] | None = None,
-    ) -> Float[Array, "B 1 L"]:
-        """Normalises the gaps: one row, which every head of the first layer starts from.
+    ) -> Float[Array, "B 1 T"]:
+        """Normalises the gaps into one row, from which every head of the first layer starts.
 
         Args:
           gaps: seconds since the event before.
-          real: True where an event is; statistics are then taken over real events only
-            (`masked`). None keeps the reference's statistics over the padded row (`paper`).
-          seeds: dropout seeds per row, or None for no dropout.
+          real: True where an event is (`masked`). Statistics are then taken over real events only.
+            None: over the padded row, as the published code does (`paper`).
+          seeds: dropout seeds of the rows; None switches dropout off.
         """
         gaps = dropout(gaps.astype(self.dtype), self.dropout_rate, seeds)
         return _normalize(self.norm, gaps[:, None, :], real)
 
 
 class TimeMixer(nnx.Module):
-    """One layer of the time stream (reference facts: DESIGN.md section 4, point 4).
+    """One layer of the time stream.
 
     s = W2 silu(W1 tau);  tau' = act(conv(act(conv(tau * s))));
     next tau = LayerNorm(g tau + (1 - g) tau'),  g = sigmoid(Wg tau + bg).
@@ -72,29 +58,33 @@ class TimeMixer(nnx.Module):
         gate_per_position: bool,
         kaiming: bool,
         eps: float,
-        dtype,
+        dtype: Any,
         rngs: nnx.Rngs,
     ):
-        def linear(features):
-            return Dense(length, features, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        """Initialises the weights.
 
-        def conv():
-            return CausalConv(
-                heads,
-                width,
-                kaiming=kaiming,
-                dtype=dtype,
-                param_dtype=dtype,
-                rngs=rngs,
-                channels_first=True,
-            )
+        Args:
+          length: T, the number of positions of a row.
+          heads: H, the number of heads of the layer.
+          width: taps of both convolutions.
+          activation: after each convolution, "hardswish" or "silu".
+          dropout_rate: of the input of the maps.
+          gate_per_position: whether g is a number for each position, or one for the row.
+          kaiming: whether convolutions are initialised by Kaiming's rule.
+          eps: of the norm.
+          dtype: of parameters and activations.
+          rngs: a stream `params`.
+        """
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
 
-        self.scale_in, self.scale_out = linear(length), linear(length)
+        def conv() -> CausalConv:
+            return CausalConv(heads, width, kaiming=kaiming, channels_first=True, **kwargs)
+
+        self.scale_in, self.scale_out = (Dense(length, length, **kwargs) for _ in range(2))
         self.conv_1, self.conv_2 = conv(), conv()
-        self.gate = linear(length if gate_per_position else 1)
-        self.norm = _layer_norm(length, eps, dtype, rngs)
-        self.activation = ACTIVATIONS[activation]
-        self.dropout_rate, self.heads = dropout_rate, heads
+        self.gate = Dense(length, length if gate_per_position else 1, **kwargs)
+        self.norm = layer_norm(length, eps, dtype, dtype, rngs)
+        self.activation, self.dropout_rate, self.heads = activation, dropout_rate, heads
 
     def __call__(
         self,
@@ -105,50 +95,120 @@ class TimeMixer(nnx.Module):
         """tau', the factor on this layer's step sizes.
 
         Args:
-          tau: time stream, one row per head or one that all heads share.
-          seeds: dropout seeds per row, or None for no dropout.
-          length: only the first so many positions (None: all).
+          tau: the time stream, with one row for each head, or one that all heads share.
+          seeds: dropout seeds of the rows; None switches dropout off.
+          length: L, to compute only the first L positions; None: all T.
         """
+        activation = ACTIVATIONS[self.activation]
         inner = jax.nn.silu(self.scale_in(self._drop(tau, fold(seeds, 0))))
         scale = self.scale_out(inner, slice(length))
-        # The convolutions run over positions with the heads as channels.
+        # The convolutions run over the positions, with the heads as channels.
         x = self._every_head(tau[..., :length] * scale)
-        return self.activation(self.conv_2(self.activation(self.conv_1(x))))
+        return activation(self.conv_2(activation(self.conv_1(x))))
 
     def advance(
         self,
-        tau: Float[Array, "B #H L"],
-        factor: Float[Array, "B H L"],
-        real: Bool[Array, "B 1 L"] | None,
+        tau: Float[Array, "B #H T"],
+        factor: Float[Array, "B H T"],
+        real: Bool[Array, "B 1 T"] | None,
         seeds: UInt32[Array, "B"] | None = None,
-    ) -> Float[Array, "B H L"]:
-        """The next layer's time stream, a gated mean of this one and its `factor`."""
+    ) -> Float[Array, "B H T"]:
+        """The next layer's time stream: a gated mean of this one and of its `factor`."""
         gate = jax.nn.sigmoid(self.gate(self._drop(tau, fold(seeds, 1))))
         return _normalize(self.norm, gate * tau + (1.0 - gate) * factor, real)
 
     def _drop(self, tau, seeds):
         if seeds is None or not self.dropout_rate:
-            return tau  # a row the heads share stays one row
+            return tau  # a row that the heads share stays one row
         return dropout(self._every_head(tau), self.dropout_rate, seeds)
 
     def _every_head(self, tau):
         return jnp.broadcast_to(tau, (tau.shape[0], self.heads, tau.shape[2]))
 
 
-# ---- layers.drift
-# Taste that changes with the calendar: `model.date_bias_knots`.
+def _normalize(norm: nnx.LayerNorm, x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """LayerNorm over the row; with `real`, over its real positions, with zeros elsewhere."""
+    if real is None:
+        return norm(x)
+    return jnp.where(real, norm(x, mask=jnp.broadcast_to(real, x.shape)), 0.0)
 
-_DAY = 86_400.0
-# A weight that Adam moves by its learning rate a step has to count within an epoch or two.
-_UNIT = 5.0
+
+# Functions of single gaps, which look at no other event.
+
+KNOTS = 24
+_LONGEST = 10 * 365.25 * 86_400.0  # seconds; longer gaps count as this
 
 
-class Drift(nnx.Module):
+def gap_features(gaps: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
+    """K = `KNOTS` hat functions of log(1 + gap), of which two neighbours are > 0 and add up to 1.
+
+    Every piecewise linear function of the logarithm is a linear map of these features. It is exact
+    at gap 0 and constant beyond ten years.
+
+    Args:
+      gaps: seconds, 0 or more; negative gaps count as 0.
+    """
+    position = jnp.log1p(jnp.clip(gaps, 0.0, _LONGEST)) * ((KNOTS - 1) / jnp.log1p(_LONGEST))
+    return jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(KNOTS)), 0.0)
+
+
+class GapModulation(NamedTuple):
+    """What the gaps do to a layer."""
+
+    inputs: Float[Array, "*batch D"]  # added to the layer's input
+    step: Float[Array, "*batch H"]  # added to the raw step size
+    rate: Float[Array, "*batch H"]  # log of a factor on the rate of decay
+
+
+class GapModulator(nnx.Module):
+    """Learns functions of the gap: one for each input channel, two for each head (step and decay).
+
+    All functions start at zero, so an untrained layer does not use time.
+    """
+
+    def __init__(self, width: int, heads: int, *, param_dtype: Any):
+        self.kernel = nnx.Param(jnp.zeros((KNOTS, width + 2 * heads), param_dtype))
+        self.cuts = (width, width + heads)
+
+    def __call__(self, features: Float[Array, "*batch K"]) -> GapModulation:
+        """Evaluates the functions at `gap_features`."""
+        return GapModulation(*jnp.split(features @ self.kernel[...], self.cuts, axis=-1))
+
+
+class NextTime(nnx.Module):
+    """Conditions a prediction on the time between the last event and the prediction.
+
+    LayerNorm(h + W2 silu(W1 h + K features)).
+    """
+
+    def __init__(self, width: int, *, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
+        self.kernel = nnx.Param(jnp.zeros((KNOTS, 4 * width), param_dtype))
+        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
+
+    def __call__(
+        self, h: Float[Array, "*batch D"], features: Float[Array, "*batch K"]
+    ) -> Float[Array, "*batch D"]:
+        """Hidden states for predictions; `features` are `gap_features` of the time until then."""
+        inner = self.fc1(h) + (features @ self.kernel[...]).astype(h.dtype)
+        return self.norm(h + self.fc2(jax.nn.silu(inner)))
+
+
+# The date bias: taste that changes with the calendar (`model.date_bias_knots`).
+
+_DAY = 86_400.0  # seconds
+# Adam moves a weight by about the learning rate in a step. In this unit, the vectors reach a size
+# that counts within an epoch or two.
+_DATE_BIAS_UNIT = 5.0
+
+
+class DateBias(nnx.Module):
     """Adds a vector to hidden states that depends on the date alone.
 
-    Its dot products with the item vectors are what each item's score is worth more or less on
-    that date. The vector is linear between knots at equal distances, and beyond the first and
-    the last one constant. All start at zero: an untrained model is one without.
+    Its dot product with an item's vector is the change of that item's score on that date. The
+    vector is interpolated linearly between knots at equal distances, and is constant before the
+    first and after the last knot. All vectors start at zero, so an untrained model has no bias.
     """
 
     def __init__(self, knots: int, width: int, *, param_dtype: Any):
@@ -169,7 +229,7 @@ class Drift(nnx.Module):
     def __call__(
         self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
     ) -> Float[Array, "*batch D"]:
-        """Hidden states to score with on each of `dates`, days since 1970.
+        """Hidden states that score items on `dates`, in days since 1970.
 
         Raises:
           ValueError: the dates of the knots are not known.
@@ -179,70 +239,8 @@ class Drift(nnx.Module):
                 "a date bias needs the dates of the training events: pass date_range to build"
             )
         first, last = self.days
-        vectors = _UNIT * self.vectors[...]
+        vectors = _DATE_BIAS_UNIT * self.vectors[...]
         share = (dates - first) / max(last - first, 1 / _DAY)  # all events may have one time
         position = jnp.clip(share, 0.0, 1.0) * (len(vectors) - 1)
         near = jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(len(vectors))), 0.0)
         return hidden + (near.astype(vectors.dtype) @ vectors).astype(hidden.dtype)
-
-
-KNOTS = 24
-
-
-_LONGEST = 10 * 365.25 * 86_400.0  # seconds; longer gaps count as this
-
-
-def gap_features(gaps: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
-    """Hat functions of log(1 + gap): two neighbours of `KNOTS` are non-zero and add up to 1.
-
-    A linear map of them is any piecewise linear function of the logarithm, exact at gap 0 and
-    constant beyond ten years.
-
-    Args:
-      gaps: seconds, >= 0 (less counts as 0).
-    """
-    position = jnp.log1p(jnp.clip(gaps, 0.0, _LONGEST)) * ((KNOTS - 1) / jnp.log1p(_LONGEST))
-    return jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(KNOTS)), 0.0)
-
-
-class GapModulation(NamedTuple):
-    """What the gaps do to a layer."""
-
-    inputs: Float[Array, "*batch D"]  # added to the layer's input
-    step: Float[Array, "*batch H"]  # added to the raw step size
-    rate: Float[Array, "*batch H"]  # log of a factor on the rate of decay
-
-
-class GapModulator(nnx.Module):
-    """One function of the gap per head for step and decay, one per channel for the input.
-
-    All start at zero: an untrained layer is one without time.
-    """
-
-    def __init__(self, width: int, heads: int, *, param_dtype):
-        self.kernel = nnx.Param(jnp.zeros((KNOTS, width + 2 * heads), param_dtype))
-        self.cuts = (width, width + heads)
-
-    def __call__(self, features: Float[Array, "*batch K"]) -> GapModulation:
-        """Evaluates the functions."""
-        return GapModulation(*jnp.split(features @ self.kernel[...], self.cuts, axis=-1))
-
-
-class NextTime(nnx.Module):
-    """Conditions a prediction on how long after the last event it is made.
-
-    LayerNorm(h + W2 silu(W1 h + K features)).
-    """
-
-    def __init__(self, width: int, *, eps: float, dtype, param_dtype, rngs: nnx.Rngs):
-        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
-        self.kernel = nnx.Param(jnp.zeros((KNOTS, 4 * width), param_dtype))
-        self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
-
-    def __call__(
-        self, h: Float[Array, "*batch D"], features: Float[Array, "*batch K"]
-    ) -> Float[Array, "*batch D"]:
-        """`features` are those of the time that passes until the prediction."""
-        inner = self.fc1(h) + (features @ self.kernel[...]).astype(h.dtype)
-        return self.norm(h + self.fc2(jax.nn.silu(inner)))

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm, take_position
-from tim4rec_jax.layers.time import Drift
+from tim4rec_jax.layers.time import DateBias
 
 NORMAL = nnx.initializers.normal(0.02)
 # Adam moves a weight by about the learning rate in a step. In this unit the bias can go from 0 to
@@ -138,7 +138,7 @@ class SequenceModel(nnx.Module):
     n_items: int
     max_length: int
     offset: nnx.Param | None = None
-    drift: Drift | None = None
+    drift: DateBias | None = None
 
     @classmethod
     def variant(cls, settings: Any) -> "type[SequenceModel]":
@@ -180,7 +180,7 @@ class SequenceModel(nnx.Module):
         if settings.repeat_bias:
             self.offset = nnx.Param(jnp.zeros((), param_dtype))
         if settings.date_bias_knots:
-            self.drift = Drift(settings.date_bias_knots, width, param_dtype=param_dtype)
+            self.drift = DateBias(settings.date_bias_knots, width, param_dtype=param_dtype)
 
     def __call__(
         self,

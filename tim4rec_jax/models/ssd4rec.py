@@ -1,4 +1,4 @@
-"""SSD4Rec*: TiM4Rec without time, as TiM4Rec's authors re-implemented SSD4Rec to compare with it."""
+"""SSD4Rec*: TiM4Rec without time, which its authors called SSD4Rec in their comparison."""
 
 import dataclasses
 from typing import Any
