@@ -113,7 +113,6 @@ def test_is_the_loop_with_its_gradients(x64, segments):
 
 def test_last_position_and_steps(x64):
     inputs = jax.tree.map(jnp.asarray, example()) | {"initial_state": None}
-    y, _ = selective_scan(**inputs)
     u, dt, A, B, C = (inputs[name] for name in ("u", "delta", "A", "B", "C"))
     lengths = jnp.array([11, 4])
     rows = jnp.arange(BATCH)
@@ -124,17 +123,28 @@ def test_last_position_and_steps(x64):
     def whole(u, dt, A, B, C):
         return selective_scan(u, dt, A, B, C)[0][rows, lengths - 1]
 
-    arguments = (u, dt, A, B, C)
-    np.testing.assert_allclose(last(*arguments), whole(*arguments), rtol=1e-12)
-    gradients = [
-        jax.grad(lambda *args, f=f: jnp.sum(f(*args) ** 2), argnums=range(5))(*arguments)
-        for f in (last, whole)
-    ]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *gradients)
-    state = jnp.zeros((BATCH, WIDTH, STATE))
-    for t in range(LENGTH):
-        state, now = selective_scan_step(state, u[:, t], dt[:, t], A, B[:, t], C[:, t])
-        np.testing.assert_allclose(now, y[:, t], rtol=1e-12)
+    def steps(u, dt, A, B, C):
+        def step(state, now):
+            u, dt, B, C = now
+            return selective_scan_step(state, u, dt, A, B, C)
+
+        by_position = [array.swapaxes(0, 1) for array in (u, dt, B, C)]
+        return jax.lax.scan(step, jnp.zeros((BATCH, WIDTH, STATE)), by_position)[1].swapaxes(0, 1)
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def run(*arguments):
+        def with_gradients(f):
+            return jax.value_and_grad(
+                lambda *args: (jnp.sum((y := f(*args)) ** 2), y), argnums=range(5), has_aux=True
+            )(*arguments)
+
+        ends = [with_gradients(f) for f in (last, whole)]
+        return ends, steps(*arguments), selective_scan(**inputs)[0]
+
+    (((_, at_end), gradients), ((_, expected), others)), stepped, y = run(u, dt, A, B, C)
+    np.testing.assert_allclose(at_end, expected, rtol=1e-12)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradients, others)
+    np.testing.assert_allclose(stepped, y, rtol=1e-12)
 
 
 def test_states_are_not_kept_for_every_position():
