@@ -2,7 +2,6 @@
 
 import hashlib
 import http.client
-import socket
 import time
 import urllib.error
 import urllib.parse
@@ -52,12 +51,13 @@ def fetch(
         return path
     partial = path.with_name(path.name + ".part")
     by_hand = f"fetch {url} by other means and run `{command} --source {path.name}`"
+    answered = False
     for attempt in range(1, _ATTEMPTS + 1):
-        offline = False
         try:
             if _continue(url, partial, console):
                 break
         except urllib.error.HTTPError as error:
+            answered = True
             if error.code == 416:  # the server has nothing after our bytes: start again
                 partial.unlink()
             elif error.code < 500 and error.code not in (408, 429):
@@ -68,10 +68,11 @@ def fetch(
                 raise
             reason = getattr(error, "reason", error)
             reason = getattr(reason, "strerror", None) or reason or type(error).__name__
-            offline = isinstance(getattr(error, "reason", None), socket.gaierror)
+            # No name, no route or no connection: a server that has never answered is not asked again.
+            answered |= not isinstance(error, urllib.error.URLError)
         else:
-            reason = "the connection was cut"
-        if offline or attempt == _ATTEMPTS:
+            answered, reason = True, "the connection was cut"
+        if not answered or attempt == _ATTEMPTS:
             raise UserError(f"cannot download {path.name} ({reason}): {by_hand}")
         console.print(f"{path.name}: {reason}; trying again")
         time.sleep(pause * 2 ** (attempt - 1))

@@ -5,7 +5,7 @@ import datetime
 
 import duckdb
 
-from data_prep.text import name, text
+from data_prep.database import quote_name, quote_text
 from tim4rec_jax.errors import UserError
 
 
@@ -89,7 +89,7 @@ def _number_ids(con: duckdb.DuckDBPyConnection) -> None:
     for column in ("user", "item"):
         con.execute(
             f"CREATE TABLE {column}s AS SELECT id, row_number() OVER () AS number "
-            f"FROM (SELECT DISTINCT {name(column)} AS id FROM raw WHERE {good})"
+            f"FROM (SELECT DISTINCT {quote_name(column)} AS id FROM raw WHERE {good})"
         )
     con.execute(
         'CREATE TABLE events AS SELECT raw.rowid AS "row", CAST(users.number AS INTEGER) AS "user",'
@@ -120,7 +120,7 @@ def _conditions(filters: Filters) -> list[tuple[str, str]]:
 
 
 def _moment(moment: datetime.datetime) -> str:
-    return f"CAST({text(moment.isoformat())} AS TIMESTAMPTZ)"
+    return f"CAST({quote_text(moment.isoformat())} AS TIMESTAMPTZ)"
 
 
 def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
@@ -138,7 +138,7 @@ def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
         enough = "SELECT {0} FROM events GROUP BY {0} HAVING count(*) >= {1}"
         con.execute(
             "CREATE TABLE kept AS SELECT * FROM events "
-            f'SEMI JOIN ({enough.format(name("user"), k)}) USING ("user") '
+            f'SEMI JOIN ({enough.format(quote_name("user"), k)}) USING ("user") '
             f"SEMI JOIN ({enough.format('item', k)}) USING (item)"
         )
         con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")

@@ -10,35 +10,16 @@ import hashlib
 import zlib
 from pathlib import Path
 
-import duckdb
 from rich.console import Console
 from rich.table import Table
 
 import tim4rec_jax
-from data_prep import archives, filters, read, rows, writer
+from data_prep import files, filters, read, writer
+from data_prep.database import connect
+from data_prep.files import damaged_gzip, is_gzip
 from data_prep.layout import check_columns
-from data_prep.sources import SOURCES, Source
-from data_prep.text import damaged_gzip, is_gzip
-from data_prep.titles import titles
+from data_prep.sources import SOURCES, Source, read_titles
 from tim4rec_jax.errors import UserError
-
-
-def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
-    """Opens a database in the folder `work`, which also takes what does not fit into memory.
-
-    Raises:
-      UserError: `memory_limit` is no size.
-    """
-    con = duckdb.connect(work / "work.duckdb", config={"temp_directory": str(work / "spill")})
-    con.execute(
-        "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = false"
-    )
-    if memory_limit:
-        try:
-            con.execute("SET memory_limit = ?", [memory_limit])
-        except duckdb.Error as error:
-            raise UserError(f"--memory-limit {memory_limit} is no size; write say 4GB") from error
-    return con
 
 
 def prepare(
@@ -57,10 +38,10 @@ def prepare(
       The content of dataset.json.
 
     Raises:
-      UserError: see `archives.find_files`, `read.append`, `rows.check` and `filters.apply`.
+      UserError: see `files.find_files`, `read.read_file` and `filters.apply`.
     """
     source, work = SOURCES[name], folder.parent
-    files = archives.find_files(inputs, source.members, work)
+    paths = files.find_files(inputs, source.members, work)
     settings = filters.Filters(
         flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
     )
@@ -72,14 +53,14 @@ def prepare(
         console.status("") as status,
     ):
         # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
-        fingerprints = [pool.submit(_fingerprint, path) for path in files]
+        fingerprints = [pool.submit(_fingerprint, path) for path in paths]
         read.create(con)
-        for path in files:
+        for path in paths:
             status.update(f"reading {path}")
             skipped += _read_file(con, source, path, flags)
         sources = [fingerprint.result() for fingerprint in fingerprints]
         status.update("filtering")
-        steps = filters.apply(con, settings, where=where, unreadable=skipped[rows.UNREADABLE])
+        steps = filters.apply(con, settings, where=where, unreadable=skipped[read.UNREADABLE])
         status.update("writing")
         metadata = {
             "name": flags.name,
@@ -95,7 +76,7 @@ def prepare(
             metadata,
             order=flags.order,
             shard_events=flags.shard_events,
-            titles=titles(archives.find_beside(inputs, source.titles, work)),
+            titles=read_titles(files.find_beside(inputs, source.titles, work)),
         )
 
 
@@ -109,9 +90,7 @@ def _read_file(con, source: Source, path: Path, flags) -> collections.Counter[st
     if not hasattr(flags, "user"):
         remedy = "read other files with `python -m data_prep table`"
     check_columns(path, layout, remedy)
-    first = con.execute("SELECT count(*) FROM raw").fetchall()[0][0]
-    read.append(con, path, layout)
-    return rows.check(con, path, layout, first, skip=flags.on_bad_row == "skip")
+    return read.read_file(con, path, layout, skip=flags.on_bad_row == "skip")
 
 
 def _fingerprint(path: Path) -> dict:

@@ -1,4 +1,4 @@
-"""Lists the families of source files: their columns, their owners and their checksums."""
+"""The families of source files: their columns, their titles, their owners and checksums."""
 
 import argparse
 import csv
@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.files import first_line, open_text
 from data_prep.layout import Kind, Layout, column_names, guess_delimiter, sniff
-from data_prep.text import first_line, open_text
 from tim4rec_jax.errors import UserError
 
 Flags = argparse.Namespace
@@ -43,7 +43,7 @@ class Source:
     Attributes:
       layout: returns how to read one of its files, given the flags of the command.
       url: returns the address at the owner for the flags; None if there is no download.
-      members: the files to take from a folder or an archive (see `archives.find_files`).
+      members: the files to take from a folder or an archive (see `files.find_files`).
       titles: the files with titles of items, named like `members`.
     """
 
@@ -167,6 +167,30 @@ def _chosen(
         header=header,
         where=flags.where,
     )
+
+
+def read_titles(files: list[Path]) -> dict[str, str]:
+    """Reads the lists of movies of MovieLens.
+
+    Args:
+      files: `u.item`, `movies.dat` or `movies.csv`; plain or gzip.
+
+    Returns:
+      The title of each original item id.
+    """
+    found: dict[str, str] = {}
+    for path in files:
+        if "movies.csv" in path.name:
+            with open_text(path) as file:
+                rows = csv.reader(file)
+                next(rows, None)
+                found |= {row[0]: row[1] for row in rows if len(row) > 1}
+        else:
+            delimiter = "::" if "movies.dat" in path.name else "|"
+            with open_text(path, encoding="latin-1") as file:
+                rows = (line.split(delimiter) for line in file)
+                found |= {row[0]: row[1] for row in rows if len(row) > 1}
+    return found
 
 
 SOURCES = {

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep import writer
-from data_prep.prepare import connect
+from data_prep.database import connect
 from tim4rec_jax.errors import UserError
 
 FOCUS = 0.9

@@ -3,6 +3,8 @@
 import dataclasses
 import hashlib
 import http.server
+import io
+import socket
 import threading
 import zipfile
 
@@ -50,7 +52,7 @@ def server():
         server.content, server.tag, server.status = CONTENT, '"v1"', 200
         server.cut, server.requests = len(CONTENT), []
         server.url = f"http://127.0.0.1:{server.server_port}/files/a.bin"
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
         yield server
         server.shutdown()
 
@@ -123,6 +125,22 @@ def test_busy_server_is_asked_again(server, tmp_path):
     with pytest.raises(UserError, match=r"cannot download a.bin \(the server answers 503\)"):
         get(server, tmp_path)
     assert len(server.requests) == 5
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_server_that_does_not_answer_is_not_asked_again(tmp_path, begun):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/a.bin"
+    if begun:
+        (tmp_path / "a.bin.part").write_bytes(CONTENT[:1000])
+    console = Console(file=io.StringIO())
+    with pytest.raises(UserError) as error:
+        fetch(url, tmp_path, md5=None, command="prepare", console=console, pause=0.001)
+    assert str(error.value) == (
+        f"cannot download a.bin (Connection refused): fetch {url} by other means and run "
+        "`prepare --source a.bin`"
+    )
+    assert "trying again" not in console.file.getvalue()
 
 
 def serve_movielens_from(url, monkeypatch):

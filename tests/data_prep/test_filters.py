@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import filters, read, writer
-from data_prep.prepare import connect
+from data_prep.database import connect
 from tim4rec_jax.data import open_dataset
 
 HEADER = "user_id,item_id,timestamp,rating\n"

@@ -1,6 +1,11 @@
-"""Finds the files to read in what the user names: a file, glob, folder, zip or tar archive."""
+"""Finds the source files in what the user names, and opens them.
+
+The user may name a file, a glob, a folder, a zip or a tar archive. Each file may be plain or gzip,
+whatever its name is.
+"""
 
 import glob
+import gzip
 import shutil
 import tarfile
 import zipfile
@@ -10,20 +15,6 @@ from pathlib import Path
 from typing import IO
 
 from tim4rec_jax.errors import UserError
-
-
-def find_beside(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
-    """Returns files that lie beside the events in the same folder or archive.
-
-    The arguments are those of `find_files`.
-    """
-    containers = [Path(pattern) for pattern in patterns if Path(pattern).exists()]
-    return [
-        file
-        for path in containers
-        for file in _inside(path, members, work)
-        if file != path  # the file with the events itself
-    ]
 
 
 def find_files(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
@@ -55,6 +46,20 @@ def find_files(patterns: list[str], members: tuple[str, ...], work: Path) -> lis
                 )
             files += inside
     return files
+
+
+def find_beside(patterns: list[str], members: tuple[str, ...], work: Path) -> list[Path]:
+    """Returns files that lie beside the events in the same folder or archive.
+
+    The arguments are those of `find_files`.
+    """
+    containers = [Path(pattern) for pattern in patterns if Path(pattern).exists()]
+    return [
+        file
+        for path in containers
+        for file in _inside(path, members, work)
+        if file != path  # the file with the events itself
+    ]
 
 
 def _inside(path: Path, members: tuple[str, ...], work: Path) -> list[Path]:
@@ -92,3 +97,36 @@ def _unpack(content: IO[bytes], path: Path) -> Path:
     with content, open(path, "wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)
     return path
+
+
+def is_gzip(path: Path) -> bool:
+    """Tells from the first bytes whether a file is gzip, because names are not reliable."""
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_text(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+    """Opens a plain or gzip file; bytes that are invalid in the encoding become a placeholder."""
+    opener = gzip.open if is_gzip(path) else open
+    return opener(path, "rt", encoding=encoding, errors="replace", newline="")
+
+
+def first_line(path: Path) -> str:
+    """Returns the first line without its end.
+
+    Raises:
+      UserError: the file is empty, or a damaged gzip file.
+    """
+    try:
+        with open_text(path) as file:
+            line = file.readline(1 << 20).rstrip("\r\n")
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise damaged_gzip(path) from error
+    if not line.strip():
+        raise UserError(f"{path} is empty or starts with an empty line; check that it is complete")
+    return line
+
+
+def damaged_gzip(path: Path) -> UserError:
+    """Returns the error for a gzip file that ends too early or fails its checksum."""
+    return UserError(f"{path} is a truncated or damaged gzip file; fetch it again")

@@ -1,0 +1,35 @@
+"""Opens the DuckDB database in which events are read, filtered and sorted; quotes for its SQL."""
+
+from pathlib import Path
+
+import duckdb
+
+from tim4rec_jax.errors import UserError
+
+
+def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
+    """Opens a database in the folder `work`, which also takes what does not fit into memory.
+
+    Raises:
+      UserError: `memory_limit` is no size.
+    """
+    con = duckdb.connect(work / "work.duckdb", config={"temp_directory": str(work / "spill")})
+    con.execute(
+        "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = false"
+    )
+    if memory_limit:
+        try:
+            con.execute("SET memory_limit = ?", [memory_limit])
+        except duckdb.Error as error:
+            raise UserError(f"--memory-limit {memory_limit} is no size; write say 4GB") from error
+    return con
+
+
+def quote_text(value: object) -> str:
+    """Quotes a value as an SQL string."""
+    return "'" + str(value).replace("'", "''") + "'"
+
+
+def quote_name(value: str) -> str:
+    """Quotes the name of a column or table for SQL."""
+    return '"' + value.replace('"', '""') + '"'
