@@ -5,19 +5,15 @@ import runpy
 import shutil
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tim4rec_jax import config as config_lib
+from tests.serving.tiny_run import save_run
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.evaluation import evaluate
-from tim4rec_jax.models import build
-from tim4rec_jax.run import load_model, write_settings
-from tim4rec_jax.training.checkpoints import Checkpoints
+from tim4rec_jax.run import load_model
 
 EVAL = Path(__file__).parents[2] / "eval.py"
 LENGTHS = [*range(1, 14), 30, 2]
@@ -27,31 +23,14 @@ ORACLE = {
 }
 
 
-def save_run(workdir, dataset, change=lambda leaf: leaf):
-    """A run whose best model has its initial weights, or changed ones."""
-    config = config_lib.default()
-    config.dataset = str(dataset)
-    config.data.max_length = 6
-    config.model.update(hidden_size=8, head_dim=8, d_state=4, num_layers=1)
-    config.eval.batch_size = 8
-    config = config_lib.resolve(config)
-    workdir.mkdir()
-    write_settings(config, workdir / "config.json")
-    (workdir / "metrics.json").write_text("untouched")
-    model = build(config.model, n_items=30, max_length=6, seed=config.seed)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save_best(7, jax.tree.map(change, nnx.state(model, nnx.Param)))
-    checkpoints.close()
-    return workdir
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     dataset = write_dataset(folder / "data", random_histories(LENGTHS))
     metadata = json.loads((dataset / "dataset.json").read_text())
     (dataset / "dataset.json").write_text(json.dumps(metadata | {"oracle": ORACLE}))
-    save_run(folder / "run", dataset)
+    save_run(folder / "run", dataset, time_encoding="paper")
+    (folder / "run" / "metrics.json").write_text("untouched")
     return folder
 
 
@@ -72,7 +51,7 @@ def test_figures_are_those_of_the_best_checkpoint(folder, command, capsys):
     assert command("--workdir", folder / "run") == 0
     report = json.loads((folder / "run" / "eval_test.json").read_text())
     config, model = load_model(folder / "run")
-    settings = dict(max_length=6, batch_size=5, convention=config.data.convention)
+    settings = dict(max_length=6, batch_size=8, convention=config.data.convention)
     figures, _ = evaluate(model, open_dataset(folder / "data"), "test", **settings)
     assert report["metrics"] == pytest.approx(figures, rel=1e-12)
     assert (report["users"], report["split"], report["exclude_seen"]) == (14, "test", False)
@@ -101,7 +80,7 @@ def test_all_files(folder, command, tmp_path, capsys):
 def damaged(folder, tmp_path, damage):
     workdir = tmp_path / "run"
     shutil.copytree(folder / "run", workdir)
-    damage(workdir / "best" / "7" / "default")
+    damage(workdir / "best" / "1" / "default")
     return workdir
 
 
@@ -132,7 +111,7 @@ def test_another_dataset(folder, command, tmp_path, capsys):
 
 
 def test_weights_that_are_not_finite(folder, command, tmp_path, capsys):
-    workdir = save_run(tmp_path / "run", folder / "data", lambda leaf: leaf * jnp.nan)
+    workdir = save_run(tmp_path / "run", folder / "data", lambda leaf: leaf * np.nan)
     check_sentence(command("--workdir", workdir), capsys, "not finite")
 
 

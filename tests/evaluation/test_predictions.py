@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import pytest
 
 from tests.data.small_dataset import in_memory, random_histories
 from tests.evaluation.fake_model import MeanModel
+from tests.serving.tiny_run import ONE_DEVICE
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import write_predictions
 
@@ -96,7 +96,7 @@ sys.exit(run_main(main))
 def test_a_disk_that_fills_up(tmp_path):
     """The limit on a file's size stands in for it: the same error, another number."""
     script = FULL_DISK.format(path=sys.path, out=str(tmp_path / "top.parquet"))
-    environment = os.environ | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
+    environment = ONE_DEVICE | {"JAX_ENABLE_COMPILATION_CACHE": "false"}
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment
     )

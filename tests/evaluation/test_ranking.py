@@ -31,23 +31,28 @@ def naive_scores(hidden, table, exclude, history=None, keep=None):
     return scores
 
 
+# Numbers of items, block sizes and k: one block and several, k below and above either number.
+SHAPES = [(1, 1, 7), (5, 8, 7), (20, 1, 7), (20, 8, 1), (20, 8, 25), (20, 21, 7)]
+ALL_SHAPES = [(*sizes, k) for sizes in dict.fromkeys(s[:2] for s in SHAPES) for k in (1, 7, 25)]
+
+
 @st.composite
-def problems(draw):
+def problems(draw, shapes):
     """Random numbers in few shapes, each of which is compiled."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    items, block_size = draw(st.sampled_from([(1, 1), (5, 8), (20, 1), (20, 8), (20, 21)]))
+    items, block_size, k = draw(st.sampled_from(shapes))
     hidden, table = integers(rng, 4, 2), integers(rng, items + 1, 2)
     targets = rng.integers(1, items + 1, 4).astype(np.int32)
     exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
     items = rng.integers(0, items + 1, (4, 3)).astype(np.int32)
     history = HistoryItems(jnp.asarray(items), jnp.float32(-2))
-    return hidden, table, targets, exclude, history, block_size
+    return hidden, table, targets, exclude, history, block_size, k
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems())
+@given(problems(SHAPES))
 def test_ranks_equal_the_naive_ones(problem):
-    hidden, table, targets, exclude, history, block_size = problem
+    hidden, table, targets, exclude, history, block_size, _ = problem
     scores = naive_scores(hidden, table, exclude, history, keep=targets)
     own = np.take_along_axis(scores, targets[:, None], 1)
     expected = 1 + (scores > own).sum(1)
@@ -56,9 +61,20 @@ def test_ranks_equal_the_naive_ones(problem):
 
 
 @settings(max_examples=60, deadline=None)
-@given(problems(), st.sampled_from([1, 7, 25]))
-def test_top_k_equals_the_naive_one(problem, k):
-    hidden, table, _, exclude, history, block_size = problem
+@given(problems(SHAPES))
+def test_top_k_equals_the_naive_one(problem):
+    check_top_k(*problem)
+
+
+@pytest.mark.slow
+@settings(max_examples=200, deadline=None)
+@given(problems(ALL_SHAPES))
+def test_top_k_equals_the_naive_one_in_all_shapes(problem):
+    check_top_k(*problem)
+
+
+def check_top_k(hidden, table, targets, exclude, history, block_size, k):
+    del targets
     scores = naive_scores(hidden, table, exclude, history)
     items = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     best = np.take_along_axis(scores, items, 1)

@@ -1,6 +1,5 @@
 """The page at /, used by hand in a real browser."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from tests.serving.tiny_run import ONE_DEVICE
 from tim4rec_jax.serving import Recommender
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -29,7 +29,7 @@ def address(tiny_workdir):
     command = [sys.executable, "-m", "tim4rec_jax.serving", "serve", "--port=0"]
     with subprocess.Popen(
         [*command, f"--workdir={tiny_workdir}"],
-        env={**os.environ, "XLA_FLAGS": ""},
+        env=ONE_DEVICE,
         stdout=subprocess.PIPE,
         text=True,
     ) as server:

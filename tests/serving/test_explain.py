@@ -46,7 +46,7 @@ def test_weight_is_what_is_lost_without_the_event(tiny_workdir):
 
 def test_longer_than_the_window(tmp_path, tiny_data):
     """Without an event of the window, an older one comes into it."""
-    workdir = save_run(tmp_path / "run", tiny_data, time_encoding="paper")
+    workdir = save_run(tmp_path / "run", tiny_data, time_encoding="masked")
     times = [*TIMES, *(time + 10**7 for time in TIMES)]
     found = check_weights(workdir, ITEMS * 2, times)
     assert len(found.events) == len(found.weights) == MAX_LENGTH
@@ -79,13 +79,13 @@ def test_picture(tiny_workdir, tmp_path, capsys):
 def test_bad_flags(tiny_workdir, tmp_path):
     with pytest.raises(UserError, match="'i7@noon'"):
         run("--workdir", tiny_workdir, "--out", tmp_path / "x.png", "--history", "i7@noon")
-    history = ["--history", "i7@1", "i8@2"]
+    history = ["--history", *(f"{item}@{time}" for item, time in zip(ITEMS, TIMES, strict=True))]
     with pytest.raises(UserError, match="cannot be written"):
         run("--workdir", tiny_workdir, "--out", tmp_path / "no" / "x.png", *history)
 
 
 def test_a_model_without_masks(tmp_path, tiny_data):
-    workdir = save_run(tmp_path / "run", tiny_data, name="gru4rec")
+    workdir = save_run(tmp_path / "run", tiny_data, name="bert4rec")
     found = check_weights(workdir, ITEMS, TIMES)
     assert found.masks == []
     draw(found, tmp_path / "why.png")

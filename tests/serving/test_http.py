@@ -10,15 +10,17 @@ pytest.importorskip("httpx2", reason="its test client needs httpx2")
 
 from fastapi.testclient import TestClient
 
-from tests.serving.tiny_run import tiny_recommender
+from tim4rec_jax.serving import Recommender
 from tim4rec_jax.serving.http.app import create_app
 
 HISTORY = {"items": ["i7", "i3", "i12"], "timestamps": [880_000_000, 880_000_000, 880_090_000]}
 
 
 @pytest.fixture(scope="module")
-def recommender(tiny_data):
-    return tiny_recommender(tiny_data, time_encoding="causal")
+def recommender(recommenders):
+    """A recommender with a store of its own."""
+    shared = recommenders("causal")
+    return Recommender(shared.model, shared.catalogue)
 
 
 @pytest.fixture(scope="module")

@@ -55,8 +55,9 @@ def test_batch_equals_single(recommenders, encoding):
 
 
 def test_more_histories_than_are_computed_at_once(recommenders, monkeypatch):
+    """Eight histories, seven of them at once."""
     expected = recommenders("masked").recommend_batch(HISTORIES)
-    monkeypatch.setattr("tim4rec_jax.serving.ranker.MAX_ROWS", 3)
+    monkeypatch.setattr("tim4rec_jax.serving.ranker.MAX_ROWS", 7)
     for ours, theirs in zip(
         recommenders("masked").recommend_batch(HISTORIES), expected, strict=True
     ):

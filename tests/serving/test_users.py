@@ -16,7 +16,7 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories
 from tests.serving.conftest import KINDS
-from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, tiny_recommender
+from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, ONE_DEVICE, tiny_recommender
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
@@ -139,7 +139,7 @@ def test_a_state_of_another_model_is_computed_anew(tiny_data, recommenders, stor
 
 
 def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
-    monkeypatch.setattr("tim4rec_jax.serving.compiled_model._MAX_STEPS", 4)
+    monkeypatch.setattr("tim4rec_jax.serving.compiled_model._STEPS", (1, 16))
     recommender = with_store(recommenders("causal"), store)
     recommender.update_batch(interleaved(enumerate(HISTORIES)))
     for user, history in enumerate(HISTORIES):
@@ -207,7 +207,7 @@ def start_process(*arguments):
     return subprocess.Popen(
         [sys.executable, "-c", PROCESS, *map(str, arguments)],
         cwd=ROOT,
-        env=os.environ | {"XLA_FLAGS": ""},
+        env=ONE_DEVICE,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,6 +1,8 @@
 """Recommenders over untrained models, large enough weights for everything to matter."""
 
 import json
+import os
+import re
 
 import jax
 import numpy as np
@@ -20,6 +22,10 @@ from tim4rec_jax.training.checkpoints import Checkpoints
 MAX_LENGTH = 6
 LENGTHS = [2, 3, 5, 9, 14, 2, 30, 7]
 N_ITEMS = 30
+# The environment of processes that tests start: the suite's eight devices take time to make.
+ONE_DEVICE = os.environ | {
+    "XLA_FLAGS": re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ["XLA_FLAGS"])
+}
 
 
 def tiny_dataset(folder, **kwargs):
@@ -42,7 +48,8 @@ def tiny_model(dataset, *, seed=0, name="tim4rec", date_range=None, **settings):
     config.model.update({key: v for key, v in small.items() if key in config.model} | settings)
     config = config_lib.resolve(config)
     sizes = dict(n_items=N_ITEMS, max_length=MAX_LENGTH)
-    model = build(config.model, **sizes, date_range=date_range)
+    # Shapes alone: to draw initial weights would compile a program for each of them.
+    model = nnx.eval_shape(lambda: build(config.model, **sizes, date_range=date_range))
     graphdef, params = nnx.split(model)
     rng = np.random.default_rng(seed)
     params = jax.tree.map(
@@ -57,9 +64,10 @@ def tiny_recommender(dataset, store=None, **settings):
     return Recommender(CompiledModel(config, model, catalogue.ids), catalogue, store)
 
 
-def save_run(workdir, dataset, **settings):
-    """A run directory as train.py leaves it."""
+def save_run(workdir, dataset, change=lambda leaf: leaf, **settings):
+    """A run directory as train.py leaves it; `change` is applied to all weights."""
     config, model = tiny_model(dataset, **settings)
+    config.eval.batch_size = 8
     workdir.mkdir()
     write_settings(config, workdir / "config.json")
     if date_range := settings.get("date_range"):
@@ -67,6 +75,6 @@ def save_run(workdir, dataset, **settings):
     metadata = json.loads((dataset / "dataset.json").read_text())
     (workdir / "dataset.json").write_text(json.dumps(metadata))
     checkpoints = Checkpoints(workdir)
-    checkpoints.save_best(1, nnx.state(model, nnx.Param))
+    checkpoints.save_best(1, jax.tree.map(change, nnx.state(model, nnx.Param)))
     checkpoints.close()
     return workdir

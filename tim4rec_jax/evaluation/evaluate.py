@@ -185,17 +185,19 @@ def _score_batches(
     placement = data_sharding(batches.batch_size)
     graphdef, state = nnx.split(model)
     state = jax.device_put(state, placement.replicated)
-    needs_history = exclude_seen or model.offset is not None
+    table, repeat_bias = _scoring_weights(graphdef, state)
 
     def dispatch(batch):
         histories = {name: batch[name] for name in inputs(model) if name in batch}
-        items = _history_items(batches.dataset, split, batch["users"]) if needs_history else None
+        items = None
+        if exclude_seen or repeat_bias is not None:
+            items = _history_items(batches.dataset, split, batch["users"])
         histories, targets, items = jax.device_put(
             (histories, batch["targets"], items), placement.by_row
         )
         hidden = _encode(graphdef, state, histories)
         mesh = placement.by_row.mesh
-        return _score(graphdef, score, exclude_seen, mesh, state, hidden, targets, items)
+        return _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias)
 
     def fetch(batch, result):
         real = batch["weights"] > 0
@@ -216,14 +218,18 @@ def _encode(graphdef, state, histories):
     return encode_batch(nnx.merge(graphdef, state), histories)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "score", "exclude_seen", "mesh"))
-def _score(graphdef, score, exclude_seen, mesh, state, hidden, targets, items):
-    def one_device(state, hidden, targets, items):
-        model: Any = nnx.merge(graphdef, state)
-        repeat_bias = model.repeat_bias()
+@functools.partial(jax.jit, static_argnames="graphdef")
+def _scoring_weights(graphdef, state):
+    model: Any = nnx.merge(graphdef, state)
+    return model.item_table(), model.repeat_bias()
+
+
+@functools.partial(jax.jit, static_argnames=("score", "exclude_seen", "mesh"))
+def _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias):
+    def one_device(hidden, targets, items, table, repeat_bias):
         return score(
             hidden,
-            model.item_table(),
+            table,
             targets,
             exclude=items if exclude_seen else None,
             history=None if repeat_bias is None else HistoryItems(items, repeat_bias),
@@ -232,9 +238,13 @@ def _score(graphdef, score, exclude_seen, mesh, state, hidden, targets, items):
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
     rows, whole = PartitionSpec("batch"), PartitionSpec()
     by_device = jax.shard_map(
-        one_device, mesh=mesh, in_specs=(whole, rows, rows, rows), out_specs=rows, check_vma=False
+        one_device,
+        mesh=mesh,
+        in_specs=(rows, rows, rows, whole, whole),
+        out_specs=rows,
+        check_vma=False,
     )
-    return by_device(state, hidden, targets, items)
+    return by_device(hidden, targets, items, table, repeat_bias)
 
 
 def _history_items(

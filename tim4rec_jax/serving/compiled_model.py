@@ -28,7 +28,9 @@ from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.history import Events
 
 MAX_ROWS = 1024  # how many histories are computed at once
-_MAX_STEPS = 512  # how many events of a user one call of the compiled loop takes
+# How many events of each user one call of the compiled loop takes. Each number is a program for
+# each number of users; the loop itself ends after the last event.
+_STEPS = (1, 16, 512)
 _MIN_WIDTH = 8
 
 
@@ -205,9 +207,9 @@ class CompiledModel:
         rows = power_of_two(len(users))
         starts, counts = (np.pad(numbers, (0, rows - len(users))) for numbers in (starts, counts))
         carry = self._unpack([user.state for user in users], rows)
-        for first in range(0, int(counts.max()), _MAX_STEPS):
-            left = np.clip(counts - first, 0, _MAX_STEPS).astype(np.int32)
-            width = power_of_two(int(left.max()))
+        for first in range(0, int(counts.max()), _STEPS[-1]):
+            left = np.clip(counts - first, 0, _STEPS[-1]).astype(np.int32)
+            width = next(steps for steps in _STEPS if steps >= left.max())
             part = (windows(values, starts + first, left, width) for values in (items, gaps))
             carry = self._programs.advance(self._params, carry, *part, left)
         return _pack(carry, len(users))
@@ -254,18 +256,16 @@ def _programs(graphdef: nnx.GraphDef) -> _Programs:
     def advance(params, carry, items, gaps, lengths):
         model = merge(params)
 
-        def step(carry, event):
-            number, items, gaps = event
-            advanced = model.step(carry[0], items, gaps)
+        def step(number, carry):
+            advanced = model.step(carry[0], items[:, number], gaps[:, number])
 
             def keep(new, old):
                 goes_on = (number < lengths).reshape(-1, *[1] * (new.ndim - 1))
                 return jnp.where(goes_on, new, old)
 
-            return jax.tree.map(keep, advanced, carry), None
+            return jax.tree.map(keep, advanced, carry)
 
-        numbers = jnp.arange(items.shape[1])
-        return lax.scan(step, carry, (numbers, items.T, gaps.T))[0]
+        return lax.fori_loop(0, lengths.max(), step, carry)
 
     return _Programs(
         encode=jax.jit(lambda params, batch: encode_batch(merge(params), batch)),

@@ -72,8 +72,8 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
     recommend, weights = program(model, top)
     metadata = _metadata(config, model, catalogue, top)
     with atomic_directory(out) as folder:
-        (folder / PROGRAM).write_bytes(lower(recommend, weights, model).serialize())
         np.savez(folder / WEIGHTS, allow_pickle=False, **weights)
+        (folder / PROGRAM).write_bytes(lower(recommend, weights, model).serialize())
         shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, folder / fmt.ITEMS_FILE)
         write_json(folder / METADATA, metadata)
     return metadata

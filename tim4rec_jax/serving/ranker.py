@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Int64
@@ -51,15 +52,19 @@ class Candidates:
         popular = items[np.argsort(-catalogue.counts[items - 1], kind="stable")]
         if len(items) < len(catalogue):
             rows = min(power_of_two(len(items) + 1, 16), len(table))
-            # An item whose score is NaN is never recommended.
-            filler = jnp.full((rows - len(items) - 1, table.shape[1]), jnp.nan, table.dtype)
-            table = jnp.concatenate([table[np.append(0, items)], filler])
+            table = _take(table, np.pad(items, (1, rows - len(items) - 1), constant_values=(0, -1)))
         return cls(table, np.append(np.int32(0), items), popular)
 
     def rows(self, items: Int32[np.ndarray, "B S"]) -> Int32[np.ndarray, "B S"]:
         """The rows of items given by their index in the catalogue, 0 for items not in the table."""
         rows = np.minimum(np.searchsorted(self.items, items), len(self.items) - 1)
         return np.where(self.items[rows] == items, rows, 0).astype(np.int32)
+
+
+@jax.jit
+def _take(table: Float[Array, "V D"], items: Int32[Array, " rows"]) -> Float[Array, "rows D"]:
+    """The rows of these items; NaN for item -1, as an item whose score is NaN is never recommended."""
+    return jnp.where((items >= 0)[:, None], table[items], jnp.nan)
 
 
 class Ranker:
