@@ -70,7 +70,10 @@ def read_settings(path: Path) -> config_lib.Config:
             model[new] = model.pop(old)
     for section, old in _OLD_DATE_RANGES:
         values.get(section, {}).pop(old, None)
-    config_lib.use_model(config, model.get("name", config.model.name))
+    try:
+        config_lib.use_model(config, model.get("name", config.model.name))
+    except ValueError as error:
+        raise UserError(f"{path}: model.{error}") from error
     with config.unlocked(), config.ignore_type():
         config.update(values)
         if config.data.buckets is not None:
