@@ -8,6 +8,7 @@ import pytest
 from tests.data.small_dataset import in_memory, random_histories
 from tests.evaluation.fake_model import MeanModel
 from tests.serving.tiny_run import ONE_DEVICE
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import write_predictions
 
@@ -93,6 +94,17 @@ sys.exit(run_main(main))
 """
 
 
+def test_a_failure_leaves_nothing(tmp_path, dataset, model, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    with pytest.raises(UserError, match=r"top\.parquet cannot be written: No space left on device"):
+        write_predictions(tmp_path / "top.parquet", model, dataset, "test", 5, **SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path):
     """The limit on a file's size stands in for it: the same error, another number."""
     script = FULL_DISK.format(path=sys.path, out=str(tmp_path / "top.parquet"))

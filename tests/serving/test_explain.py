@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, save_run
+from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS
 from tim4rec_jax.errors import UserError, run_main
-from tim4rec_jax.serving import Recommender
 from tim4rec_jax.serving.__main__ import main
 from tim4rec_jax.serving.explain import explain
 from tim4rec_jax.serving.picture import draw
@@ -22,9 +21,8 @@ def log_probability(recommender, items, times, item):
     return scores[found.items.index(item)] - np.log(np.exp(scores).sum())
 
 
-def check_weights(workdir, items, times):
-    recommender = Recommender.load(workdir)
-    found = explain(workdir, items, times)
+def check_weights(recommender, items, times):
+    found = explain(recommender, items, times)
     top = recommender.recommend(items, times).items[0]
     whole = log_probability(recommender, items, times, top)
     assert found.probability == pytest.approx(np.exp(whole), rel=1e-4)
@@ -36,26 +34,25 @@ def check_weights(workdir, items, times):
     return found
 
 
-def test_weight_is_what_is_lost_without_the_event(tiny_workdir):
-    found = check_weights(tiny_workdir, ITEMS, TIMES)
+def test_weight_is_what_is_lost_without_the_event(recommenders):
+    found = check_weights(recommenders("causal"), ITEMS, TIMES)
     assert found.events == ["Title of i7", "i3", "Title of i12", "i3", "Title of i20"]
     assert found.titles[0] in (f"Title of {found.recommendations.items[0]}", "i3")
     assert [mask.shape for mask in found.masks] == [(2, 5, 5)] * 2
     assert all(not np.triu(mask, 1).any() for mask in found.masks)
 
 
-def test_longer_than_the_window(tmp_path, tiny_data):
+def test_longer_than_the_window(recommenders):
     """Without an event of the window, an older one comes into it."""
-    workdir = save_run(tmp_path / "run", tiny_data, time_encoding="masked")
     times = [*TIMES, *(time + 10**7 for time in TIMES)]
-    found = check_weights(workdir, ITEMS * 2, times)
+    found = check_weights(recommenders("masked"), ITEMS * 2, times)
     assert len(found.events) == len(found.weights) == MAX_LENGTH
     assert found.masks[0].shape == (2, MAX_LENGTH, MAX_LENGTH)
 
 
-def test_too_little_to_explain(tiny_workdir):
+def test_too_little_to_explain(recommenders):
     with pytest.raises(UserError, match="knows 1 of the 2 items"):
-        explain(tiny_workdir, ["i7", "nobody"], [1, 2])
+        explain(recommenders("causal"), ["i7", "nobody"], [1, 2])
 
 
 def run(*arguments):
@@ -84,9 +81,8 @@ def test_bad_flags(tiny_workdir, tmp_path):
         run("--workdir", tiny_workdir, "--out", tmp_path / "no" / "x.png", *history)
 
 
-def test_a_model_without_masks(tmp_path, tiny_data):
-    workdir = save_run(tmp_path / "run", tiny_data, name="bert4rec")
-    found = check_weights(workdir, ITEMS, TIMES)
+def test_a_model_without_masks(tmp_path, recommenders):
+    found = check_weights(recommenders("bert4rec"), ITEMS, TIMES)
     assert found.masks == []
     draw(found, tmp_path / "why.png")
     with Image.open(tmp_path / "why.png") as picture:

@@ -7,19 +7,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.data.small_dataset import random_histories
-from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import (
     LENGTHS,
     MAX_LENGTH,
     N_ITEMS,
     tiny_dataset,
-    tiny_model,
-    tiny_recommender,
 )
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.evaluate import write_predictions
 from tim4rec_jax.serving import Recommender
+from tim4rec_jax.serving.catalogue import Catalogue
 
 HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_histories(LENGTHS)]
 ENCODINGS = ("masked", "paper", "causal", "bert4rec")
@@ -28,10 +26,11 @@ ENCODINGS = ("masked", "paper", "causal", "bert4rec")
 @pytest.mark.parametrize("exclude_seen", [False, True])
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_equal_to_evaluation(tiny_data, recommenders, tmp_path, encoding, exclude_seen):
-    config, model = tiny_model(tiny_data, **KINDS[encoding])
-    settings = dict(max_length=MAX_LENGTH, batch_size=8, convention=config.data.convention)
+    model = recommenders(encoding).model
+    settings = dict(max_length=MAX_LENGTH, batch_size=8, convention=model.convention)
+    settings |= dict(buckets=(MAX_LENGTH,), exclude_seen=exclude_seen)
     ds, path = open_dataset(tiny_data), tmp_path / "top.parquet"
-    write_predictions(path, model, ds, "test", 5, exclude_seen=exclude_seen, **settings)
+    write_predictions(path, model.sequence_model, ds, "test", 5, **settings)
     table = pq.read_table(path).to_pylist()
     for user, (items, times) in enumerate(HISTORIES):
         rows = [row for row in table if row["user"] == f"u{user}"]
@@ -82,12 +81,12 @@ def test_without_a_known_event_the_popular(tiny_data, recommenders, items):
     assert (found.unknown, found.fallback) == (len(items), True)
 
 
-def test_numbers_are_ids_too(tmp_path):
+def test_numbers_are_ids_too(tmp_path, recommenders):
     dataset = tiny_dataset(tmp_path / "data")
     table = pq.read_table(dataset / "items.parquet")
     ids = [item[1:] for item in table["item"].to_pylist()]
     pq.write_table(table.set_column(1, table.schema.field(1), [ids]), dataset / "items.parquet")
-    recommender = tiny_recommender(dataset)
+    recommender = Recommender(recommenders("masked").model, Catalogue(dataset))
     by_number = recommender.recommend(np.array([3, 4]), [1, 2])
     assert by_number == recommender.recommend(["3", "4"], [1, 2])
     assert by_number.unknown == 0
@@ -103,9 +102,9 @@ def test_order_of_time(recommenders):
     assert found == recommender.recommend(["i5", "i7", "i8", "i6"], [10, 20, 20, 30])
 
 
-def test_times_that_recbole_rounds_alike_may_fall(tmp_path):
+def test_times_that_recbole_rounds_alike_may_fall(tmp_path, recommenders):
     dataset = tiny_dataset(tmp_path / "data", order="recbole")
-    recommender = tiny_recommender(dataset, time_encoding="paper")
+    recommender = Recommender(recommenders("paper").model, Catalogue(dataset))
     items, times = ["i1", "i2"], [880_000_010, 880_000_000]
     assert recommender.recommend(items, times) == recommender.recommend(items, times, sort=True)
     with pytest.raises(UserError, match="earlier"):

@@ -239,7 +239,8 @@ def _explain(flags: argparse.Namespace) -> None:
 
     items, timestamps = _read_history(flags)
     enable_compilation_cache()
-    found = explain(flags.workdir, items, timestamps, at=flags.at, dataset=flags.dataset)
+    recommender = Recommender.load(flags.workdir, dataset=flags.dataset)
+    found = explain(recommender, items, timestamps, at=flags.at)
     draw(found, flags.out)
     print(f"top recommendation: {found.titles[0]} (probability {found.probability:.2%})")
     weights = found.weights.tolist()

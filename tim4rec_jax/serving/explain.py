@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -60,27 +59,23 @@ class Explanation:
 
 
 def explain(
-    workdir: Path,
+    recommender: Recommender,
     items: Sequence[Any],
     timestamps: Sequence[int],
     *,
     at: int | None = None,
-    dataset: Path | None = None,
 ) -> Explanation:
     """Explains the top recommendation for a history.
 
     Args:
-      workdir: a run directory.
+      recommender: the model and its catalogue.
       items: the original ids, oldest first.
       timestamps: their times, in whole seconds since 1970.
       at: the moment of the prediction, for models that know it.
-      dataset: the prepared dataset, if it has moved since the training.
 
     Raises:
-      UserError: the run or the dataset is missing or damaged, times fall, or the model knows
-        fewer than two of the events.
+      UserError: times fall, or the model knows fewer than two of the events.
     """
-    recommender = Recommender.load(workdir, dataset=dataset)
     model, catalogue = recommender.model, recommender.catalogue
     history, _ = read_histories([(items, timestamps)], catalogue, sort=False)
     if len(history.items) < 2:

@@ -63,7 +63,7 @@ class Candidates:
 
 @jax.jit
 def _take(table: Float[Array, "V D"], items: Int32[Array, " rows"]) -> Float[Array, "rows D"]:
-    """The rows of these items; NaN for item -1, as an item whose score is NaN is never recommended."""
+    """The rows of these items; NaN for item -1, because a NaN score is never recommended."""
     return jnp.where((items >= 0)[:, None], table[items], jnp.nan)
 
 
