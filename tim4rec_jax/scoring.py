@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -29,7 +30,7 @@ class HistoryItems(NamedTuple):
         last: the position of the last item that counts, per row.
     """
 
-    items: Int[Array, "R S"]
+    items: Int[Array | np.ndarray, "R S"]
     repeat_bias: Float[Array, ""]
     first: Int[Array, " N"] | None = None
     last: Int[Array, " N"] | None = None
@@ -45,7 +46,7 @@ class HistoryItems(NamedTuple):
 
 
 def item_mask(
-    items: Int[Array, "B S"], columns: int, start: Int[Array, ""] | int = 0
+    items: Int[Array | np.ndarray, "B S"], columns: int, start: Int[Array, ""] | int = 0
 ) -> Bool[Array, "B columns"]:
     """Says which of the items `start`, ..., `start + columns - 1` each row of `items` holds.
 

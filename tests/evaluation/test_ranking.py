@@ -95,7 +95,7 @@ def test_without_exclusion():
     assert (scores.tolist(), items.tolist()) == ([[3.0, 2.0]], [[2, 3]])
 
 
-@pytest.mark.parametrize("block_size", [16, 64, 1000])
+@pytest.mark.parametrize("block_size", [16, pytest.param(64, marks=pytest.mark.slow), 1000])
 def test_a_twin_of_the_target_is_a_tie_whatever_its_position(block_size):
     """The same embedding twice: rounding must not put one of the two ahead."""
     rng = np.random.default_rng(0)

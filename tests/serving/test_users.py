@@ -20,7 +20,6 @@ from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, ONE_DEVICE, tiny_recomme
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
-from tim4rec_jax.serving.compiled_model import power_of_two
 from tim4rec_jax.serving.stores import Change, Snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +48,7 @@ def interleaved(histories):
 def full_forward(recommender, items, times):
     """Hidden state after the whole history by the model itself, in one pass."""
     model, count = recommender.model, len(items)
-    missing = (0, power_of_two(count, 32) - count)
+    missing = (0, 128 - count)
     indices = np.pad(recommender.catalogue.indices(items), missing)[None]
     lengths = np.array([count], np.int32)
     gaps = time_gaps(np.pad(times, missing)[None], lengths, model.convention)
@@ -178,6 +177,39 @@ def test_threads_lose_nothing(recommenders, store):
     check_users(recommender, {"u0": 24, "u1": 18, "u2": 18})
 
 
+def test_connections_to_one_file_lose_nothing(tmp_path):
+    """Two stores share a file as two processes do; each tries again what was refused."""
+    stores = [SQLiteStore(tmp_path / "users.db") for _ in range(2)]
+    errors = []
+
+    def work(store, name):
+        try:
+            for number in range(30):
+                done = False
+                while not done:
+                    [snapshot] = store.snapshots(["u"], "m")
+                    state = (snapshot.state or b"") + name
+                    change = Change("u", snapshot.events, [f"i{number}"], [5], state)
+                    [done] = store.apply([change], "m")
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(stores, (b"a", b"b"), strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    [snapshot] = stores[0].snapshots(["u"], "m")
+    assert (snapshot.events, snapshot.last) == (60, 5)
+    assert (snapshot.state.count(b"a"), snapshot.state.count(b"b")) == (30, 30)
+    assert sorted(stores[1].history("u")[0]) == sorted([f"i{n}" for n in range(30)] * 2)
+    for store in stores:
+        store.close()
+
+
 def check_users(recommender, counts):
     for user, count in counts.items():
         items, times = recommender.store.history(user)
@@ -214,6 +246,7 @@ def start_process(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_processes_lose_nothing_and_a_kill_leaves_whole_events(tiny_workdir, tmp_path):
     """Two processes update the same users; one of them is killed in the midst of it."""
     path = tmp_path / "users.db"

@@ -52,10 +52,13 @@ def tiny_model(dataset, *, seed=0, name="tim4rec", date_range=None, **settings):
     model = nnx.eval_shape(lambda: build(config.model, **sizes, date_range=date_range))
     graphdef, params = nnx.split(model)
     rng = np.random.default_rng(seed)
-    params = jax.tree.map(
-        lambda leaf: jax.numpy.asarray(rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)), params
-    )
-    return config, nnx.merge(graphdef, params)
+
+    # On one device by name, as a run is loaded: otherwise every program would be compiled twice.
+    def draw(leaf):
+        values = rng.normal(0, 0.5, leaf.shape).astype(leaf.dtype)
+        return jax.device_put(values, jax.devices()[0])
+
+    return config, nnx.merge(graphdef, jax.tree.map(draw, params))
 
 
 def tiny_recommender(dataset, store=None, **settings):

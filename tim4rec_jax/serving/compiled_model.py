@@ -176,7 +176,7 @@ class CompiledModel:
         if history_items is not None:
             width = power_of_two(history_items.shape[1], 16)
             missing = (0, len(hidden) - len(history_items)), (0, width - history_items.shape[1])
-            padded = jnp.asarray(np.pad(history_items, missing))
+            padded = np.pad(history_items, missing)
             if exclude:
                 options["exclude"] = padded
             elif self.repeat_bias is not None:

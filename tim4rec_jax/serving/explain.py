@@ -120,7 +120,7 @@ def _log_probabilities(
     history = None
     if model.repeat_bias is not None:
         items = np.pad(histories.padded_items(), ((0, len(hidden) - rows), (0, 0)))
-        history = HistoryItems(jnp.asarray(items), model.repeat_bias)
+        history = HistoryItems(items, model.repeat_bias)
     return np.asarray(_log_probability(hidden, model.table, history, item))[:rows]
 
 
