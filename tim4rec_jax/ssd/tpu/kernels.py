@@ -1,52 +1,213 @@
-"""One chunk of the SSD in a TPU kernel: values in vector registers, forward and backward.
+"""One chunk of the SSD in a TPU kernel, forward and backward, on values in vector registers.
 
-Lanes hold the features of all heads, I = H P of them, and the state is [N,I]; see `tpu_matrices`.
+Letters: Q positions of the chunk, H heads, P features of a head, I = H P, G groups, N state, T
+lanes of a tile. The state is [N,I]. What differs by head is a row [H,Q], with positions in lanes,
+or a column [Q,H].
 
-Letters: Q positions of the chunk, H heads, P features of a head, G groups, N state, T lanes of a
-tile. What differs by head is a row [H,Q] (positions in lanes) or a column [Q,H].
+A product for one head does not cut its lanes out. It sets the lanes of the other heads of a tile to
+zero. That costs nothing, because the matrix unit always works on 128 lanes.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd.tpu.common import (
-    Heads,
-    by_head,
-    columns,
-    dot,
-    exact_dot,
-    for_groups,
-    group_part,
-    groups_of,
-    head_number,
-    indicator,
-    join,
-    ones,
-    only,
-    related,
-    rows_of,
-    spread,
-)
+from tim4rec_jax.ssd.tpu.common import Heads
+
+_CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
 
-def forward(heads: Heads, x, B, C, dt, decay, state):
-    """Returns the output of a chunk [Q,I], without the skip, and the state after it.
+def dot(a, b, axes: str, precision: str):
+    """Multiplies float32 matrices, with sums in float32.
 
     Args:
-        heads: what the arrays mean.
+        a: the left matrix.
+        b: the right matrix.
+        axes: for each matrix, "t" if it is transposed first and "n" if not.
+        precision: "float32", or the number of products of bfloat16 matrices that replace the
+            product: "1" rounds both matrices to 8 bits, "2" keeps 16 bits of `a`, and "3" keeps 16
+            bits of both.
+    """
+    left, right = _CONTRACT[axes]
+    dot = functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((left,), (right,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+    if precision == "float32":
+        return dot(a, b, precision=jax.lax.Precision.HIGHEST)
+    (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
+    product = dot(a, b)
+    if precision != "1":
+        product += dot(a_rest, b)
+    if precision == "3":
+        product += dot(a, b_rest)
+    return product
+
+
+def _halves(v):
+    """Two bfloat16 numbers whose sum has the first 16 bits of a float32 number."""
+    upper = v.astype(jnp.bfloat16)
+    return upper, (v - upper.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def exact_dot(a, b, axes: str = "nn"):
+    """Is `dot` with precision "float32"."""
+    return dot(a, b, axes, "float32")
+
+
+def related(size: int, relation: str):
+    """A matrix [Q,Q]: whether the number of the row and that of the column stand in a relation.
+
+    Relations are those of `jax.lax`: "ge" is a lower triangle with its diagonal.
+    """
+    row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
+    column = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
+    return getattr(jax.lax, relation)(row, column)
+
+
+def ones(size: int, relation: str):
+    """A matrix [Q,Q]: one where `related`, else zero."""
+    return related(size, relation).astype(jnp.float32)
+
+
+def columns(rows):
+    """Transposes [H,Q] to [Q,H], by a product with the unit matrix, which is fast on a TPU."""
+    return exact_dot(ones(rows.shape[1], "eq"), rows, "nt")
+
+
+def rows_of(columns):
+    """Transposes [Q,H] to [H,Q]."""
+    return exact_dot(ones(columns.shape[1], "eq"), columns, "nt")
+
+
+def _lane(shape, heads: Heads, h: int, members: range):
+    """Says which lanes of a tile, whose heads are `members`, belong to head `h`."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    first = (h - members[0]) * heads.width
+    return (lane >= first) & (lane < first + heads.width)
+
+
+def only(v, heads: Heads, members: range, some):
+    """The tile `v` [Q,T] with zeros in the lanes of all heads but `some`."""
+    if len(some) == len(members):
+        return v
+    mask = _lane(v.shape, heads, some[0], members)
+    for h in some[1:]:
+        mask |= _lane(v.shape, heads, h, members)
+    return jnp.where(mask, v, 0.0)
+
+
+def spread(columns, heads: Heads, members: range):
+    """Turns [Q,H] into a tile [Q,T]: the column of each head fills all lanes of the head."""
+    shape = (columns.shape[0], len(members) * heads.width)
+    v = jnp.broadcast_to(columns[:, members[0] : members[0] + 1], shape)
+    for h in members[1:]:
+        v = jnp.where(_lane(shape, heads, h, members), columns[:, h : h + 1], v)
+    return v
+
+
+def groups_of(heads: Heads, members: range):
+    """The groups of a tile, each with the heads of the tile that use it."""
+    found = sorted({heads.group(h) for h in members})
+    return [(g, [h for h in members if heads.group(h) == g]) for g in found]
+
+
+def for_groups(heads: Heads, members: range, v, tile, axes: str, precision):
+    """Multiplies the part of `v` [Q,GN] that belongs to each group with the lanes of its heads."""
+    total = 0.0
+    for g, own in groups_of(heads, members):
+        total += only(dot(group_part(v, g, heads), tile, axes, precision), heads, members, own)
+    return total
+
+
+def indicator(heads: Heads, members: range):
+    """A matrix [H,T]: one where the lane belongs to the head, else zero."""
+    shape = (heads.number, len(members) * heads.width)
+    head = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    first = (head - members[0]) * heads.width
+    return ((lane >= first) & (lane < first + heads.width)).astype(jnp.float32)
+
+
+def by_head(heads: Heads, members: range, v):
+    """Sums a tile [Q,T] over the lanes of each head: [H,Q]."""
+    return exact_dot(indicator(heads, members), v, "nt")
+
+
+def head_number(shape, axis: int):
+    """The number of the head at each place of an array, whose heads lie along `axis`."""
+    return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def group_part(v, g: int, heads: Heads):
+    """The part [Q,N] of [Q,GN] that belongs to group `g`."""
+    return v[:, g * heads.size : (g + 1) * heads.size]
+
+
+def join(tiles):
+    """Puts tiles side by side."""
+    return tiles[0] if len(tiles) == 1 else jnp.concatenate(tiles, axis=1)
+
+
+class DecaySums:
+    """Decays over stretches of the chunk: exponentials of sums of the log decays.
+
+    Each log decay is split into a multiple of 1/16 and a small rest. The multiples add up without
+    rounding and the sums of the rests stay small. In a single float32 sum, a step of 0.01 next to
+    steps of 80 would lose its digits.
+
+    Attributes:
+        from_start: from before the chunk to each position [Q,H].
+        to_end: from each position to the end of the chunk [Q,H].
+        whole: over the whole chunk [1,H].
+    """
+
+    def __init__(self, decay):
+        coarse = jnp.round(decay * 16) / 16
+        parts, size = [coarse, decay - coarse], decay.shape[1]
+        upto, after = ones(size, "ge"), ones(size, "lt")
+        self._rows = [exact_dot(v, upto, "nt") for v in parts]
+        self._columns = [exact_dot(upto, v, "nt") for v in parts]
+        self.from_start = jnp.exp(sum(self._columns))
+        self.to_end = jnp.exp(sum(exact_dot(after, v, "nt") for v in parts))
+        self.whole = self.from_start[size - 1 :]
+
+    def between(self, h: int, transposed: bool = False):
+        """For head h, exp(decay[k+1] + ... + decay[q]) at [q,k] for k <= q, and 0 elsewhere.
+
+        Args:
+            h: the head.
+            transposed: whether to return [k,q] instead.
+        """
+        difference = sum(
+            column[:, h : h + 1] - row[h : h + 1]
+            for row, column in zip(self._rows, self._columns, strict=True)
+        )
+        difference = -difference if transposed else difference
+        visible = related(self._rows[0].shape[1], "le" if transposed else "ge")
+        # The mask comes before exp, which may overflow beyond the diagonal.
+        return jnp.exp(jnp.where(visible, difference, -jnp.inf))
+
+
+def chunk_forward(heads: Heads, x, B, C, dt, decay, state):
+    """Returns the output of a chunk [Q,I], without the skip `D x`, and the state after it.
+
+    Args:
+        heads: how heads share lanes and groups.
         x: inputs [Q,I].
         B: input projections [Q,GN].
         C: output projections [Q,GN].
         dt: step sizes [H,Q].
         decay: logarithms of the decays [H,Q], finite.
-        state: the state before the chunk [N,I]; None: there is none, before or after.
+        state: the state before the chunk [N,I]. None if no state enters or leaves the chunk.
     """
     precision = heads.precision
-    sums = _Sums(decay)
+    sums = DecaySums(decay)
     scores = [
         dot(group_part(C, g, heads), group_part(B, g, heads), "nt", precision)
         for g in range(heads.groups)
@@ -69,7 +230,7 @@ def forward(heads: Heads, x, B, C, dt, decay, state):
 
 
 class Gradients(NamedTuple):
-    """Gradients of a chunk, each like what it is the gradient of."""
+    """Gradients of a chunk. Each has the shape of the array that it is the gradient of."""
 
     x: jax.Array
     B: jax.Array
@@ -79,24 +240,24 @@ class Gradients(NamedTuple):
     state: jax.Array | None
 
 
-def backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
-    """Returns the gradients of what `forward` computes, all that is quadratic computed again.
+def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
+    """Returns the gradients of `chunk_forward`. It computes all matrices over positions again.
 
-    Matrices over pairs of positions are transposed here, [k,q]: one set does for all.
+    These matrices are transposed, [k,q], so that each serves for all gradients.
 
     Args:
-        heads: as for `forward`, like the next six.
-        x: inputs.
-        B: input projections.
-        C: output projections.
-        dt: step sizes.
-        decay: logarithms of the decays.
+        heads: how heads share lanes and groups.
+        x: inputs [Q,I].
+        B: input projections [Q,GN].
+        C: output projections [Q,GN].
+        dt: step sizes [H,Q].
+        decay: logarithms of the decays [H,Q], finite.
         dy: gradient of the output [Q,I].
-        state: the state before the chunk, or None.
-        dleft: gradient of the state after the chunk [N,I], None if there is none.
+        state: the state before the chunk [N,I], or None.
+        dleft: gradient of the state after the chunk [N,I], or None.
     """
     precision = heads.precision
-    sums = _Sums(decay)
+    sums = DecaySums(decay)
     size = decay.shape[1]
     reaches, before = ones(size, "ge"), ones(size, "lt")
     steps = columns(dt)
@@ -117,8 +278,8 @@ def backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
             weight = steps[:, h : h + 1]
             dmixing = dot(xt, own, "nt", precision) * decays
             dscores[g] += dmixing * weight
-            # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
-            # digits that differences of row and column sums would lose.
+            # The decay of position t acts on all pairs k < t <= q. Sums over these rectangles keep
+            # digits that differences of sums of rows and of columns would lose.
             later = dot(dmixing * scores[g], reaches, "nn", "2" if precision == "1" else precision)
             dsteps = jnp.where(head_number(dsteps.shape, 1) == h, later[:, :1], dsteps)
             taken = jnp.sum(later * weight * before, axis=0, keepdims=True)
@@ -148,32 +309,3 @@ def backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradients:
     return Gradients(
         join(dx), join(dB), join(dC), ddt, ddecay, None if state is None else join(dstate)
     )
-
-
-class _Sums:
-    """Sums of log decays over stretches of the chunk, and their exponentials.
-
-    Multiples of 1/16 add up without rounding and the rests stay small: a step of 0.01 next to
-    steps of 80 keeps its digits, which it loses in one float32 sum.
-    """
-
-    def __init__(self, decay):
-        coarse = jnp.round(decay * 16) / 16
-        parts, size = [coarse, decay - coarse], decay.shape[1]
-        upto, after = ones(size, "ge"), ones(size, "lt")
-        self._rows = [exact_dot(v, upto, "nt") for v in parts]
-        self._columns = [exact_dot(upto, v, "nt") for v in parts]
-        self.from_start = jnp.exp(sum(self._columns))
-        self.to_end = jnp.exp(sum(exact_dot(after, v, "nt") for v in parts))
-        self.whole = self.from_start[size - 1 :]
-
-    def between(self, h: int, transposed: bool = False):
-        """exp(decay[k+1] + ... + decay[q]) for k <= q, else 0: [q,k], or [k,q]."""
-        difference = sum(
-            column[:, h : h + 1] - row[h : h + 1]
-            for row, column in zip(self._rows, self._columns, strict=True)
-        )
-        difference = -difference if transposed else difference
-        visible = related(self._rows[0].shape[1], "le" if transposed else "ge")
-        # Masked before exp: beyond the diagonal it may overflow.
-        return jnp.exp(jnp.where(visible, difference, -jnp.inf))
