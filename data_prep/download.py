@@ -68,7 +68,7 @@ def fetch(
                 raise
             reason = getattr(error, "reason", error)
             reason = getattr(reason, "strerror", None) or reason or type(error).__name__
-            # No name, no route or no connection: a server that has never answered is not asked again.
+            # A server that has not answered once (no name, no connection) is not asked again.
             answered |= not isinstance(error, urllib.error.URLError)
         else:
             answered, reason = True, "the connection was cut"

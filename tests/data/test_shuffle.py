@@ -23,7 +23,7 @@ def test_any_part_can_be_asked_for(size, key, seed):
     assert [int(permute(positions[i : i + 1], size, key)[0]) for i in range(5)] == list(together)
 
 
-@pytest.mark.parametrize("size", [5, 64, 1000])
+@pytest.mark.parametrize("size", [5, 64, pytest.param(1000, marks=pytest.mark.slow)])
 def test_every_place_is_as_likely_as_any_other(size):
     places = np.array([permute(np.arange(size), size, (0, epoch, 1)) for epoch in range(4000)])
     bins = min(size, 10)

@@ -27,7 +27,7 @@ ITS_REMEDY = "correct it or pass --on-bad-row=skip"
         (b"u,caf\xe9,5", "the line holds bytes that are no UTF-8 (convert it with `iconv`)"),
     ],
 )
-@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+@pytest.mark.parametrize("name", ["a.csv", pytest.param("a.csv.gz", marks=pytest.mark.slow)])
 def test_csv(run, write, row, problem, name):
     row = row.encode() if isinstance(row, str) else row
     path = write(name, (HEADER + GOOD * 3).encode() + row + b"\n")
@@ -57,7 +57,7 @@ def test_lines_are_counted_as_an_editor_does(run, write):
     before = '"u\n1",i,5\n\n\n"u ""2""",i,6\n'  # four lines more than rows
     path = write("a.csv", HEADER + before + "u,i,soon\n")
     assert run("table", path, fails=True).startswith(f"{path}, line 7: the time is not a number")
-    path = write("b.csv", HEADER + before + "u,i\n")
+    path = write("b.csv.gz", HEADER + before + "u,i\n")
     assert run("table", path, fails=True).startswith(f"{path}, line 7: the line has fewer fields")
 
 
@@ -135,7 +135,7 @@ def test_mixed_units(run, write, times, unit, problem):
         ("1650812741", "iso", "s"),
     ],
 )
-@pytest.mark.parametrize("on_bad_row", ["error", "skip"])
+@pytest.mark.parametrize("on_bad_row", ["error", pytest.param("skip", marks=pytest.mark.slow)])
 def test_wrong_unit(run, write, time, unit, right, on_bad_row):
     path = write("a.csv", HEADER + f"u,i,{time}\n" * 3)
     sentence = run("table", path, "--time-unit", unit, "--on-bad-row", on_bad_row, fails=True)

@@ -53,7 +53,14 @@ def test_command(run, log, capsys, tmp_path):
     assert (tmp_path / "b.png").exists()
 
 
-@pytest.mark.parametrize("rows", ["u,i,5\n", "u,i,5\nu,i,5\nu,j,5\n", "u,i,0\nu,i,9000000000\n"])
+@pytest.mark.parametrize(
+    "rows",
+    [
+        "u,i,5\n",
+        pytest.param("u,i,5\nu,i,5\nu,j,5\n", marks=pytest.mark.slow),
+        "u,i,0\nu,i,9000000000\n",
+    ],
+)
 def test_tiny_datasets(run, write, rows):
     path = write("a.csv", "user_id,item_id,timestamp\n" + rows)
     main(["inspect", str(run("table", path, "--k-core", "1").directory)])
