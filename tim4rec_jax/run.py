@@ -7,12 +7,16 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
+
+# Orbax warns of optional files that are missing. What fails raises an error as well.
+logging.set_verbosity(logging.FATAL)
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
