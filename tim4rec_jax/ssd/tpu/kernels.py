@@ -56,7 +56,7 @@ def _halves(v):
 
 
 def exact_dot(a, b, axes: str = "nn"):
-    """Is `dot` with precision "float32"."""
+    """Multiplies float32 matrices like `dot`, with the precision "float32"."""
     return dot(a, b, axes, "float32")
 
 
