@@ -33,29 +33,36 @@ def core(events, k):
         events.remove(bad[0])
 
 
+@pytest.fixture(scope="module")
+def database(tmp_path_factory):
+    with contextlib.closing(connect(tmp_path_factory.mktemp("database"))) as con:
+        yield con
+
+
 @few
 @given(
     st.lists(EVENT, min_size=1, max_size=60),
     st.integers(1, 4),
     st.sampled_from(sorted(writer.ORDERS)),
 )
-def test_k_core_and_order(tmp_path_factory, histories, events, k, order):
+def test_k_core_and_order(tmp_path_factory, database, histories, events, k, order):
     # Near 1.65e9 float32 has steps of 128: 40 s apart, some times fall together and some do not.
     events = [(user, item, 1_650_000_000 + 40 * time) for user, item, time in events]
     kept = core(events, k)
     work = tmp_path_factory.mktemp("work")
     rows = [(user, item, time * 10**9) for user, item, time in events]
-    with contextlib.closing(connect(work)) as con:
-        read.create(con)
-        con.executemany("INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)", rows)
-        if not kept:
-            message = f"'{k}-core' leaves no event of {len(events)}"
-            with pytest.raises(filters.UserError, match=message):
-                filters.apply(con, filters.Filters(k_core=k))
-            return
-        filters.apply(con, filters.Filters(k_core=k))
-        (work / "out").mkdir()
-        writer.write(con, work / "out", {"name": "x"}, order=order)
+    for table in ("raw", "events", "users", "items", "user_index", "item_index"):
+        database.execute(f"DROP TABLE IF EXISTS {table}")
+    read.create(database)
+    database.executemany("INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)", rows)
+    if not kept:
+        message = f"'{k}-core' leaves no event of {len(events)}"
+        with pytest.raises(filters.UserError, match=message):
+            filters.apply(database, filters.Filters(k_core=k))
+        return
+    filters.apply(database, filters.Filters(k_core=k))
+    (work / "out").mkdir()
+    writer.write(database, work / "out", {"name": "x"}, order=order)
     key = {"exact": lambda event: event[2], "recbole": lambda event: np.float32(event[2])}[order]
     expected = collections.defaultdict(list)
     for user, item, time in kept:

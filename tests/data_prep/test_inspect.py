@@ -19,8 +19,15 @@ def log(write):
     return write("a.csv", "\n".join(rows) + "\n")
 
 
-@pytest.mark.parametrize("order", ["exact", "recbole"])
-@pytest.mark.parametrize("piece, shard", [(1 << 22, 10_000), (30, 700)])
+@pytest.mark.parametrize(
+    "piece, shard, order",
+    [
+        (1 << 22, 10_000, "exact"),
+        pytest.param(1 << 22, 10_000, "recbole", marks=pytest.mark.slow),
+        pytest.param(30, 700, "exact", marks=pytest.mark.slow),
+        (30, 700, "recbole"),
+    ],
+)
 def test_statistics(run, histories, log, monkeypatch, order, piece, shard):
     monkeypatch.setattr(inspect, "_PIECE", piece)
     ds = run("table", log, "--k-core", "2", "--order", order, "--shard-events", shard)

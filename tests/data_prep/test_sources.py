@@ -142,7 +142,7 @@ def test_steam_reviews(run, histories, write):
     }
 
 
-@pytest.mark.parametrize("item", ["item_id", "product_id"])
+@pytest.mark.parametrize("item", [pytest.param("item_id", marks=pytest.mark.slow), "product_id"])
 @pytest.mark.parametrize(
     "kind, times", [("token", ("1970-01-01", "1970-01-02")), ("float", ("0.0", "86400.0"))]
 )
@@ -172,7 +172,7 @@ def test_recbole_with_other_names(run, histories, write):
 HEADER = "user_id{0}item_id{0}rating{0}timestamp"
 
 
-@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("end", [pytest.param("\n", marks=pytest.mark.slow), "\r\n"])
 @pytest.mark.parametrize("delimiter", [",", "\t", ";", "|"])
 @pytest.mark.parametrize("name", [pytest.param("log.csv", marks=pytest.mark.slow), "log.gz"])
 def test_delimited_tables(run, histories, write, name, delimiter, end):
@@ -269,6 +269,7 @@ def test_a_column_called_like_ours_does_not_confuse(run, histories, write):
     assert histories(run("table", path, *flags, *KEEP_ALL)) == {"u": [("z", 1)]}
 
 
+@pytest.mark.slow  # test_result_does_not_depend_on_threads compares two runs
 def test_same_bytes_on_every_run(run, write):
     random = np.random.default_rng(0)
     n = 20_000
