@@ -6,6 +6,7 @@ whatever its name is.
 
 import glob
 import gzip
+import hashlib
 import shutil
 import tarfile
 import zipfile
@@ -130,3 +131,21 @@ def first_line(path: Path) -> str:
 def damaged_gzip(path: Path) -> UserError:
     """Returns the error for a gzip file that ends too early or fails its checksum."""
     return UserError(f"{path} is a truncated or damaged gzip file; fetch it again")
+
+
+def fingerprint(path: Path) -> dict:
+    """Returns the name, the size in bytes and the SHA-256 of a file, for dataset.json.
+
+    Raises:
+      UserError: a gzip file ends too early or fails its checksum, which DuckDB does not check.
+    """
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if is_gzip(path):
+        try:
+            with gzip.open(path) as file:
+                while file.read(1 << 20):
+                    pass
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise damaged_gzip(path) from error
+    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}

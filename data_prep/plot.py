@@ -10,6 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from data_prep.inspect import GAP_BINS, span
 from tim4rec_jax.data import Dataset
+from tim4rec_jax.files import atomic_write
 
 _FILL, _GREY = "#4c78a8", "#5f6b7a"
 _NOTE = {"color": "#d1495b", "fontsize": 8}
@@ -25,7 +26,7 @@ def plot(ds: Dataset, figures: dict, path: Path) -> None:
       path: the PNG file to write.
 
     Raises:
-      OSError: the file cannot be written.
+      UserError: the file cannot be written.
     """
     spacing = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12)
     figure = Figure(figsize=(10, 6.2), layout=spacing, dpi=150)
@@ -39,7 +40,8 @@ def plot(ds: Dataset, figures: dict, path: Path) -> None:
         panel.title.set(fontsize=10, color="#1f2933")
         for label in (panel.xaxis.label, panel.yaxis.label):
             label.set(fontsize=8, color=_GREY)
-    figure.savefig(path, format="png")
+    with atomic_write(path) as file:
+        figure.savefig(file, format="png")
 
 
 def _lengths(panel: Axes, ds: Dataset, figures: dict) -> None:

@@ -5,9 +5,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import gzip
-import hashlib
-import zlib
 from pathlib import Path
 
 from rich.console import Console
@@ -16,7 +13,6 @@ from rich.table import Table
 import tim4rec_jax
 from data_prep import files, filters, read, writer
 from data_prep.database import connect
-from data_prep.files import damaged_gzip, is_gzip
 from data_prep.layout import check_columns
 from data_prep.sources import SOURCES, Source, read_titles
 from tim4rec_jax.errors import UserError
@@ -53,7 +49,7 @@ def prepare(
         console.status("") as status,
     ):
         # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
-        fingerprints = [pool.submit(_fingerprint, path) for path in paths]
+        fingerprints = [pool.submit(files.fingerprint, path) for path in paths]
         read.create(con)
         for path in paths:
             status.update(f"reading {path}")
@@ -91,20 +87,6 @@ def _read_file(con, source: Source, path: Path, flags) -> collections.Counter[st
         remedy = "read other files with `python -m data_prep table`"
     check_columns(path, layout, remedy)
     return read.read_file(con, path, layout, skip=flags.on_bad_row == "skip")
-
-
-def _fingerprint(path: Path) -> dict:
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if is_gzip(path):
-        # DuckDB does not check the checksum at the end of a gzip file, so we do.
-        try:
-            with gzip.open(path) as file:
-                while file.read(1 << 20):
-                    pass
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise damaged_gzip(path) from error
-    return {"file": path.name, "bytes": path.stat().st_size, "sha256": digest}
 
 
 def print_steps(metadata: dict, console: Console) -> None:
