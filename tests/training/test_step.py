@@ -16,10 +16,12 @@ from tests.training.tiny_run import MAX_LENGTH, tiny_config
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
+from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.step import (
     init_state,
     loss_and_gradients,
     make_optimizer,
+    make_steps,
     num_microbatches,
     train_step,
 )
@@ -88,6 +90,21 @@ def test_the_cosine_falls_to_nothing():
         updates, state = tx.update(jnp.ones(3), state, params)
         sizes.append(float(jnp.abs(updates).max()))
     np.testing.assert_allclose(sizes, 0.05 * (1 + np.cos(np.pi * np.arange(11) / 10)), atol=1e-6)
+
+
+def test_the_cosine_ends_with_the_last_epoch():
+    config = tiny_config("none", schedule="cosine", epochs=3, batch_size=ROWS)
+    dataset = in_memory(random_histories([20] * 6))
+    batches = TrainBatches(
+        dataset, max_length=MAX_LENGTH, batch_size=ROWS, seed=0, convention="recbole", buckets=[12]
+    )
+    built = build(config.model, n_items=30, max_length=MAX_LENGTH)
+    _, tx = make_steps(config, dataset, batches, built, data_sharding(ROWS))
+    update, sizes, state = jax.jit(tx.update), [], tx.init(jnp.ones(1))
+    for _ in range(3 * batches.batches_per_epoch + 1):
+        change, state = update(jnp.ones(1), state, jnp.ones(1))
+        sizes.append(abs(float(change[0])))
+    assert sizes[-1] == 0 < sizes[-2]
 
 
 def test_filler_rows_change_nothing(model, batches):
