@@ -31,7 +31,7 @@ from triton.backends.nvidia import compiler as nvidia
 
 from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block
 from tim4rec_jax.ssd.triton import launch as triton_launch
-from tim4rec_jax.ssd.triton.launch import Blocks
+from tim4rec_jax.ssd.triton.launch import TileSizes
 
 
 class Shape(NamedTuple):
@@ -68,19 +68,18 @@ class Launch(NamedTuple):
 
     kernel: Any
     signature: dict[str, str]
-    constants: dict
-    size: Blocks
+    specialisation: NamedTuple
+    tiles: TileSizes
 
 
 def launches(shape: Shape, capability: int) -> list[Launch]:
     """Returns what the gradient of the op or the block launches, forward and backward."""
     found = {}
 
-    def record(kernel, inputs, outputs, programs, constants, size):
-        arrays = (*inputs, *outputs)
-        types = [_type(v) for v in arrays] + ["constexpr"] * len(constants)
+    def record(kernel, inputs, outputs, *, programs, specialisation, tiles):
+        types = [*map(_type, (*inputs, *outputs)), "constexpr"]
         signature = dict(zip(kernel.arg_names, types, strict=True))
-        found[kernel.fn.__name__] = Launch(kernel, signature, constants, size)
+        found[kernel.fn.__name__] = Launch(kernel, signature, specialisation, tiles)
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
     function, inputs = (_block if shape.block else _op)(shape)
@@ -151,15 +150,15 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
         if kind.startswith("*")
     }
     source = triton.compiler.ASTSource(
-        launch.kernel, signature=launch.signature, constexprs=launch.constants, attrs=aligned
+        launch.kernel, signature=launch.signature, constexprs={"S": launch.specialisation}, attrs=aligned
     )
     start = time.perf_counter()
     compiled = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={
-            "num_warps": launch.size.warps,
-            "num_stages": launch.size.stages,
+            "num_warps": launch.tiles.warps,
+            "num_stages": launch.tiles.stages,
             "enable_fp_fusion": True,
         },
     )
@@ -202,8 +201,8 @@ def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
                     "kernel": launch.kernel.fn.__name__,
                     "sm": capability,
                     **sizes,
-                    "precision": launch.constants["PRECISION"],
-                    "blocks": "/".join(map(str, launch.size)),
+                    "precision": launch.specialisation.PRECISION,
+                    "blocks": "/".join(map(str, launch.tiles)),
                     **compile_kernel(launch, capability)._asdict(),
                 }
 

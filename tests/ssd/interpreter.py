@@ -48,7 +48,7 @@ def _rounded(input, input_dtype, output_dtype, rounding_mode):
     return input.astype(ml_dtypes.bfloat16).view(np.uint16)
 
 
-def launch(kernel, inputs, outputs, programs, constants, size):
+def launch(kernel, inputs, outputs, *, programs, specialisation, tiles):
     """What `tim4rec_jax.ssd.triton.launch.launch` does, without a GPU."""
     numbers = {i: v for i, v in enumerate(inputs) if not isinstance(v, jax.Array)}
     arrays = [v for i, v in enumerate(inputs) if i not in numbers]
@@ -60,7 +60,7 @@ def launch(kernel, inputs, outputs, programs, constants, size):
         # What a kernel leaves unwritten shows.
         results = [np.full(v.shape, np.nan, v.dtype) for v in outputs]
         with _one_at_a_time, mock.patch("triton.runtime.interpreter._convert_float", _rounded):
-            kernel[(programs,)](*arguments, *map(HostTensor, results), **constants)
+            kernel[(programs,)](*arguments, *map(HostTensor, results), S=specialisation)
         return results
 
     return jax.pure_callback(run, outputs, *arrays)

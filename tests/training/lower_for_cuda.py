@@ -39,7 +39,8 @@ def main():
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = []
-    for packed in re.findall(r'@triton_kernel_call\(.*?backend_config = "((?:\\.|[^"\\])*)"', text):
+    # jax-triton calls it `triton_kernel_call_ffi` since 0.4.
+    for packed in re.findall(r'@triton_kernel_call\w*\(.*?backend_config = "((?:\\.|[^"\\])*)"', text):
         raw = re.sub(
             rb"\\([0-9A-Fa-f]{2}|.)",
             lambda m: bytes.fromhex(m[1].decode()) if len(m[1]) == 2 else m[1],

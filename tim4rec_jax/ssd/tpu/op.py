@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tim4rec_jax.ssd.dispatch import row_by_row
+from tim4rec_jax.ssd.batching import row_by_row
 from tim4rec_jax.ssd.tpu.common import (
     FORGET_ALL,
     MOST_BYTES,

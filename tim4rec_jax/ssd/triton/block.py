@@ -8,35 +8,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd.triton import launch as triton_launch
-from tim4rec_jax.ssd.triton.launch import Blocks, blocks, compute_capability, shard_over_batch
+from tim4rec_jax.ssd.batching import shard_over_batch
+from tim4rec_jax.ssd.triton import launch
+from tim4rec_jax.ssd.triton.launch import TileSizes
 
-SIZES = (16, 32, 64)
+SIZES = (16, 32, 64)  # what P and N may be
 MOST_FEATURES = 256
 MOST_TAPS = 8
 
 
 class Rows(NamedTuple):
-    """Arrays with an axis for the batch, their first."""
+    """Arrays whose first axis is the batch, or gradients of them."""
 
-    projected: Any
-    factor: Any = None
-    segments: Any = None
+    projected: Any  # [B,L,E]
+    time_factor: Any = None  # [B,L,H]
+    segment_ids: Any = None  # [B,L]
 
 
 class Parameters(NamedTuple):
-    """What all rows share."""
+    """What all rows share, or gradients of it."""
 
-    taps: Any  # [W,M]
+    conv_kernel: Any  # [W,M]
     conv_bias: Any  # [M]
     A: Any  # [H]
     D: Any  # [H]
-    bias: Any  # [H]
-    scale: Any  # [I]
+    dt_bias: Any  # [H]
+    norm_scale: Any  # [I]
 
 
 class Options(NamedTuple):
-    """What is known when a program is traced."""
+    """The other arguments of the block, which are known while a program is traced."""
 
     activation: str
     state: int
@@ -45,12 +46,32 @@ class Options(NamedTuple):
     chunk_size: int | None
 
 
+class Specialisation(NamedTuple):
+    """What the kernels are specialised for; in them it is called `S`."""
+
+    H: int
+    G: int
+    P: int
+    N: int
+    W: int  # taps of the convolution
+    I: int  # noqa: E741, the features of all heads, H P
+    M: int  # channels of the convolution, I + 2 G N
+    E: int  # features of `projected`, I + M + H
+    Q: int  # positions of a chunk
+    SEVERAL_CHUNKS: bool
+    HAS_FACTOR: bool
+    HAS_SEGMENTS: bool
+    HARDSWISH: bool  # else the activation is SiLU
+    EPS: float
+    PRECISION: str
+
+
 def unsupported_reason(v) -> str | None:
-    """Says what keeps `block_triton` from running on the GPU that is compiled for."""
+    """Says what keeps `block_triton` from running on the GPU that is compiled for, or None."""
     parameters = (v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale)
     inner, taps = v.norm_scale.size, v.conv_kernel.shape[0]
     arrays = (v.projected, v.time_factor, *parameters)
-    if reason := triton_launch.unsupported_reason(arrays, inner // v.A.size, v.state, SIZES):
+    if reason := launch.unsupported_reason(arrays, inner // v.A.size, v.state, SIZES):
         return reason
     if inner > MOST_FEATURES:
         return f"a program holds all features of a chunk, at most {MOST_FEATURES}, not {inner}"
@@ -60,7 +81,11 @@ def unsupported_reason(v) -> str | None:
 
 
 def block_triton(v) -> jax.Array:
-    """Computes the block; `v` are arguments of `time_aware_ssd_block` that meet no `unsupported_reason`."""
+    """Computes the block.
+
+    Args:
+        v: `tim4rec_jax.ssd.fused_block.BlockArguments` without an `unsupported_reason`.
+    """
     return _block(
         Rows(v.projected, v.time_factor, v.segment_ids),
         Parameters(v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale),
@@ -74,118 +99,118 @@ def _block(rows: Rows, parameters: Parameters, options: Options) -> Any:
 
 
 def _block_forward(rows, parameters, options):
-    y, rstd = shard_over_batch(functools.partial(_forward, options=options))(rows, parameters)
+    y, rstd = shard_over_batch(functools.partial(_forward, options), rows, parameters)
     return y, (rows, parameters, y, rstd)
 
 
 def _block_backward(options, residuals, dy):
-    rows, parameters, *results = residuals
-    drows, dparameters = shard_over_batch(functools.partial(_backward, options=options))(
-        (rows, *results, dy), parameters
+    rows, parameters, y, rstd = residuals
+    drows, shares = shard_over_batch(
+        functools.partial(_backward, options), (rows, y, rstd, dy), parameters
     )
-    dtaps, dheads, dscale = (jnp.sum(shares, axis=0) for shares in dparameters)
-    dA, dD, dbias = dheads
-    gradients = Parameters(dtaps[:-1], dtaps[-1], dA, dD, dbias, dscale)
+    dconvolution, dheads, dscale = (jnp.sum(v, axis=0) for v in shares)
+    gradients = Parameters(dconvolution[:-1], dconvolution[-1], *dheads, dscale)
     return drows, jax.tree.map(lambda d, v: d.astype(v.dtype), gradients, parameters)
 
 
 _block.defvjp(_block_forward, _block_backward)
 
 
-def _forward(rows, parameters, options):
+def _forward(options, rows, parameters):
     from tim4rec_jax.ssd.triton.block_kernels import block_forward
 
     batch, length, _ = rows.projected.shape
-    size, constants = _configuration("block_forward", rows, parameters, options)
-    inner = parameters.scale.size
-    return triton_launch.launch(
+    S, tiles = _specialise("block_forward", options, rows, parameters)
+    return launch.launch(
         block_forward,
         (*_inputs(rows, parameters), length),
         (
-            jax.ShapeDtypeStruct((batch, length, inner), rows.projected.dtype),
-            jax.ShapeDtypeStruct((batch, length), jnp.float32),
+            jax.ShapeDtypeStruct((batch, length, S.I), rows.projected.dtype),
+            _float32(batch, length),
         ),
-        batch,
-        constants,
-        size,
+        programs=batch,
+        specialisation=S,
+        tiles=tiles,
     )
 
 
-def _backward(rows_and_results, parameters, options):
+def _backward(options, rows_and_results, parameters):
     from tim4rec_jax.ssd.triton.block_kernels import block_backward
 
     rows, y, rstd, dy = rows_and_results
     batch, length, _ = rows.projected.shape
-    size, constants = _configuration("block_backward", rows, parameters, options)
-    (taps, channels), heads, inner = parameters.taps.shape, parameters.A.size, y.shape[2]
-    chunks = 1 if constants["ONE_CHUNK"] else -(-length // size.chunk)
-    kept = length if chunks == 1 else 2 * size.chunk
-    nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
-
-    def array(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.float32)
-
-    outputs = (
-        jax.ShapeDtypeStruct(rows.projected.shape, rows.projected.dtype),
-        nothing
-        if rows.factor is None
-        else jax.ShapeDtypeStruct(rows.factor.shape, rows.factor.dtype),
-        array(batch, taps + 1, channels),
-        array(batch, 3, heads),
-        array(batch, inner),
-        nothing if chunks == 1 else array(batch, chunks, heads, options.state, inner // heads),
-        array(batch, kept, channels),
-        array(batch, kept, inner),
-        nothing if chunks == 1 else array(batch, heads, size.chunk),
-    )
-    dprojected, dfactor, *shares = triton_launch.launch(
+    S, tiles = _specialise("block_backward", options, rows, parameters)
+    # Positions of a row in the kernel's own memory: two chunks, or the only one.
+    kept = 2 * S.Q if S.SEVERAL_CHUNKS else length
+    dprojected, dfactor, dconvolution, dheads, dscale, *_ = launch.launch(
         block_backward,
         (*_inputs(rows, parameters), y, rstd, dy, length),
-        outputs,
-        batch,
-        constants,
-        size,
-    )[:5]
-    dfactor = None if rows.factor is None else dfactor
-    return Rows(dprojected, dfactor), shares
+        (
+            jax.ShapeDtypeStruct(rows.projected.shape, rows.projected.dtype),
+            jax.ShapeDtypeStruct(rows.time_factor.shape, rows.time_factor.dtype)
+            if S.HAS_FACTOR
+            else _float32(1),
+            _float32(batch, S.W + 1, S.M),
+            _float32(batch, 3, S.H),
+            _float32(batch, S.I),
+            _float32(batch, -(-length // S.Q), S.H, S.N, S.P, needed=S.SEVERAL_CHUNKS),
+            _float32(batch, kept, S.M),
+            _float32(batch, kept, S.I),
+            _float32(batch, S.H, S.Q, needed=S.SEVERAL_CHUNKS),
+        ),
+        programs=batch,
+        specialisation=S,
+        tiles=tiles,
+    )
+    return Rows(dprojected, dfactor if S.HAS_FACTOR else None), (dconvolution, dheads, dscale)
+
+
+def _float32(*shape, needed=True):
+    """An array that a kernel writes, of one number if it is not needed."""
+    return jax.ShapeDtypeStruct(shape if needed else (1,), jnp.float32)
 
 
 def _inputs(rows, parameters):
-    """The kernels' inputs; what is missing is replaced by something that they will not read."""
-    factor, segments = (parameters.A if v is None else v for v in (rows.factor, rows.segments))
+    """The inputs of both kernels; a missing one is replaced by an array that they do not read."""
+    factor, segments = (
+        parameters.A if v is None else v for v in (rows.time_factor, rows.segment_ids)
+    )
     return (rows.projected, factor, *parameters, segments)
 
 
-def _configuration(kernel, rows, parameters, options) -> tuple[Blocks, dict]:
-    """Returns sizes of blocks, and what kernels are specialised for."""
-    length = rows.projected.shape[1]
-    heads = parameters.A.size
-    width = parameters.scale.size // heads
+def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, TileSizes]:
+    """What a kernel is specialised for, and its tile sizes."""
+    length, projected = rows.projected.shape[1:]
+    heads, inner = parameters.A.size, parameters.norm_scale.size
+    taps, channels = parameters.conv_kernel.shape
     # Products of what is read as bfloat16 need no more digits than tensor cores keep.
     allowed = "tf32" if rows.projected.dtype.itemsize == 2 else "ieee"
-    size = blocks(
+    tiles = launch.tile_sizes(
         kernel,
-        compute_capability(),
         length=length,
         heads=1,
-        size=max(width, options.state),
+        size=max(inner // heads, options.state),
         precision=allowed,
         largest_chunk=options.chunk_size,
     )._replace(heads=heads)
-    one_chunk = length <= size.chunk
-    return size, {
-        "H": heads,
-        "G": options.groups,
-        "P": width,
-        "N": options.state,
-        "W": parameters.taps.shape[0],
-        "Q": size.chunk,
-        "ONE_CHUNK": one_chunk,
-        "HAS_FACTOR": rows.factor is not None,
-        "HAS_SEGMENTS": rows.segments is not None,
-        "HARDSWISH": options.activation == "hardswish",
-        "EPS": options.eps,
+    several = length > tiles.chunk
+    specialisation = Specialisation(
+        H=heads,
+        G=options.groups,
+        P=inner // heads,
+        N=options.state,
+        W=taps,
+        I=inner,
+        M=channels,
+        E=projected,
+        Q=tiles.chunk,
+        SEVERAL_CHUNKS=several,
+        HAS_FACTOR=rows.time_factor is not None,
+        HAS_SEGMENTS=rows.segment_ids is not None,
+        HARDSWISH=options.activation == "hardswish",
+        EPS=options.eps,
         # Over chunks of 16 or 32 positions, most of the warps would repeat what others do, and
         # bringing operands into place is more instructions and registers than plain products.
-        "PRECISION": allowed if one_chunk else "ieee",
-    }
+        PRECISION="ieee" if several else allowed,
+    )
+    return specialisation, tiles

@@ -1,16 +1,30 @@
-"""What the Triton kernels of the SSD have in common, as functions of blocks in registers.
+"""What the Triton kernels of the op and of the block share: functions of values in registers.
 
-Letters as in `tim4rec_jax.ssd.ssd`; Q is the length of a chunk, HEADS the number of heads of a
-program. Within a chunk, matrices over pairs of positions are [to q, from k], and states are
-[N, P]. All sums are float32. Arrays are dense, with the axes that `ssd` documents.
+Letters are those of `tim4rec_jax.ssd.ssd`; Q is the number of positions of a chunk. Within a chunk,
+matrices over pairs of positions are [to, from], and states are [N, P]. All sums are float32. Arrays
+are dense, with the axes that `ssd` documents.
+
+`S` is what a kernel is specialised for, a named tuple that the kernel is called with
+(`op.Specialisation` or `block.Specialisation`). The functions here read the fields that both have.
 """
 
-from typing import no_type_check  # annotations here are for Triton's compiler
+from typing import Any, NamedTuple, no_type_check  # annotations of kernels are for Triton's compiler
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+
+
+class LogDecays(NamedTuple):
+    """Sums of the base-2 logarithms of decays up to each position [Q], in two parts to be added.
+
+    The coarse parts are multiples of 1/16 and add up without rounding. The fine parts stay small. A
+    step of 0.01 next to steps of 80 keeps its digits so, which it would lose in one float32 sum.
+    """
+
+    coarse: Any
+    fine: Any
 
 
 @triton.jit
@@ -28,40 +42,32 @@ def softplus(v):
 
 @triton.jit
 @no_type_check
-def load_raw(dt, bias, at, inside, head, H: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The steps [Q] of a head as they came, plus bias."""
-    raw = tl.load(dt + at * H + head, mask=inside, other=0).to(tl.float32)
-    if HAS_BIAS:
-        raw += tl.load(bias + head).to(tl.float32)
-    return raw
+def load_tile(array, rows, inside, column):
+    """Loads [Q, columns]: `rows` are the offsets of each position's first element."""
+    where = rows[:, None] + column[None, :]
+    return tl.load(array + where, mask=inside[:, None], other=0).to(tl.float32)
 
 
 @triton.jit
 @no_type_check
-def step_sizes(raw, inside, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW, HIGH):
-    """Steps ready to use; past the end of the sequence 0, which changes nothing."""
-    step = softplus(raw) if SOFTPLUS else raw
-    if LIMITED:
-        step = tl.minimum(tl.maximum(step, LOW), HIGH)
-    return tl.where(inside, step, 0)
+def store_tile(array, rows, inside, column, value):
+    """Stores what `load_tile` loads."""
+    tl.store(array + rows[:, None] + column[None, :], value, mask=inside[:, None])
 
 
 @triton.jit
 @no_type_check
-def step_slopes(raw, SOFTPLUS: tl.constexpr, LIMITED: tl.constexpr, LOW, HIGH):
-    """Derivatives of `step_sizes`."""
-    slope = tl.sigmoid(raw) if SOFTPLUS else tl.full(raw.shape, 1, tl.float32)
-    if LIMITED:
-        step = softplus(raw) if SOFTPLUS else raw
-        slope = tl.where((step >= LOW) & (step <= HIGH), slope, 0)
-    return slope
+def scratch_offsets(chunk, head, S: tl.constexpr):
+    """Offsets of a state [N, P] in the kernels' own memory [chunk, H, N, P]."""
+    n, p = tl.arange(0, S.N), tl.arange(0, S.P)
+    return ((chunk * S.H + head) * S.N + n[:, None]) * S.P + p[None, :]
 
 
 @triton.jit
 @no_type_check
-def load_restarts(segments, at, t, length, HAS_SEGMENTS: tl.constexpr):
-    """Whether each position of the chunk forgets the state before it."""
-    if HAS_SEGMENTS:
+def load_restarts(segments, at, t, length, S: tl.constexpr):
+    """Whether each position t of the chunk forgets the state before it; `at` is its offset."""
+    if S.HAS_SEGMENTS:
         follows = (t > 0) & (t < length)
         here = tl.load(segments + at, mask=follows, other=0)
         restarts = here != tl.load(segments + at - 1, mask=follows, other=0)
@@ -72,22 +78,27 @@ def load_restarts(segments, at, t, length, HAS_SEGMENTS: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def total_decays(step, rate, restarts):
-    """Sums of the base-2 logarithms of decays up to each position, in two parts.
-
-    Multiples of 1/16 add up without rounding and the rests stay small: a step of 0.01 next to
-    steps of 80 keeps its digits, which it would lose in one float32 sum.
-    """
+def log_decays(step, rate, restarts):
+    """`LogDecays` of a head with step sizes `step` and decay rate `rate`."""
     # 2 ** -1400 is 0 in float32. Bounded so, the decays of a chunk add up exactly.
-    log_decay = tl.where(restarts, -1400, tl.maximum(step * (rate * LOG2E), -1400))
-    coarse = tl.floor(log_decay * 16 + 0.5) / 16
-    return tl.cumsum(coarse, 0), tl.cumsum(log_decay - coarse, 0)
+    each = tl.where(restarts, -1400, tl.maximum(step * (rate * LOG2E), -1400))
+    coarse = tl.floor(each * 16 + 0.5) / 16
+    return LogDecays(tl.cumsum(coarse, 0), tl.cumsum(each - coarse, 0))
 
 
 @triton.jit
 @no_type_check
-def decay_between(coarse, fine, q):
-    """[to, from]: what is left at a position of what another, not later, one added."""
+def decay_from_start(total):
+    """What is left at each position of the state that entered the chunk."""
+    return tl.exp2(total.coarse + total.fine)
+
+
+@triton.jit
+@no_type_check
+def decay_between(total, S: tl.constexpr):
+    """[to, from]: what is left at a position of what an earlier one, or itself, has added."""
+    q = tl.arange(0, S.Q)
+    coarse, fine = total.coarse, total.fine
     difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     # Masked before exp2: beyond the diagonal it may overflow.
     return tl.exp2(tl.where(q[:, None] >= q[None, :], difference, -float("inf")))
@@ -95,68 +106,39 @@ def decay_between(coarse, fine, q):
 
 @triton.jit
 @no_type_check
-def decay_to_end(coarse, fine, q, Q: tl.constexpr):
+def decay_to_end(total, S: tl.constexpr):
     """What is left at the end of the chunk of what each position added, and of the state before."""
-    last_coarse = tl.sum(tl.where(q == Q - 1, coarse, 0), 0)
-    last_fine = tl.sum(tl.where(q == Q - 1, fine, 0), 0)
-    return tl.exp2((last_coarse - coarse) + (last_fine - fine)), tl.exp2(last_coarse + last_fine)
+    last = tl.arange(0, S.Q) == S.Q - 1
+    coarse = tl.sum(tl.where(last, total.coarse, 0), 0)
+    fine = tl.sum(tl.where(last, total.fine, 0), 0)
+    return tl.exp2((coarse - total.coarse) + (fine - total.fine)), tl.exp2(coarse + fine)
 
 
 @triton.jit
 @no_type_check
-def load_rows(array, at, inside, row, column, ROWS: tl.constexpr, WIDTH: tl.constexpr):
-    """Row `row` of ROWS at each position: [Q, WIDTH]."""
-    where = (at * ROWS + row)[:, None] * WIDTH + column[None, :]
-    return tl.load(array + where, mask=inside[:, None], other=0).to(tl.float32)
-
-
-@triton.jit
-@no_type_check
-def state_offsets(row, head, n, p, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """Places of a state [N, P] in an array [row, H, P, N]."""
-    return ((row * H + head) * P + p[None, :]) * N + n[:, None]
-
-
-@triton.jit
-@no_type_check
-def scratch_offsets(chunk, head, n, p, H: tl.constexpr, P: tl.constexpr, N: tl.constexpr):
-    """Places of a state [N, P] in an array [chunk, H, N, P]."""
-    return ((chunk * H + head) * N + n[:, None]) * P + p[None, :]
-
-
-@triton.jit
-@no_type_check
-def attend(mixing, C, step_x, state, coarse, fine, STATEFUL: tl.constexpr, PRECISION):
+def attend(mixing, C, step_x, state, total, STATEFUL: tl.constexpr, S: tl.constexpr):
     """What positions see of each other and, if STATEFUL, of the state before them: [Q, P]."""
-    y = tl.dot(mixing, step_x, input_precision=PRECISION)
+    y = tl.dot(mixing, step_x, input_precision=S.PRECISION)
     if STATEFUL:
-        seen = C * tl.exp2(coarse + fine)[:, None]
-        y += tl.dot(seen, state, input_precision=PRECISION)
+        seen = C * decay_from_start(total)[:, None]
+        y += tl.dot(seen, state, input_precision=S.PRECISION)
     return y
 
 
 @triton.jit
 @no_type_check
-def advance(state, B, step_x, coarse, fine, q, Q: tl.constexpr, PRECISION):
+def advance(state, B, step_x, total, S: tl.constexpr):
     """The state after the chunk."""
-    to_end, kept = decay_to_end(coarse, fine, q, Q)
+    to_end, kept = decay_to_end(total, S)
     added = tl.trans(B * to_end[:, None])
-    return kept * state + tl.dot(added, step_x, input_precision=PRECISION)
+    return kept * state + tl.dot(added, step_x, input_precision=S.PRECISION)
 
 
 @triton.jit
 @no_type_check
-def attend_backward(scores, step_x, dy, coarse, fine, q, PRECISION):
-    """Gradients by what positions see of each other: of step_x [Q, P] and scores [Q, Q]."""
-    decay = decay_between(coarse, fine, q)
-    dstep_x = tl.dot(tl.trans(scores * decay), dy, input_precision=PRECISION)
-    return dstep_x, tl.dot(dy, tl.trans(step_x), input_precision=PRECISION) * decay
-
-
-@triton.jit
-@no_type_check
-def add_backward(dstate, B, step_x, dstep_x, to_end, PRECISION):
-    """Gradients by what the chunk adds to the state: dstep_x [Q, P] with it, and of B [Q, N]."""
-    dstep_x += tl.dot(B * to_end[:, None], dstate, input_precision=PRECISION)
-    dB = tl.dot(step_x * to_end[:, None], tl.trans(dstate), input_precision=PRECISION)
-    return dstep_x, dB
+def attend_backward(scores, step_x, dy, total, S: tl.constexpr):
+    """Gradients through what positions see of each other: of step_x [Q, P] and scores [Q, Q]."""
+    decay = decay_between(total, S)
+    dstep_x = tl.dot(tl.trans(scores * decay), dy, input_precision=S.PRECISION)
+    dscores = tl.dot(dy, tl.trans(step_x), input_precision=S.PRECISION) * decay
+    return dstep_x, dscores

@@ -1,4 +1,4 @@
-"""How JAX calls Triton kernels: on which GPUs, in which tile sizes, for rows wherever they are."""
+"""How JAX calls the Triton kernels: on which GPUs, and in tiles of which sizes."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import custom_partitioning
 
 from tim4rec_jax.runtime import target
-from tim4rec_jax.ssd.dispatch import widened
 
-# ---- ssd.blocks
-# Sizes of the blocks that the Triton kernels work in, by device and shape.
+SIZES = (16, 32, 64, 128)  # what P and N may be in a kernel
 
-# Rows of a GPU are written by `python -m benchmarks.tune_triton` when it runs there. None have been
-# yet: those in it were chosen by what the compiler reports, few registers spilled and few
-# instructions (`python -m benchmarks.triton_compile`).
+# Tile sizes by kernel, GPU, number of chunks, size of a state and precision. `python -m
+# benchmarks.tune_triton` measures them on the GPU it runs on. Where a row names no GPU ("None"), its
+# sizes were chosen by what the compiler reports: no spills if possible, and few instructions
+# (`python -m benchmarks.triton_compile`).
 TABLE = Path(__file__).with_name("tile_sizes.json")
 
 
-class Blocks(NamedTuple):
+class TileSizes(NamedTuple):
     """How a kernel divides its work.
 
     Attributes:
         chunk: positions that are computed at once, a power of two.
-        heads: heads of a program, all of one group; programs of the block take all there are.
+        heads: heads of a program, all of one group. A program of the block takes all heads.
         warps: warps of a program.
         stages: loads that the compiler keeps under way.
     """
@@ -41,66 +39,66 @@ class Blocks(NamedTuple):
     stages: int
 
 
-def key(kernel: str, capability: int | None, one_chunk: bool, size: int, precision: str) -> str:
-    """Returns the name of a row of the table, as for `blocks`; None: of a GPU not measured."""
+def table_key(
+    kernel: str, capability: int | None, one_chunk: bool, size: int, precision: str
+) -> str:
+    """Returns the name of a row of the table, see `tile_sizes`; capability None: any other GPU."""
     return f"{kernel} {capability} {'one' if one_chunk else 'many'} {max(size, 32)} {precision}"
 
 
 @functools.cache
-def _table() -> dict[str, list[int]]:
+def read_table() -> dict[str, list[int]]:
+    """Returns the rows of `TABLE`."""
     return json.loads(TABLE.read_text())
 
 
-def blocks(
+def tile_sizes(
     kernel: str,
-    capability: int | None,
     *,
     length: int,
     heads: int,
     size: int,
     precision: str,
     largest_chunk: int | None = None,
-) -> Blocks:
-    """Returns the sizes for a kernel and shape: measured ones, else those that compile best.
+) -> TileSizes:
+    """Returns the tile sizes of a kernel for a shape, on the GPU that is compiled for.
 
     Args:
-        kernel: "forward" or "backward", or with "block_" before it.
-        capability: compute capability of the GPU, 90 for 9.0.
+        kernel: "forward" or "backward", or "block_forward" or "block_backward".
         length: L.
-        heads: of a group.
-        size: the larger one of P, as the kernel sees it, and N.
+        heads: number of heads of a group.
+        size: the larger one of P and N, as the kernel sees them.
         precision: of the products, "ieee" or "tf32"; for the block what its inputs allow.
-        largest_chunk: a limit from the caller.
+        largest_chunk: a limit from the caller; None: no limit.
 
     Returns:
-        Sizes that fit the length and the heads.
+        Sizes that fit the length and the heads: those measured on this GPU where there are any,
+        else those that compile best.
     """
     enough = max(16, 1 << (length - 1).bit_length())
     if largest_chunk is not None:
         enough = min(enough, max(16, 1 << (largest_chunk.bit_length() - 1)))
     one_chunk = length <= enough <= 64
-    names = (key(kernel, c, one_chunk, size, precision) for c in (capability, None))
-    best = next(Blocks(*_table()[name]) for name in names if name in _table())
+    table = read_table()
+    names = [table_key(kernel, c, one_chunk, size, precision) for c in (compute_capability(), None)]
+    best = next(TileSizes(*table[name]) for name in names if name in table)
     together = max(n for n in range(1, best.heads + 1) if heads % n == 0)
     return best._replace(chunk=min(best.chunk, enough), heads=together)
-
-
-# ---- ssd.triton_launch
-# How JAX calls Triton kernels: on which GPUs, and for rows wherever they are.
-
-SIZES = (16, 32, 64, 128)
 
 
 def unsupported_reason(
     arrays, width: int, state: int, sizes: tuple[int, ...] = SIZES
 ) -> str | None:
-    """Says what keeps all kernels from running on the GPU that is compiled for.
+    """Says what keeps every kernel from running on the GPU that is compiled for.
 
     Args:
-        arrays: everything the kernel reads, None among it.
+        arrays: everything the kernel reads; None where an array is missing.
         width: P.
         state: N.
-        sizes: that P and N may have.
+        sizes: what P and N may be.
+
+    Returns:
+        The reason, or None where there is none.
     """
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed; pip install 'tim4rec-jax[triton]'"
@@ -125,8 +123,21 @@ def compute_capability() -> int | None:
         return None
 
 
-def launch(kernel, inputs, outputs, programs, constants, size):
-    """Runs a Triton kernel on a grid of one axis; returns its outputs."""
+def launch(kernel, inputs, outputs, *, programs: int, specialisation, tiles: TileSizes):
+    """Runs a Triton kernel.
+
+    Args:
+        kernel: a function under `triton.jit` of the inputs, the outputs, and last of `S`, what it
+            is specialised for.
+        inputs: arrays and integers.
+        outputs: shapes and dtypes of the arrays that the kernel writes.
+        programs: size of the grid, which has one axis.
+        specialisation: a named tuple of numbers, flags and strings.
+        tiles: tile sizes.
+
+    Returns:
+        The outputs.
+    """
     import jax_triton
 
     # `out_shape` until jax-triton 0.4.
@@ -137,49 +148,9 @@ def launch(kernel, inputs, outputs, programs, constants, size):
         kernel=kernel,
         name=f"ssd_{kernel.fn.__name__}",
         grid=programs,
-        num_warps=size.warps,
-        num_stages=size.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         compute_capability=target().compute_capability,
+        S=specialisation,
         **{out: outputs},
-        **constants,
     )
-
-
-def shard_over_batch(function):
-    """Lets a function of (rows, shared) with results by row be mapped and sharded by rows."""
-    return widened(functools.partial(_sharded, function))
-
-
-def _sharded(function, rows, shared):
-    """Calls a function of (rows, shared); rows that lie on several devices stay where they are.
-
-    It is the compiler who knows where that is. On TPUs it does not ask, see `rows.row_by_row`.
-    """
-    leaves, tree = jax.tree.flatten((rows, shared))
-    count = len(jax.tree.leaves(rows))
-    results = jax.eval_shape(function, rows, shared)
-
-    def of_leaves(*leaves):
-        return tuple(jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves))))
-
-    def partition(mesh, arguments, results):
-        axes = arguments[0].sharding.spec[:1]
-        by_row, whole = (
-            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
-            for spec in (axes, ())
-        )
-        shardings = tuple(by_row if i < count else whole for i in range(len(arguments)))
-        return mesh, of_leaves, tuple(by_row for _ in results), shardings
-
-    def factors(index, shape, first="rows"):
-        """Names for the axes of an array: only that of the rows is shared with others."""
-        return " ".join((first, *(f"{first}{index}x{axis}" for axis in range(1, len(shape)))))
-
-    inputs = [
-        factors(i, v.shape) if i < count else factors(i, v.shape, f"whole{i}")
-        for i, v in enumerate(leaves)
-    ]
-    outputs = [factors(f"out{i}", v.shape) for i, v in enumerate(jax.tree.leaves(results))]
-    call = custom_partitioning.custom_partitioning(of_leaves)
-    call.def_partition(partition, sharding_rule=f"{', '.join(inputs)} -> {', '.join(outputs)}")
-    return jax.tree.unflatten(jax.tree.structure(results), call(*leaves))

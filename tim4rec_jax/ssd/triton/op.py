@@ -1,4 +1,4 @@
-"""The SSD on NVIDIA GPUs: its Triton kernels as a differentiable JAX function."""
+"""`ssd` on NVIDIA GPUs: its Triton kernels as a differentiable JAX function."""
 
 from __future__ import annotations
 
@@ -8,54 +8,80 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd.triton import launch as triton_launch
-from tim4rec_jax.ssd.triton.launch import Blocks, blocks, compute_capability, shard_over_batch
+from tim4rec_jax.ssd.batching import shard_over_batch
+from tim4rec_jax.ssd.triton import launch
+from tim4rec_jax.ssd.triton.launch import TileSizes
 
-# Channels of a head that a program takes. Channels do not mix, so a wider head is as many heads of
-# this width with the same dt, A, B and C; its state as one block spills registers.
+# Channels of a head that a program takes. A wider head's state as one tile spills registers.
+# Channels do not mix, so such a head is several heads of this width with the same dt, A, B and C.
 WIDEST = 32
 
 
 class Rows(NamedTuple):
-    """Arrays with an axis for the batch, their first."""
+    """Arrays whose first axis is the batch, or gradients of them."""
 
-    x: Any
-    dt: Any
-    B: Any
-    C: Any
-    initial: Any = None
-    segments: Any = None
+    x: Any  # [B,L,H,P]
+    dt: Any  # [B,L,H]
+    B: Any  # [B,L,G,N]
+    C: Any  # [B,L,G,N]
+    initial_state: Any = None  # [B,H,P,N]
+    segment_ids: Any = None  # [B,L]
 
 
-class Shared(NamedTuple):
-    """Parameters that all rows share."""
+class Parameters(NamedTuple):
+    """What all rows share, or gradients of it."""
 
-    A: Any
-    D: Any = None
-    bias: Any = None
+    A: Any  # [H]
+    D: Any = None  # [H] or [H,P]
+    dt_bias: Any = None  # [H]
 
 
 class Options(NamedTuple):
-    """What is known when a program is traced."""
+    """The other arguments of `ssd`, which are known while a program is traced."""
 
-    softplus: bool
-    limit: tuple[float, float]
-    final: bool
+    dt_softplus: bool
+    dt_limit: tuple[float, float]
+    return_final_state: bool
     chunk_size: int | None
     precision: str
 
 
+class Specialisation(NamedTuple):
+    """What the kernels are specialised for; in them it is called `S`."""
+
+    H: int
+    G: int
+    P: int
+    N: int
+    Q: int  # positions of a chunk
+    HEADS: int  # heads of a program
+    SEVERAL_CHUNKS: bool
+    HAS_D: bool
+    D_PER_CHANNEL: bool
+    HAS_BIAS: bool
+    HAS_INITIAL: bool  # whether there is an initial state
+    HAS_FINAL: bool  # whether the final state is asked for
+    HAS_ENTERING_STATE: bool  # whether a chunk sees a state from before it
+    HAS_LEAVING_STATE: bool  # whether the state after a chunk is needed
+    HAS_SEGMENTS: bool
+    SOFTPLUS: bool
+    LIMITED: bool
+    LOW: float
+    HIGH: float
+    PRECISION: str
+
+
 def unsupported_reason(v) -> str | None:
-    """Says what keeps `ssd_triton` from running on the GPU that is compiled for."""
+    """Says what keeps `ssd_triton` from running on the GPU that is compiled for, or None."""
     arrays = (v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
-    return triton_launch.unsupported_reason(arrays, v.x.shape[-1], v.B.shape[-1])
+    return launch.unsupported_reason(arrays, v.x.shape[-1], v.B.shape[-1])
 
 
 def ssd_triton(v):
-    """Computes `ssd` of its arguments.
+    """Computes `ssd`.
 
     Args:
-        v: `tim4rec_jax.ssd.api.Arguments` that meet no `unsupported_reason`.
+        v: `tim4rec_jax.ssd.api.Arguments` for which there is no `unsupported_reason`.
 
     Returns:
         The outputs, and the state after the last position or None if it is not asked for.
@@ -66,13 +92,13 @@ def ssd_triton(v):
         v = _narrowed(v)
     results: Any = _ssd(
         Rows(v.x, v.dt, v.B, v.C, v.initial_state, v.segment_ids),
-        Shared(v.A, v.D, v.dt_bias),
+        Parameters(v.A, v.D, v.dt_bias),
         Options(v.dt_softplus, tuple(v.dt_limit), v.return_final_state, v.chunk_size, precision),
     )
-    y, final = results
-    if final is not None:
-        final = final.reshape(shape[0], *shape[2:], -1)
-    return y.reshape(shape), final
+    y, state = results
+    if state is not None:
+        state = state.reshape(shape[0], *shape[2:], -1)
+    return y.reshape(shape), state
 
 
 def _narrowed(v):
@@ -97,134 +123,134 @@ def _narrowed(v):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _ssd(rows, shared, options):
-    return shard_over_batch(functools.partial(_forward, options=options))(rows, shared)
+def _ssd(rows, parameters, options):
+    return shard_over_batch(functools.partial(_forward, options), rows, parameters)
 
 
-def _ssd_forward(rows, shared, options):
-    return _ssd(rows, shared, options), (rows, shared)
+def _ssd_forward(rows, parameters, options):
+    return _ssd(rows, parameters, options), (rows, parameters)
 
 
 def _ssd_backward(options, residuals, cotangents):
-    rows, shared = residuals
-    gradients = shard_over_batch(functools.partial(_backward, options=options))(
-        (rows, cotangents), shared
+    rows, parameters = residuals
+    drows, dA, dD = shard_over_batch(
+        functools.partial(_backward, options), (rows, cotangents), parameters
     )
-    drows, dA, dD = gradients
-    dbias = None if shared.bias is None else jnp.sum(drows.dt, axis=(0, 1))
-    dD = None if shared.D is None else jnp.sum(dD, axis=(0, 1))
-    dshared = Shared(jnp.sum(dA, axis=(0, 1)), dD, dbias)
+    dparameters = Parameters(
+        A=jnp.sum(dA, axis=(0, 1)),
+        D=None if parameters.D is None else jnp.sum(dD, axis=(0, 1)),
+        dt_bias=None if parameters.dt_bias is None else jnp.sum(drows.dt, axis=(0, 1)),
+    )
 
     def like(gradient, value):
         return None if gradient is None else gradient.astype(value.dtype)
 
-    return Rows(*map(like, drows, rows)), Shared(*map(like, dshared, shared))
+    return Rows(*map(like, drows, rows)), Parameters(*map(like, dparameters, parameters))
 
 
 _ssd.defvjp(_ssd_forward, _ssd_backward)
 
 
-def _forward(rows, shared, options):
+def _forward(options, rows, parameters):
     from tim4rec_jax.ssd.triton.op_kernels import forward
 
     batch, length, heads, width = rows.x.shape
-    size, constants = _configuration("forward", rows, shared, options)
-    nothing = jax.ShapeDtypeStruct((1,), jnp.float32)
-    state = jax.ShapeDtypeStruct((batch, heads, width, rows.B.shape[-1]), jnp.float32)
-    y, final = triton_launch.launch(
+    S, tiles = _specialise("forward", options, rows, parameters)
+    y, state = launch.launch(
         forward,
-        (*_inputs(rows, shared), length),
-        (jax.ShapeDtypeStruct(rows.x.shape, rows.x.dtype), state if options.final else nothing),
-        batch * heads // size.heads,
-        constants,
-        size,
+        (*_inputs(rows, parameters), length),
+        (
+            jax.ShapeDtypeStruct(rows.x.shape, rows.x.dtype),
+            _float32(batch, heads, width, S.N, needed=S.HAS_FINAL),
+        ),
+        programs=batch * heads // S.HEADS,
+        specialisation=S,
+        tiles=tiles,
     )
-    return y, final if options.final else None
+    return y, state if S.HAS_FINAL else None
 
 
-def _backward(rows_and_cotangents, shared, options):
+def _backward(options, rows_and_cotangents, parameters):
     from tim4rec_jax.ssd.triton.op_kernels import backward
 
-    rows, (dy, dfinal) = rows_and_cotangents
+    rows, (dy, dstate) = rows_and_cotangents
     batch, length, heads, width = rows.x.shape
-    groups, state = rows.B.shape[2:]
-    size, constants = _configuration("backward", rows, shared, options)
-    chunks = 1 if constants["ONE_CHUNK"] else -(-length // size.chunk)
-    parts = heads // size.heads
-
-    def array(*shape, dtype=jnp.float32, needed=True):
-        return jax.ShapeDtypeStruct(shape if needed else (1,), dtype)
-
+    S, tiles = _specialise("backward", options, rows, parameters)
+    chunks, parts = -(-length // S.Q), heads // S.HEADS
     # Where one program has all heads of a group, its share is the gradient.
-    dtypes = [jnp.float32 if parts > groups else v.dtype for v in (rows.B, rows.C)]
-    per_head = () if shared.D is None else (batch, chunks, *shared.D.shape)
-    outputs = {
-        "dx": array(*rows.x.shape, dtype=rows.x.dtype),
-        "ddt": array(*rows.dt.shape),
-        "dA": array(batch, chunks, heads),
-        "dB": array(batch, length, parts, state, dtype=dtypes[0]),
-        "dC": array(batch, length, parts, state, dtype=dtypes[1]),
-        "dD": array(*per_head, needed=shared.D is not None),
-        "dinitial": array(batch, heads, width, state, needed=rows.initial is not None),
-        "scratch": array(batch, chunks, heads, state, width, needed=chunks > 1),
-    }
-    inputs = (*_inputs(rows, shared), dy, shared.A if dfinal is None else dfinal, length)
-    results = triton_launch.launch(
-        backward, inputs, tuple(outputs.values()), batch * parts, constants, size
+    kinds = (rows.B.dtype, rows.C.dtype) if parts == S.G else (jnp.float32, jnp.float32)
+    skip_shape = () if parameters.D is None else parameters.D.shape
+    dx, ddt, dA, dB, dC, dD, dinitial, _states = launch.launch(
+        backward,
+        (*_inputs(rows, parameters), dy, parameters.A if dstate is None else dstate, length),
+        (
+            jax.ShapeDtypeStruct(rows.x.shape, rows.x.dtype),
+            _float32(batch, length, heads),
+            _float32(batch, chunks, heads),
+            *(jax.ShapeDtypeStruct((batch, length, parts, S.N), kind) for kind in kinds),
+            _float32(batch, chunks, *skip_shape, needed=S.HAS_D),
+            _float32(batch, heads, width, S.N, needed=S.HAS_INITIAL),
+            _float32(batch, chunks, heads, S.N, width, needed=S.SEVERAL_CHUNKS),
+        ),
+        programs=batch * parts,
+        specialisation=S,
+        tiles=tiles,
     )
-    results = dict(zip(outputs, results, strict=True))
 
     def of_groups(shares):
-        return jnp.sum(shares.reshape(batch, length, groups, parts // groups, state), axis=3)
+        return jnp.sum(shares.reshape(batch, length, S.G, parts // S.G, S.N), axis=3)
 
-    drows = Rows(
-        results["dx"],
-        results["ddt"],
-        of_groups(results["dB"]),
-        of_groups(results["dC"]),
-        None if rows.initial is None else results["dinitial"],
-    )
-    return drows, results["dA"], None if shared.D is None else results["dD"]
+    drows = Rows(dx, ddt, of_groups(dB), of_groups(dC), dinitial if S.HAS_INITIAL else None)
+    return drows, dA, dD if S.HAS_D else None
 
 
-def _inputs(rows, shared):
-    """The kernels' inputs; what is missing is replaced by something that they will not read."""
-    inputs = (rows.x, rows.dt, shared.A, rows.B, rows.C)
-    optional = (shared.D, shared.bias, rows.initial, rows.segments)
-    return (*inputs, *(shared.A if v is None else v for v in optional))
+def _float32(*shape, needed=True):
+    """An array that a kernel writes, of one number if it is not needed."""
+    return jax.ShapeDtypeStruct(shape if needed else (1,), jnp.float32)
 
 
-def _configuration(kernel, rows, shared, options) -> tuple[Blocks, dict]:
-    """Returns sizes of blocks, and what kernels are specialised for."""
+def _inputs(rows, parameters):
+    """The inputs of both kernels; a missing one is replaced by an array that they do not read."""
+    optional = (parameters.D, parameters.dt_bias, rows.initial_state, rows.segment_ids)
+    filled = (parameters.A if v is None else v for v in optional)
+    return (rows.x, rows.dt, parameters.A, rows.B, rows.C, *filled)
+
+
+def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, TileSizes]:
+    """What a kernel is specialised for, and its tile sizes."""
     length, heads, width = rows.x.shape[1:]
     groups, state = rows.B.shape[2:]
-    size = blocks(
+    tiles = launch.tile_sizes(
         kernel,
-        compute_capability(),
         length=length,
         heads=heads // groups,
         size=max(width, state),
         precision=options.precision,
         largest_chunk=options.chunk_size,
     )
-    limited = options.limit != (0.0, float("inf"))
-    return size, {
-        "H": heads,
-        "G": groups,
-        "P": width,
-        "N": state,
-        "Q": size.chunk,
-        "HEADS": size.heads,
-        "ONE_CHUNK": length <= size.chunk,
-        "HAS_D": shared.D is not None,
-        "D_PER_CHANNEL": shared.D is not None and shared.D.ndim == 2,
-        "HAS_BIAS": shared.bias is not None,
-        "HAS_INITIAL": rows.initial is not None,
-        "HAS_SEGMENTS": rows.segments is not None,
-        "HAS_FINAL": options.final,
-        "SOFTPLUS": options.softplus,
-        "LIMITED": limited,
-        "LOW": float(options.limit[0]) if limited else 0.0,
-        "HIGH": float(options.limit[1]) if limited else 0.0,
-        "PRECISION": options.precision,
-    }
+    several = length > tiles.chunk
+    limited = options.dt_limit != (0.0, float("inf"))
+    low, high = options.dt_limit if limited else (0.0, 0.0)
+    specialisation = Specialisation(
+        H=heads,
+        G=groups,
+        P=width,
+        N=state,
+        Q=tiles.chunk,
+        HEADS=tiles.heads,
+        SEVERAL_CHUNKS=several,
+        HAS_D=parameters.D is not None,
+        D_PER_CHANNEL=parameters.D is not None and parameters.D.ndim == 2,
+        HAS_BIAS=parameters.dt_bias is not None,
+        HAS_INITIAL=rows.initial_state is not None,
+        HAS_FINAL=options.return_final_state,
+        HAS_ENTERING_STATE=several or rows.initial_state is not None,
+        HAS_LEAVING_STATE=several or options.return_final_state,
+        HAS_SEGMENTS=rows.segment_ids is not None,
+        SOFTPLUS=options.dt_softplus,
+        LIMITED=limited,
+        LOW=float(low),
+        HIGH=float(high),
+        PRECISION=options.precision,
+    )
+    return specialisation, tiles

@@ -1,133 +1,205 @@
-"""The kernels of the SSD (arXiv 2405.21060) in Triton, forward and backward."""
+"""The kernels of the SSD (arXiv 2405.21060) in Triton, forward and backward.
 
-from typing import no_type_check  # annotations here are for Triton's compiler
+A program takes one row of the batch and HEADS heads of one group. It goes through the sequence chunk
+by chunk, and the heads share the product of C and B. All that is quadratic in the chunk lives and
+dies in the program. Letters are those of `common`, and `S` is an `op.Specialisation`.
+"""
+
+from typing import Any, NamedTuple, no_type_check  # annotations of kernels are for Triton's compiler
 
 import triton
 import triton.language as tl
 
 from tim4rec_jax.ssd.triton.common import (
-    add_backward,
     advance,
     attend,
     attend_backward,
     decay_between,
+    decay_from_start,
     decay_to_end,
-    load_raw,
     load_restarts,
-    load_rows,
+    load_tile,
+    log_decays,
     scratch_offsets,
-    state_offsets,
-    step_sizes,
-    step_slopes,
-    total_decays,
+    softplus,
+    store_tile,
 )
 
-# ---- ssd.triton_forward
-# The forward kernel of the SSD (arXiv 2405.21060) in Triton.
-#
-# A program takes one row of the batch and some heads of one group, and goes through the sequence
-# chunk by chunk with the heads' states in registers. The heads share the product of C and B. All that
-# is quadratic in the chunk lives and dies in the program. Letters as in `triton_parts`.
+
+class Inputs(NamedTuple):
+    """Pointers to the inputs of the op. Those whose HAS_ flag is off are never read."""
+
+    x: Any  # [B, L, H, P]
+    dt: Any  # [B, L, H]
+    A: Any  # [H]
+    B: Any  # [B, L, G, N]
+    C: Any  # [B, L, G, N]
+    D: Any  # [H], or [H, P] if D_PER_CHANNEL
+    dt_bias: Any  # [H]
+    initial_state: Any  # [B, H, P, N]
+    segments: Any  # [B, L]
+
+
+class Chunk(NamedTuple):
+    """The positions of a chunk, each [Q]."""
+
+    at: Any  # offset from the first position of the batch
+    inside: Any  # whether it is a position of the sequence
+    restarts: Any  # whether it forgets the state before it
+
+
+@triton.jit
+@no_type_check
+def locate_program(S: tl.constexpr):
+    """The row of the batch, the part of its heads, the first of these heads, and their group."""
+    PARTS: tl.constexpr = S.H // S.HEADS
+    row, part = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    first = part * S.HEADS
+    return row.to(tl.int64), part, first, first // (S.H // S.G)
+
+
+@triton.jit
+@no_type_check
+def locate_chunk(v, row, chunk, length, S: tl.constexpr):
+    """The positions of a chunk."""
+    t = chunk * S.Q + tl.arange(0, S.Q)
+    at = row * length + t
+    return Chunk(at, t < length, load_restarts(v.segments, at, t, length, S))
+
+
+@triton.jit
+@no_type_check
+def load_projections(array, chunk, group, S: tl.constexpr):
+    """B or C of a group: [Q, N]."""
+    return load_tile(array, (chunk.at * S.G + group) * S.N, chunk.inside, tl.arange(0, S.N))
+
+
+@triton.jit
+@no_type_check
+def load_channels(array, chunk, head, S: tl.constexpr):
+    """x or dy of a head: [Q, P]."""
+    return load_tile(array, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P))
+
+
+@triton.jit
+@no_type_check
+def state_offsets(row, head, S: tl.constexpr):
+    """Offsets of a state [N, P] in an array [B, H, P, N]."""
+    n, p = tl.arange(0, S.N), tl.arange(0, S.P)
+    return ((row * S.H + head) * S.P + p[None, :]) * S.N + n[:, None]
+
+
+@triton.jit
+@no_type_check
+def load_initial_state(v, row, head, S: tl.constexpr):
+    """The state before the first position: [N, P]."""
+    if S.HAS_INITIAL:
+        state = tl.load(v.initial_state + state_offsets(row, head, S)).to(tl.float32)
+    else:
+        state = tl.zeros([S.N, S.P], tl.float32)
+    return state
+
+
+@triton.jit
+@no_type_check
+def load_steps(v, chunk, head, S: tl.constexpr):
+    """A head's step sizes before softplus and limits, and ready to use: [Q] each.
+
+    Past the end of the sequence they are 0, which changes nothing.
+    """
+    raw = tl.load(v.dt + chunk.at * S.H + head, mask=chunk.inside, other=0).to(tl.float32)
+    if S.HAS_BIAS:
+        raw += tl.load(v.dt_bias + head).to(tl.float32)
+    step = softplus(raw) if S.SOFTPLUS else raw
+    if S.LIMITED:
+        step = tl.minimum(tl.maximum(step, S.LOW), S.HIGH)
+    return raw, tl.where(chunk.inside, step, 0)
+
+
+@triton.jit
+@no_type_check
+def step_slopes(raw, S: tl.constexpr):
+    """Derivatives of the step sizes that are ready to use by those before softplus and limits."""
+    slope = tl.sigmoid(raw) if S.SOFTPLUS else tl.full(raw.shape, 1, tl.float32)
+    if S.LIMITED:
+        step = softplus(raw) if S.SOFTPLUS else raw
+        slope = tl.where((step >= S.LOW) & (step <= S.HIGH), slope, 0)
+    return slope
+
+
+@triton.jit
+@no_type_check
+def load_skip(v, head, S: tl.constexpr):
+    """D of a head: a number, or [1, P]."""
+    if S.D_PER_CHANNEL:
+        D = tl.load(v.D + head * S.P + tl.arange(0, S.P)).to(tl.float32)[None, :]
+    else:
+        D = tl.load(v.D + head).to(tl.float32)
+    return D
 
 
 @triton.jit
 @no_type_check
 def forward(
-    x,
-    dt,
-    A,
-    B,
-    C,
-    D,
-    bias,
-    initial,
-    segments,
-    length,
-    y,
-    final,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    HEADS: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    HAS_D: tl.constexpr,
-    D_PER_CHANNEL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    x, dt, A, B, C, D, dt_bias, initial_state, segments, length, y, final_state, S: tl.constexpr
 ):
-    """Writes y and, if HAS_FINAL, the state after the last position.
+    """Writes y [B, L, H, P] and, if HAS_FINAL, the state [B, H, P, N] after the last position.
 
-    Arrays whose HAS_ flag is off are never read. The grid is one axis of B * H / HEADS programs.
+    The states stay in registers. The grid is one axis of B * H / HEADS programs.
     """
-    program = tl.program_id(0)
-    row = (program // (H // HEADS)).to(tl.int64)
-    first = (program % (H // HEADS)) * HEADS
-    HAS_STATE: tl.constexpr = HAS_INITIAL or not ONE_CHUNK
-    group = first // (H // G)
-    q = tl.arange(0, Q)
-    p = tl.arange(0, P)
-    n = tl.arange(0, N)
+    v = Inputs(x, dt, A, B, C, D, dt_bias, initial_state, segments)
+    row, _part, first, group = locate_program(S)
+    HEADS: tl.constexpr = S.HEADS  # Triton 3.6 takes no field as the bound of a static range
 
     states = ()
     for i in tl.static_range(HEADS):
-        if HAS_INITIAL:
-            state = tl.load(initial + state_offsets(row, first + i, n, p, H, P, N)).to(tl.float32)
-        else:
-            state = tl.zeros([N, P], tl.float32)
-        states += (state,)
+        states += (load_initial_state(v, row, first + i, S),)
 
-    for chunk in tl.range(0, 1 if ONE_CHUNK else tl.cdiv(length, Q), disable_licm=True):
-        t = chunk * Q + q
-        inside = t < length
-        at = row * length + t
-        B_ = load_rows(B, at, inside, group, n, G, N)
-        C_ = load_rows(C, at, inside, group, n, G, N)
-        scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
-        restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
+    for c in tl.range(0, tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1, disable_licm=True):
+        chunk = locate_chunk(v, row, c, length, S)
+        B_ = load_projections(v.B, chunk, group, S)
+        C_ = load_projections(v.C, chunk, group, S)
+        scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
         leaving = ()
         for i in tl.static_range(HEADS):
             head = first + i
-            raw = load_raw(dt, bias, at, inside, head, H, HAS_BIAS)
-            step = step_sizes(raw, inside, SOFTPLUS, LIMITED, LOW, HIGH)
-            rate = tl.load(A + head).to(tl.float32)
-            coarse, fine = total_decays(step, rate, restarts)
-            x_ = load_rows(x, at, inside, head, p, H, P)
-            state = states[i]
-
-            mixing = scores * decay_between(coarse, fine, q)
+            _raw, step = load_steps(v, chunk, head, S)
+            total = log_decays(step, tl.load(v.A + head).to(tl.float32), chunk.restarts)
+            x_ = load_channels(v.x, chunk, head, S)
+            mixing = scores * decay_between(total, S)
             step_x = x_ * step[:, None]
-            y_ = attend(mixing, C_, step_x, state, coarse, fine, HAS_STATE, PRECISION)
-            if HAS_FINAL or not ONE_CHUNK:
-                state = advance(state, B_, step_x, coarse, fine, q, Q, PRECISION)
+            state = states[i]
+            y_ = attend(mixing, C_, step_x, state, total, S.HAS_ENTERING_STATE, S)
+            if S.HAS_LEAVING_STATE:
+                state = advance(state, B_, step_x, total, S)
             leaving += (state,)
-            if HAS_D:
-                if D_PER_CHANNEL:
-                    y_ += x_ * tl.load(D + head * P + p).to(tl.float32)[None, :]
-                else:
-                    y_ += x_ * tl.load(D + head).to(tl.float32)
-            where = (at * H + head)[:, None] * P + p[None, :]
-            tl.store(y + where, y_, mask=inside[:, None])
+            if S.HAS_D:
+                y_ += x_ * load_skip(v, head, S)
+            store_tile(y, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P), y_)
         states = leaving
 
-    if HAS_FINAL:
+    if S.HAS_FINAL:
         for i in tl.static_range(HEADS):
-            tl.store(final + state_offsets(row, first + i, n, p, H, P, N), states[i])
+            tl.store(final_state + state_offsets(row, first + i, S), states[i])
 
 
-# ---- ssd.triton_backward
-# The backward kernel of the SSD (arXiv 2405.21060) in Triton.
-#
-# A program takes one row of the batch and some heads of one group, as in the forward kernel, and
-# computes again what was quadratic in the chunk. Letters as in `triton_parts`.
+@triton.jit
+@no_type_check
+def leave_states(v, states, row, first, group, length, chunks, S: tl.constexpr):
+    """Leaves the state that enters each chunk in `states`, as the forward kernel computed it."""
+    for i in tl.range(0, S.HEADS, disable_licm=True):
+        head = first + i
+        rate = tl.load(v.A + head).to(tl.float32)
+        state = load_initial_state(v, row, head, S)
+        tl.store(states + scratch_offsets(row * chunks, head, S), state)
+        for c in tl.range(0, chunks - 1, disable_licm=True):
+            chunk = locate_chunk(v, row, c, length, S)
+            _raw, step = load_steps(v, chunk, head, S)
+            total = log_decays(step, rate, chunk.restarts)
+            B_ = load_projections(v.B, chunk, group, S)
+            step_x = load_channels(v.x, chunk, head, S) * step[:, None]
+            state = advance(state, B_, step_x, total, S)
+            tl.store(states + scratch_offsets(row * chunks + c + 1, head, S), state)
 
 
 @triton.jit
@@ -139,11 +211,11 @@ def backward(
     B,
     C,
     D,
-    bias,
-    initial,
+    dt_bias,
+    initial_state,
     segments,
     dy,
-    dfinal,
+    dfinal_state,
     length,
     dx,
     ddt,
@@ -151,154 +223,109 @@ def backward(
     dB,
     dC,
     dD,
-    dinitial,
-    scratch,
-    H: tl.constexpr,
-    G: tl.constexpr,
-    P: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    HEADS: tl.constexpr,
-    ONE_CHUNK: tl.constexpr,
-    HAS_D: tl.constexpr,
-    D_PER_CHANNEL: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_INITIAL: tl.constexpr,
-    HAS_SEGMENTS: tl.constexpr,
-    HAS_FINAL: tl.constexpr,
-    SOFTPLUS: tl.constexpr,
-    LIMITED: tl.constexpr,
-    LOW: tl.constexpr,
-    HIGH: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dinitial_state,
+    states,
+    S: tl.constexpr,
 ):
     """Writes the gradients of all inputs from those of y and, if HAS_FINAL, the final state.
 
-    What several programs or chunks have a share in leaves in shares, to be summed by the caller
-    in a fixed order: dA [B, chunks, H] and dD [B, chunks, H(, P)] of the chunks, dB and dC
-    [B, L, H / HEADS, N] of the heads. The gradient of the bias is the sum of ddt.
+    The caller sums what several programs or chunks have a share in, in a fixed order: dA
+    [B, chunks, H] and dD [B, chunks, H(, P)] have a share for each chunk, dB and dC
+    [B, L, H / HEADS, N] one for each program of a row. The gradient of the bias is the sum of ddt.
 
-    With more than one chunk, a first pass leaves the state that enters each chunk in `scratch`
-    [B, chunks, H, P, N]; the second goes back and, once it has read a state, leaves the gradient
-    of it in its place. The heads are a loop, as their registers together would not suffice.
+    `states` [B, chunks, H, N, P] is the kernel's own memory where there are several chunks. A first
+    pass leaves the state that enters each chunk there. The second pass goes from the last chunk to
+    the first. Once it has read a state, it leaves the gradient of that state in its place.
+
+    The heads are a loop, as registers do not suffice for all of them at once. The grid is that of
+    `forward`.
     """
-    program = tl.program_id(0)
-    row = (program // (H // HEADS)).to(tl.int64)
-    part = program % (H // HEADS)
-    first = part * HEADS
-    group = first // (H // G)
-    q = tl.arange(0, Q)
-    p = tl.arange(0, P)
-    n = tl.arange(0, N)
-    chunks = 1 if ONE_CHUNK else tl.cdiv(length, Q)
-
-    if not ONE_CHUNK:
-        for i in tl.range(0, HEADS, disable_licm=True):
-            head = first + i
-            rate = tl.load(A + head).to(tl.float32)
-            if HAS_INITIAL:
-                state = tl.load(initial + state_offsets(row, head, n, p, H, P, N)).to(tl.float32)
-            else:
-                state = tl.zeros([N, P], tl.float32)
-            tl.store(scratch + scratch_offsets(row * chunks, head, n, p, H, P, N), state)
-            for chunk in tl.range(0, chunks - 1, disable_licm=True):
-                t = chunk * Q + q
-                inside = t < length
-                at = row * length + t
-                restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
-                raw = load_raw(dt, bias, at, inside, head, H, HAS_BIAS)
-                step = step_sizes(raw, inside, SOFTPLUS, LIMITED, LOW, HIGH)
-                coarse, fine = total_decays(step, rate, restarts)
-                B_ = load_rows(B, at, inside, group, n, G, N)
-                step_x = load_rows(x, at, inside, head, p, H, P) * step[:, None]
-                state = advance(state, B_, step_x, coarse, fine, q, Q, PRECISION)
-                where = scratch_offsets(row * chunks + chunk + 1, head, n, p, H, P, N)
-                tl.store(scratch + where, state)
+    v = Inputs(x, dt, A, B, C, D, dt_bias, initial_state, segments)
+    row, part, first, group = locate_program(S)
+    q, p = tl.arange(0, S.Q), tl.arange(0, S.P)
+    chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
+    if S.SEVERAL_CHUNKS:
+        leave_states(v, states, row, first, group, length, chunks, S)
 
     # Not pipelined: a state must not be loaded before the chunk after it has left it.
     for behind in tl.range(0, chunks, disable_licm=True, num_stages=1):
-        if not ONE_CHUNK:
+        if S.SEVERAL_CHUNKS:
             # Other threads of this program read what these wrote.
             tl.debug_barrier()
-        chunk = chunks - 1 - behind
-        t = chunk * Q + q
-        inside = t < length
-        at = row * length + t
-        B_ = load_rows(B, at, inside, group, n, G, N)
-        C_ = load_rows(C, at, inside, group, n, G, N)
-        scores = tl.dot(C_, tl.trans(B_), input_precision=PRECISION)
-        restarts = load_restarts(segments, at, t, length, HAS_SEGMENTS)
-        dscores = tl.zeros([Q, Q], tl.float32)
-        dB_ = tl.zeros([Q, N], tl.float32)
-        dC_ = tl.zeros([Q, N], tl.float32)
-        for i in tl.range(0, HEADS, disable_licm=True):
+        c = chunks - 1 - behind
+        chunk = locate_chunk(v, row, c, length, S)
+        B_ = load_projections(v.B, chunk, group, S)
+        C_ = load_projections(v.C, chunk, group, S)
+        scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
+        dscores = tl.zeros([S.Q, S.Q], tl.float32)
+        dB_ = tl.zeros([S.Q, S.N], tl.float32)
+        dC_ = tl.zeros([S.Q, S.N], tl.float32)
+        for i in tl.range(0, S.HEADS, disable_licm=True):
             head = first + i
-            rate = tl.load(A + head).to(tl.float32)
-            raw = load_raw(dt, bias, at, inside, head, H, HAS_BIAS)
-            step = step_sizes(raw, inside, SOFTPLUS, LIMITED, LOW, HIGH)
-            coarse, fine = total_decays(step, rate, restarts)
-            x_ = load_rows(x, at, inside, head, p, H, P)
-            dy_ = load_rows(dy, at, inside, head, p, H, P)
+            rate = tl.load(v.A + head).to(tl.float32)
+            raw, step = load_steps(v, chunk, head, S)
+            total = log_decays(step, rate, chunk.restarts)
+            x_ = load_channels(v.x, chunk, head, S)
+            dy_ = load_channels(dy, chunk, head, S)
 
             step_x = x_ * step[:, None]
-            dstep_x, pairs = attend_backward(scores, step_x, dy_, coarse, fine, q, PRECISION)
+            dstep_x, pairs = attend_backward(scores, step_x, dy_, total, S)
             dscores += pairs
             # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
             # digits that differences of row and column sums would lose.
             to_later = tl.cumsum(pairs * scores, 0, reverse=True)
-            dlog_decay = tl.zeros([Q], tl.float32)
+            dlog_decay = tl.zeros([S.Q], tl.float32)
 
-            here = scratch_offsets(row * chunks + chunk, head, n, p, H, P, N)
-            own = state_offsets(row, head, n, p, H, P, N)
-            if HAS_FINAL or not ONE_CHUNK:
-                dstate = tl.zeros([N, P], tl.float32)
-                if HAS_FINAL:
-                    dstate += tl.load(dfinal + own, mask=behind == 0, other=0)
-                if not ONE_CHUNK:
-                    dstate += tl.load(scratch + here + H * P * N, mask=behind > 0, other=0)
-                to_end, kept = decay_to_end(coarse, fine, q, Q)
-                dstep_x, dB_head = add_backward(dstate, B_, step_x, dstep_x, to_end, PRECISION)
+            here = states + scratch_offsets(row * chunks + c, head, S)
+            own = state_offsets(row, head, S)
+            if S.HAS_LEAVING_STATE:
+                dstate = tl.zeros([S.N, S.P], tl.float32)
+                if S.HAS_FINAL:
+                    dstate += tl.load(dfinal_state + own, mask=behind == 0, other=0)
+                if S.SEVERAL_CHUNKS:
+                    dstate += tl.load(here + S.H * S.P * S.N, mask=behind > 0, other=0)
+                to_end, kept = decay_to_end(total, S)
+                dstep_x += tl.dot(B_ * to_end[:, None], dstate, input_precision=S.PRECISION)
+                left = step_x * to_end[:, None]
+                dB_head = tl.dot(left, tl.trans(dstate), input_precision=S.PRECISION)
                 dB_ += dB_head
                 to_later += tl.sum(dB_head * B_, 1)[None, :]
-            if HAS_INITIAL or not ONE_CHUNK:
-                if ONE_CHUNK:
-                    state = tl.load(initial + own).to(tl.float32)
+            if S.HAS_ENTERING_STATE:
+                if S.SEVERAL_CHUNKS:
+                    state = tl.load(here)
                 else:
-                    state = tl.load(scratch + here)
-                entering = tl.exp2(coarse + fine)[:, None]
-                dC_head = tl.dot(dy_ * entering, tl.trans(state), input_precision=PRECISION)
+                    state = tl.load(initial_state + own).to(tl.float32)
+                entering = decay_from_start(total)[:, None]
+                dC_head = tl.dot(dy_ * entering, tl.trans(state), input_precision=S.PRECISION)
                 dC_ += dC_head
                 dlog_decay += tl.cumsum(tl.sum(dC_head * C_, 1), 0, reverse=True)
                 seen = tl.trans(C_ * entering)
-                dentering = tl.dot(seen, dy_, input_precision=PRECISION)
-                if HAS_FINAL or not ONE_CHUNK:
+                dentering = tl.dot(seen, dy_, input_precision=S.PRECISION)
+                if S.HAS_LEAVING_STATE:
                     dlog_decay += kept * tl.sum(tl.sum(state * dstate, 1), 0)
                     dentering += kept * dstate
-                if HAS_INITIAL:
-                    tl.store(dinitial + own, dentering, mask=chunk == 0)
-                if not ONE_CHUNK:
+                if S.HAS_INITIAL:
+                    tl.store(dinitial_state + own, dentering, mask=c == 0)
+                if S.SEVERAL_CHUNKS:
                     tl.debug_barrier()  # all threads have read the state
-                    tl.store(scratch + here, dentering)
+                    tl.store(here, dentering)
             dlog_decay += tl.sum(tl.where(q[:, None] > q[None, :], to_later, 0), 1)
 
             dx_ = dstep_x * step[:, None]
-            if HAS_D:
-                shares = dy_ * x_
-                where = (row * chunks + chunk) * H + head
-                if D_PER_CHANNEL:
-                    dx_ += dy_ * tl.load(D + head * P + p).to(tl.float32)[None, :]
-                    tl.store(dD + where * P + p, tl.sum(shares, 0))
+            if S.HAS_D:
+                share = (row * chunks + c) * S.H + head
+                dx_ += dy_ * load_skip(v, head, S)
+                if S.D_PER_CHANNEL:
+                    tl.store(dD + share * S.P + p, tl.sum(dy_ * x_, 0))
                 else:
-                    dx_ += dy_ * tl.load(D + head).to(tl.float32)
-                    tl.store(dD + where, tl.sum(tl.sum(shares, 1), 0))
-            where = (at * H + head)[:, None] * P + p[None, :]
-            tl.store(dx + where, dx_, mask=inside[:, None])
+                    tl.store(dD + share, tl.sum(tl.sum(dy_ * x_, 1), 0))
+            store_tile(dx, (chunk.at * S.H + head) * S.P, chunk.inside, p, dx_)
             dstep = tl.sum(dstep_x * x_, 1) + dlog_decay * rate
-            dstep *= step_slopes(raw, SOFTPLUS, LIMITED, LOW, HIGH)
-            tl.store(ddt + at * H + head, dstep, mask=inside)
-            tl.store(dA + (row * chunks + chunk) * H + head, tl.sum(dlog_decay * step, 0))
-        dB_ += tl.dot(tl.trans(dscores), C_, input_precision=PRECISION)
-        dC_ += tl.dot(dscores, B_, input_precision=PRECISION)
-        where = (at * (H // HEADS) + part)[:, None] * N + n[None, :]
-        tl.store(dB + where, dB_, mask=inside[:, None])
-        tl.store(dC + where, dC_, mask=inside[:, None])
+            dstep *= step_slopes(raw, S)
+            tl.store(ddt + chunk.at * S.H + head, dstep, mask=chunk.inside)
+            tl.store(dA + (row * chunks + c) * S.H + head, tl.sum(dlog_decay * step, 0))
+        dB_ += tl.dot(tl.trans(dscores), C_, input_precision=S.PRECISION)
+        dC_ += tl.dot(dscores, B_, input_precision=S.PRECISION)
+        rows = (chunk.at * (S.H // S.HEADS) + part) * S.N
+        store_tile(dB, rows, chunk.inside, tl.arange(0, S.N), dB_)
+        store_tile(dC, rows, chunk.inside, tl.arange(0, S.N), dC_)
