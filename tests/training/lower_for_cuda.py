@@ -39,8 +39,9 @@ def main():
         )
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = []
-    # jax-triton calls it `triton_kernel_call_ffi` since 0.4.
-    for packed in re.findall(r'@triton_kernel_call\w*\(.*?backend_config = "((?:\\.|[^"\\])*)"', text):
+    # jax-triton 0.4 calls it `triton_kernel_call_ffi`, and what it holds `opaque`.
+    call = r'@triton_kernel_call\w*\(.*?(?:backend_config|opaque) = "((?:\\.|[^"\\])+)"'
+    for packed in re.findall(call, text):
         raw = re.sub(
             rb"\\([0-9A-Fa-f]{2}|.)",
             lambda m: bytes.fromhex(m[1].decode()) if len(m[1]) == 2 else m[1],

@@ -115,8 +115,7 @@ def count_neighbours(segments, at, t, length, AHEAD: tl.constexpr, S: tl.constex
     if S.HAS_SEGMENTS:
         count = tl.zeros(t.shape, tl.int32)
         here = tl.load(segments + at, mask=t < length, other=0)
-        W: tl.constexpr = S.W
-        for k in tl.static_range(1, W):
+        for k in tl.static_range(1, S.W):
             step = k if AHEAD else -k
             exists = (t + step >= 0) & (tl.maximum(t, t + step) < length)
             same = tl.load(segments + at + step, mask=exists, other=0) == here
@@ -142,10 +141,9 @@ def convolve(v, chunk, channel, S: tl.constexpr):
     """The convolution's result at each position in some channels of (x, B, C): [Q, channels]."""
     mixed = (v.projected + chunk.at * S.E + S.I)[:, None] + channel[None, :]
     total = tl.load(v.conv_bias + channel).to(tl.float32)[None, :]
-    W: tl.constexpr = S.W  # Triton 3.6 takes no field as the bound of a static range
-    for k in tl.static_range(W):
+    for k in tl.static_range(S.W):
         seen = (chunk.inside & (chunk.before >= k))[:, None]
-        tap = tl.load(v.taps + (W - 1 - k) * S.M + channel).to(tl.float32)
+        tap = tl.load(v.taps + (S.W - 1 - k) * S.M + channel).to(tl.float32)
         total += tap[None, :] * tl.load(mixed - k * S.E, mask=seen, other=0).to(tl.float32)
     return total
 
@@ -227,13 +225,12 @@ def block_forward(
     v = Inputs(projected, factor, taps, conv_bias, A, D, dt_bias, scale, segments)
     row = tl.program_id(0).to(tl.int64)
     p, n = tl.arange(0, S.P), tl.arange(0, S.N)
-    H: tl.constexpr = S.H
 
     # Registers cannot be numbered by a variable. Where a loop goes through all heads, they move on
     # by one in each turn, and are back in their places after the last.
     states = ()
     results = ()
-    for _ in tl.static_range(H):
+    for _ in tl.static_range(S.H):
         states += (tl.zeros([S.N, S.P], tl.float32),)
         results += (tl.zeros([S.Q, S.P], tl.float32),)
 
@@ -263,7 +260,7 @@ def block_forward(
                 results = rotate(results, y_)
         rstd_ = tl.rsqrt(squares / S.I + S.EPS)
         tl.store(rstd + chunk.at, rstd_, mask=chunk.inside)
-        for h in tl.static_range(H):
+        for h in tl.static_range(S.H):
             own = h * S.P + p
             y_ = results[h] * rstd_[:, None] * tl.load(v.scale + own).to(tl.float32)[None, :]
             store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
@@ -463,7 +460,6 @@ def through_pairs(v, chunk, turn, gradients, memory, S: tl.constexpr):
 def through_convolution(v, chunk, turn, gradients, memory, length, S: tl.constexpr):
     """Back through the activation, then the convolution."""
     TILE: tl.constexpr = min(S.P, S.N)
-    W: tl.constexpr = S.W
     inside = chunk.inside
     after = count_neighbours(v.segments, chunk.at, chunk.t, length, True, S)
     for tile in tl.range(0, S.M // TILE, disable_licm=True):
@@ -475,15 +471,15 @@ def through_convolution(v, chunk, turn, gradients, memory, length, S: tl.constex
     tl.debug_barrier()
     for tile in tl.range(0, S.M // TILE, disable_licm=True):
         channel = tile * TILE + tl.arange(0, TILE)
-        shares = gradients.convolution + turn.row * ((W + 1) * S.M) + channel
+        shares = gradients.convolution + turn.row * ((S.W + 1) * S.M) + channel
         d = load_tile(memory.convolved, turn.slot * S.M, inside, channel)
-        add_share(shares + W * S.M, tl.sum(d, 0), turn.earlier)
+        add_share(shares + S.W * S.M, tl.sum(d, 0), turn.earlier)
         dmixed = tl.zeros(d.shape, tl.float32)
-        for k in tl.static_range(W):
+        for k in tl.static_range(S.W):
             seen = inside & (chunk.before >= k)
             mixed = load_tile(v.projected, (chunk.at - k) * S.E, seen, S.I + channel)
-            add_share(shares + (W - 1 - k) * S.M, tl.sum(d * mixed, 0), turn.earlier)
-            tap = tl.load(v.taps + (W - 1 - k) * S.M + channel).to(tl.float32)
+            add_share(shares + (S.W - 1 - k) * S.M, tl.sum(d * mixed, 0), turn.earlier)
+            tap = tl.load(v.taps + (S.W - 1 - k) * S.M + channel).to(tl.float32)
             later = locate_slots(turn.row, chunk.t + k, length, S)
             seeing = inside & (after >= k)
             dmixed += tap[None, :] * load_tile(memory.convolved, later * S.M, seeing, channel)

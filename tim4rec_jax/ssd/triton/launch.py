@@ -123,6 +123,16 @@ def compute_capability() -> int | None:
         return None
 
 
+def as_constants(specialisation):
+    """Returns the named tuple with each field as a constant of Triton's language.
+
+    Before Triton 3.8, the compiler takes a field of Python's own type in some places only.
+    """
+    import triton.language as tl
+
+    return type(specialisation)(*map(tl.constexpr, specialisation))
+
+
 def launch(kernel, inputs, outputs, *, programs: int, specialisation, tiles: TileSizes):
     """Runs a Triton kernel.
 
@@ -151,6 +161,6 @@ def launch(kernel, inputs, outputs, *, programs: int, specialisation, tiles: Til
         num_warps=tiles.warps,
         num_stages=tiles.stages,
         compute_capability=target().compute_capability,
-        S=specialisation,
+        S=as_constants(specialisation),
         **{out: outputs},
     )

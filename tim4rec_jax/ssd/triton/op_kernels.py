@@ -149,10 +149,9 @@ def forward(
     """
     v = Inputs(x, dt, A, B, C, D, dt_bias, initial_state, segments)
     row, _part, first, group = locate_program(S)
-    HEADS: tl.constexpr = S.HEADS  # Triton 3.6 takes no field as the bound of a static range
 
     states = ()
-    for i in tl.static_range(HEADS):
+    for i in tl.static_range(S.HEADS):
         states += (load_initial_state(v, row, first + i, S),)
 
     for c in tl.range(0, tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1, disable_licm=True):
@@ -161,7 +160,7 @@ def forward(
         C_ = load_projections(v.C, chunk, group, S)
         scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
         leaving = ()
-        for i in tl.static_range(HEADS):
+        for i in tl.static_range(S.HEADS):
             head = first + i
             _raw, step = load_steps(v, chunk, head, S)
             total = log_decays(step, tl.load(v.A + head).to(tl.float32), chunk.restarts)
@@ -179,7 +178,7 @@ def forward(
         states = leaving
 
     if S.HAS_FINAL:
-        for i in tl.static_range(HEADS):
+        for i in tl.static_range(S.HEADS):
             tl.store(final_state + state_offsets(row, first + i, S), states[i])
 
 
