@@ -24,9 +24,10 @@ from tests.ssd.cases import (
     to_dtype,
 )
 from tim4rec_jax.ssd import compile_for, ssd
+from tim4rec_jax.ssd.batching import shard_over_batch
 from tim4rec_jax.ssd.triton import block as triton_block
-from tim4rec_jax.ssd.triton import launch as table
 from tim4rec_jax.ssd.triton import launch as triton_launch
+from tim4rec_jax.ssd.triton.launch import table_key, tile_sizes
 
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
@@ -115,7 +116,10 @@ def test_rows_stay_on_their_devices():
     """The kernel's place is taken by a sum; a callback cannot be partitioned."""
     rows = [np.arange(24.0).reshape(8, 3), np.arange(16.0).reshape(8, 2)]
     scale = np.arange(2.0)
-    call = triton_launch.shard_over_batch(lambda rows, scale: (rows[0].sum(1), rows[1] * scale))
+
+    def call(rows, scale):
+        return shard_over_batch(lambda r, s: (r[0].sum(1), r[1] * s), rows, scale)
+
     mesh = jax.make_mesh(
         (8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices("cpu")
     )
@@ -168,30 +172,26 @@ def test_says_what_to_install(monkeypatch):
         *itertools.product(("block_forward", "block_backward"), triton_block.SIZES),
     ],
 )
-def test_every_shape_has_sizes_of_blocks(kernel, size, precision):
+def test_every_shape_has_tile_sizes(kernel, size, precision):
     for length, heads, limit in itertools.product((1, 17, 64, 1000), (1, 3, 4), (None, 1, 40)):
-        blocks = table.blocks(
-            kernel,
-            90,
-            length=length,
-            heads=heads,
-            size=size,
-            precision=precision,
-            largest_chunk=limit,
-        )
-        assert blocks.chunk in (16, 32, 64) and heads % blocks.heads == 0
-        assert blocks.chunk < 2 * max(16, length) and blocks.chunk <= max(16, limit or 64)
+        shape = {"length": length, "heads": heads, "size": size, "precision": precision}
+        with compile_for("gpu", 90):
+            tiles = tile_sizes(kernel, **shape, largest_chunk=limit)
+        assert tiles.chunk in (16, 32, 64) and heads % tiles.heads == 0
+        assert tiles.chunk < 2 * max(16, length) and tiles.chunk <= max(16, limit or 64)
 
 
 def test_measured_sizes_of_a_gpu_come_first(monkeypatch):
     monkeypatch.setattr(
-        table,
-        "_table",
+        triton_launch,
+        "read_table",
         lambda: {
-            table.key("forward", None, True, 32, "ieee"): [64, 4, 4, 1],
-            table.key("forward", 90, True, 32, "ieee"): [32, 2, 8, 3],
+            table_key("forward", None, True, 32, "ieee"): [64, 4, 4, 1],
+            table_key("forward", 90, True, 32, "ieee"): [32, 2, 8, 3],
         },
     )
     shape = {"length": 60, "heads": 4, "size": 16, "precision": "ieee"}
-    assert table.blocks("forward", 90, **shape) == (32, 2, 8, 3)
-    assert table.blocks("forward", 80, **shape) == (64, 4, 4, 1)
+    with compile_for("gpu", 90):
+        assert tile_sizes("forward", **shape) == (32, 2, 8, 3)
+    with compile_for("gpu", 80):
+        assert tile_sizes("forward", **shape) == (64, 4, 4, 1)

@@ -52,7 +52,8 @@ def load_tile(array, rows, inside, column):
 @no_type_check
 def store_tile(array, rows, inside, column, value):
     """Stores what `load_tile` loads."""
-    tl.store(array + rows[:, None] + column[None, :], value, mask=inside[:, None])
+    where = rows[:, None] + column[None, :]
+    tl.store(array + where, value, mask=inside[:, None])
 
 
 @triton.jit
