@@ -150,7 +150,10 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
         if kind.startswith("*")
     }
     source = triton.compiler.ASTSource(
-        launch.kernel, signature=launch.signature, constexprs={"S": triton_launch.as_constants(launch.specialisation)}, attrs=aligned
+        launch.kernel,
+        signature=launch.signature,
+        constexprs={"S": triton_launch.as_constants(launch.specialisation)},
+        attrs=aligned,
     )
     start = time.perf_counter()
     compiled = triton.compile(

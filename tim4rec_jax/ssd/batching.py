@@ -95,9 +95,7 @@ def _partitioned(kernel, rows, parameters):
         """Names of an array's axes: only the axis of the rows is shared with other arrays."""
         return " ".join([first, *(f"{name}x{axis}" for axis in range(1, array.ndim))])
 
-    inputs = [
-        axes(v, f"in{i}", "rows" if i < count else f"whole{i}") for i, v in enumerate(leaves)
-    ]
+    inputs = [axes(v, f"in{i}", "rows" if i < count else f"whole{i}") for i, v in enumerate(leaves)]
     outputs = [axes(v, f"out{i}", "rows") for i, v in enumerate(jax.tree.leaves(results))]
     call = custom_partitioning(of_leaves)
     call.def_partition(partition, sharding_rule=f"{', '.join(inputs)} -> {', '.join(outputs)}")

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tim4rec_jax.runtime import target
 
+
 class Implementation(NamedTuple):
     """One way to compute an operator.
 

@@ -109,7 +109,8 @@ def _block_backward(options, residuals, dy):
         functools.partial(_backward, options), (rows, y, rstd, dy), parameters
     )
     dconvolution, dheads, dscale = (jnp.sum(v, axis=0) for v in shares)
-    gradients = Parameters(dconvolution[:-1], dconvolution[-1], *dheads, dscale)
+    dA, dD, dbias = dheads
+    gradients = Parameters(dconvolution[:-1], dconvolution[-1], dA, dD, dbias, dscale)
     return drows, jax.tree.map(lambda d, v: d.astype(v.dtype), gradients, parameters)
 
 

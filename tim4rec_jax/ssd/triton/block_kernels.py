@@ -10,7 +10,7 @@ of the convolution are x, B and C. The kernels read the W positions of the convo
 those of `common`, and `S` is a `block.Specialisation`.
 """
 
-from typing import Any, NamedTuple, no_type_check  # annotations of kernels are for Triton's compiler
+from typing import Any, NamedTuple, no_type_check  # Triton reads the annotations of kernels
 
 import triton
 import triton.language as tl
@@ -266,8 +266,8 @@ def block_forward(
             store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
 
 
-# The backward kernel. Each stage is a loop of its own over the heads, as registers do not suffice for
-# all stages at once. From one stage to the next, other threads of the program read what these wrote.
+# The backward kernel. Each stage is a loop of its own over the heads, as registers do not suffice
+# for all stages at once. A barrier ends each stage: the next one reads what other threads wrote.
 
 
 @triton.jit

@@ -8,7 +8,7 @@ are dense, with the axes that `ssd` documents.
 (`op.Specialisation` or `block.Specialisation`). The functions here read the fields that both have.
 """
 
-from typing import Any, NamedTuple, no_type_check  # annotations of kernels are for Triton's compiler
+from typing import Any, NamedTuple, no_type_check  # Triton reads the annotations of kernels
 
 import triton
 import triton.language as tl

@@ -17,8 +17,8 @@ from tim4rec_jax.runtime import target
 SIZES = (16, 32, 64, 128)  # what P and N may be in a kernel
 
 # Tile sizes by kernel, GPU, number of chunks, size of a state and precision. `python -m
-# benchmarks.tune_triton` measures them on the GPU it runs on. Where a row names no GPU ("None"), its
-# sizes were chosen by what the compiler reports: no spills if possible, and few instructions
+# benchmarks.tune_triton` measures them on the GPU it runs on and names that GPU. The sizes for any
+# GPU ("None") were chosen by what the compiler reports: no spills if possible, few instructions
 # (`python -m benchmarks.triton_compile`).
 TABLE = Path(__file__).with_name("tile_sizes.json")
 

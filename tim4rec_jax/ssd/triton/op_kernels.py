@@ -1,11 +1,11 @@
 """The kernels of the SSD (arXiv 2405.21060) in Triton, forward and backward.
 
-A program takes one row of the batch and HEADS heads of one group. It goes through the sequence chunk
-by chunk, and the heads share the product of C and B. All that is quadratic in the chunk lives and
-dies in the program. Letters are those of `common`, and `S` is an `op.Specialisation`.
+A program takes one row of the batch and HEADS heads of one group. It goes through the sequence
+chunk by chunk, and the heads share the product of C and B. All that is quadratic in the chunk lives
+and dies in the program. Letters are those of `common`, and `S` is an `op.Specialisation`.
 """
 
-from typing import Any, NamedTuple, no_type_check  # annotations of kernels are for Triton's compiler
+from typing import Any, NamedTuple, no_type_check  # Triton reads the annotations of kernels
 
 import triton
 import triton.language as tl
@@ -77,7 +77,7 @@ def load_projections(array, chunk, group, S: tl.constexpr):
 @triton.jit
 @no_type_check
 def load_channels(array, chunk, head, S: tl.constexpr):
-    """x or dy of a head: [Q, P]."""
+    """X or dy of a head: [Q, P]."""
     return load_tile(array, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P))
 
 
