@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.batching import row_by_row
+from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.tpu.common import (
     FORGET_ALL,
     MOST_BYTES,

@@ -50,14 +50,6 @@ def load_tile(array, rows, inside, column):
 
 @triton.jit
 @no_type_check
-def store_tile(array, rows, inside, column, value):
-    """Stores what `load_tile` loads."""
-    where = rows[:, None] + column[None, :]
-    tl.store(array + where, value, mask=inside[:, None])
-
-
-@triton.jit
-@no_type_check
 def scratch_offsets(chunk, head, S: tl.constexpr):
     """Offsets of a state [N, P] in the kernels' own memory [chunk, H, N, P]."""
     n, p = tl.arange(0, S.N), tl.arange(0, S.P)

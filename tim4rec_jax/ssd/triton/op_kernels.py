@@ -22,7 +22,6 @@ from tim4rec_jax.ssd.triton.common import (
     log_decays,
     scratch_offsets,
     softplus,
-    store_tile,
 )
 
 
@@ -46,6 +45,14 @@ class Chunk(NamedTuple):
     at: Any  # offset from the first position of the batch
     inside: Any  # whether it is a position of the sequence
     restarts: Any  # whether it forgets the state before it
+
+
+@triton.jit
+@no_type_check
+def store_tile(array, rows, inside, column, value):
+    """Stores what `load_tile` loads."""
+    where = rows[:, None] + column[None, :]  # first, which takes fewer registers here
+    tl.store(array + where, value, mask=inside[:, None])
 
 
 @triton.jit
