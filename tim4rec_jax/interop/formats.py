@@ -1,4 +1,4 @@
-"""How published models name their settings and weights, and how they lay them out."""
+"""How published models name their settings and weights, and how they lay them out in memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -8,16 +8,13 @@ import numpy as np
 
 from tim4rec_jax.errors import UserError
 
-# ---- interop.formats.format
-# How a published model names its settings and weights, and how it lays them out.
-
-Path = tuple[Any, ...]  # of a parameter in our model, such as ("blocks", 0, "norm", "scale")
+Path = tuple[Any, ...]  # the place of a parameter in our model: ("blocks", 0, "norm", "scale")
 
 _LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
 
 
 class Layout(NamedTuple):
-    """Two functions that undo each other."""
+    """Two functions that convert an array, each the inverse of the other."""
 
     to_torch: Callable[[np.ndarray], np.ndarray]
     from_torch: Callable[[np.ndarray], np.ndarray]
@@ -31,17 +28,18 @@ DEPTHWISE = Layout(lambda value: value.T[:, None], lambda value: value[:, 0].T)
 
 @dataclass(frozen=True)
 class Format:
-    """One published model.
+    """The names and layouts of one published model.
 
     Attributes:
-      model: its name among ours (`tim4rec_jax.models.MODELS`).
-      settings: keys its configuration must have, with their types; ours have the same names.
-      modules: our modules -> theirs, `*` for the number of a layer; where the last name of a
-        parameter differs in more than `kernel`, `scale` or `embedding` for `weight`, the whole
-        parameter.
-      layouts: of parameters, named as in `modules` but with their last name; others lie as in
-        torch, and kernels transposed.
-      fixed: settings of ours that its configuration does not have.
+      model: the name of our model (`tim4rec_jax.models.MODELS`).
+      settings: the keys that its configuration must have, with their types. Our settings have the
+        same names.
+      modules: the published name of each of our modules, with `*` for the number of a layer. In a
+        parameter, our last name `kernel`, `scale` or `embedding` becomes `weight`. A parameter
+        that differs in another way is listed with its whole name.
+      layouts: the layout of a parameter, by its whole name. By default a kernel is transposed, and
+        other parameters are as in torch.
+      fixed: settings of ours that the published configuration does not have.
     """
 
     model: str
@@ -51,7 +49,7 @@ class Format:
     fixed: Mapping[str, Any] = field(default_factory=dict)
 
     def torch_name(self, path: Path) -> str:
-        """The torch name of our parameter."""
+        """Returns the torch name of our parameter."""
         pattern = _pattern(path)
         module, _, leaf = pattern.rpartition(".")
         if pattern in self.modules:
@@ -64,11 +62,11 @@ class Format:
         return name
 
     def layout(self, path: Path) -> Layout:
-        """How our parameter lies in torch."""
+        """Returns the layout of our parameter."""
         return self.layouts.get(_pattern(path), TRANSPOSED if path[-1] == "kernel" else AS_IT_IS)
 
     def read_settings(self, config: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
-        """Our model settings and the longest history, from the configuration of theirs.
+        """Returns our settings and the longest history for a published configuration.
 
         Raises:
           UserError: a key is missing or has a value of the wrong type.
@@ -99,8 +97,7 @@ def _read(config: Mapping[str, Any], key: str, kind: type) -> Any:
         ) from None
 
 
-# ---- interop.formats.tim4rec
-# TiM4Rec as its authors published it.
+# TiM4Rec, as its authors published it.
 
 SSD_LAYER = {
     "blocks.*.ssd": "ssd_layers.*.ssd",
@@ -152,8 +149,7 @@ TIM4REC = Format(
 )
 
 
-# ---- interop.formats.ssd4rec
-# SSD4Rec* as the authors of TiM4Rec published it.
+# SSD4Rec*, as the authors of TiM4Rec published it.
 
 SSD4REC = Format(
     model="ssd4rec",
@@ -163,8 +159,7 @@ SSD4REC = Format(
 )
 
 
-# ---- interop.formats.mamba4rec
-# Mamba4Rec as its authors published it.
+# Mamba4Rec, as its authors published it.
 
 MAMBA4REC = Format(
     model="mamba4rec",
@@ -194,8 +189,7 @@ MAMBA4REC = Format(
 )
 
 
-# ---- interop.formats.lrurec
-# LRURec as the authors of TiM4Rec published it; complex there, pairs of real arrays here.
+# LRURec, as the authors of TiM4Rec published it. Its complex arrays are pairs of real arrays here.
 
 
 def _complex(pair: np.ndarray) -> np.ndarray:
@@ -237,8 +231,7 @@ LRUREC = Format(
 )
 
 
-# ---- interop.formats.gru4rec
-# GRU4Rec as RecBole publishes it.
+# GRU4Rec, as RecBole publishes it.
 
 GRU4REC = Format(
     model="gru4rec",
@@ -253,8 +246,7 @@ GRU4REC = Format(
 )
 
 
-# ---- interop.formats.caser
-# Caser as RecBole publishes it.
+# Caser, as RecBole publishes it.
 
 CASER = Format(
     model="caser",
@@ -286,8 +278,7 @@ CASER = Format(
 )
 
 
-# ---- interop.formats.transformers
-# The models made of RecBole's transformer layers: SASRec, BERT4Rec, TiSASRec.
+# SASRec, BERT4Rec and TiSASRec, which are made of the transformer layers of RecBole.
 
 _SETTINGS = {
     "hidden_size": int,
@@ -334,8 +325,7 @@ TISASREC = Format(
 )
 
 
-# ---- interop.formats
-# The published models whose weights can be read, by the name their configurations give.
+# The published models whose weights can be read, by the name in their configuration.
 
 FORMATS: dict[str, Format] = {
     "TiM4Rec": TIM4REC,

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution over the sequence."""
+"""The layer around the SSD operator as one function: convolution, operator, gate and norm."""
 
 from __future__ import annotations
 
@@ -15,18 +15,9 @@ from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.tpu import block as tpu_block
 from tim4rec_jax.ssd.triton import block as triton_block
 
-# ---- ssd.convolution
-# Causal depthwise convolution over the sequence.
-
-# What follows the convolution.
-
-
-# ---- ssd.block
-# The layer around the SSD operator as one function: convolution, op, gate and norm.
-
 
 class BlockArguments(NamedTuple):
-    """What `time_aware_ssd_block` was called with, shapes checked."""
+    """The arguments of `time_aware_ssd_block`, with shapes that are checked."""
 
     projected: jax.Array
     time_factor: jax.Array | None
@@ -45,7 +36,7 @@ class BlockArguments(NamedTuple):
 
 
 def _composed(v: BlockArguments, op: str | None) -> jax.Array:
-    """The block made of its parts, in at least float32 from its input to its result."""
+    """Computes the block from its parts, in at least float32 until the result."""
     heads, inner, cells = v.A.shape[0], v.norm_scale.shape[0], v.groups * v.state
     dtype = jnp.promote_types(v.projected.dtype, jnp.float32)
     cuts = [inner, 2 * inner + 2 * cells]
@@ -73,8 +64,8 @@ def _composed(v: BlockArguments, op: str | None) -> jax.Array:
     return y.astype(v.projected.dtype)
 
 
-# Chosen as those of `ssd` are. "parts" is the composition around the best that the op has for the
-# platform, and what is left where no kernel of the whole block can run.
+# The choice is made as for `ssd`. "parts" puts the convolution, gate and norm around the best
+# implementation of the operator. It runs where no kernel of the whole block can.
 BLOCK_IMPLEMENTATIONS = {
     "reference": Implementation(functools.partial(_composed, op="reference")),
     "xla": Implementation(functools.partial(_composed, op="xla")),
@@ -85,12 +76,14 @@ BLOCK_IMPLEMENTATIONS = {
 
 
 def has_kernel(projected: Any, time_factor: Any, **settings: Any) -> bool:
-    """Whether `time_aware_ssd_block` is a kernel on the platform that is compiled for.
+    """Returns whether `time_aware_ssd_block` would run a kernel of its own.
+
+    The answer is for the platform that is compiled for, see `compile_for`.
 
     Args:
-        projected: as for the block, or its shape and dtype.
-        time_factor: likewise.
-        settings: its other arguments.
+        projected: that of the block, or its shape and dtype.
+        time_factor: that of the block, or its shape and dtype.
+        settings: the other arguments of the block.
     """
     arguments = BlockArguments(projected, time_factor, **settings)
     return _choose(None, arguments).platform is not None

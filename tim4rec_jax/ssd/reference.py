@@ -1,13 +1,13 @@
-"""The SSD recurrence, one position after the other: slow, plain, and what the others must equal."""
+"""The SSD recurrence, one position after the other, and its matrix written out.
+
+These forms are slow and plain. All other implementations must equal them.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
-
-# ---- ssd.reference
-# The SSD recurrence, one position after the other: slow, plain, and what the others must equal.
 
 
 def step(
@@ -23,7 +23,7 @@ def step(
     Args:
         state: the state before the event.
         x: the event's input.
-        dt: its step size, ready to use (bias, softplus and limits applied).
+        dt: its step size, after bias, softplus and limits.
         log_decay: `dt A`, or -inf to forget the state.
         B: input projection; head `h` uses group `h // (H / G)`.
         C: output projection, grouped like `B`.
@@ -50,13 +50,13 @@ def ssd_reference(
     """Scans the recurrence over the sequence.
 
     Args:
-        x: inputs, in the dtype to accumulate in, as all other arrays.
-        dt: step sizes, ready to use (bias, softplus and limits applied).
+        x: inputs. All arrays have the dtype of the sums.
+        dt: step sizes, after bias, softplus and limits.
         log_decay: `dt A`, or -inf where the state is forgotten before the position is read.
         B: input projections; head `h` uses group `h // (H / G)`.
         C: output projections, grouped like `B`.
         initial_state: the state before the first position, None for zeros.
-        chunk_size: of no meaning here.
+        chunk_size: not used.
 
     Returns:
         The outputs, without the skip `D x`, and the state after the last position.
@@ -70,24 +70,22 @@ def ssd_reference(
     return jnp.moveaxis(y, 0, 1), state
 
 
-# ---- ssd.mask
-# The structured masked matrix itself, which the fast forms of the op never write down.
-
-
 def decay_mask(
     step: Float[Array, "B L H"], log_decay: Float[Array, "B L H"]
 ) -> Float[Array, "B H L L"]:
-    """What event s counts for in event l before either's content: exp(decay from s to l) step[s].
+    """Returns the weight of each event s in each later event l: exp(decay from s to l) step[s].
 
-    With it the op is y[l] = sum over s <= l of mask[l,s] (C[l] . B[s]) x[s] (Mamba-2, arXiv
-    2405.21060, section 3; the time-aware mask of arXiv 2409.16182, section 3.3). Quadratic in L.
+    The operator is y[l] = sum over s <= l of mask[l,s] (C[l] . B[s]) x[s] (Mamba-2, arXiv
+    2405.21060, section 3). With step sizes that depend on time, this is the time-aware mask of
+    arXiv 2409.16182, section 3.3. The fast implementations never write it down, because it is
+    quadratic in L.
 
     Args:
       step: step sizes, after softplus.
-      log_decay: log of each event's decay, <= 0.
+      log_decay: the logarithm of each event's decay, 0 or less.
 
     Returns:
-      A lower triangle, the rest 0.
+      The weights. Where s is later than l they are 0.
     """
     total = jnp.cumsum(log_decay, axis=1).swapaxes(1, 2)
     past = jnp.tril(jnp.ones((total.shape[-1],) * 2, bool))

@@ -1,9 +1,9 @@
 """The SSD as chunked semiseparable matrix products (Mamba-2, arXiv 2405.21060, section 6).
 
 Within a chunk the output is `M (dt x)` with `M[q, k] = (C[q] B[k]) exp(a[k+1] + ... + a[q])`, one
-matrix for each head; what came before the chunk is seen through the state it left. The inner
-functions see groups as rows of the batch, so their letters are b (batch x groups x chunks),
-q and k (positions in the chunk), r (heads of a group), p (head dim), n (state).
+matrix for each head. Earlier chunks act through the state that they leave. The inner functions
+treat groups as rows of the batch, so their letters are b (batch x groups x chunks), q and k
+(positions in the chunk), r (heads of a group), p (width of a head), n (state).
 """
 
 from __future__ import annotations
@@ -16,36 +16,29 @@ from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import target
 
-# ---- ssd.xla
-# The SSD as chunked semiseparable matrix products (Mamba-2, arXiv 2405.21060, section 6).
-#
-# Within a chunk the output is `M (dt x)` with `M[q, k] = (C[q] B[k]) exp(a[k+1] + ... + a[q])`, one
-# matrix for each head; what came before the chunk is seen through the state it left. The inner
-# functions see groups as rows of the batch, so their letters are b (batch x groups x chunks),
-# q and k (positions in the chunk), r (heads of a group), p (head dim), n (state).
-
-# Sums of decays need every bit of float32, and so do float32 results on a GPU or TPU.
+# Sums of decays need every bit of float32. Float32 results on a GPU or TPU need it as well.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 vecdot = functools.partial(jnp.vecdot, precision=jax.lax.Precision.HIGHEST)
 
-# exp() of it is zero in float32 and float64. Bounded so, the decays of a chunk add up exactly.
+# exp() of this number is zero in float32 and float64. With this bound, the decays of a chunk add up
+# without rounding.
 _FORGET_ALL = -1000.0
 
-# Numbers in the matrices and inputs of a block of rows on a CPU: what its caches hold.
+# How many numbers a block of rows has in its matrices and inputs on a CPU, so that caches hold it.
 _BLOCK = 2**20
 
 
 def default_chunk_size(length: int) -> int:
-    """Returns the size of the fewest equal chunks that cover `length`, on a CPU at most 64 each.
+    """Returns the size of the fewest equal chunks of at most 64 positions (128 on a TPU).
 
-    Equal chunks need next to no filler, which can double the time. Work within chunks grows with
-    their size and work between them falls with it.
+    Equal chunks need almost no filler, and filler can double the time. Larger chunks have more
+    work within chunks and less work between them.
 
-    Measured on a 2-core CPU (`benchmarks/ssd.py`; P = N = 32, with gradient): up to 64 one chunk
-    is fastest; beyond, sizes of 32 to 64 are within a tenth of each other and larger ones slower.
-    For a TPU at most 128, by what its compiler says, not measured: of B = 32, L = 200, with
-    gradient, it counts 1,420 MB moved in chunks of 25, 790 in chunks of 50, 479 in chunks of 100.
-    A GPU starts from the rule of the CPU, not measured either.
+    On a CPU with 2 cores (`benchmarks/ssd.py`; P = N = 32, with gradient) one chunk is fastest up
+    to 64 positions. Beyond that, chunks of 32 to 64 are within a tenth of each other, and larger
+    ones are slower. The bound for a TPU follows its compiler and is not measured: for B = 32, L =
+    200, with gradient, it counts 1,420 MB moved in chunks of 25, 790 MB in chunks of 50 and 479 MB
+    in chunks of 100. A GPU has the rule of the CPU, which is not measured there.
     """
     largest = 128 if target().platform == "tpu" else 64
     return -(-length // -(-length // largest))
@@ -147,10 +140,10 @@ def _in_blocks(function, *arrays):
 
 @jax.custom_vjp
 def _within_chunk(x, dt, log_decay, B, C):
-    """Output of chunks [b,q,r,p] without regard to what came before them.
+    """Returns the output of chunks [b,q,r,p] as if nothing came before them.
 
-    The gradient is written by hand to recompute all that is quadratic in the chunk instead of
-    storing it, and in products and loops that a CPU compiler makes fast ones of.
+    The gradient is written by hand. It computes the matrices over pairs of positions again instead
+    of storing them, and it consists of products and loops that a CPU compiler makes fast.
     """
     return _within_chunk_forward(x, dt, log_decay, B, C)[0]
 
@@ -162,7 +155,7 @@ def _within_chunk_forward(x, dt, log_decay, B, C):
 
 
 def _within_chunk_backward(residuals, dy):
-    # All matrices over pairs of positions are transposed here, [k, q]: one set does for all.
+    # Here all matrices over pairs of positions are transposed, [k, q], so one set is enough.
     x, dt, log_decay, B, C = residuals
     decay = _decay(log_decay, transposed=True)
     scores = matmul(B, _transpose(C))[:, None]
@@ -170,7 +163,7 @@ def _within_chunk_backward(residuals, dy):
 
     # Gradient of the scores of each head, then summed over the heads that share them.
     dscores = matmul(_swap(x * dt[..., None]), jnp.transpose(dy, (0, 2, 3, 1))) * decay
-    # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep digits
+    # The decay of position t acts on each pair k < t <= q. Sums over these rectangles keep digits
     # that differences of row and column sums would lose.
     to_later = matmul(dscores * scores, _ones_up_to(dt.shape[1], 0, dt))
     dlog_decay = jnp.einsum("brkt,tk->btr", to_later, _ones_up_to(dt.shape[1], -1, dt))
@@ -185,29 +178,29 @@ _within_chunk.defvjp(_within_chunk_forward, _within_chunk_backward)
 
 
 def _decay(log_decay, transposed=False):
-    """[b,q,r] -> exp(log_decay[k+1] + ... + log_decay[q]) for k <= q, else 0: [b,r,q,k]."""
+    """Returns exp(log_decay[k+1] + ... + log_decay[q]) for k <= q, else 0: [b,q,r] to [b,r,q,k]."""
     log_decay = _swap(log_decay)
-    # Multiples of 1/16 add up without rounding and the rests stay small: a step of 0.01 next to
-    # steps of 80 keeps its digits, which it loses in one float32 sum.
+    # Multiples of 1/16 add up without rounding, and the remainders stay small. So a step of 0.01
+    # next to steps of 80 keeps its digits, which it would lose in one float32 sum.
     coarse = jnp.round(log_decay * 16) / 16
-    # Sums by matrix products: a compiler may fuse cumsum into the loop over all pairs.
+    # The sums are matrix products, because a compiler may fuse cumsum into the loop over all pairs.
     causal = _ones_up_to(log_decay.shape[-1], 0, log_decay)
     totals = [matmul(v, causal.T) for v in (coarse, log_decay - coarse)]
-    # Built transposed where that is wanted, as transposing costs as much as building.
+    # The matrix is built transposed if wanted, because transposing costs as much as building.
     to_row, to_column = (-1, -2) if not transposed else (-2, -1)
     difference = sum(jnp.expand_dims(v, to_row) - jnp.expand_dims(v, to_column) for v in totals)
     visible = (causal.T if transposed else causal) > 0
-    # Masked before exp: beyond the diagonal it may overflow.
+    # The mask comes before exp, which may overflow beyond the diagonal.
     return jnp.exp(jnp.where(visible, difference, -jnp.inf))
 
 
 def _ones_up_to(size, offset, like):
-    """Ones where `column <= row + offset`: multiplied from the left, sums up to a position."""
+    """Returns ones where `column <= row + offset`; a product from the left sums up to a position."""
     return jnp.tril(jnp.ones((size, size), like.dtype), offset)
 
 
 def _per_head(matrix, v):
-    """Applies [b,i,j] to [b,j,r,p], the same for all r and p."""
+    """Multiplies [b,i,j] with [b,j,r,p] for every r and p."""
     flat = v.reshape(*v.shape[:2], -1)
     return matmul(matrix, flat).reshape(*matrix.shape[:2], *v.shape[2:])
 
@@ -219,10 +212,6 @@ def _swap(v):
 
 def _transpose(v):
     return jnp.swapaxes(v, -1, -2)
-
-
-# ---- ssd.last
-# The SSD output at one position: what a next-item objective needs of the last layer.
 
 
 def ssd_last(
@@ -237,10 +226,11 @@ def ssd_last(
     dt_bias: Float[Array, " H"] | None = None,
     dt_softplus: bool = True,
 ) -> Float[Array, "B H P"]:
-    """y[lengths - 1] of `ssd` without the other positions.
+    """Computes the output of `ssd` at position `lengths - 1` only.
 
-    One row of the semiseparable matrix per sequence (Mamba-2, arXiv 2405.21060, section 3):
-    a weighted sum over the events, linear in L, with no state of N x P numbers.
+    A next-item objective needs no more of the last layer. The output is one row of the
+    semiseparable matrix (Mamba-2, arXiv 2405.21060, section 3): a weighted sum over the events,
+    linear in L, without a state of N x P numbers.
 
     Args:
       x: inputs.
@@ -249,12 +239,12 @@ def ssd_last(
       B: input maps; head h uses group h // (H // G).
       C: output maps at position `lengths - 1`.
       D: skip weights; None: no skip.
-      lengths: number of real events of each row, >= 1; later positions are ignored.
+      lengths: number of events of each row, 1 or more; later positions are ignored.
       dt_bias: added to `dt` first.
       dt_softplus: whether softplus is applied to `dt` next.
 
     Returns:
-      The output at `lengths - 1`, in the dtype of `x`, accumulated in at least float32.
+      The output at `lengths - 1` in the dtype of `x`. Sums are at least float32.
     """
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     length, heads = x.shape[1:3]
@@ -263,13 +253,13 @@ def ssd_last(
     if dt_bias is not None:
         step = step + dt_bias
     step = jnp.where(real, jax.nn.softplus(step) if dt_softplus else step, 0.0)
-    # Decay from event s to the last one: the steps after s, summed from the end so that
-    # recent events, which weigh most, are exact.
+    # The decay from event s to the last one needs the steps after s. They are summed from the end,
+    # so that recent events, which count most, have the smallest error.
     after = jnp.pad(step[:, 1:], ((0, 0), (0, 1), (0, 0)))
     decay = jnp.exp(jax.lax.cumsum(after, axis=1, reverse=True) * A.astype(accumulate))
     scores = jnp.einsum("blgn,bgn->blg", B, C, preferred_element_type=accumulate)
     weights = decay * step * jnp.repeat(scores, heads // scores.shape[-1], axis=-1)
-    if D is not None:  # the skip joins the sum as weight of the last event
+    if D is not None:  # the skip is a weight of the last event
         last = jnp.arange(length)[:, None] == lengths[:, None, None] - 1
         weights = weights + jnp.where(last, D, 0.0)
     y = jnp.einsum("blh,blhp->bhp", weights.astype(x.dtype), x, preferred_element_type=accumulate)
