@@ -195,7 +195,7 @@ def _decay(log_decay, transposed=False):
 
 
 def _ones_up_to(size, offset, like):
-    """Returns ones where `column <= row + offset`; a product from the left sums up to a position."""
+    """Returns ones where `column <= row + offset`; multiplying from the left sums up to a row."""
     return jnp.tril(jnp.ones((size, size), like.dtype), offset)
 
 
