@@ -48,10 +48,10 @@ def test_finds_most_in_a_large_catalogue():
     table = table.astype(np.float32)
     index = ApproximateIndex(table)
     hidden = (bunches[:64] + 0.3 * rng.normal(size=(64, 16))).astype(np.float32)
-    had = rng.integers(0, 5001, (64, 20)).astype(np.int32)
-    history = HistoryItems(jnp.asarray(had), jnp.float32(-2))
+    history_items = rng.integers(0, 5001, (64, 20)).astype(np.int32)
+    history = HistoryItems(history_items, jnp.float32(-2))
     wanted, items = map(np.asarray, top_k(hidden, table, 10, history=history))
-    scores, found = index.best(hidden, 10, had, repeat_bias=-2.0)
+    scores, found = index.best(hidden, 10, history_items, repeat_bias=-2.0)
     hits = [np.isin(a, b).mean() for a, b in zip(items, found, strict=True)]
     assert np.mean(hits) > 0.95
     np.testing.assert_allclose(scores[0], wanted[0], rtol=1e-4)

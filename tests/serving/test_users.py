@@ -210,6 +210,27 @@ def test_connections_to_one_file_lose_nothing(tmp_path):
         store.close()
 
 
+def test_a_file_has_one_writer_at_a_time(tmp_path, monkeypatch):
+    """From the moment when a writer reads how many events there are."""
+    first, second = (
+        SQLiteStore(tmp_path / "users.db"),
+        SQLiteStore(tmp_path / "users.db", timeout=0.0),
+    )
+    late, real = Change("u", 0, ["i2"], [6], b"late"), first._apply
+
+    def apply(change, model):
+        with pytest.raises(UserError, match="locked"):
+            second.apply([late], "m")
+        return real(change, model)
+
+    monkeypatch.setattr(first, "_apply", apply)
+    assert first.apply([Change("u", 0, ["i1"], [5], b"first")], "m") == [True]
+    assert second.apply([late], "m") == [False]
+    assert second.snapshots(["u"], "m") == [Snapshot(1, 5, b"first")]
+    first.close()
+    second.close()
+
+
 def check_users(recommender, counts):
     for user, count in counts.items():
         items, times = recommender.store.history(user)
