@@ -20,7 +20,6 @@ from jaxtyping import Array, Float, Float32, Int, Int32, Int64
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import collate, days, event_log, time_gaps
-from tim4rec_jax.data.dataset import windows
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch, inputs
@@ -193,24 +192,25 @@ class CompiledModel:
         Returns:
             A state per user, as bytes: the model's own state and the last hidden state.
         """
-        items = np.concatenate([user.items for user in users]).astype(np.int32)
-        times = np.concatenate([user.timestamps for user in users])
         counts = np.array([len(user.items) for user in users])
         starts = np.cumsum(counts) - counts
+        # The event before a user's first new one goes before it; where there is none, the first
+        # event itself, which then has no gap.
+        before = [user.timestamps[0] if user.since is None else user.since for user in users]
+        times = np.insert(np.concatenate([user.timestamps for user in users]), starts, before)
         gaps = time_gaps(times[None], np.array([len(times)]), self.convention)[0]
-        before = [
-            times[start] if user.since is None else user.since
-            for start, user in zip(starts, users, strict=True)
-        ]
-        pairs = np.stack([np.array(before), times[starts]], axis=1)
-        gaps[starts] = time_gaps(pairs, np.full(len(users), 2), self.convention)[:, 1]
-        rows = power_of_two(len(users))
-        starts, counts = (np.pad(numbers, (0, rows - len(users))) for numbers in (starts, counts))
+
+        rows, longest = power_of_two(len(users)), int(counts.max())
+        width = next((steps for steps in _STEPS if steps >= longest), _STEPS[-1])
+        counts = np.pad(counts, (0, rows - len(users)))
+        inside = np.arange(-(-longest // width) * width) < counts[:, None]
+        padded_items, padded_gaps = np.zeros(inside.shape, np.int32), np.zeros(inside.shape, "f4")
+        padded_items[inside] = np.concatenate([user.items for user in users])
+        padded_gaps[inside] = np.delete(gaps, starts + np.arange(len(users)))
         carry = self._unpack([user.state for user in users], rows)
-        for first in range(0, int(counts.max()), _STEPS[-1]):
-            left = np.clip(counts - first, 0, _STEPS[-1]).astype(np.int32)
-            width = next(steps for steps in _STEPS if steps >= left.max())
-            part = (windows(values, starts + first, left, width) for values in (items, gaps))
+        for first in range(0, inside.shape[1], width):
+            part = (array[:, first : first + width] for array in (padded_items, padded_gaps))
+            left = np.clip(counts - first, 0, width).astype(np.int32)
             carry = self._programs.advance(self._params, carry, *part, left)
         return _pack(carry, len(users))
 
