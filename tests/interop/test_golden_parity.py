@@ -13,12 +13,25 @@ from tim4rec_jax.interop import to_torch
 from tim4rec_jax.training.losses import cross_entropy
 
 TOLERANCE = {"float32": 2e-5, "float64": 1e-11}
-# Compiling is nearly all of the time here. Without the full set of files, it is done with
-# little optimisation (half the time), and float32 is checked on a sample.
+# Compiling is nearly all of the time here. Without the full set of files, it is done with little
+# optimisation, which takes half the time.
 COMPILER_OPTIONS = {} if FULL else {"xla_backend_optimization_level": 0}
 SAMPLE = ("tiny_kaiming", "tiny_p2pT")
-CASES = [(name, "float64") for name in NAMES]
-CASES += [(name, "float32") for name in NAMES if FULL or name in SAMPLE]
+# Each setting has each of its values in one of the fast cases. The first three share a program.
+FAST = [
+    *((f"tiny_{name}", "float64") for name in ("p2pT", "fulllen", "smallts")),
+    *((f"tiny_{name}", "float64") for name in ("kaiming", "h8_silu_p2pT", "1layer_p2pF")),
+    ("tiny_notime_1layer_noffn", "float64"),
+    ("tiny_1layer_p2pT", "float32"),
+]
+
+
+def cases():
+    """All files in float64; in float32 a sample of them, or all where the large files are."""
+    found = [(name, "float64") for name in NAMES]
+    found += [(name, "float32") for name in NAMES if FULL or name in (*SAMPLE, "tiny_1layer_p2pT")]
+    for case in found:
+        yield pytest.param(*case, marks=[] if case in FAST else pytest.mark.slow)
 
 
 @functools.partial(jax.jit, static_argnums=0, compiler_options=COMPILER_OPTIONS)
@@ -69,7 +82,7 @@ def test_there_are_golden_files():
     assert len(NAMES) >= 12, FOLDER
 
 
-@pytest.mark.parametrize(("name", "dtype"), CASES)
+@pytest.mark.parametrize(("name", "dtype"), list(cases()))
 def test_state_scores_loss_and_gradients(name, dtype):
     golden, tolerance = read_golden(name), TOLERANCE[dtype]
     with jax.enable_x64(dtype == "float64"):
@@ -87,7 +100,13 @@ def test_state_scores_loss_and_gradients(name, dtype):
         check_gradient(gradient, golden.arrays, parameter, tolerance)
 
 
-@pytest.mark.parametrize("name", NAMES if FULL else SAMPLE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "tiny_p2pT" else pytest.mark.slow)
+        for name in (NAMES if FULL else SAMPLE)
+    ],
+)
 def test_both_streams_after_every_layer(name, x64):
     golden = read_golden(name)
     graph, params = nnx.split(golden.model("float64"))
@@ -103,7 +122,9 @@ def test_both_streams_after_every_layer(name, x64):
             check(every_head, expected, TOLERANCE["float64"], f"time_diff/{i}")
 
 
-@pytest.mark.parametrize("name", ["tiny_p2pT", "tiny_h8_silu_notime"])
+@pytest.mark.parametrize(
+    "name", ["tiny_p2pT", pytest.param("tiny_h8_silu_notime", marks=pytest.mark.slow)]
+)
 def test_items_cut_to_a_shorter_bucket_change_nothing(name, x64):
     golden = read_golden(name)
     width = golden.config["MAX_ITEM_LIST_LENGTH"] // 2

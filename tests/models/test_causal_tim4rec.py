@@ -21,8 +21,13 @@ jit = functools.partial(
 
 
 def make(max_length=LENGTH, **settings):
+    return _make(max_length, tuple(settings.items()))
+
+
+@functools.cache
+def _make(max_length, settings):
     """A model whose every part moves the output: the initial weights are tiny or zero."""
-    model = build(CAUSAL | settings, n_items=ITEMS, max_length=max_length, seed=1)
+    model = build(CAUSAL | dict(settings), n_items=ITEMS, max_length=max_length, seed=1)
     assert isinstance(model, CausalTiM4Rec)
     graph, params = nnx.split(model)
     leaves, structure = jax.tree.flatten(params)
@@ -56,7 +61,13 @@ def step(graph, params, state, items, gaps):
     return nnx.merge(graph, params).step(state, items, gaps)
 
 
-VARIANTS = [{}, {"is_time": False}, {"num_layers": 1, "is_ffn": False}, {"chunk_size": 5}]
+VARIANTS = [
+    {},
+    {"num_layers": 1, "is_time": False},
+    {"num_layers": 1, "is_ffn": False},
+    pytest.param({"is_time": False}, marks=pytest.mark.slow),
+    pytest.param({"chunk_size": 5}, marks=pytest.mark.slow),
+]
 variants = pytest.mark.parametrize("settings", VARIANTS, ids=str)
 
 

@@ -47,7 +47,7 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
     gaps = jnp.asarray(rng.integers(0, 10**6, (2, LENGTH)), jnp.float32).at[:, 0].set(0)
     inputs = items, jnp.array(LENGTHS), gaps
 
-    masks, calls = nnx.jit(lambda model, *inputs: model.masks(*inputs))(model, *inputs), []
+    calls = []
     layer = type(model.blocks[0].ssd)
     forward = layer.__call__
 
@@ -55,11 +55,22 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
         calls.append((self, args, forward(self, *args)))
         return calls[-1][2]
 
+    @nnx.jit
+    def masks_and_outputs(model, *inputs):
+        masks = model.masks(*inputs)
+        calls.clear()  # `masks` calls the layers, too
+        model(*inputs)
+        return [
+            (mask, mixed(ssd_layer, h, time, mask), output)
+            for mask, (ssd_layer, (h, time, *_), output) in zip(masks, calls, strict=True)
+        ]
+
     monkeypatch.setattr(layer, "__call__", recorded)
-    model(*inputs)
-    for mask, (ssd_layer, (h, time, *_), output) in zip(masks, calls, strict=True):
-        assert mask.shape == (2, ssd_layer.heads, LENGTH, LENGTH)
-        np.testing.assert_allclose(mixed(ssd_layer, h, time, mask), output, atol=1e-5)
+    found = masks_and_outputs(model, *inputs)
+    assert len(found) == 2
+    for mask, by_mask, output in found:
+        assert mask.shape == (2, model.blocks[0].ssd.heads, LENGTH, LENGTH)
+        np.testing.assert_allclose(by_mask, output, atol=1e-5)
 
 
 def mixed(layer, h, time, mask):
