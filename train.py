@@ -1,26 +1,34 @@
 """Trains a model: python train.py --config configs/quickstart.py --workdir runs/quickstart.
 
---config FILE.py[:VARIANT] names the settings and --config.KEY=VALUE changes one of them
-(--config.train.epochs=10). The run directory keeps settings, log, TensorBoard events,
-checkpoints and, at the end, metrics.json. The same command again goes on with a training
+--config FILE.py[:VARIANT]   the settings; the file is Python, and it is executed
+--config.KEY=VALUE           changes one setting, for example --config.train.epochs=10
+--workdir DIR                the run directory; default: runs/FILE[-VARIANT][-seedN]
+--print                      prints the settings and where each comes from, and ends
+
+Data that is not there is prepared first. The run directory keeps settings, log, TensorBoard
+events, checkpoints and, at the end, metrics.json. The same command again goes on with a training
 that was stopped.
 """
 
 import sys
-from pathlib import Path
 
 from tim4rec_jax.errors import run_main
 
 
 def main() -> None:
     """Runs the command line."""
-    # Without JAX, which `--help` and a mistyped flag need not wait for.
-    from tim4rec_jax.cli import parse
+    # Without JAX, so that `--help` begins at once.
+    from tim4rec_jax.cli import parse, prepare_data
 
     config, workdir = parse(sys.argv, usage=__doc__ or "")
+    from tim4rec_jax.run import check_unchanged
     from tim4rec_jax.training.train import train_and_report
 
-    train_and_report(config, Path(workdir))
+    # Before data is prepared, which can take long.
+    if (workdir / "config.json").exists():
+        check_unchanged(config, workdir / "config.json")
+    prepare_data(config)
+    train_and_report(config, workdir)
 
 
 if __name__ == "__main__":

@@ -1,43 +1,52 @@
-"""The command line of `train.py`: absl flags over an ml_collections config file."""
+"""The command line of `train.py`: a config file, changes to single settings, a run directory."""
 
 import difflib
 import re
 import runpy
+import shlex
+import shutil
+import sys
+import textwrap
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from tim4rec_jax.config import Config, flatten
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.config import Config
 from tim4rec_jax.errors import UserError
 
 
-def parse(argv: list[str], usage: str) -> tuple[Config, str]:
-    """Reads `--config FILE[:VARIANT] [--config.KEY=VALUE ...] --workdir DIR`.
+def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
+    """Reads `--config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR] [--print]`.
+
+    `--help` and `--print` print what they are asked for and end the program. Nothing is written.
 
     Args:
-      argv: the command line (`sys.argv`), the program first.
-      usage: printed for `--help`, which ends the program.
+      argv: the command line (`sys.argv`); the program comes first.
+      usage: the text that `--help` begins with.
 
     Returns:
-      The settings, locked, and the run directory.
+      The settings, resolved and locked, and the run directory.
 
     Raises:
-      UserError: a flag, a key, a value or the file is wrong.
+      UserError: a flag, a setting, a value or the config file is wrong.
     """
     if {"-h", "--help", "-help"} & set(argv):
-        print(usage.strip())
+        _print_help(usage)
         raise SystemExit
+    argv = _with_new_names(argv)
     files, settings = flags.FlagValues(), flags.FlagValues()
     files.set_gnu_getopt(True)
     file = flags.DEFINE_string("config", None, "settings", flag_values=files)
     workdir = flags.DEFINE_string("workdir", None, "run directory", flag_values=files)
+    only_print = flags.DEFINE_bool("print", False, "print the settings", flag_values=files)
     try:
         argv = files(argv, known_only=True)
-        loaded = _load(file.value)
-        _check_keys(argv, loaded)
+        written = load_config(file.value)
+        changed = _changed_settings(argv, written)
         config = config_flags.DEFINE_config_dict(
-            "config", loaded, lock_config=True, flag_values=settings, sys_argv=argv
+            "config", written.copy_and_resolve_references(), flag_values=settings, sys_argv=argv
         )
         rest = settings(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
@@ -46,13 +55,25 @@ def parse(argv: list[str], usage: str) -> tuple[Config, str]:
         raise UserError(f"{message}; see train.py --help") from error
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag; see train.py --help")
-    if workdir.value is None:
-        raise UserError("--workdir DIR is missing; see train.py --help")
-    return config.value, workdir.value
+    if workdir.value == "":
+        raise UserError("--workdir is empty; name a folder, or leave it out for one in runs/")
+    resolved = config_lib.resolve(config.value).lock()
+    directory = workdir.value or _default_workdir(file.value, written.seed, resolved.seed)
+    if only_print.value:
+        _print_settings(resolved, written, changed, file.value, directory)
+        raise SystemExit
+    return resolved, Path(directory)
 
 
-def _load(named: str | None) -> Config:
-    """The settings of FILE[:VARIANT] as they stand in the file."""
+def load_config(named: str | None) -> Config:
+    """The settings that a config file gives.
+
+    Args:
+      named: FILE.py[:VARIANT]. The file is executed, and its `get_config(VARIANT)` is called.
+
+    Raises:
+      UserError: the file is missing, or it is no config file, or it does not know the variant.
+    """
     if not named:
         raise UserError("--config FILE.py is missing; see train.py --help")
     path, _, variant = named.partition(":")
@@ -61,25 +82,133 @@ def _load(named: str | None) -> Config:
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config(variant) if get_config else None
-    # The file is the user's: whatever it raises is for the user to put right.
+    # The file belongs to the user, who can correct whatever it raises.
     except Exception as error:
         kind = "" if isinstance(error, ValueError | SyntaxError) else f"{type(error).__name__}: "
         raise UserError(f"--config {named}: {kind}{error}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: {path} has no function get_config that returns a ConfigDict")
+    for note in config_lib.rename_settings(config):
+        print(f"note: {path}: {note}", file=sys.stderr)
     return config
 
 
-def _check_keys(argv: list[str], config: Config) -> None:
-    """Refuses a `--config.KEY` that is not a setting, naming those most like it."""
-    known = flatten(config)
-    for key in re.findall(r"(?:^|\n)--?config\.([\w.]+)", "\n".join(argv)):
+def _with_new_names(argv: list[str]) -> list[str]:
+    """Replaces older names of settings, and says so."""
+    for old, new in config_lib.RENAMED.items():
+        pattern = re.compile(rf"^(--?config\.){re.escape(old)}(?==|$)")
+        if any(pattern.match(word) for word in argv):
+            print(f"note: config.{old} is now called config.{new}", file=sys.stderr)
+            argv = [pattern.sub(rf"\g<1>{new}", word) for word in argv]
+    return argv
+
+
+def _changed_settings(argv: list[str], config: Config) -> set[str]:
+    """Full names of the settings that the command line changes.
+
+    `--config.model.name` puts the settings of the other model into `config`.
+
+    Raises:
+      UserError: a name is not a setting; the message names those most like it.
+    """
+    changed = dict(re.findall(r"(?:^|\n)--?config\.([\w.]+)(?:[=\n](.*))?", "\n".join(argv)))
+    if changed.get("model.name", config.model.name) != config.model.name:
+        try:
+            config_lib.use_model(config, changed["model.name"])
+        except ValueError as error:
+            raise UserError(f"config.model.{error}") from error
+    known = config_lib.flatten(config)
+    for key in changed:
         if key in known:
             continue
-        # A key whose last word is right is more likely meant than one that merely looks alike.
+        # A name whose last word is right is more likely meant than one that looks alike.
         last = key.rpartition(".")[2]
         by_last = {name.rpartition(".")[2]: name for name in known}
         near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
         near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
         hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
         raise UserError(f"config.{key} is not a setting{hint}")
+    return set(changed)
+
+
+def _default_workdir(named: str, seed_of_file: int, seed: int) -> str:
+    """`runs/CONFIG[-VARIANT][-seedN]`."""
+    path, _, variant = named.partition(":")
+    name = Path(path).stem + (f"-{variant}" if variant else "")
+    return f"runs/{name}" + (f"-seed{seed}" if seed != seed_of_file else "")
+
+
+def prepare_data(config: Config) -> None:
+    """Prepares the dataset of a run if it is not there, with the command `config.prepare`.
+
+    Raises:
+      UserError: the dataset cannot be prepared, or `config.prepare` makes another one.
+    """
+    if (Path(config.dataset) / "dataset.json").exists():
+        return
+    command = shlex.split(config.prepare)
+    if command[:3] != ["python", "-m", "data_prep"] or command[-2:] != ["--out", config.dataset]:
+        raise UserError(
+            f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
+        )
+    from data_prep.__main__ import main as prepare
+
+    print(f"{config.dataset} is not there yet; preparing it with `{config.prepare}`", flush=True)
+    prepare(command[3:])
+
+
+def _print_help(usage: str) -> None:
+    """Prints each setting with its default. The model's need JAX, so they come last."""
+    print(usage.strip())
+    print("\nsettings of a run, with their defaults, which a config file changes:")
+    for name, setting in config_lib.SETTINGS.items():
+        empty = isinstance(setting.default, type)
+        _print_setting(name, None if empty else setting.default, setting.help)
+    sys.stdout.flush()
+    config = config_lib.default()
+    print(f"\nsettings of the model {config.model.name}; others: --config FILE.py:NAME --print")
+    lines = config_lib.setting_help(config)
+    for key, value in config.model.items():
+        _print_setting(f"model.{key}", value, lines[f"model.{key}"])
+
+
+def _print_setting(name: str, value: object, line: str) -> None:
+    indent, width = " " * 40, max(80, shutil.get_terminal_size().columns)
+    left = f"  {name} = {value!r}"
+    gap = "\n" + indent if len(left) >= len(indent) else " " * (len(indent) - len(left))
+    print(
+        left
+        + gap
+        + textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)[40:]
+    )
+
+
+def _print_settings(
+    config: Config, written: Config, changed: set[str], named: str, workdir: str
+) -> None:
+    """Prints each setting with its value and the place that the value comes from."""
+    default = config_lib.default()
+    config_lib.use_model(default, config.model.name)
+    in_code, in_file = config_lib.flatten(default), config_lib.flatten(written)
+    section = ""
+    for name, value in _in_order(config).items():
+        if name in changed:
+            source = "command line"
+        elif value != in_file[name]:
+            source = "follows from other settings"
+        else:
+            source = "default" if value == in_code[name] else named.partition(":")[0]
+        group, _, key = name.rpartition(".")
+        if group != section:
+            section = group
+            print(f"\n{section}")
+        print(f"{'  ' if group else ''}{key:<22}{value!s:<30} {source}".rstrip())
+    print(f"\nthe data is prepared with: {config.prepare}")
+    print(f"the run directory is:      {workdir}")
+
+
+def _in_order(config: Config) -> dict:
+    """All settings: those of the run as in the table of settings, then those of the model."""
+    flat = config_lib.flatten(config)
+    names = [*config_lib.SETTINGS, *(name for name in flat if name not in config_lib.SETTINGS)]
+    return {name: flat[name] for name in names}

@@ -1,217 +1,314 @@
-"""The settings of a run: defaults, what follows from them, and what must hold."""
+"""The settings of a run: what can be set, the defaults, and what must hold.
+
+The settings of a model stand with the model, as the dataclass `Settings` of its class in
+`tim4rec_jax.models`. All other settings are the rows of `SETTINGS`.
+"""
 
 import dataclasses
-from typing import Any, TypeAlias
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.models import DEFAULT_MODEL, MODELS, find_model, model_class, model_settings
 
-# A ConfigDict: which attributes it has, no type checker can know.
+# The functions that need the models import them. So `train.py --help` can begin without JAX.
+
+# A `ConfigDict`, whose attributes no type checker knows.
 Config: TypeAlias = Any
 
 
-BASELINES = tuple(name for name in MODELS if name != DEFAULT_MODEL)
+class Check(NamedTuple):
+    """A condition on one setting, and what an error message says about it."""
+
+    holds: Callable[[Any], bool]
+    says: str
+
+
+def one_of(*words: str) -> Check:
+    """The setting is one of some words."""
+    return Check(lambda value: value in words, f"it must be one of {', '.join(words)}")
+
+
+# Conditions are written so that NaN does not meet them.
+POSITIVE = Check(lambda value: value > 0, "it must be positive")
+NOT_NEGATIVE = Check(lambda value: value >= 0, "it must not be negative")
+SHARE = Check(lambda value: 0 <= value < 1, "it must lie in [0, 1)")
+WHOLE_NUMBERS = Check(
+    lambda value: all(isinstance(number, int) for number in value), "it must be whole numbers"
+)
+
+
+class Setting(NamedTuple):
+    """One setting.
+
+    Attributes:
+      default: its value unless a configuration sets it. A type stands for no value: the setting
+        is None until someone sets it, and the code chooses.
+      help: one line for `train.py --help`.
+      check: what must hold of a value.
+    """
+
+    default: Any
+    help: str
+    check: Check | None = None
+
+
+# The defaults are those of the released 64-d configurations.
+SETTINGS: dict[str, Setting] = {
+    "dataset": Setting("", "folder of the prepared dataset"),
+    "prepare": Setting("", "command that prepares the dataset; runs if the folder is missing"),
+    "seed": Setting(2020, "seed of initial weights, shuffling and dropout", NOT_NEGATIVE),
+    "data.max_length": Setting(50, "longest history that the model sees, in events", POSITIVE),
+    "data.split": Setting(
+        "leave_one_out",
+        "leave_one_out: the last event of a user tests; global_time: what is after a date tests",
+        one_of("leave_one_out", "global_time"),
+    ),
+    "data.valid_from": Setting(
+        str, "ISO date where validation begins, with global_time; default: after 80 % of events"
+    ),
+    "data.test_from": Setting(
+        str, "ISO date where the test begins, with global_time; default: after 90 % of events"
+    ),
+    "data.convention": Setting(
+        str,
+        "gaps between events: recbole (float32 times, a spike in the padding) or exact; "
+        "default: as the model was published",
+        one_of("recbole", "exact"),
+    ),
+    "data.buckets": Setting(
+        tuple, "lengths that batches are padded to; default: chosen from the data", WHOLE_NUMBERS
+    ),
+    "data.windows_per_user": Setting(
+        int,
+        "most windows of max_length that an epoch takes from a history, with every_position; "
+        "default: all",
+        POSITIVE,
+    ),
+    "data.placement": Setting(
+        "auto",
+        "where batches are gathered: host, device (which then holds all events), or auto: the "
+        "device if it is a GPU or TPU with enough memory",
+        one_of("auto", "device", "host"),
+    ),
+    "train.objective": Setting(
+        "prefix",
+        "prefix: predict the event after each prefix of a history; every_position: all events "
+        "of packed histories at once (causal models); cloze: masked items (bert4rec)",
+        one_of("prefix", "every_position", "cloze"),
+    ),
+    "train.loss": Setting(
+        "cross_entropy",
+        "cross_entropy over all items; sampled_softmax, gbce or bpr for large catalogues",
+        one_of("cross_entropy", "sampled_softmax", "gbce", "bpr"),
+    ),
+    "train.negatives": Setting(512, "items that a sampled loss draws for a batch", POSITIVE),
+    "train.calibration": Setting(0.75, "t of gbce (arXiv 2308.07192)", SHARE),
+    "train.batch_size": Setting(
+        2048,
+        "rows in a batch; a row is one history, or with every_position max_length positions that "
+        "hold several histories",
+        POSITIVE,
+    ),
+    "train.learning_rate": Setting(1e-3, "of Adam", POSITIVE),
+    "train.schedule": Setting(
+        "constant",
+        "of the learning rate: constant, or cosine, which falls to 0 over all epochs",
+        one_of("constant", "cosine"),
+    ),
+    "train.weight_decay": Setting(0.0, "of AdamW; 0: Adam", NOT_NEGATIVE),
+    "train.epochs": Setting(300, "most passes over the training data", POSITIVE),
+    "train.patience": Setting(
+        20, "epochs in a row without a better NDCG@10 before training stops", NOT_NEGATIVE
+    ),
+    "train.checkpoint_minutes": Setting(
+        5.0, "minutes between checkpoints within an epoch; each epoch ends with one", NOT_NEGATIVE
+    ),
+    "eval.batch_size": Setting(512, "users evaluated at once; changes the speed only", POSITIVE),
+}
+
+# Names that settings had in older runs, and the names they have now.
+RENAMED = {
+    "model.seen_offset": "model.repeat_bias",
+    "model.drift_knots": "model.date_bias_knots",
+}
+# Where the settings of older runs hold what `tim4rec_jax.run.read_date_range` returns today.
+OLD_DATE_RANGES = ("model.drift_dates", "model.date_bias_dates", "data.date_range")
 
 
 def default() -> Config:
-    """Settings of a run, with the values of the released 64-d model."""
-    return ConfigDict(
-        {
-            "dataset": "",  # a directory that data_prep wrote,
-            "prepare": "",  # and the command that makes it
-            "seed": 2020,  # of initial weights, shuffling and dropout
-            "data": {
-                # Where batches are gathered: on the "host", on the "device" (the event log lies
-                # there), or "auto": on a GPU or TPU that has the memory.
-                "placement": "auto",
-                # Or "global_time": training ends at a date. See tim4rec_jax/data/splits.py.
-                "split": "leave_one_out",
-                # ISO dates, of "global_time" only; by default 80 and 90 % of events are before.
-                "valid_from": config_dict.placeholder(str),
-                "test_from": config_dict.placeholder(str),
-                "max_length": 50,  # longest history the model sees
-                # "recbole" rounds times to float32 and leaves the padding spike in, "exact" does
-                # neither; by default what the time encoding calls for.
-                "convention": config_dict.placeholder(str),
-                # Lengths to pad batches to; by default chosen from the data.
-                "buckets": config_dict.placeholder(tuple),
-                # Windows of max_length an epoch takes from one history, at most; by default
-                # all. Only with train.objective "every_position".
-                "windows_per_user": config_dict.placeholder(int),
-            },
-            "model": _model_section(DEFAULT_MODEL),
-            "train": {
-                "objective": "prefix",
-                "loss": "cross_entropy",  # or sampled_softmax, gbce, bpr: for large catalogues
-                "negatives": 512,  # items that a sampled loss draws for a batch
-                "calibration": 0.75,  # t of gbce
-                "batch_size": 2048,
-                "learning_rate": 1e-3,
-                "schedule": "constant",  # or "cosine": down to 0 at the end of all epochs
-                "weight_decay": 0.0,
-                "epochs": 300,
-                "patience": 20,  # epochs without a better NDCG@10 before training stops
-                "checkpoint_minutes": 5.0,  # besides the checkpoint after every epoch
-            },
-            "eval": {"batch_size": 512},  # changes the speed only
-        }
-    )
+    """Settings of a run of TiM4Rec, with the values of the released 64-d model."""
+    from tim4rec_jax.models import DEFAULT_MODEL
 
-
-def _model_section(name: str) -> dict[str, Any]:
-    return {"name": name, **dataclasses.asdict(find_model(name).Settings())}
+    config = ConfigDict({"data": {}, "model": {}, "train": {}, "eval": {}})
+    for name, setting in SETTINGS.items():
+        group, key = _place(config, name)
+        empty = isinstance(setting.default, type)
+        group[key] = config_dict.placeholder(setting.default) if empty else setting.default
+    use_model(config, DEFAULT_MODEL)
+    return config
 
 
 def use_model(config: Config, name: str) -> None:
-    """Switches to another model, with its default settings.
+    """Switches to another model, with the default settings of its class.
+
+    Its objective and its patience become those of the model, too.
 
     Args:
       config: changed in place.
-      name: see `tim4rec_jax.models.find_model`.
+      name: a model's name or "module:Class", see `tim4rec_jax.models.find_model`.
 
     Raises:
       ValueError: there is no such model.
     """
+    from tim4rec_jax.models import find_model
+
     model = find_model(name)
     with config.unlocked():
-        config.model = ConfigDict(_model_section(name))
+        config.model = ConfigDict({"name": name, **dataclasses.asdict(model.Settings())})
     config.train.objective = model.default_objective
     config.train.patience = model.default_patience
     if model.default_epochs is not None:
         config.train.epochs = model.default_epochs
 
 
-def use_causal_time(config: Config, *, rows: int, epochs: int) -> None:
-    """Switches to causal time, trained at every position of packed rows.
+def rename_settings(config: Config) -> list[str]:
+    """Moves the values of settings with an older name to the name of today.
 
     Args:
       config: changed in place.
-      rows: of `data.max_length` positions, a batch.
-      epochs: the learning rate falls to 0 in so many; nothing stops training before, because the
-        last ones are the best.
+
+    Returns:
+      A sentence for each setting that was moved.
     """
-    config.model.update(time_encoding="causal", repeat_bias=True)
-    config.train.update(
-        objective="every_position",
-        batch_size=rows,
-        epochs=epochs,
-        patience=epochs,
-        schedule="cosine",
-    )
+    notes = []
+    with config.unlocked(), config.ignore_type():
+        for section in {"data", "model"} - set(config):  # a file of settings may lack them
+            config[section] = ConfigDict()
+        for old, new in RENAMED.items():
+            group, key = _place(config, old)
+            if key in group:
+                target, name = _place(config, new)
+                target[name] = group[key]
+                del group[key]
+                notes.append(f"config.{old} is now called config.{new}")
+        for old in OLD_DATE_RANGES:
+            group, key = _place(config, old)
+            if key in group:
+                del group[key]
+    return notes
 
 
-_POSITIVE = (
-    "data.max_length",
-    "train.batch_size",
-    "train.negatives",
-    "train.learning_rate",
-    "train.epochs",
-    "eval.batch_size",
-)
-_NOT_NEGATIVE = (
-    "seed",
-    "train.weight_decay",
-    "train.patience",
-    "train.checkpoint_minutes",
-)
-_SHARES = ("train.calibration",)
-
-
-def check_variant(variant: str, known: tuple[str, ...]) -> None:
-    """Raises a ValueError that lists the variants if `variant` is none of them.
-
-    Besides those `known`, a config has one for every comparison model.
-    """
-    if variant not in ("", *known, *BASELINES):
-        listed = ", ".join((*known, *BASELINES))
-        raise ValueError(f"{variant!r} is not a variant; there are: {listed}")
+def old_date_range(values: dict[str, Any]) -> tuple[int, int] | None:
+    """The dates of a date bias in the settings of an older run, None if there are none."""
+    flat = flatten(values)
+    for name in OLD_DATE_RANGES:
+        if flat.get(name):
+            first, last = flat[name]
+            return first, last
+    return None
 
 
 def resolve(config: Config) -> Config:
-    """Fills in what follows from other settings and checks the rest.
+    """Fills in what follows from other settings, and checks all of them.
+
+    Args:
+      config: not changed.
+
+    Returns:
+      A copy in which `data.convention` is filled in.
 
     Raises:
-      UserError: a setting cannot be, with its name.
+      UserError: a setting is not known or not possible; the message names it.
     """
+    from tim4rec_jax.models import model_class, model_settings
+
     config = config.copy_and_resolve_references()
-    model, train = config.model, config.train
+    for name, value in flatten(config).items():
+        if name.startswith("model."):
+            continue
+        if name not in SETTINGS:
+            raise UserError(f"config.{name} is not a setting")
+        check = SETTINGS[name].check
+        if check is not None and value is not None and not check.holds(value):
+            raise UserError(f"config.{name} is {value!r}; {check.says}")
     try:
-        settings, kind = model_settings(model), model_class(model)
+        settings, model = model_settings(config.model), model_class(config.model)
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
-    _one_of("data.placement", config.data.placement, ("auto", "device", "host"))
-    _one_of("data.split", config.data.split, ("leave_one_out", "global_time"))
-    _one_of("train.objective", train.objective, ("prefix", "every_position", "cloze"))
-    losses = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
-    _one_of("train.loss", train.loss, losses)
-    _one_of("train.schedule", train.schedule, ("constant", "cosine"))
-    encoding = model.get("time_encoding")
-    if train.objective == "every_position" and not kind.causal:
-        name = f"{model.name} with time encoding {encoding}" if encoding else model.name
-        raise UserError(
+    packed = config.train.objective == "every_position"
+    if config.data.convention is None:
+        config.data.convention = "exact" if packed else settings.convention
+    for problem in _conflicts(config, model):
+        raise UserError(problem)
+    return config
+
+
+def _conflicts(config: Config, model: Any):
+    """Yields a sentence for each pair of settings that cannot go together."""
+    data, train = config.data, config.train
+    if train.objective == "every_position" and not model.causal:
+        encoding = config.model.get("time_encoding")
+        name = f"{config.model.name} with time encoding {encoding}" if encoding else model.__name__
+        yield (
             f"config.train.objective is 'every_position', which needs a causal model, but {name} "
             "looks ahead; take config.model.time_encoding=causal, or another model or objective"
         )
-    if (train.objective == "cloze") != (kind.default_objective == "cloze"):
-        raise UserError(
-            f"config.train.objective is {train.objective!r}, and the model {model.name} is trained "
-            f"with {kind.default_objective}; cloze is for models that fill masks, and for no others"
+    if train.objective == "every_position" and data.convention != "exact":
+        yield (
+            "config.data.convention is 'recbole', but packed rows have exact gaps; leave it out, "
+            "or take config.train.objective=prefix"
         )
-    if model.date_bias_knots and train.objective == "cloze":
-        raise UserError(
-            f"config.model.date_bias_knots is {model.date_bias_knots}, and the objective is cloze, which "
-            "predicts items of any date; take config.model.date_bias_knots=0"
+    if (train.objective == "cloze") != (model.default_objective == "cloze"):
+        yield (
+            f"config.train.objective is {train.objective!r}, and the model {config.model.name} is "
+            f"trained with {model.default_objective}; cloze is for models that fill masks only"
         )
-    if model.repeat_bias and (train.loss != "cross_entropy" or train.objective == "cloze"):
-        raise UserError(
+    if config.model.date_bias_knots and train.objective == "cloze":
+        yield (
+            f"config.model.date_bias_knots is {config.model.date_bias_knots}, and the objective is "
+            "cloze, which predicts items of any date; take config.model.date_bias_knots=0"
+        )
+    if config.model.repeat_bias and (train.loss != "cross_entropy" or train.objective == "cloze"):
+        yield (
             "config.model.repeat_bias is True, which needs config.train.loss=cross_entropy and "
             f"another objective than cloze, and they are {train.loss} and {train.objective}; "
             "change them, or take config.model.repeat_bias=False"
         )
-    if config.data.convention is None:
-        packed = train.objective == "every_position"
-        config.data.convention = "exact" if packed else settings.convention
-    _one_of("data.convention", config.data.convention, ("recbole", "exact"))
-    if train.objective == "every_position" and config.data.convention != "exact":
-        raise UserError(
-            "config.data.convention is 'recbole', but packed rows have exact gaps; leave it out, "
-            "or take config.train.objective=prefix"
+    buckets, longest = data.buckets, data.max_length
+    if buckets is not None and (min(buckets, default=0) < 1 or max(buckets) != longest):
+        yield (
+            f"config.data.buckets {buckets} must be positive and the longest {longest}, which is "
+            "config.data.max_length"
         )
-    buckets = config.data.buckets
-    if buckets is not None and not all(isinstance(width, int) for width in buckets):
-        raise UserError(f"config.data.buckets is {buckets!r}; it must be whole numbers")
-    _check_numbers(flatten(config))
-    windows = config.data.windows_per_user
-    if windows is not None and windows < 1:
-        raise UserError(f"config.data.windows_per_user is {windows}; it must be positive")
-    return config
 
 
-def _check_numbers(flat: dict) -> None:
-    numbers = {name: value for name, value in flat.items() if isinstance(value, int | float)}
-    for name, value in numbers.items():
-        # Negated, so that a NaN does not pass.
-        if name in _SHARES:
-            if not 0 <= value < 1:
-                raise UserError(f"config.{name} is {value}; it must lie in [0, 1)")
-        elif name in _NOT_NEGATIVE:
-            if not value >= 0:
-                raise UserError(f"config.{name} is {value}; it must not be negative")
-        elif name in _POSITIVE and not value > 0:
-            raise UserError(f"config.{name} is {value}; it must be positive")
+def setting_help(config: Config) -> dict[str, str]:
+    """One line about each setting, by its full name; those of the model are its docstring's."""
+    from tim4rec_jax.models import find_model
+
+    lines = {name: setting.help for name, setting in SETTINGS.items()}
+    lines["model.name"] = "which model; `configs/FILE.py:NAME` chooses it with its settings"
+    for parent in reversed(find_model(config.model.name).Settings.__mro__):
+        attributes = re.split(r"\n *(?:Attributes|Raises):\n", parent.__doc__ or "")
+        for section in attributes[1:2]:
+            for name, text in re.findall(r"^ {6}(\w+): ((?:.|\n {8})*)", section, re.MULTILINE):
+                lines[f"model.{name}"] = " ".join(text.split())
+    return lines
 
 
-def _one_of(name: str, value, values: tuple) -> None:
-    if value not in values:
-        raise UserError(f"config.{name} is {value!r}; it must be one of {', '.join(values)}")
-
-
-def flatten(config: Config, prefix: str = "") -> dict:
-    """{"model.hidden_size": 64, ...}."""
+def flatten(config: Config, prefix: str = "") -> dict[str, Any]:
+    """The settings by their full names: `{"model.hidden_size": 64, ...}`."""
     flat = {}
     for key, value in config.items():
         nested = isinstance(value, ConfigDict | dict)
         flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
     return flat
+
+
+def _place(config: Config, name: str) -> tuple[Any, str]:
+    """The section that holds a setting, and the setting's key there."""
+    group, _, key = name.rpartition(".")
+    return (config[group] if group else config), key

@@ -1,4 +1,12 @@
-"""A run directory: its settings, its dataset, its model."""
+"""A run directory: its settings, its dataset, its best model.
+
+    config.json       settings
+    dataset.json      metadata of the dataset that the model was trained on
+    date_range.json   times of the training events, for models with a date bias
+    best/             parameters with the best validation figures
+
+Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
+"""
 
 import json
 from pathlib import Path
@@ -20,62 +28,21 @@ logging.set_verbosity(logging.FATAL)
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
-    """Writes the settings as JSON, whole or not at all."""
+    """Writes the settings as JSON, complete or not at all."""
     write_json(path, config.to_dict())
 
 
-# Where the settings of older runs hold the times that `read_date_range` returns.
-_OLD_DATE_RANGES = (("model", "drift_dates"), ("model", "date_bias_dates"), ("data", "date_range"))
-
-
-def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
-    """Writes what `read_date_range` reads; the arguments are described there."""
-    write_json(workdir / "date_range.json", date_range)
-
-
-def read_date_range(workdir: Path) -> tuple[int, int] | None:
-    """The times that a model with a date bias was trained on.
-
-    Args:
-      workdir: of the run.
-
-    Returns:
-      The times of the first and the last training event, in seconds since 1970. None: the model
-      has no date bias.
-    """
-    path = workdir / "date_range.json"
-    if path.exists():
-        first, last = json.loads(path.read_text())
-        return first, last
-    values = json.loads((workdir / "config.json").read_text())
-    for section, old in _OLD_DATE_RANGES:
-        if dates := values.get(section, {}).get(old):
-            return dates[0], dates[1]
-    return None
-
-
 def read_settings(path: Path) -> config_lib.Config:
-    """Reads settings that `write_settings` wrote.
+    """Reads settings that `write_settings` wrote, of this version or an older one.
 
     Raises:
-      UserError: the file is missing or no JSON.
+      UserError: the file is missing, is no JSON, or names a model that cannot be found.
     """
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is no run directory: it has no {path.name}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
+    values = config_lib.ConfigDict(_read_json(path))
+    config_lib.rename_settings(values)
     config = config_lib.default()
-    model = values.setdefault("model", {})
-    # Names that settings had in older runs.
-    for old, new in (("seen_offset", "repeat_bias"), ("drift_knots", "date_bias_knots")):
-        if old in model:
-            model[new] = model.pop(old)
-    for section, old in _OLD_DATE_RANGES:
-        values.get(section, {}).pop(old, None)
     try:
-        config_lib.use_model(config, model.get("name", config.model.name))
+        config_lib.use_model(config, values.model.get("name", config.model.name))
     except ValueError as error:
         raise UserError(f"{path}: model.{error}") from error
     with config.unlocked(), config.ignore_type():
@@ -85,15 +52,29 @@ def read_settings(path: Path) -> config_lib.Config:
     return config
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent} is no run directory: it has no {path.name}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
+
+
 def check_unchanged(config: config_lib.Config, path: Path) -> None:
-    """Makes sure that a run goes on with the settings it began with.
+    """Makes sure that a run goes on with the settings that it began with.
+
+    Args:
+      config: the settings of now, resolved.
+      path: the file with the settings that the run began with.
 
     Raises:
-      UserError: they differ, with the names of those that do.
+      UserError: they differ; the message names the settings that do.
     """
     # Through JSON, which makes lists of tuples.
-    ours = config_lib.flatten(json.loads(json.dumps(config.to_dict())))
-    theirs = json.loads(json.dumps(config_lib.flatten(read_settings(path).to_dict())))
+    ours, theirs = (
+        json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
+    )
     changed = [name for name in ours if ours[name] != theirs.get(name) and name != "prepare"]
     if changed:
         listed = ", ".join(f"{name} ({theirs.get(name)} -> {ours[name]})" for name in changed)
@@ -104,15 +85,15 @@ def check_unchanged(config: config_lib.Config, path: Path) -> None:
 
 
 def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
-    """Makes sure that a run goes on with the dataset it began with, described in `path`.
+    """Makes sure that a run goes on with the dataset that it began with.
 
     Args:
-      directory: of the dataset.
-      ours: its metadata.
-      path: the metadata of the one the run began with; written if missing.
+      directory: the folder of the dataset.
+      ours: the metadata of that dataset.
+      path: the metadata of the dataset that the run began with. It is written if it is missing.
 
     Raises:
-      UserError: another dataset is in its place, with what tells them apart.
+      UserError: it is another dataset; the message says what tells them apart.
     """
     if not path.exists():
         write_json(path, ours)
@@ -125,8 +106,30 @@ def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
         )
 
 
+def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
+    """Writes what `read_date_range` reads; the arguments are described there."""
+    write_json(workdir / "date_range.json", date_range)
+
+
+def read_date_range(workdir: Path) -> tuple[int, int] | None:
+    """The times that a model with a date bias was trained on.
+
+    Args:
+      workdir: the run directory.
+
+    Returns:
+      The times of the first and the last training event, in seconds since 1970. None: the model
+      has no date bias.
+    """
+    path = workdir / "date_range.json"
+    if path.exists():
+        first, last = json.loads(path.read_text())
+        return first, last
+    return config_lib.old_date_range(_read_json(workdir / "config.json"))
+
+
 def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
-    """The settings of a run and its model with the parameters best on validation.
+    """The settings of a run, and its model with the parameters that were best on validation.
 
     Raises:
       UserError: the run directory or its best checkpoint is missing or damaged.

@@ -1,5 +1,7 @@
-"""Every configuration, in every variant it documents, builds its model."""
+"""Every configuration in every variant: its settings are those of record, and its model builds."""
 
+import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -8,20 +10,28 @@ import jax
 import pytest
 from flax import nnx
 
+from configs import common
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.models import build
+from tim4rec_jax.models import MODELS, build
 
 FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(FOLDER.glob("*.py"))
+FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
+# The settings that each variant had when the figures in the docstrings were measured: the
+# settings of every run, those of every model, and for each variant what differs from these.
+RECORD = json.loads((Path(__file__).parent / "resolved.json").read_text())
 
 
 def variants(path):
-    """Those the file checks its argument against."""
-    text = re.search(r"check_variant\(variant, \((.*?)\)\)", path.read_text()).group(1)
-    return re.findall(r'"(.+?)"', text)
+    """The variants of its own that a file checks its argument against."""
+    text = re.search(r"check_variant\(variant, (.*?)\)", path.read_text()).group(1)
+    return ast.literal_eval(f"({text},)")
 
 
 CASES = [(path, variant) for path in FILES for variant in ("", *variants(path))]
+
+
+def get_config(path, variant):
+    return runpy.run_path(str(path))["get_config"](variant)
 
 
 def test_the_configs_are_there():
@@ -29,11 +39,27 @@ def test_the_configs_are_there():
     assert names <= {path.stem for path in FILES}
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_settings_of_record(path):
+    for variant in ("", *variants(path), *common.BASELINES):
+        found = config_lib.flatten(config_lib.resolve(get_config(path, variant)))
+        differences = RECORD["differences"][f"{path.stem}:{variant}".removesuffix(":")]
+        name = differences.get("model.name", "tim4rec")
+        model = {f"model.{key}": value for key, value in RECORD["models"][name].items()}
+        expected = RECORD["run"] | {"model.name": name} | model | differences
+        found = json.loads(json.dumps(found))  # makes lists of tuples
+        # A setting that came later has the value that changes nothing.
+        assert found.pop("model.conv_path", "") == ""
+        assert found == expected, variant
+
+
 @pytest.mark.parametrize(("path", "variant"), CASES, ids=lambda part: getattr(part, "stem", part))
 def test_builds(path, variant):
-    config = config_lib.resolve(runpy.run_path(str(path))["get_config"](variant))
+    config = config_lib.resolve(get_config(path, variant))
     length = config.data.max_length
-    model = nnx.eval_shape(lambda: build(config.model, n_items=100, max_length=length))
+    model = nnx.eval_shape(
+        lambda: build(config.model, n_items=100, max_length=length, date_range=(0, 1))
+    )
     batch = [
         jax.ShapeDtypeStruct((2, length), "int32"),
         jax.ShapeDtypeStruct((2,), "int32"),
@@ -58,4 +84,8 @@ def test_says_how_to_prepare_and_train(path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_a_variant_there_is_not(path):
     with pytest.raises(ValueError, match=r"'nosuch' is not a variant; there are: .*official"):
-        runpy.run_path(str(path))["get_config"]("nosuch")
+        get_config(path, "nosuch")
+
+
+def test_every_model_but_the_default_is_a_variant():
+    assert {*common.BASELINES, "tim4rec"} == set(MODELS)

@@ -7,13 +7,15 @@ import pytest
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.models import build
+from tim4rec_jax.models import DEFAULT_MODEL, MODELS, build
 
 ITEMS, LENGTH = 30, 10
 LENGTHS = jnp.array([10, 3, 1])
 
 
-@pytest.mark.parametrize("name", [name for name in config_lib.BASELINES if name != "popularity"])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if name not in (DEFAULT_MODEL, "popularity")]
+)
 def test_states_are_those_of_float32(name):
     rng = np.random.default_rng(0)
     items = rng.integers(1, ITEMS + 1, (3, LENGTH))

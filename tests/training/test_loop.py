@@ -84,7 +84,9 @@ def test_learns_what_can_be_learnt(finished):
 
 def test_learns_at_every_position(dataset, tmp_path, capsys):
     config = tiny_config(dataset)
-    config_lib.use_causal_time(config, rows=2, epochs=15)
+    config.model.update(time_encoding="causal", repeat_bias=True)
+    config.train.update(objective="every_position", batch_size=2, schedule="cosine")
+    config.train.update(epochs=15, patience=15)
     config.train.learning_rate = 0.02
     config.model.knows_next_time = True
     figures = train(config, tmp_path / "run")
@@ -98,7 +100,9 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
 
 def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
     config = tiny_config(dataset)
-    config_lib.use_causal_time(config, rows=2, epochs=2)
+    config.model.update(time_encoding="causal", repeat_bias=True)
+    config.train.update(objective="every_position", batch_size=2, schedule="cosine")
+    config.train.update(epochs=2, patience=2)
     config.model.date_bias_knots = 4
     calm = train(config, tmp_path / "calm")
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step

@@ -361,12 +361,8 @@ def train_and_report(config: Config, workdir: Path) -> None:
     """Trains as `tim4rec_jax.training.train.train` does and prints what came out.
 
     Raises:
-      UserError: as `train`; a dataset not prepared yet is answered with how to prepare it.
+      UserError: as `train`.
     """
-    if not (Path(config.dataset) / "dataset.json").exists():
-        raise UserError(
-            f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
-        )
     enable_compilation_cache()
     silence_echoes()
     figures = train(config, workdir)

@@ -1,15 +1,18 @@
 """Every mistake on the command line of `train.py`, as a user meets it: one sentence."""
 
+import dataclasses
 import runpy
 import sys
 from pathlib import Path
 
 import pytest
 
+from data_prep import sources
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.cli import parse
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.run import write_settings
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'ml1m.py'}"
@@ -29,7 +32,7 @@ def test_file_variant_and_overrides():
         "--config.data.convention=exact",
         WORKDIR,
     )
-    assert workdir == "runs/x"
+    assert workdir == Path("runs/x")
     assert (config.model.hidden_size, config.train.learning_rate) == (256, 0.01)
     assert (config.data.buckets, config.model.is_ffn) == ((20, 200), False)
     assert config.data.convention == "exact"
@@ -39,7 +42,49 @@ def test_file_variant_and_overrides():
 
 def test_flags_and_values_apart():
     config, workdir = parsed("--config", CONFIG.partition("=")[2], "--workdir", "there")
-    assert (config.model.hidden_size, workdir) == (64, "there")
+    assert (config.model.hidden_size, workdir) == (64, Path("there"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "workdir"),
+    [
+        ([CONFIG], "runs/ml1m"),
+        ([f"{CONFIG}:256d-official"], "runs/ml1m-256d-official"),
+        ([f"{CONFIG}:sasrec", "--config.seed=7"], "runs/ml1m-sasrec-seed7"),
+        ([CONFIG, "--config.seed=2020", "--config.train.epochs=3"], "runs/ml1m"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_run_directory_by_default(flags, workdir):
+    assert parsed(*flags)[1] == Path(workdir)
+
+
+def test_older_names_of_settings(tmp_path, capsys):
+    config, _ = parsed(CONFIG, "--config.train.loss=cross_entropy", "--config.model.seen_offset=1")
+    assert config.model.repeat_bias
+    assert capsys.readouterr().err == (
+        "note: config.model.seen_offset is now called config.model.repeat_bias\n"
+    )
+    config, _ = parsed(CONFIG, "--config.model.drift_knots", "4")
+    assert config.model.date_bias_knots == 4
+    capsys.readouterr()
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from tim4rec_jax.config import default\n"
+        "def get_config(variant):\n"
+        "    config = default()\n"
+        "    config.model.drift_knots = 5\n"
+        "    return config\n"
+    )
+    assert parsed(f"--config={path}")[0].model.date_bias_knots == 5
+    assert capsys.readouterr().err == (
+        f"note: {path}: config.model.drift_knots is now called config.model.date_bias_knots\n"
+    )
+
+
+def test_another_model_by_name():
+    config, _ = parsed(CONFIG, "--config.model.name=sasrec", "--config.model.n_heads=4")
+    assert (config.model.name, config.model.n_heads, config.train.patience) == ("sasrec", 4, 10)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +92,7 @@ def test_flags_and_values_apart():
     [
         ([], "--config FILE.py is missing"),
         ([WORKDIR], "--config FILE.py is missing"),
-        ([CONFIG], "--workdir DIR is missing"),
+        ([CONFIG, "--workdir="], "--workdir is empty"),
         (["--config=no/such.py", WORKDIR], "there is no file no/such.py"),
         (["--config=configs", WORKDIR], "there is no file configs"),
         ([f"{CONFIG}:512d", WORKDIR], "'512d' is not a variant; there are: causal, 256d, official"),
@@ -102,82 +147,6 @@ def test_broken_config_files(tmp_path, text, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("model.name", "tim5rec", "must be one of tim4rec"),
-        ("model.time_encoding", "casual", "must be one of paper, masked, causal"),
-        ("model.dtype", "float16", "must be one of float32, bfloat16"),
-        ("train.objective", "every", "must be one of prefix, every_position, cloze"),
-        ("train.objective", "every_position", "needs a causal model"),
-        ("model.knows_next_time", True, "needs config.model.time_encoding=causal"),
-        ("train.schedule", "linear", "must be one of constant, cosine"),
-        ("data.windows_per_user", 0, "must be positive"),
-        ("data.buckets", ("short", 50), "must be whole numbers"),
-        ("data.convention", "fuzzy", "must be one of recbole, exact"),
-        ("model.dropout_prob", 1.0, "must lie in [0, 1)"),
-        ("model.time_drop_out", -0.1, "must lie in [0, 1)"),
-        ("train.learning_rate", float("nan"), "must be positive"),
-        ("train.epochs", 0, "must be positive"),
-        ("model.d_conv", 0, "must be positive"),
-        ("model.norm_eps", 0.0, "must be positive"),
-        ("seed", -1, "must not be negative"),
-        ("train.patience", -1, "must not be negative"),
-        ("model.head_dim", 48, "must divide expand * hidden_size = 128"),
-    ],
-)
-def test_settings_that_cannot_be(key, value, words):
-    config = config_lib.default()
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError) as error:
-        config_lib.resolve(config)
-    assert str(error.value).startswith(f"config.{key} is {value!r}")
-    assert words in str(error.value)
-
-
-def test_packed_rows_have_exact_gaps():
-    config = config_lib.default()
-    config_lib.use_model(config, "tisasrec")
-    assert config_lib.resolve(config).data.convention == "recbole"
-    config.train.objective = "every_position"
-    assert config_lib.resolve(config).data.convention == "exact"
-    config.data.convention = "recbole"
-    with pytest.raises(UserError, match="packed rows have exact gaps"):
-        config_lib.resolve(config)
-
-
-@pytest.mark.parametrize(
-    ("model", "key", "value"),
-    [("tim4rec", "train.loss", "bpr"), ("bert4rec", "train.objective", "cloze")],
-)
-def test_what_the_offset_of_items_seen_needs(model, key, value):
-    config = config_lib.default()
-    config_lib.use_model(config, model)
-    config.model.repeat_bias = True
-    config.update_from_flattened_dict({key: value})
-    with pytest.raises(UserError, match=f"repeat_bias is True, which needs .*{value}"):
-        config_lib.resolve(config)
-
-
-@pytest.mark.parametrize(
-    ("model", "knots", "problem"),
-    [("tim4rec", 1, "must be 2 or more"), ("bert4rec", 8, "the objective is cloze")],
-)
-def test_what_drift_needs(model, knots, problem):
-    config = config_lib.default()
-    config_lib.use_model(config, model)
-    config.model.date_bias_knots = knots
-    with pytest.raises(UserError, match=f"date_bias_knots is {knots}.*{problem}"):
-        config_lib.resolve(config)
-
-
-@pytest.mark.parametrize(("encoding", "convention"), [("paper", "recbole"), ("masked", "exact")])
-def test_the_convention_of_gaps_follows_the_encoding(encoding, convention):
-    config = config_lib.default()
-    config.model.time_encoding = encoding
-    assert config_lib.resolve(config).data.convention == convention
-
-
 @pytest.fixture
 def command(monkeypatch, capsys):
     """Runs train.py in this process; gives its exit code, output and errors."""
@@ -187,6 +156,7 @@ def command(monkeypatch, capsys):
         # What the command changes of its process stays with it.
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
         monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
+        capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
             runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
         return exit.value.code or 0, *capsys.readouterr()
@@ -198,6 +168,76 @@ def test_help(command):
     code, said, errors = command("--help")
     assert (code, errors) == (0, "")
     assert "python train.py --config configs/quickstart.py --workdir runs/quickstart" in said
+
+
+def test_help_lists_every_setting(command):
+    _, said, _ = command("--help")
+    for name, value in config_lib.flatten(config_lib.default()).items():
+        assert f"\n  {name} = {value!r}" in said
+    lines = config_lib.setting_help(config_lib.default())
+    assert all(lines[name] for name in config_lib.flatten(config_lib.default()))
+    assert "it is executed" in said
+
+
+def test_print(command, tmp_path):
+    code, said, errors = command(
+        f"{CONFIG}:causal", "--print", "--config.seed=3", f"--workdir={tmp_path / 'run'}"
+    )
+    assert (code, errors, list(tmp_path.iterdir())) == (0, "", [])
+    values = {words[0]: words[1:] for words in map(str.split, said.splitlines()) if words}
+    assert values["seed"] == ["3", "command", "line"]
+    assert values["max_length"] == ["200", str(ROOT / "configs" / "ml1m.py")]
+    assert values["hidden_size"] == ["64", "default"]
+    assert values["convention"] == ["exact", "follows", "from", "other", "settings"]
+    assert "python -m data_prep movielens ml-1m --order recbole --out data/ml-1m" in said
+    assert str(tmp_path / "run") in said
+
+
+def test_missing_data_is_prepared(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = tmp_path / "mine.py"
+    config.write_text(
+        "from tim4rec_jax.config import default\n"
+        "def get_config(variant):\n"
+        "    config = default()\n"
+        "    config.dataset = 'data/x'\n"
+        "    config.prepare = 'python -m data_prep synthetic --users 20 --out data/x'\n"
+        "    return config\n"
+    )
+    trained = []
+    monkeypatch.setattr(
+        "tim4rec_jax.training.train.train_and_report", lambda *arguments: trained.append(arguments)
+    )
+    code, said, errors = command("--config=mine.py")
+    assert (code, errors) == (0, "")
+    assert said.startswith("data/x is not there yet; preparing it with `python -m data_prep syn")
+    assert (tmp_path / "data" / "x" / "dataset.json").exists()
+    assert [workdir for _, workdir in trained] == [Path("runs/mine")]
+
+
+def test_data_that_cannot_be_fetched(command, tmp_path, monkeypatch):
+    url = "http://no-such-host.invalid/ml-1m.zip"
+    source = dataclasses.replace(sources.SOURCES["movielens"], url=lambda flags: url)
+    monkeypatch.setitem(sources.SOURCES, "movielens", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    code, _, errors = command(CONFIG)
+    assert code == 1
+    assert errors.startswith("error: cannot download ml-1m.zip (")
+    assert errors.endswith(
+        f"fetch {url} by other means and run `python -m data_prep movielens ml-1m --order recbole "
+        "--out data/ml-1m --source ml-1m.zip`\n"
+    )
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_settings_of_another_run_are_told_apart_before_data_is_prepared(command, tmp_path):
+    config, _ = parsed(CONFIG)
+    write_settings(config, tmp_path / "config.json")
+    code, said, errors = command(CONFIG, f"--workdir={tmp_path}", "--config.train.epochs=3")
+    assert (code, said) == (1, "")
+    assert "holds a run with other settings: train.epochs (300 -> 3)" in errors
 
 
 def test_a_dataset_not_prepared_yet(command, tmp_path):
@@ -214,6 +254,7 @@ def test_a_dataset_not_prepared_yet(command, tmp_path):
     [
         (["--config.model.head_dim=48"], "config.model.head_dim is 48"),
         (["--config.seed=-1"], "config.seed is -1"),
+        (["--config.data.valid_from=soon", "--config.data.split=global_time"], "soon"),
         (["--config.data.buckets=(10,20)"], "buckets (10, 20) must be positive and the longest"),
         (["--workdir=/dev/null"], "/dev/null"),
         (["--workdir=/proc/nowhere/run"], "/proc"),
@@ -228,3 +269,4 @@ def test_what_is_wrong_only_with_the_data_in_hand(command, tmp_path, flags, word
     assert errors.startswith("error: ")
     assert words in errors
     assert errors.count("\n") == 1
+    assert not (tmp_path / "run").exists()
