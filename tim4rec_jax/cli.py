@@ -43,10 +43,11 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     only_print = flags.DEFINE_bool("print", False, "print the settings", flag_values=files)
     try:
         argv = files(argv, known_only=True)
-        written = load_config(file.value)
-        changed = _changed_settings(argv, written)
+        loaded = load_config(file.value)
+        changed = _changed_settings(argv, loaded)
+        written = config_lib.flatten(loaded)
         config = config_flags.DEFINE_config_dict(
-            "config", written.copy_and_resolve_references(), flag_values=settings, sys_argv=argv
+            "config", loaded, flag_values=settings, sys_argv=argv
         )
         rest = settings(argv)[1:]
     except (flags.Error, TypeError, ValueError) as error:
@@ -58,7 +59,7 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     if workdir.value == "":
         raise UserError("--workdir is empty; name a folder, or leave it out for one in runs/")
     resolved = config_lib.resolve(config.value).lock()
-    directory = workdir.value or _default_workdir(file.value, written.seed, resolved.seed)
+    directory = workdir.value or _default_workdir(file.value, written["seed"], resolved.seed)
     if only_print.value:
         _print_settings(resolved, written, changed, file.value, directory)
         raise SystemExit
@@ -176,25 +177,22 @@ def _print_setting(name: str, value: object, line: str) -> None:
     indent, width = " " * 40, max(80, shutil.get_terminal_size().columns)
     left = f"  {name} = {value!r}"
     gap = "\n" + indent if len(left) >= len(indent) else " " * (len(indent) - len(left))
-    print(
-        left
-        + gap
-        + textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)[40:]
-    )
+    text = textwrap.fill(line, width, initial_indent=indent, subsequent_indent=indent)
+    print(left + gap + text[len(indent) :])
 
 
 def _print_settings(
-    config: Config, written: Config, changed: set[str], named: str, workdir: str
+    config: Config, written: dict, changed: set[str], named: str, workdir: str
 ) -> None:
     """Prints each setting with its value and the place that the value comes from."""
     default = config_lib.default()
     config_lib.use_model(default, config.model.name)
-    in_code, in_file = config_lib.flatten(default), config_lib.flatten(written)
+    in_code = config_lib.flatten(default)
     section = ""
     for name, value in _in_order(config).items():
         if name in changed:
             source = "command line"
-        elif value != in_file[name]:
+        elif value != written[name]:
             source = "follows from other settings"
         else:
             source = "default" if value == in_code[name] else named.partition(":")[0]

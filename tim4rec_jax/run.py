@@ -38,7 +38,7 @@ def read_settings(path: Path) -> config_lib.Config:
     Raises:
       UserError: the file is missing, is no JSON, or names a model that cannot be found.
     """
-    values = config_lib.ConfigDict(_read_json(path))
+    values: config_lib.Config = config_lib.ConfigDict(_read_json(path))
     config_lib.rename_settings(values)
     config = config_lib.default()
     try:
