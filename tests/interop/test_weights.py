@@ -11,6 +11,7 @@ from tests.interop.golden_models import NAMES, read_golden
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.interop import from_torch, to_torch
 from tim4rec_jax.layers.time import DateBias
+from tim4rec_jax.models import build
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,12 @@ def test_half_precision_weights_become_float32(golden):
     for name, value in weights.items():
         assert back[name].dtype == np.float32
         np.testing.assert_array_equal(back[name], value.astype(np.float32))
+
+
+def test_a_model_of_ours_alone_has_no_torch_names():
+    model = build({"name": "popularity"}, n_items=3, max_length=4)
+    with pytest.raises(UserError, match="a model like Popularity"):
+        to_torch(model)
 
 
 def test_what_the_published_model_lacks_is_refused(golden):

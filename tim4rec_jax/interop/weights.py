@@ -42,7 +42,10 @@ def model_config(config: Mapping) -> tuple[dict, int]:
 
 
 def _format_of(model: SequenceModel) -> Format:
-    return next(f for f in FORMATS.values() if MODELS[f.model] is type(model))
+    for form in FORMATS.values():
+        if MODELS[form.model] is type(model):
+            return form
+    raise UserError(f"no published PyTorch code has a model like {type(model).__name__}")
 
 
 def _parameters(model: SequenceModel) -> list[tuple[tuple, nnx.Param]]:
