@@ -1,4 +1,4 @@
-"""The public SSD functions: what is common to all implementations, and the choice of one."""
+"""The SSD operator: its public functions, what its implementations share, and the choice of one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tim4rec_jax.ssd.xla import ssd_xla
 
 
 class Arguments(NamedTuple):
-    """What `ssd` was called with, shapes checked; what every implementation is a function of."""
+    """The arguments of `ssd`, which every implementation is a function of."""
 
     x: jax.Array
     dt: jax.Array
@@ -35,7 +35,7 @@ class Arguments(NamedTuple):
 
 
 def _from_decays(compute):
-    """Makes an implementation of a function of step sizes and decays that are ready to use."""
+    """Makes an implementation from a function of step sizes and decays that are ready to use."""
 
     def implementation(v: Arguments):
         dtype = _accumulator(v.x, v.dt, v.A, v.B, v.C, v.D, v.dt_bias, v.initial_state)
@@ -48,12 +48,8 @@ def _from_decays(compute):
     return implementation
 
 
-def _on_tpu(v: Arguments):
-    return tpu.ssd_tpu(*_steps(v, jnp.float32), v)
-
-
 def _steps(v: Arguments, dtype):
-    """Step sizes and logarithms of decays, ready to use: -inf where a segment starts."""
+    """Step sizes and logarithms of decays, ready to use. Where a segment starts, the latter is -inf."""
     dt = _step_size(v.dt.astype(dtype), v.dt_bias, v.dt_softplus, v.dt_limit)
     log_decay = dt * v.A.astype(dtype)
     if v.segment_ids is not None:
@@ -69,7 +65,9 @@ IMPLEMENTATIONS = {
     "reference": Implementation(_from_decays(ssd_reference)),
     "xla": Implementation(_from_decays(ssd_xla)),
     "triton": Implementation(triton.ssd_triton, "gpu", triton.unsupported_reason),
-    "tpu": Implementation(_on_tpu, "tpu", tpu.unsupported_reason),
+    "tpu": Implementation(
+        lambda v: tpu.ssd_tpu(*_steps(v, jnp.float32), v), "tpu", tpu.unsupported_reason
+    ),
 }
 
 

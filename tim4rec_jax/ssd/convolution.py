@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-# What follows the convolution.
+# What may follow the convolution, by the name that settings have for it.
 ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
@@ -20,16 +20,20 @@ def causal_convolution(
 ) -> Float[Array, "B _ _"]:
     """y[t, c] = bias[c] + sum_k kernel[k, c] x[t - W + 1 + k, c], zeros before the start.
 
-    A sum of W shifted products: XLA fuses it with what comes before and after, which a call of
-    a general convolution would not allow.
+    It is computed as a sum of W shifted products. XLA fuses such a sum with what comes before and
+    after it, which it could not do with a general convolution.
 
     Args:
-      x: the input [B,L,C], or [B,C,L] with `channels_first`, which knows no segments.
-      kernel: the taps of each channel.
-      bias: of each channel.
-      segment_ids: a position sees only those before it with its own id; None: all.
-      channels_first: whether channels come before positions: then few channels do not break
-        the vector loops.
+        x: the input [B,L,C], or [B,C,L] with `channels_first`.
+        kernel: the taps of each channel; the last one is for the position itself.
+        bias: of each channel.
+        segment_ids: a position sees only those before it that have its own id; None: it sees all.
+            They are not supported with `channels_first`.
+        channels_first: whether channels come before positions in `x`. This is faster where there
+            are few channels.
+
+    Returns:
+        The result, in the layout of `x`.
     """
     if channels_first:
         kernel, bias = kernel[..., None], bias[..., None]
@@ -45,7 +49,7 @@ def causal_convolution(
 
 
 def _within_segments(shifted, segment_ids, width: int):
-    """Zeroes what comes from another segment than the position it has been shifted to."""
+    """Zeroes the values of positions whose segment is not that of the position they are shifted to."""
     length = segment_ids.shape[1]
     padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
     for k, x in enumerate(shifted):

@@ -12,10 +12,10 @@ class Implementation(NamedTuple):
     """One way to compute an operator.
 
     Attributes:
-        compute: the operator as a function of its arguments, one tuple.
-        platform: the only platform it runs on, where it is preferred; None: all.
-        unsupported_reason: says of the same arguments, arrays or their shapes, what keeps it from
-            running on its platform; None: nothing.
+        compute: the operator as a function of its arguments, one named tuple.
+        platform: the only platform it runs on, where it is preferred; None: it runs on all.
+        unsupported_reason: a function of the same arguments, arrays or their shapes. It returns what
+            keeps the implementation from running on its platform, or None.
     """
 
     compute: Callable[[Any], Any]
@@ -32,10 +32,11 @@ def choose(
     """Returns the implementation of a name, or for None the best that can run.
 
     Args:
-        implementations: by name.
-        name: which, or None.
-        arguments: of the operator.
-        otherwise: the name of what runs anywhere, where none of the platform's own can.
+        implementations: all there are, by name.
+        name: the name of one, or None.
+        arguments: the arguments of the operator.
+        otherwise: the name of the one that None means where no implementation of the platform can
+            run. It runs anywhere.
 
     Raises:
         ValueError: there is none of that name, or it cannot run.
