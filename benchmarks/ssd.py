@@ -24,24 +24,8 @@ from rich.table import Table
 
 from benchmarks import block_gpu, ssd_gpu
 from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.shapes import BEAUTY, random_inputs
 from tim4rec_jax.ssd.xla import default_chunk_size
-
-HEADS, WIDTH, STATE = 4, 32, 32
-
-
-def make_inputs(batch: int, length: int) -> dict[str, jax.Array]:
-    """Returns random inputs of the op."""
-    rng = np.random.default_rng(0)
-    shapes = {
-        "x": (batch, length, HEADS, WIDTH),
-        "dt": (batch, length, HEADS),
-        "B": (batch, length, 1, STATE),
-        "C": (batch, length, 1, STATE),
-        "D": (HEADS,),
-        "dt_bias": (HEADS,),
-    }
-    inputs = {k: jnp.asarray(rng.normal(size=s), jnp.float32) for k, s in shapes.items()}
-    return inputs | {"A": -jnp.exp(jnp.asarray(rng.normal(size=HEADS), jnp.float32))}
 
 
 def measure(function, inputs, repeats: int) -> tuple[float, float, float, float]:
@@ -70,7 +54,7 @@ def compare(batch: int, length: int, repeats: int) -> Table:
     table = Table("implementation", "chunk", "pass", title=f"B = {batch}, L = {length}")
     for column in ("min ms", "median ms", "processor ms", "tokens/s", "temporary MiB"):
         table.add_column(column, justify="right")
-    inputs = make_inputs(batch, length)
+    inputs = random_inputs(BEAUTY._replace(batch=batch, length=length).op_inputs(), 0)
     for implementation, chunk_size in variants(length):
 
         def forward(inputs, implementation=implementation, chunk_size=chunk_size):

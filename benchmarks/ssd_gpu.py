@@ -11,7 +11,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,60 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from tim4rec_jax.ssd import ssd
+from tim4rec_jax.ssd.shapes import OP_SHAPES, Shape, random_inputs
 
 CALLS = 8
-
-
-class Case(NamedTuple):
-    """A shape of the op, with one group."""
-
-    name: str
-    batch: int
-    length: int
-    heads: int = 4
-    width: int = 32
-    state: int = 32
-    dtype: str = "float32"
-
-    def bytes(self, gradient: bool) -> int:
-        """Returns what must be read and written at least."""
-        item = jnp.dtype(self.dtype).itemsize
-        wide = self.batch * self.length * self.heads * self.width * item
-        other = self.batch * self.length * (2 * self.state * item + self.heads * 4)
-        return (2 * wide + other) + (3 * wide + 2 * other if gradient else 0)
-
-    def operations(self, gradient: bool) -> int:
-        """Returns the operations of the recurrence; its gradient is counted as two of it."""
-        forward = 5 * self.batch * self.length * self.heads * self.width * self.state
-        return forward * (3 if gradient else 1)
-
-
-# The released 64-d settings (KuaiRand, Beauty; ML-1M) and 256-d ones, then longer and longer.
-CASES = [
-    Case("Beauty, KuaiRand 64-d", 2048, 50),
-    Case("ML-1M 64-d", 2048, 200),
-    Case("ML-1M 256-d", 512, 200, width=128, state=64),
-    Case("KuaiRand 256-d", 512, 50, width=128, state=64),
-    Case("Beauty, bfloat16", 2048, 50, dtype="bfloat16"),
-    Case("ML-1M, bfloat16", 2048, 200, dtype="bfloat16"),
-    *(Case(f"long, {length}", 2**19 // length, length) for length in (1024, 2048, 4096, 8192)),
-]
-
-
-def make_inputs(case: Case, seed: int) -> dict[str, np.ndarray]:
-    """Returns random inputs, as numpy arrays in float32."""
-    rng = np.random.default_rng(seed)
-    lead = (case.batch, case.length)
-    shapes = {
-        "x": (*lead, case.heads, case.width),
-        "dt": (*lead, case.heads),
-        "B": (*lead, 1, case.state),
-        "C": (*lead, 1, case.state),
-        "D": (case.heads,),
-        "dt_bias": (case.heads,),
-    }
-    inputs = {k: rng.standard_normal(s, np.float32) for k, s in shapes.items()}
-    return inputs | {"A": -np.exp(rng.standard_normal(case.heads, np.float32))}
 
 
 def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
@@ -93,13 +42,8 @@ def time_program(function: Callable[[Any], Any], sets: list, repeats: int) -> fl
     return median_time(lambda: program(sets), jax.block_until_ready, repeats)
 
 
-def time_jax(case: Case, inputs: list, repeats: int, gradient: bool, **options) -> float:
+def time_op(sets: list, repeats: int, gradient: bool, **options) -> float:
     """Times `ssd`, or `ssd` and its gradient."""
-    wide = {"x", "B", "C"}
-    sets = [
-        {k: jnp.asarray(v, case.dtype if k in wide else None) for k, v in one.items()}
-        for one in inputs
-    ]
 
     def forward(one):
         return ssd(**one, dt_softplus=True, **options)
@@ -111,7 +55,7 @@ def time_jax(case: Case, inputs: list, repeats: int, gradient: bool, **options) 
     return time_program(both if gradient else forward, sets, repeats)
 
 
-def time_mamba(case: Case, inputs: list, repeats: int, gradient: bool) -> float | None:
+def time_mamba(shape: Shape, sets: list, repeats: int, gradient: bool) -> float | None:
     """Times mamba_ssm's pipeline in PyTorch; None where it cannot be imported."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
@@ -120,21 +64,25 @@ def time_mamba(case: Case, inputs: list, repeats: int, gradient: bool) -> float 
         )
     except ImportError:
         return None
-    dtype = getattr(torch, case.dtype)
-    sets = [
+    dtype = getattr(torch, shape.dtype)
+    tensors = [
         {
-            k: torch.tensor(v, device="cuda", dtype=dtype if k in ("x", "B", "C") else None)
+            k: torch.tensor(
+                np.asarray(v, np.float32),
+                device="cuda",
+                dtype=dtype if k in ("x", "B", "C") else None,
+            )
             for k, v in one.items()
         }
-        for one in inputs
+        for one in sets
     ]
 
     def run():
-        for one in sets:
+        for one in tensors:
             leaves = {k: v.detach().requires_grad_(gradient) for k, v in one.items()}
             # Its own default length of a chunk, and no more than the sequence.
             y = mamba_chunk_scan_combined(
-                **leaves, chunk_size=min(256, max(16, case.length)), dt_softplus=True
+                **leaves, chunk_size=min(256, max(16, shape.length)), dt_softplus=True
             )
             if gradient:
                 y.backward(one["x"])
@@ -148,21 +96,21 @@ def time_copy(size: int, repeats: int) -> float:
     return time_program(lambda a: -a, arrays, repeats)
 
 
-def measure(case: Case, repeats: int) -> list[dict]:
+def measure(shape: Shape, repeats: int) -> list[dict]:
     """Returns the seconds of everything that is compared, for both passes."""
-    inputs = [make_inputs(case, seed) for seed in range(CALLS)]
+    sets = [random_inputs(shape.op_inputs(), seed) for seed in range(CALLS)]
     rows = []
     for gradient in (False, True):
         row = {
-            "triton": time_jax(case, inputs, repeats, gradient, implementation="triton"),
-            "xla": time_jax(case, inputs, repeats, gradient, implementation="xla"),
-            "mamba_ssm": time_mamba(case, inputs, repeats, gradient),
-            "copy": time_copy(case.bytes(gradient), repeats),
+            "triton": time_op(sets, repeats, gradient, implementation="triton"),
+            "xla": time_op(sets, repeats, gradient, implementation="xla"),
+            "mamba_ssm": time_mamba(shape, sets, repeats, gradient),
+            "copy": time_copy(shape.op_bytes(gradient), repeats),
         }
-        if case.dtype == "float32":
+        if shape.dtype == "float32":
             tf32 = {"implementation": "triton", "precision": "tf32"}
-            row["triton tf32"] = time_jax(case, inputs, repeats, gradient, **tf32)
-        rows.append({"case": case, "gradient": gradient, "seconds": row})
+            row["triton tf32"] = time_op(sets, repeats, gradient, **tf32)
+        rows.append({"shape": shape, "gradient": gradient, "seconds": row})
     return rows
 
 
@@ -184,16 +132,19 @@ def plot(rows: list[dict], path: str, repeats: int) -> None:
     for colour, name in enumerate(("triton", "triton tf32", "xla", "mamba_ssm")):
         for gradient, marker in ((False, "o"), (True, "^")):
             points = [
-                (case.operations(gradient) / case.bytes(gradient), case.operations(gradient) / time)
+                (
+                    shape.op_operations(gradient) / shape.op_bytes(gradient),
+                    shape.op_operations(gradient) / time,
+                )
                 for row in rows
                 if row["gradient"] == gradient and (time := row["seconds"].get(name))
-                for case in [row["case"]]
+                for shape in [row["shape"]]
             ]
             if points:
                 x, speeds = np.transpose(points)
                 label = f"{name}, with gradient" if gradient else name
                 axes.scatter(x, speeds / 1e12, c=f"C{colour}", marker=marker, label=label)
-    moved = max(r["case"].bytes(r["gradient"]) / r["seconds"]["copy"] for r in rows)
+    moved = max(r["shape"].op_bytes(r["gradient"]) / r["seconds"]["copy"] for r in rows)
     intensity = np.geomspace(1, 1000)
     for precision, style in (("float32", "-"), ("tensorfloat32", "--")):
         most = product_speed(precision, repeats)
@@ -212,14 +163,14 @@ def run(flags: argparse.Namespace) -> None:
     console.print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
     names = ("triton", "triton tf32", "xla", "mamba_ssm", "copy")
     rows = []
-    for case in CASES:
-        rows += measure(case, flags.repeats)
+    for shape in OP_SHAPES:
+        rows += measure(shape, flags.repeats)
         table = Table("pass", *(f"{name} us" for name in names), "GB/s", "triton / copy")
-        table.title = f"{case.name}: B {case.batch}, L {case.length}, P {case.width}"
+        table.title = f"{shape.name}: B {shape.batch}, L {shape.length}, P {shape.width}"
         for row in rows[-2:]:
             seconds = row["seconds"]
             times = [f"{v * 1e6:.1f}" if (v := seconds.get(name)) else "-" for name in names]
-            moved = case.bytes(row["gradient"]) / seconds["triton"] / 1e9
+            moved = shape.op_bytes(row["gradient"]) / seconds["triton"] / 1e9
             ratio = seconds["triton"] / seconds["copy"]
             label = "with gradient" if row["gradient"] else "forward"
             table.add_row(label, *times, f"{moved:.0f}", f"{ratio:.2f}")

@@ -16,7 +16,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,37 +30,42 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 
 from tim4rec_jax.ssd import compile_for, ssd, time_aware_ssd_block
+from tim4rec_jax.ssd.shapes import BEAUTY, Shape
 from tim4rec_jax.ssd.triton import launch as triton_launch
 from tim4rec_jax.ssd.triton.launch import TileSizes
 
 
-class Shape(NamedTuple):
-    """A shape of the op or the block, with one group."""
+class Program(NamedTuple):
+    """The op, or the block, at a shape and precision."""
 
-    length: int
-    heads: int
-    width: int
-    state: int
-    dtype: str = "float32"
+    shape: Shape
     precision: str = "ieee"
     block: bool = False
 
+    def abstract(self) -> tuple[Callable, dict]:
+        """Returns the function, and the shapes of its inputs."""
+        if self.block:
+            settings = {"activation": "hardswish", "state": self.shape.state}
+            return functools.partial(time_aware_ssd_block, **settings), self.shape.block_inputs()
+        settings = {"dt_softplus": True, "precision": self.precision}
+        return functools.partial(ssd, **settings), self.shape.op_inputs()
 
-SHAPES = [
-    *(Shape(length, 4, 32, 32) for length in (50, 200)),
-    *(Shape(length, 4, 32, 32, precision="tf32") for length in (50, 200)),
-    *(Shape(length, 4, 32, 32, "bfloat16") for length in (50, 200)),
-    *(Shape(length, 4, 128, 64) for length in (50, 200)),
-    *(Shape(length, 4, 128, 64, "bfloat16") for length in (50, 200)),
-    *(Shape(length, 8, 64, 64) for length in (50, 200)),
-    *(Shape(length, 8, 64, 64, "bfloat16") for length in (50, 200)),
-    *(Shape(length, 4, 128, 128) for length in (50, 200)),
-    *(Shape(length, 4, 128, 128, "bfloat16") for length in (50, 200)),
-    *(Shape(length, 4, 32, 32, block=True) for length in (50, 200)),
-    *(Shape(length, 4, 32, 32, "bfloat16", block=True) for length in (50, 200)),
-    *(Shape(length, 4, 64, 64, block=True) for length in (50, 200)),
-    *(Shape(length, 4, 64, 64, "bfloat16", block=True) for length in (50, 200)),
-]
+
+def programs() -> list[Program]:
+    """Returns the op and the block at the released sizes and at wider ones."""
+
+    def both(**sizes):
+        return [BEAUTY._replace(batch=2, length=length, **sizes) for length in (50, 200)]
+
+    half = {"dtype": "bfloat16"}
+    wide = [{"width": 128, "state": 64}, {"heads": 8, "width": 64, "state": 64}]
+    wide += [{"width": 128, "state": 128}]
+    found = [Program(s) for s in both()] + [Program(s, "tf32") for s in both()]
+    found += [Program(s) for s in both(**half)]
+    found += [Program(s) for sizes in wide for s in (*both(**sizes), *both(**sizes, **half))]
+    for sizes in ({}, half, {"width": 64, "state": 64}, {"width": 64, "state": 64, **half}):
+        found += [Program(s, block=True) for s in both(**sizes)]
+    return found
 
 
 class Launch(NamedTuple):
@@ -68,11 +73,11 @@ class Launch(NamedTuple):
 
     kernel: Any
     signature: dict[str, str]
-    specialisation: NamedTuple
+    specialisation: Any
     tiles: TileSizes
 
 
-def launches(shape: Shape, capability: int) -> list[Launch]:
+def launches(program: Program, capability: int) -> list[Launch]:
     """Returns what the gradient of the op or the block launches, forward and backward."""
     found = {}
 
@@ -82,7 +87,7 @@ def launches(shape: Shape, capability: int) -> list[Launch]:
         found[kernel.fn.__name__] = Launch(kernel, signature, specialisation, tiles)
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
-    function, inputs = (_block if shape.block else _op)(shape)
+    function, inputs = program.abstract()
 
     def total(inputs):
         return jnp.sum(function(**inputs, implementation="triton").astype(jnp.float32))
@@ -90,40 +95,6 @@ def launches(shape: Shape, capability: int) -> list[Launch]:
     with compile_for("gpu", capability), mock.patch.object(triton_launch, "launch", record):
         jax.eval_shape(jax.grad(total), inputs)
     return list(found.values())
-
-
-def _op(shape: Shape):
-    """The op, and the shapes of its inputs."""
-    lead, heads, wide = (2, shape.length), shape.heads, shape.dtype
-    inputs = {
-        "x": jax.ShapeDtypeStruct((*lead, heads, shape.width), wide),
-        "dt": jax.ShapeDtypeStruct((*lead, heads), jnp.float32),
-        "A": jax.ShapeDtypeStruct((heads,), jnp.float32),
-        "B": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
-        "C": jax.ShapeDtypeStruct((*lead, 1, shape.state), wide),
-        "D": jax.ShapeDtypeStruct((heads,), jnp.float32),
-        "dt_bias": jax.ShapeDtypeStruct((heads,), jnp.float32),
-    }
-    return functools.partial(ssd, dt_softplus=True, precision=shape.precision), inputs
-
-
-def _block(shape: Shape):
-    """The block, and the shapes of its inputs."""
-    lead, inner = (2, shape.length), shape.heads * shape.width
-    mixed = inner + 2 * shape.state
-    projected = jax.ShapeDtypeStruct((*lead, inner + mixed + shape.heads), shape.dtype)
-    sizes = {
-        "time_factor": (*lead, shape.heads),
-        "conv_kernel": (4, mixed),
-        "conv_bias": (mixed,),
-        "A": (shape.heads,),
-        "D": (shape.heads,),
-        "dt_bias": (shape.heads,),
-        "norm_scale": (inner,),
-    }
-    inputs = {name: jax.ShapeDtypeStruct(size, jnp.float32) for name, size in sizes.items()}
-    block = functools.partial(time_aware_ssd_block, activation="hardswish", state=shape.state)
-    return block, inputs | {"projected": projected}
 
 
 def _type(value) -> str:
@@ -193,13 +164,13 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
     )
 
 
-def rows(shapes: list[Shape], capabilities: list[int]) -> Iterator[dict]:
-    """Compiles the kernels of all shapes for all GPUs."""
+def rows(chosen: list[Program], capabilities: list[int]) -> Iterator[dict]:
+    """Compiles the kernels of all programs for all GPUs."""
     for capability in capabilities:
-        for shape in shapes:
-            for launch in launches(shape, capability):
-                sizes = shape._asdict()
-                del sizes["block"]
+        for program in chosen:
+            sizes = program.shape._asdict()
+            del sizes["name"], sizes["batch"]
+            for launch in launches(program, capability):
                 yield {
                     "kernel": launch.kernel.fn.__name__,
                     "sm": capability,
@@ -214,11 +185,11 @@ def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.triton_compile")
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
-    parser.add_argument("--shapes", type=int, nargs="+", help="numbers in the list of shapes")
+    parser.add_argument("--shapes", type=int, nargs="+", help="numbers in the list of programs")
     parser.add_argument("--json", action="store_true", help="print one line of JSON per kernel")
     flags = parser.parse_args()
-    shapes = SHAPES if flags.shapes is None else [SHAPES[i] for i in flags.shapes]
-    found = rows(shapes, flags.capabilities)
+    chosen = programs() if flags.shapes is None else [programs()[i] for i in flags.shapes]
+    found = rows(chosen, flags.capabilities)
     if flags.json:
         for row in found:
             print(json.dumps(row), flush=True)

@@ -5,8 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from tim4rec_jax.ssd import IMPLEMENTATIONS, compile_for, ssd
+from tim4rec_jax.ssd.shapes import TRAINED
 
 # What runs on every platform, what an interpreter runs (without float64), and what of both is
 # checked against the recurrence.
@@ -55,14 +57,34 @@ FURTHER_OPTIONS = [
     Case("dt limits", 30, chunk_size=8, dt_limit=(0.4, 0.9)),
     Case("chunks of one", 7, chunk_size=1),
 ]
+# The heads and states that the released models have.
+TRAINED_CASES = [
+    Case(s.name, s.length, heads=s.heads, width=s.width, size=s.state, chunk_size=32)
+    for s in TRAINED
+]
+
+slow = pytest.mark.slow
+
+
+def runs(implementation, dtype, fast, heavy=()):
+    """Returns (implementation, case, dtype) for each case; the heavy ones are slow tests."""
+    return [
+        *((implementation, case, dtype) for case in fast),
+        *(pytest.param(implementation, case, dtype, marks=slow) for case in heavy),
+    ]
+
+
+# One length of each kind is fast: one position, one chunk, whole and ragged chunks.
+FAST_LENGTHS = [case for case in LENGTHS if case.length in (1, 50, 65)]
+SLOW_LENGTHS = [case for case in LENGTHS if case not in FAST_LENGTHS]
 RUNS = [
-    *(("xla", case, "float32") for case in LENGTHS + OPTIONS + FURTHER_OPTIONS),
-    *(("xla", case, "float64") for case in OPTIONS + FURTHER_OPTIONS),
-    *(("xla", case, "bfloat16") for case in OPTIONS),
+    *runs("xla", "float32", FAST_LENGTHS + OPTIONS, SLOW_LENGTHS + FURTHER_OPTIONS + TRAINED_CASES),
+    *runs("xla", "float64", FURTHER_OPTIONS, OPTIONS),
+    *runs("xla", "bfloat16", OPTIONS[:1], OPTIONS[1:]),
     # Lengths in between are whole chunks or ragged ones like these.
-    *(("tpu", case, "float32") for case in (LENGTHS[0], LENGTHS[3], *LENGTHS[-2:])),
-    *(("tpu", case, "float32") for case in (*OPTIONS, FURTHER_OPTIONS[2])),
-    ("tpu", OPTIONS[2], "bfloat16"),
+    *runs("tpu", "float32", OPTIONS[:3], (LENGTHS[0], LENGTHS[3], *LENGTHS[-2:])),
+    *runs("tpu", "float32", FURTHER_OPTIONS[2:3], OPTIONS[3:]),
+    *runs("tpu", "bfloat16", OPTIONS[2:3]),
 ]
 
 

@@ -10,6 +10,7 @@ import pytest
 from tests.ssd.cases import QUICK, REORDERED, TOLERANCE, assert_close, to_dtype
 from tim4rec_jax.ssd import compile_for, time_aware_ssd_block
 from tim4rec_jax.ssd.fused_block import has_kernel
+from tim4rec_jax.ssd.shapes import TRAINED
 from tim4rec_jax.ssd.triton import launch as triton_launch
 
 STATIC = ("activation", "state", "groups", "eps", "chunk_size", "implementation")
@@ -68,24 +69,45 @@ RUNS = [
     *((name, "chunks", "bfloat16") for name in ("xla", "tpu")),
     ("xla", "chunks", "float64"),
 ]
+HEAVY = {("xla", "L257", "float32"), ("tpu", "L257", "float32"), ("xla", "groups", "float32")}
 
 
-@pytest.mark.parametrize(("implementation", "case", "dtype"), RUNS)
+def heavy_ones_slow(runs, heavy):
+    """Returns the runs, those in `heavy` marked as slow tests."""
+    return [pytest.param(*r, marks=pytest.mark.slow) if r in heavy else r for r in runs]
+
+
+@pytest.mark.parametrize(("implementation", "case", "dtype"), heavy_ones_slow(RUNS, HEAVY))
 def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
     check(implementation, dtype, **CASES[case])
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [
-        *((c, "float32") for c in CASES | FURTHER),
-        # In one chunk products are tensor cores', in several they are not.
-        *((c, "bfloat16") for c in ("groups", "chunks")),
-    ],
-)
+TRITON_RUNS = [
+    *((c, "float32") for c in CASES | FURTHER),
+    # In one chunk products are tensor cores', in several they are not.
+    *((c, "bfloat16") for c in ("groups", "chunks")),
+]
+TRITON_HEAVY = {("L257", "float32"), ("L65", "float32"), ("chunks", "bfloat16")}
+
+
+@pytest.mark.parametrize(("case", "dtype"), heavy_ones_slow(TRITON_RUNS, TRITON_HEAVY))
 def test_triton_equals_the_float64_recurrence(case, dtype, x64, triton):
     """The kernels' own sizes, in Triton's interpreter."""
     check("triton", dtype, **(CASES | FURTHER)[case], batch=1, width=16, size=32)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        *((shape, "float32") for shape in TRAINED),
+        *(pytest.param(s, "bfloat16", marks=pytest.mark.slow) for s in TRAINED),
+    ],
+    ids=lambda v: getattr(v, "name", v),
+)
+def test_triton_as_trained(shape, dtype, x64, triton):
+    """The heads and the state of the released models, in one chunk and in two."""
+    sizes = {"heads": shape.heads, "width": shape.width, "size": shape.state, "batch": 1}
+    check("triton", dtype, length=shape.length, chunk_size=32, **sizes)
 
 
 def check(implementation, dtype, **case):

@@ -16,6 +16,7 @@ from tests.ssd.cases import (
     QUICK,
     REORDERED,
     TOLERANCE,
+    TRAINED_CASES,
     Case,
     assert_close,
     make,
@@ -31,19 +32,26 @@ from tim4rec_jax.ssd.triton.launch import table_key, tile_sizes
 
 SIZES = {"width": 16, "size": 32}
 SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
-RUNS = [
+FAST = [
+    *((dataclasses.replace(case, **SIZES), "float32") for case in (OPTIONS[0], OPTIONS[2])),
+    *((case, "float32") for case in TRAINED_CASES),
+    (Case("wide heads", 20, groups=2, width=128, size=64, segments=True), "float32"),
+    (Case("D by channel", 20, heads=1, width=64, size=16, skip_per_channel=True), "bfloat16"),
+    (Case("one chunk, no initial state", 20, initial_state=False, **SIZES), "float32"),
+    (Case("dt limits", 30, chunk_size=16, dt_limit=(0.4, 0.9), **SIZES), "float32"),
+]
+HEAVY = [
     *((dataclasses.replace(case, **SIZES), "float32") for case in LENGTHS[:-1]),
-    *((dataclasses.replace(case, **SIZES), "float32") for case in OPTIONS),
+    *((dataclasses.replace(case, **SIZES), "float32") for case in (OPTIONS[1], OPTIONS[3])),
     (Case("L1024", 1024, heads=1, width=16, size=16), "float32"),
     (Case("P > N", 40, heads=1, width=64, size=16, chunk_size=16), "float32"),
-    (Case("D by channel", 20, heads=1, width=64, size=16, skip_per_channel=True), "bfloat16"),
-    (Case("wide heads", 20, groups=2, width=128, size=64, segments=True), "float32"),
     (Case("no initial state", 33, chunk_size=16, initial_state=False, **SIZES), "float32"),
-    (Case("one chunk, no initial state", 20, initial_state=False, **SIZES), "float32"),
     (Case("dt = 0", 40, chunk_size=16, decay=2.0, still=True, **SIZES), "float32"),
-    (Case("dt limits", 30, chunk_size=16, dt_limit=(0.4, 0.9), **SIZES), "float32"),
     *((dataclasses.replace(case, **SIZES), "bfloat16") for case in OPTIONS[::2]),
+    *((case, "bfloat16") for case in TRAINED_CASES),
+    (Case("as trained, L200", 200, heads=4, width=32, size=32), "float32"),
 ]
+RUNS = [*FAST, *(pytest.param(*run, marks=pytest.mark.slow) for run in HEAVY)]
 
 
 @pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda v: getattr(v, "name", v))

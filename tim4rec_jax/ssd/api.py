@@ -49,7 +49,7 @@ def _from_decays(compute):
 
 
 def _steps(v: Arguments, dtype):
-    """Step sizes and logarithms of decays, ready to use. Where a segment starts, the latter is -inf."""
+    """Step sizes and logarithms of decays, ready to use; -inf where a segment starts."""
     dt = _step_size(v.dt.astype(dtype), v.dt_bias, v.dt_softplus, v.dt_limit)
     log_decay = dt * v.A.astype(dtype)
     if v.segment_ids is not None:

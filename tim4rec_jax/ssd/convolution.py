@@ -49,7 +49,7 @@ def causal_convolution(
 
 
 def _within_segments(shifted, segment_ids, width: int):
-    """Zeroes the values of positions whose segment is not that of the position they are shifted to."""
+    """Zeroes what comes from another segment than that of the position it is shifted to."""
     length = segment_ids.shape[1]
     padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
     for k, x in enumerate(shifted):

@@ -14,8 +14,8 @@ class Implementation(NamedTuple):
     Attributes:
         compute: the operator as a function of its arguments, one named tuple.
         platform: the only platform it runs on, where it is preferred; None: it runs on all.
-        unsupported_reason: a function of the same arguments, arrays or their shapes. It returns what
-            keeps the implementation from running on its platform, or None.
+        unsupported_reason: a function of the same arguments, arrays or their shapes. It returns
+            what keeps the implementation from running on its platform, or None.
     """
 
     compute: Callable[[Any], Any]
