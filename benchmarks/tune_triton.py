@@ -41,7 +41,14 @@ def candidates(kernel: str, one_chunk: bool) -> list[TileSizes]:
     ]
 
 
-def seconds(kernel: str, sizes: TileSizes, inputs: dict, precision: str, repeats: int) -> float:
+def seconds(
+    kernel: str,
+    sizes: TileSizes,
+    inputs: dict,
+    precision: str,
+    repeats: int,
+    implementation: str = "triton",
+) -> float:
     """Median time of the function, or of its gradient for the backward; the other kernel stays.
 
     Returns infinity for sizes that do not fit the GPU.
@@ -55,9 +62,9 @@ def seconds(kernel: str, sizes: TileSizes, inputs: dict, precision: str, repeats
         if "projected" in inputs:
             state = inputs["norm_scale"].size // HEADS
             return time_aware_ssd_block(
-                **inputs, activation="hardswish", state=state, implementation="triton"
+                **inputs, activation="hardswish", state=state, implementation=implementation
             )
-        return ssd(**inputs, dt_softplus=True, precision=precision, implementation="triton")
+        return ssd(**inputs, dt_softplus=True, precision=precision, implementation=implementation)
 
     def gradient(inputs):
         return jax.grad(lambda inputs: jnp.sum(forward(inputs).astype(jnp.float32)))(inputs)

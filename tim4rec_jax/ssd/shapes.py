@@ -107,8 +107,9 @@ def _array(*shape: int, dtype: str = "float32") -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
 
 
-# The released models at the batch sizes they are trained with. Inside the layer, the 64 features of
-# a model are 4 heads of 32 with a state of 32, and the 256 of a wide one are 4 heads of 128 with 64.
+# The released models at the batch sizes that they are trained with. Inside the layer, a model of
+# 64 features has 4 heads of 32 and a state of 32, and one of 256 has 4 heads of 128 and a state
+# of 64.
 BEAUTY = Shape("Beauty, KuaiRand 64-d", 2048, 50)
 ML_1M = Shape("ML-1M 64-d", 2048, 200)
 ML_1M_256 = Shape("ML-1M 256-d", 512, 200, width=128, state=64)

@@ -1,0 +1,1 @@
+"""What only a GPU can show: `bash benchmarks/gpu/run.sh`, see README.md."""

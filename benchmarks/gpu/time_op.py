@@ -1,0 +1,47 @@
+"""Times op and block against XLA and a copy, at the released 64-d shapes."""
+
+from functools import partial
+
+from benchmarks.block_gpu import time_block
+from benchmarks.gpu.common import Session
+from benchmarks.ssd_gpu import CALLS, time_copy, time_op
+from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, Shape, in_bfloat16, random_inputs
+
+
+def time_shape(session: Session, shape: Shape, gradient: bool) -> None:
+    """Writes the times of all ways to compute the op and the block at one shape."""
+    repeats = 1 if session.rehearse else 30
+    op_sets = [random_inputs(shape.op_inputs(), seed) for seed in range(CALLS)]
+    block_sets = [random_inputs(shape.block_inputs(), seed) for seed in range(CALLS)]
+    ours = partial(time_op, op_sets, repeats, gradient, implementation=session.kernel)
+    whole = partial(time_block, shape, block_sets, repeats, gradient)
+    ways = {
+        ("op", "copy"): partial(time_copy, shape.op_bytes(gradient), repeats),
+        ("op", session.kernel): ours,
+        ("op", "xla"): partial(time_op, op_sets, repeats, gradient, implementation="xla"),
+        ("block", "copy"): partial(time_copy, shape.block_bytes(gradient), repeats),
+        **{("block", name): partial(whole, name) for name in (session.kernel, "parts", "xla")},
+    }
+    if shape.dtype == "float32":
+        ways["op", f"{session.kernel}, tf32"] = partial(ours, precision="tf32")
+    for (what, way), seconds in ways.items():
+        session.attempt(
+            lambda seconds=seconds: {"us": round(seconds() * 1e6, 1)},
+            what=what,
+            way=way,
+            shape=shape.name,
+            gradient=gradient,
+        )
+
+
+def main() -> None:
+    """Runs the command line."""
+    session = Session("time_op", __doc__)
+    for shape in (BEAUTY, ML_1M, in_bfloat16(BEAUTY), in_bfloat16(ML_1M)):
+        for gradient in (False, True):
+            time_shape(session, session.sized(shape), gradient)
+    session.finish()
+
+
+if __name__ == "__main__":
+    main()

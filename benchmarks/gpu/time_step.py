@@ -1,0 +1,39 @@
+"""Times a training step as trained, without the kernels, and with full float32 products."""
+
+from contextlib import nullcontext
+
+import jax
+
+from benchmarks.gpu.common import Session, without_kernels
+from benchmarks.train_step import CASES, load, measure, train_stepper
+
+
+def main() -> None:
+    """Runs the command line."""
+    session = Session("time_step", __doc__)
+    cases = [(path, rows, n_items) for path, rows, n_items, _ in CASES.values()]
+    cases.append(("configs/ml1m.py", 2048, 3_416))  # as configs/ml1m.py trains
+    for path, rows, n_items in cases:
+        rows, n_items = (4, 50) if session.rehearse else (rows, n_items)
+        for label, context in (
+            ("as trained", nullcontext),
+            ("without kernels", without_kernels),
+            ("float32 products", lambda: jax.default_matmul_precision("highest")),
+        ):
+
+            def figures(path=path, rows=rows, n_items=n_items, context=context):
+                with context():
+                    step, state, temporary = train_stepper(load(path), rows, n_items)
+                    wall, *_ = measure(step, state, 1 if session.rehearse else 5)
+                return {
+                    "ms": round(wall * 1e3, 3),
+                    "samples_per_s": round(rows / wall),
+                    "temporary_mb": round(temporary),
+                }
+
+            session.attempt(figures, config=path, rows=rows, step=label)
+    session.finish()
+
+
+if __name__ == "__main__":
+    main()
