@@ -218,7 +218,7 @@ def test_triton_says_why_it_cannot_run(change, capability, message, triton):
 def test_what_no_kernel_can_do_runs_around_that_of_the_op(triton, monkeypatch):
     launched = []
 
-    def launch(kernel, inputs, outputs, *_):
+    def launch(kernel, inputs, outputs, **_):
         launched.append(kernel.fn.__name__)
         return [jnp.zeros(v.shape, v.dtype) for v in outputs]
 
