@@ -15,6 +15,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see `python eval.py --help`")
 
 
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name the directory of a run")
+    return Path(text)
+
+
 def _file(text: str) -> Path:
     path = Path(text)
     if not path.parent.is_dir():
@@ -33,7 +39,7 @@ def _count(text: str) -> int:
 def _flags() -> argparse.Namespace:
     parser = _Parser(prog="python eval.py", description=__doc__)
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="directory of a run, as train.py wrote it")
+    add("--workdir", type=_folder, required=True, help="directory of a run, as train.py wrote it")
     add("--split", choices=("valid", "test"), default="test", help="default: test")
     add(
         "--exclude-seen",

@@ -59,9 +59,10 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     if workdir.value == "":
         raise UserError("--workdir is empty; name a folder, or leave it out for one in runs/")
     resolved = config_lib.resolve(config.value).lock()
-    directory = workdir.value or _default_workdir(file.value, written["seed"], resolved.seed)
+    named: str = file.value or ""  # not empty, or there would be no settings
+    directory = workdir.value or _default_workdir(named, written["seed"], resolved.seed)
     if only_print.value:
-        _print_settings(resolved, written, changed, file.value, directory)
+        _print_settings(resolved, written, changed, named, directory)
         raise SystemExit
     return resolved, Path(directory)
 
