@@ -7,7 +7,7 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 
-.PHONY: quickstart test test-all lint clean
+.PHONY: quickstart test test-all test-gpu lint clean
 
 quickstart: .venv/.base
 	test -f data/synthetic/dataset.json || $(PY) -m data_prep synthetic --out data/synthetic
@@ -19,6 +19,10 @@ test: lint .venv/.tpu .venv/.cuda
 
 test-all: lint .venv/.tpu .venv/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal --cov
+
+# The kernels on an NVIDIA GPU. The environment needs JAX for CUDA.
+test-gpu: .venv/.dev
+	JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $(PY) -m pytest tests/ssd/test_triton.py tests/ssd/test_block.py -k triton
 
 lint: .venv/.dev
 	$(PY) -m ruff check .

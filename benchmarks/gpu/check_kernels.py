@@ -41,7 +41,8 @@ def outcome(function, inputs):
         return sum(weighted), results
 
     gradients, results = jax.grad(objective, has_aux=True)(inputs)
-    return dict(enumerate(results)) | {f"d{name}": v for name, v in gradients.items()}
+    named = {f"out{i}": result for i, result in enumerate(results)}
+    return named | {f"d{name}": v for name, v in gradients.items()}
 
 
 def compare(session, name, function, inputs, kind, **options):
@@ -63,7 +64,7 @@ def compare(session, name, function, inputs, kind, **options):
         for key, value in wanted.items():
             value, result = (np.asarray(v).astype(np.float64) for v in (value, got[key]))
             error = np.linalg.norm(result - value) / max(np.linalg.norm(value), 1e-30)
-            found[str(key)] = float(error)
+            found[key] = float(error)
         worst = max(found.values())
         ok = bool(worst < LIMITS[kind])  # False for NaN
         return {"worst": worst, "ok": ok, "errors": found, "seconds": round(time.time() - start, 1)}
