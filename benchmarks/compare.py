@@ -37,7 +37,7 @@ from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.run import load_model
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.training.train import flops_per_sample
+from tim4rec_jax.training.log import flops_per_sample
 
 ROOT = Path(__file__).parents[1]
 FIRST_SEED = 2020

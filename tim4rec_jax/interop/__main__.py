@@ -21,7 +21,7 @@ from tim4rec_jax.interop.weights import from_torch, model_config, parameter_name
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import write_settings
 from tim4rec_jax.training.checkpoints import Checkpoints
-from tim4rec_jax.training.train import describe_model
+from tim4rec_jax.training.log import describe_model
 
 
 def _flags(arguments: list[str] | None) -> argparse.Namespace:

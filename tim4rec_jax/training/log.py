@@ -1,25 +1,70 @@
-"""What a run says: a line in the terminal, a JSONL log, TensorBoard events."""
+"""What a run says: data and model at its start, a line in the terminal, a log, TensorBoard."""
 
 import json
 import sys
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import tensorboardX
+from flax import nnx
 
+from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.files import atomic_write
 
 
+def describe_data(batches: TrainBatches | PackedBatches) -> str:
+    """Says in two lines what the dataset holds and what a step is given."""
+    dataset = batches.dataset
+    return (
+        f"{dataset.name}: {dataset.n_users:,} users, {dataset.n_items:,} items, "
+        f"{batches.n_targets:,} training samples in {batches.batches_per_epoch:,} batches, "
+        f"{batches.layout}; {dataset.split_in_words}\n"
+        f"a step: {batches.rows_per_step:,} rows, {batches.events_per_step:,.0f} events, "
+        f"{batches.targets_per_step:,.0f} targets"
+    )
+
+
+def describe_model(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> str:
+    """Says in one line how many parameters and operations per sample a model has."""
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    flops = flops_per_sample(graphdef, params, max_length)
+    return f"model: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per sample (forward)"
+
+
+def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> float:
+    """Floating-point operations to score all items after one history of `max_length` events.
+
+    XLA counts them in the program before optimisation. Nothing is compiled, and `params` may be
+    shapes.
+    """
+
+    def scores(params, items, lengths, gaps):
+        model = nnx.merge(graphdef, params)
+        return model.encode(items, lengths, gaps) @ model.item_table().T
+
+    history = jax.ShapeDtypeStruct((1, max_length), jnp.int32)
+    lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
+    gaps = jax.ShapeDtypeStruct((1, max_length), jnp.float32)
+    analysis = jax.jit(scores).lower(params, history, lengths, gaps).cost_analysis()
+    assert analysis is not None
+    return float(analysis["flops"])
+
+
 class RunLog:
-    """Writes records of a run; what lies after the step resumed from is taken back."""
+    """Writes records of a run.
+
+    A run that is resumed removes the records of steps that it will do again.
+    """
 
     def __init__(self, workdir: Path, step: int):
         """Opens the log of a run.
 
         Args:
           workdir: of the run; holds `log.jsonl` and `tensorboard/`.
-          step: of the state the run starts from. Records of later steps belong to work that
-            was lost and will be done again.
+          step: number of steps done. Records of later steps are removed: they belong to work
+            that was lost and will be done again.
         """
         path = workdir / "log.jsonl"
         kept = [line for line in _records(path) if json.loads(line)["step"] <= step]
@@ -52,7 +97,10 @@ def _records(path: Path) -> list[str]:
 
 
 class ProgressLine:
-    """One line that is rewritten in a terminal; in a file, a line every half minute."""
+    """Where training is: one line that is rewritten in a terminal, or in a file many lines.
+
+    A file gets a line every half minute.
+    """
 
     def __init__(self, batches_per_epoch: int, epochs: int, samples_per_batch: float):
         self._per_epoch, self._epochs = batches_per_epoch, epochs
@@ -62,16 +110,15 @@ class ProgressLine:
         self._mark = None
         self._width = 0
 
-    def restart_clock(self) -> None:
-        """Leaves out what happened since the last update (validation, say) from the rate."""
-        self._mark = None
-
     def update(self, step: int, loss: float) -> dict | None:
-        """Shows where training is, if it is time to; returns what it showed, else None.
+        """Shows where training is, if the last time was long enough ago.
 
         Args:
-          step: updates finished.
-          loss: mean of the running epoch.
+          step: number of updates done.
+          loss: mean loss of the running epoch.
+
+        Returns:
+          The figures shown, or None.
         """
         now = time.perf_counter()
         if self._mark is None:

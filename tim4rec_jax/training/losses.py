@@ -1,4 +1,9 @@
-"""Losses by name: how the hidden states of a batch are held against their targets."""
+"""Losses: how hidden states are compared with their targets.
+
+All losses are sums over rows, `loss(hidden, table, targets, weights)`. None ever holds the scores of
+all rows and items at once. The sampled losses score a few hundred items instead of all. These are
+drawn once for the batch, and all rows share them: the scores are one matrix product.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +20,68 @@ from jaxtyping import Array, Float, Int, Int64, UInt32
 from tim4rec_jax.runtime import target
 from tim4rec_jax.scoring import HistoryItems, item_mask
 
-# ---- training.cross_entropy
-# The full softmax cross-entropy, without ever holding the scores of all rows and items.
+# The arguments are hidden states, item table, targets and weights. The full cross-entropy takes
+# `history`, too.
+SummedLoss = Callable[..., jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss, by its name and settings.
+
+    Attributes:
+      name: `cross_entropy` goes over all items. The others go over items drawn for the batch.
+        `sampled_softmax` draws items by their frequency in training and corrects the scores for
+        that (Bengio & Senecal 2008). `gbce` (arXiv 2308.07192) and `bpr` (arXiv 1205.2618) draw
+        all items equally often.
+      negatives: number of items to draw.
+      calibration: t of gBCE. With 0 it is the plain binary cross-entropy. With 1 the scores are
+        probabilities, although most items are never among those drawn.
+    """
+
+    name: Literal["cross_entropy", "sampled_softmax", "gbce", "bpr"] = "cross_entropy"
+    negatives: int = 512
+    calibration: float = 0.75
+
+    def prepare(
+        self, key: jax.Array, n_items: int, cumulative: UInt32[Array, " V"] | None
+    ) -> SummedLoss:
+        """The loss of one batch, with the items drawn for it.
+
+        Args:
+          key: a key of `jax.random`.
+          n_items: number of items, without padding.
+          cumulative: the result of `cumulative_counts`. Only `sampled_softmax` needs it.
+        """
+        if self.name == "cross_entropy":
+            return full_cross_entropy
+        if self.name == "sampled_softmax":
+            assert cumulative is not None
+            event = jax.random.bits(key, (self.negatives,)) % cumulative[-1]
+            drawn = jnp.searchsorted(cumulative, event, side="right").astype(jnp.int32)
+            # The logarithm of the probability with which an item is drawn.
+            counts = jnp.diff(cumulative, prepend=jnp.zeros(1, cumulative.dtype))
+            log_share = jnp.log(counts.astype(jnp.float32))
+            log_share -= jnp.log(cumulative[-1].astype(jnp.float32))
+            return functools.partial(sampled_softmax, drawn=drawn, log_share=log_share)
+        drawn = jax.random.randint(key, (self.negatives,), 1, n_items + 1)
+        if self.name == "bpr":
+            return functools.partial(bpr, drawn=drawn)
+        share = min(1.0, self.negatives / max(n_items - 1, 1))
+        power = share * (self.calibration * (1 - 1 / share) + 1 / share)
+        return functools.partial(gbce, drawn=drawn, power=power)
+
+
+def cumulative_counts(counts: Int64[np.ndarray, " V"]) -> UInt32[Array, " V_and_1"]:
+    """Counts events up to each row of the item table, for `Loss.prepare`.
+
+    Args:
+      counts: training events of each item. One is added to each, so that every item can be drawn.
+
+    Returns:
+      The running sum, which begins with 0 for the padding row.
+    """
+    return jnp.asarray(np.concatenate([[0], np.cumsum(counts + 1)]), jnp.uint32)
 
 
 def cross_entropy(
@@ -27,12 +92,12 @@ def cross_entropy(
 ) -> Float[Array, " B"]:
     """Full softmax cross-entropy over every row of `table`, the padding row 0 included.
 
-    The reference normalises over row 0 too (DESIGN.md section 4, point 7).
+    The published code normalises over the padding row, too.
 
     Args:
-      hidden: what the next item is predicted from.
-      table: item embeddings.
-      targets: row of the right item.
+      hidden: the states that predict the targets.
+      table: the item table.
+      targets: rows of the target items in the table.
       history: the items whose scores get the repeat bias; `None`: there is no such bias.
 
     Returns:
@@ -41,7 +106,7 @@ def cross_entropy(
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     table = table.astype(hidden.dtype)
     scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
-    # Picked out of `scores`, the target would cost a [B, V] scatter in the backward pass.
+    # To take the target's score from `scores` would cost a [B, V] scatter in the backward pass.
     at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
     if history is not None:
         mask = item_mask(history.of_rows(jnp.arange(len(hidden))).items, len(table))
@@ -55,13 +120,13 @@ def _at(mask, targets):
 
 
 def _block_rows(items: int) -> int:
-    """Rows of scores to hold at once: on CPU what stays in cache."""
+    """Number of rows whose scores are held at once; on a CPU they stay in its cache."""
     elements = 2**20 if target().platform == "cpu" else 2**26
     return max(8, min(1024, elements // items) // 8 * 8)
 
 
 def _blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Cuts arrays [N, ...] into [blocks, rows, ...], the last block completed with zeros."""
+    """Cuts arrays [N, ...] into [blocks, rows, ...]; zeros complete the last block."""
     count = -(-arrays[0].shape[0] // rows)
 
     def cut(x):
@@ -81,15 +146,15 @@ def summed_cross_entropy(
 ) -> Float[Array, ""]:
     """sum_n weights[n] * cross_entropy(hidden[n], ...), without ever holding scores [N, V].
 
-    The scores of a block of rows at a time, and its part of the gradient with them, so that
-    nothing is computed twice; blocks behind the last row that counts cost nothing. `weights`
-    and `targets` get no gradient.
+    The rows go through in blocks. The forward pass computes the gradient of a block together with
+    its scores, so that no score is computed twice. Blocks after the last row with a weight are
+    left out. `weights` and `targets` get no gradient.
 
     Args:
-      hidden: what the next items are predicted from.
-      table: item embeddings, the padding row 0 included.
-      targets: rows of the right items.
-      weights: of the losses; 0 for rows that do not count.
+      hidden: the states that predict the targets.
+      table: the item table, with the padding row 0.
+      targets: rows of the target items in the table.
+      weights: weight of each row, 0 for a row that does not count.
       history: the items whose scores get the repeat bias; `None`: there is no such bias.
 
     Returns:
@@ -162,93 +227,23 @@ def full_cross_entropy(
     weights: Float[Array, " N"],
     history: HistoryItems | None = None,
 ) -> Float[Array, ""]:
-    """`summed_cross_entropy`, or its plain form for few scores, where blocks only cost."""
+    """`summed_cross_entropy`; for few scores the plain form, which is faster there.
+
+    The arguments are those of `summed_cross_entropy`.
+    """
     at_once = 2**23 if target().platform == "cpu" else 2**27
     if len(hidden) * len(table) <= at_once:
         return jnp.sum(weights * cross_entropy(hidden, table, targets, history))
     return summed_cross_entropy(hidden, table, targets, weights, history)
 
 
-# ---- training.losses
-# Losses by name: how the hidden states of a batch are held against their targets.
-#
-# All come as sums `loss(hidden, table, targets, weights)` over rows, and none ever holds the scores
-# of all rows and items at once. The sampled ones score a few hundred items drawn for the batch,
-# which all rows share: one matrix product, as cheap as it gets.
-
-__all__ = [
-    "Loss",
-    "SummedLoss",
-    "bpr",
-    "cross_entropy",
-    "cumulative_counts",
-    "full_cross_entropy",
-    "gbce",
-    "sampled_softmax",
-    "summed_cross_entropy",
-]
-
-# Of hidden, table, targets and weights; the full cross-entropy takes `history`, too.
-SummedLoss = Callable[..., jax.Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """A loss by name.
-
-    Attributes:
-      name: `cross_entropy`, over all items; or over items drawn for the batch:
-        `sampled_softmax` (drawn by their frequency in training, which the scores are corrected
-        for: Bengio & Senecal 2008), `gbce` (drawn uniformly; arXiv 2308.07192) or `bpr` (drawn
-        uniformly; arXiv 1205.2618).
-      negatives: how many are drawn.
-      calibration: t of gBCE, from 0 (plain binary cross-entropy) to 1 (scores are
-        probabilities although most items are never seen as negatives).
-    """
-
-    name: Literal["cross_entropy", "sampled_softmax", "gbce", "bpr"] = "cross_entropy"
-    negatives: int = 512
-    calibration: float = 0.75
-
-    def prepare(self, key: jax.Array, items: int, up_to: UInt32[Array, " V"] | None) -> SummedLoss:
-        """The loss of one batch, with the items drawn for it.
-
-        Args:
-          key: of `jax.random`.
-          items: number of items, without padding.
-          up_to: for `sampled_softmax` the training events (at least one each) of the items up to
-            each row of the table, rising: `cumulative_counts`.
-        """
-        if self.name == "cross_entropy":
-            return full_cross_entropy
-        if self.name == "sampled_softmax":
-            assert up_to is not None
-            event = jax.random.bits(key, (self.negatives,)) % up_to[-1]
-            drawn = jnp.searchsorted(up_to, event, side="right").astype(jnp.int32)
-            # What a row of the table is drawn with: log of its share of the events.
-            count = jnp.diff(up_to, prepend=jnp.zeros(1, up_to.dtype)).astype(jnp.float32)
-            log_share = jnp.log(count) - jnp.log(up_to[-1].astype(jnp.float32))
-            return functools.partial(sampled_softmax, drawn=drawn, log_share=log_share)
-        drawn = jax.random.randint(key, (self.negatives,), 1, items + 1)
-        if self.name == "bpr":
-            return functools.partial(bpr, drawn=drawn)
-        share = min(1.0, self.negatives / max(items - 1, 1))
-        power = share * (self.calibration * (1 - 1 / share) + 1 / share)
-        return functools.partial(gbce, drawn=drawn, power=power)
-
-
-def cumulative_counts(counts: Int64[np.ndarray, " V"]) -> UInt32[Array, " V_and_1"]:
-    """`up_to` of `Loss.prepare` from the training events [n_items] of the items, one added each."""
-    return jnp.asarray(np.concatenate([[0], np.cumsum(counts + 1)]), jnp.uint32)
-
-
 def _scores(hidden, table, targets, drawn):
-    """Scores of the target [N] and of what was drawn [N,S], and whether that is another item."""
+    """Scores of the targets [N] and of the drawn items [N,S], and whether the two differ [N,S]."""
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     table = table.astype(hidden.dtype)
-    right = jnp.einsum("nd,nd->n", hidden, table[targets], preferred_element_type=accumulate)
+    at_target = jnp.einsum("nd,nd->n", hidden, table[targets], preferred_element_type=accumulate)
     others = jnp.matmul(hidden, table[drawn].T, preferred_element_type=accumulate)
-    return right, others, drawn != targets[:, None]
+    return at_target, others, drawn != targets[:, None]
 
 
 def sampled_softmax(
@@ -260,16 +255,24 @@ def sampled_softmax(
     drawn: Int[Array, " S"],
     log_share: Float[Array, " V"],
 ) -> Float[Array, ""]:
-    """Cross-entropy over the target and the items drawn with shares `exp(log_share)`.
+    """Cross-entropy over the target and the drawn items (Bengio & Senecal 2008).
 
-    Scores are lowered by the log of how often an item is expected among those drawn, so that
-    the sums over what was drawn estimate those over all items.
+    The score of a drawn item is lowered by the logarithm of the number of times that the item is
+    expected among those drawn. The sum over the drawn items then estimates the sum over all.
+
+    Args:
+      hidden: the states that predict the targets.
+      table: the item table.
+      targets: rows of the target items in the table.
+      weights: weight of each row.
+      drawn: rows of the drawn items. All targets share them.
+      log_share: logarithm of the probability with which each item is drawn.
     """
-    right, others, different = _scores(hidden, table, targets, drawn)
+    at_target, others, different = _scores(hidden, table, targets, drawn)
     others = others - (log_share[drawn] + jnp.log(len(drawn)))
     others = jnp.where(different, others, -jnp.inf)
-    total = jax.nn.logsumexp(jnp.concatenate([right[:, None], others], axis=1), axis=1)
-    return jnp.sum(weights * (total - right))
+    total = jax.nn.logsumexp(jnp.concatenate([at_target[:, None], others], axis=1), axis=1)
+    return jnp.sum(weights * (total - at_target))
 
 
 def gbce(
@@ -281,10 +284,14 @@ def gbce(
     drawn: Int[Array, " S"],
     power: float,
 ) -> Float[Array, ""]:
-    """Generalised binary cross-entropy (arXiv 2308.07192, section 5): sigmoid(target)^power."""
-    right, others, different = _scores(hidden, table, targets, drawn)
+    """Generalised binary cross-entropy (arXiv 2308.07192, section 5).
+
+    The target's probability is sigmoid(score)^power. Other arguments are those of
+    `sampled_softmax`.
+    """
+    at_target, others, different = _scores(hidden, table, targets, drawn)
     wrong = jnp.sum(jnp.where(different, jax.nn.softplus(others), 0), axis=1)
-    return jnp.sum(weights * (power * jax.nn.softplus(-right) + wrong))
+    return jnp.sum(weights * (power * jax.nn.softplus(-at_target) + wrong))
 
 
 def bpr(
@@ -295,7 +302,10 @@ def bpr(
     *,
     drawn: Int[Array, " S"],
 ) -> Float[Array, ""]:
-    """Bayesian personalised ranking (arXiv 1205.2618): mean of -log sigmoid(target - other)."""
-    right, others, different = _scores(hidden, table, targets, drawn)
-    losses = jnp.where(different, jax.nn.softplus(others - right[:, None]), 0)
+    """Bayesian personalised ranking (arXiv 1205.2618): the mean of -log sigmoid(target - other).
+
+    Arguments are those of `sampled_softmax`.
+    """
+    at_target, others, different = _scores(hidden, table, targets, drawn)
+    losses = jnp.where(different, jax.nn.softplus(others - at_target[:, None]), 0)
     return jnp.sum(weights * losses.sum(1) / jnp.maximum(different.sum(1), 1))

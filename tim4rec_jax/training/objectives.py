@@ -1,43 +1,129 @@
-"""Training objectives by name: which positions of a batch predict which targets."""
+"""Objectives: which positions of a batch predict which targets.
+
+An objective takes a model and a batch and returns a sum over its targets, each target's loss times
+its weight. `loss` is one of `tim4rec_jax.training.losses`; it compares hidden states with targets.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Float, UInt32
 
+from tim4rec_jax.data import Batch
 from tim4rec_jax.layers.attention import segment_positions
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch
 from tim4rec_jax.models.bert4rec import BERT4Rec
 from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.training.losses import SummedLoss, full_cross_entropy, summed_cross_entropy
 
-# ---- training.cloze
-# The objective `cloze`: items are masked and filled in again from both sides (BERT4Rec).
 
-
-def mask_batch(model: BERT4Rec, batch: dict, key: jax.Array) -> dict:
-    """Masks a batch as TiM4Rec's comparison did.
-
-    With probability `ft_ratio`, one draw for the whole batch, the last item of every history is
-    masked; otherwise every item is with probability `mask_ratio`. At most the last
-    M = int(mask_ratio * max_length) masked items of a row are targets, the others stay masked
-    all the same. Position 0 is never a target.
+def prefix_loss(
+    model: SequenceModel,
+    batch: Batch,
+    seeds: UInt32[Array, " B"] | None,
+    loss: SummedLoss = full_cross_entropy,
+) -> Float[Array, ""]:
+    """The end of each window predicts the event that follows it (paper, section 3.5).
 
     Args:
-      model: says ratios, mask token and longest history.
+      model: any model.
       batch: of `tim4rec_jax.data.TrainBatches`.
-      key: of `jax.random`.
+      seeds: dropout seeds per row. None switches dropout off.
+      loss: of `tim4rec_jax.training.losses`.
+    """
+    hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
+    history = {}
+    if (repeat_bias := model.repeat_bias()) is not None:
+        history["history"] = HistoryItems(batch["items"], repeat_bias)
+    total = loss(hidden, model.item_table(), batch["targets"], weights, **history)
+    return total + weights.sum() * model.penalty()
+
+
+def every_position_loss(
+    model: SequenceModel,
+    batch: Batch,
+    seeds: UInt32[Array, " B"] | None,
+    loss: SummedLoss = full_cross_entropy,
+) -> Float[Array, ""]:
+    """Every position of packed rows predicts the event after it.
+
+    Args:
+      model: a causal model.
+      batch: of `tim4rec_jax.data.PackedBatches`.
+      seeds: dropout seeds per row. None switches dropout off.
+      loss: of `tim4rec_jax.training.losses`.
+    """
+    items, segment_ids = batch["items"], batch["segment_ids"]
+    lengths = jnp.full(items.shape[0], items.shape[1])
+    hidden = model(
+        items, lengths, batch["gaps"], segment_ids=segment_ids, dropout_seeds=seeds
+    )
+    hidden = condition_on_time(model, hidden, batch)
+    history = {}
+    if (repeat_bias := model.repeat_bias()) is not None:
+        # The history of a position is its segment, up to the position itself.
+        last = jnp.broadcast_to(jnp.arange(items.shape[1]), items.shape)
+        first = last - segment_positions(segment_ids)
+        history["history"] = HistoryItems(
+            items, repeat_bias, first.reshape(-1), last.reshape(-1)
+        )
+    return loss(
+        hidden.reshape(-1, hidden.shape[-1]),
+        model.item_table(),
+        batch["targets"].reshape(-1),
+        batch["weights"].reshape(-1),
+        **history,
+    )
+
+
+def cloze_loss(
+    model: BERT4Rec,
+    batch: Batch,
+    seeds: UInt32[Array, " B"] | None,
+    loss: SummedLoss = summed_cross_entropy,
+) -> Float[Array, ""]:
+    """Masked items are filled in from both sides (arXiv 1904.06690).
+
+    Args:
+      model: a model that fills masks.
+      batch: of `mask_batch`.
+      seeds: dropout seeds per row. None switches dropout off.
+      loss: of `tim4rec_jax.training.losses`.
+    """
+    hidden = model.fill(batch["items"], batch["positions"], seeds)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
+    # Most places for targets are empty. At the end of the list they cost no scores.
+    order = jnp.argsort(weights == 0, stable=True)
+    return loss(hidden[order], model.item_table(), targets[order], weights[order])
+
+
+def mask_batch(model: BERT4Rec, batch: Batch, key: jax.Array) -> Batch:
+    """Masks items as TiM4Rec's comparison did.
+
+    One draw decides for the whole batch. With probability `model.ft_ratio` the last item of every
+    window is masked. Otherwise each item is masked with probability `model.mask_ratio`. The last
+    M = int(mask_ratio * max_length) masked items of a row are targets, and the other masked items
+    are not. The first position of a row is never a target.
+
+    Args:
+      model: has the two ratios, the mask token and `max_length`.
+      batch: of `tim4rec_jax.data.TrainBatches`.
+      key: a key of `jax.random`.
 
     Returns:
-      The batch with masked `items`, and for the targets, M a row or fewer in shorter batches:
-      `positions` int32 [B,M], `targets` int32 [B,M] and `weights` float32 [B,M], 0 where there
-      is no target.
+      The batch with masked `items`, and with what belongs to the targets, in M columns or as many
+      as `items` has: `positions` int32 [B,M], `targets` int32 [B,M], and `weights` float32 [B,M],
+      which is 0 where there is no target.
     """
-    items, end = batch["items"], batch["lengths"][:, None] - 1
+    items, last = batch["items"], batch["lengths"][:, None] - 1
     length = items.shape[1]
     index = jnp.arange(length)
-    branch, each = jax.random.split(key)
-    drawn = jax.random.bernoulli(each, model.mask_ratio, items.shape) & (index <= end)
-    masked = jnp.where(jax.random.bernoulli(branch, model.ft_ratio), index == end, drawn)
+    key_of_batch, key_of_items = jax.random.split(key)
+    drawn = jax.random.bernoulli(key_of_items, model.mask_ratio, items.shape) & (index <= last)
+    masked = jnp.where(jax.random.bernoulli(key_of_batch, model.ft_ratio), index == last, drawn)
     most = max(1, int(model.mask_ratio * model.max_length))
     positions, _ = jax.lax.top_k(jnp.where(masked, index, 0), min(most, length))
     return batch | {
@@ -48,100 +134,20 @@ def mask_batch(model: BERT4Rec, batch: dict, key: jax.Array) -> dict:
     }
 
 
-def cloze_loss(
-    model: BERT4Rec,
-    batch: dict,
-    seeds: UInt32[Array, " B"] | None,
-    loss: SummedLoss = summed_cross_entropy,
-) -> jax.Array:
-    """Sum over the targets of a masked batch of weight times loss.
+class Objective(NamedTuple):
+    """An objective.
 
-    Args:
-      model: fills masks.
-      batch: of `mask_batch`.
-      seeds: dropout seeds per row; None switches dropout off.
-      loss: of `tim4rec_jax.training.losses`.
+    Attributes:
+      loss: the summed loss `(model, batch, seeds, loss)` of a batch, or of a part of its rows.
+      prepare: what happens to the whole batch first, `(model, batch, key)`.
     """
-    hidden = model.fill(batch["items"], batch["positions"], seeds)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
-    targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
-    # Most places for targets are empty: behind the others they cost no scores.
-    order = jnp.argsort(weights == 0, stable=True)
-    return loss(hidden[order], model.item_table(), targets[order], weights[order])
 
-
-# ---- training.objective
-# Training objectives by name: which positions of a batch predict which targets.
-
-
-def prefix_loss(
-    model: SequenceModel,
-    batch: dict,
-    seeds: UInt32[Array, " B"] | None,
-    loss: SummedLoss = full_cross_entropy,
-) -> jax.Array:
-    """Sum over the batch of weight times the loss at each history's end (paper, section 3.5).
-
-    Args:
-      model: see `tim4rec_jax.models`.
-      batch: of `tim4rec_jax.data.TrainBatches`.
-      seeds: dropout seeds per row; None switches dropout off.
-      loss: of `tim4rec_jax.training.losses`.
-    """
-    hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
-    targets = batch["targets"]
-    history = _history(model, batch["items"])
-    total = loss(hidden, model.item_table(), targets, weights, **history)
-    return total + weights.sum() * model.penalty()
-
-
-def every_position_loss(
-    model: SequenceModel,
-    batch: dict,
-    seeds: UInt32[Array, " R"] | None,
-    loss: SummedLoss = full_cross_entropy,
-) -> jax.Array:
-    """Sum over all positions of packed rows of weight times the loss there.
-
-    Args:
-      model: a causal one.
-      batch: as `tim4rec_jax.data.PackedBatches` describes.
-      seeds: dropout seeds per row; None switches dropout off.
-      loss: of `tim4rec_jax.training.losses`.
-    """
-    items = batch["items"]
-    hidden = model(
-        items,
-        jnp.full(items.shape[0], items.shape[1]),
-        batch["gaps"],
-        segment_ids=batch["segment_ids"],
-        dropout_seeds=seeds,
-    )
-    hidden = condition_on_time(model, hidden, batch)
-    return loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.item_table(),
-        batch["targets"].reshape(-1),
-        batch["weights"].reshape(-1),
-        **_history(model, items, *_up_to_here(batch["segment_ids"])),
-    )
-
-
-def _history(model: SequenceModel, items, first=None, last=None) -> dict:
-    """The argument `history` of the loss, if the model has a repeat bias."""
-    if (repeat_bias := model.repeat_bias()) is None:
-        return {}
-    return {"history": HistoryItems(items, repeat_bias, first, last)}
-
-
-def _up_to_here(segment_ids):
-    """For every position, row after row: the first position of its segment, and its own."""
-    here = jnp.broadcast_to(jnp.arange(segment_ids.shape[1]), segment_ids.shape)
-    return (here - segment_positions(segment_ids)).reshape(-1), here.reshape(-1)
+    loss: Callable[..., jax.Array]
+    prepare: Callable[[Any, Batch, jax.Array], Batch] = lambda model, batch, key: batch
 
 
 OBJECTIVES = {
-    "prefix": prefix_loss,
-    "every_position": every_position_loss,
-    "cloze": cloze_loss,  # of batches that `tim4rec_jax.training.objectives.mask_batch` has masked
+    "prefix": Objective(prefix_loss),
+    "every_position": Objective(every_position_loss),
+    "cloze": Objective(cloze_loss, prepare=mask_batch),
 }

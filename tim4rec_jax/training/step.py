@@ -1,8 +1,9 @@
-"""The jitted training step, and how steps are dispatched."""
+"""The training step: gradients, one optimizer update, and the dispatch of steps to the devices."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
+    Batch,
     Convention,
     Dataset,
     EventLog,
@@ -27,27 +29,24 @@ from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import SequenceModel, inputs
 from tim4rec_jax.runtime import Placement, target
 from tim4rec_jax.training.losses import Loss, SummedLoss, cumulative_counts, full_cross_entropy
-from tim4rec_jax.training.objectives import OBJECTIVES, mask_batch
+from tim4rec_jax.training.objectives import OBJECTIVES
 
-# ---- training.step
-# The jitted training step: gradients over micro-batches, one optimizer update.
-
-Batch = dict[str, jax.Array]
-CROSS_ENTROPY = Loss()
+Metrics = dict[str, jax.Array]
 
 
 @struct.dataclass
 class TrainState:
-    """Everything that changes while training; one pytree, donated to every step.
+    """Everything that changes while training; every step is given it and takes its memory.
 
     Attributes:
-      step: updates made so far, int32.
-      params: the model's parameters (`nnx.State`).
-      opt_state: optax state.
-      rng: key the dropout seeds of every step are folded from.
-      loss_sum, weight_sum: of the running epoch, float32; their ratio is its mean loss.
-      bad_step: the first step whose loss or gradient was not finite, or -1. The
-        parameters stay as they were before that step, and so does everything after it.
+      step: number of updates made, int32.
+      params: the model's parameters, an `nnx.State`.
+      opt_state: the state of the optimizer.
+      rng: the key from which the random numbers of every step are derived.
+      loss_sum: sum over the running epoch of weight times loss, float32.
+      weight_sum: sum over the running epoch of the weights, float32.
+      bad_step: the first step whose loss or gradient was not finite, or -1, int32. Parameters and
+        optimizer stay as they were before that step.
     """
 
     step: jax.Array
@@ -57,6 +56,28 @@ class TrainState:
     loss_sum: jax.Array
     weight_sum: jax.Array
     bad_step: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What a step is compiled for.
+
+    Attributes:
+      graphdef: the structure of the model.
+      tx: the optimizer.
+      objective: a key of `tim4rec_jax.training.objectives.OBJECTIVES`.
+      loss: the loss of the objective.
+      devices: number of devices that share the rows of a batch.
+      num_microbatches: number of parts that a batch is cut into; it divides the number of rows.
+        None: the function `num_microbatches` chooses.
+    """
+
+    graphdef: nnx.GraphDef
+    tx: optax.GradientTransformation
+    objective: str = "prefix"
+    loss: Loss = Loss()
+    devices: int = 1
+    num_microbatches: int | None = None
 
 
 def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -> TrainState:
@@ -72,16 +93,24 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -
     )
 
 
-@functools.cache  # the same one again lets another run in this process keep compiled code
+def start_epoch(state: TrainState) -> TrainState:
+    """The same state, with the loss of an epoch that has not begun yet."""
+    zeros = np.zeros((), np.float32), np.zeros((), np.float32)
+    loss_sum, weight_sum = jax.device_put(zeros, state.loss_sum.sharding)
+    return dataclasses.replace(state, loss_sum=loss_sum, weight_sum=weight_sum)
+
+
+@functools.cache  # compiled steps are found by the identity of the optimizer
 def make_optimizer(
     learning_rate: float, weight_decay: float, cosine_steps: int | None = None
 ) -> optax.GradientTransformation:
-    """Adam as the reference uses it: weight decay, if any, is added to the gradient.
+    """Adam as the published code uses it: weight decay is added to the gradient.
 
     Args:
-      learning_rate: of the first step.
-      weight_decay: weight of the squared norm of all parameters, halved.
-      cosine_steps: the learning rate falls along a cosine to 0 in so many steps; None: never.
+      learning_rate: the learning rate of the first step.
+      weight_decay: factor of the parameters in what is added to their gradient.
+      cosine_steps: number of steps in which the learning rate falls to 0 along a cosine. None: the
+        learning rate is constant.
     """
     rate: optax.ScalarOrSchedule = learning_rate
     if cosine_steps is not None:
@@ -90,11 +119,16 @@ def make_optimizer(
 
 
 def num_microbatches(rows: int, length: int, devices: int) -> int:
-    """How many micro-batches to cut a batch of `rows` histories of `length` into.
+    """Chooses the number of micro-batches of a batch.
 
-    On CPU as many as bring one down to 3,072 events and 128 rows of scores, which is where
-    its temporaries fit a cache (see `loss_and_gradients`); one on other devices. Each
-    keeps at least 8 rows per device.
+    On a CPU, a micro-batch has at most 3,072 events and 128 rows of scores, so that its temporary
+    arrays fit the cache (see `loss_and_gradients`), but at least 8 rows per device. Other devices
+    take the batch as a whole.
+
+    Args:
+      rows: number of rows of the batch.
+      length: number of positions of a row.
+      devices: number of devices that share the rows.
     """
     if target().platform != "cpu":
         return 1
@@ -109,90 +143,91 @@ def num_microbatches(rows: int, length: int, devices: int) -> int:
     return count
 
 
-def micro_batches(rows: Any, count: int) -> Any:
-    """Splits every array [B, ...] of a tree into [count, B / count, ...].
-
-    Row i goes to micro-batch i % count: with the rows of a batch laid out over devices in
-    contiguous blocks, every micro-batch then has its share of rows on every device.
-    """
-    return jax.tree.map(
-        lambda x: x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1), rows
-    )
-
-
 def loss_and_gradients(
-    graphdef,
-    params,
+    graphdef: nnx.GraphDef,
+    params: nnx.State,
     batch: Batch,
     seeds: jax.Array,
-    micro: int,
+    microbatches: int,
     objective: str = "prefix",
     loss: SummedLoss = full_cross_entropy,
-):
-    """Mean loss of a batch and its gradient, `micro` micro-batches one after the other.
+) -> tuple[jax.Array, nnx.State]:
+    """The mean loss of a batch and its gradient, one micro-batch after the other.
 
-    On CPU a step's temporaries are fresh pages every time, and touching them costs more
-    than computing with them: small micro-batches keep them in cache. Values do not depend
-    on `micro` but for the order of summation.
+    On a CPU, the temporary arrays of a step lie in fresh pages of memory, and to touch these costs
+    more than to compute with them. Those of a small micro-batch stay in the cache. The number of
+    micro-batches changes the result only by the order of summation.
+
+    Args:
+      graphdef: the structure of the model.
+      params: the parameters.
+      batch: a batch, as the objective has prepared it.
+      seeds: dropout seeds per row.
+      microbatches: number of micro-batches; it divides the number of rows.
+      objective: a key of `tim4rec_jax.training.objectives.OBJECTIVES`.
+      loss: of `tim4rec_jax.training.losses`.
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
 
-    def loss_fn(params, rows, seeds):
-        return OBJECTIVES[objective](nnx.merge(graphdef, params), rows, seeds, loss) / total
+    def mean_loss(params, batch, seeds):
+        model = nnx.merge(graphdef, params)
+        return OBJECTIVES[objective].loss(model, batch, seeds, loss) / total
 
-    if micro == 1:
-        return jax.value_and_grad(loss_fn)(params, batch, seeds)
+    if microbatches == 1:
+        return jax.value_and_grad(mean_loss)(params, batch, seeds)
 
     def accumulate(carry, rows):
-        return jax.tree.map(jnp.add, carry, jax.value_and_grad(loss_fn)(params, *rows)), None
+        return jax.tree.map(jnp.add, carry, jax.value_and_grad(mean_loss)(params, *rows)), None
+
+    def split(x):
+        # Row i goes to micro-batch i % microbatches. Devices hold blocks of consecutive rows, so
+        # each micro-batch has its share of rows on every device.
+        return x.reshape(x.shape[0] // microbatches, microbatches, *x.shape[1:]).swapaxes(0, 1)
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(accumulate, zero, micro_batches((batch, seeds), micro))[0]
+    return jax.lax.scan(accumulate, zero, jax.tree.map(split, (batch, seeds)))[0]
 
 
 def update(
-    state: TrainState,
-    batch: Batch,
-    *,
-    graphdef: nnx.GraphDef,
-    tx: optax.GradientTransformation,
-    micro: int,
-    objective: str = "prefix",
-    loss: Loss = CROSS_ENTROPY,
-    up_to: jax.Array | None = None,
-) -> tuple[TrainState, dict[str, jax.Array]]:
+    state: TrainState, batch: Batch, settings: StepSettings, cumulative: jax.Array | None = None
+) -> tuple[TrainState, Metrics]:
     """One update.
 
     Args:
-      state: before; donated by `train_step`, which is this, compiled.
-      batch: what the objective takes.
-      graphdef: the model's structure.
-      tx: the optimizer.
-      micro: number of micro-batches; divides B.
-      objective: a name in `tim4rec_jax.training.objectives.OBJECTIVES`.
-      loss: how states are held against targets.
-      up_to: see `tim4rec_jax.training.losses.Loss.prepare`.
+      state: the state before the step. `train_step`, the compiled form, takes its memory.
+      batch: a batch with the fields that the model and the objective need.
+      settings: what the step is compiled for.
+      cumulative: see `tim4rec_jax.training.losses.Loss.prepare`.
 
     Returns:
-      The next state, and for the log the mean `loss` of the epoch so far and `bad_step`, in
-      arrays of their own that outlive the state.
+      The next state, and for the log `loss`, the mean of the epoch so far, and `bad_step`. The
+      compiled form gives them memory of their own, so that they outlive the state.
     """
+    rows, length = batch["items"].shape
     key = jax.random.fold_in(state.rng, state.step)
-    seeds = row_seeds(key, batch["targets"].shape[0])
-    model: Any = nnx.merge(graphdef, state.params)
-    summed = loss.prepare(jax.random.fold_in(key, 1), model.n_items, up_to)
-    if objective == "cloze":  # before the batch is cut: its targets are counted as a whole
-        batch = mask_batch(model, batch, jax.random.fold_in(key, 2))
+    seeds = row_seeds(key, rows)
+    model: Any = nnx.merge(settings.graphdef, state.params)
+    loss = settings.loss.prepare(jax.random.fold_in(key, 1), model.n_items, cumulative)
+    objective = OBJECTIVES[settings.objective]
+    batch = objective.prepare(model, batch, jax.random.fold_in(key, 2))
     value, grads = loss_and_gradients(
-        graphdef, state.params, batch, seeds, micro, objective, summed
+        settings.graphdef,
+        state.params,
+        batch,
+        seeds,
+        settings.num_microbatches or num_microbatches(rows, length, settings.devices),
+        settings.objective,
+        loss,
     )
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    updates, opt_state = settings.tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
 
-    finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves((value, grads))]).all()
+    # The largest magnitude of an array is finite if all of the array is. One test of all these
+    # compiles faster than a test of each: XLA would repeat every test for every parameter below.
+    largest = jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves((value, grads))])
+    finite = jnp.isfinite(largest).all()
     good = finite & (state.bad_step < 0)
-    new = (params, opt_state)
-    old = (state.params, state.opt_state)
+    new, old = (params, opt_state), (state.params, state.opt_state)
     params, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
     weight = batch["weights"].sum()
     state = dataclasses.replace(
@@ -205,211 +240,255 @@ def update(
         bad_step=jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step),
     )
     loss_so_far = state.loss_sum / jnp.maximum(state.weight_sum, 1.0)
-    metrics = {"loss": loss_so_far, "bad_step": state.bad_step}
-    return state, jax.tree.map(lambda x: x + 0, metrics)
+    return state, {"loss": loss_so_far, "bad_step": state.bad_step}
 
 
-train_step = jax.jit(
-    update, static_argnames=("graphdef", "tx", "micro", "objective", "loss"), donate_argnums=0
+train_step = jax.jit(update, static_argnames="settings", donate_argnames="state")
+
+
+class HostSteps:
+    """Dispatches one step at a time, on batches that the host gathers.
+
+    Attributes:
+      settings: what the steps are compiled for.
+      iterator: over the batches; its state is saved with the run's.
+    """
+
+    def __init__(
+        self,
+        batches: TrainBatches | PackedBatches,
+        settings: StepSettings,
+        fields: tuple[str, ...],
+        placement: Placement,
+        cumulative: jax.Array | None,
+    ):
+        """Begins with the first batch.
+
+        Args:
+          batches: the batches by number.
+          settings: what the steps are compiled for.
+          fields: the fields of a batch that the step needs.
+          placement: of batches on the devices.
+          cumulative: see `update`.
+        """
+        self.settings = settings
+        self.iterator = train_iterator(batches)
+        self._batches, self._fields, self._placement = batches, fields, placement
+        self._cumulative = cumulative
+
+    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
+        """Dispatches the next steps.
+
+        Args:
+          state: the state before them; its memory is taken.
+          left: largest number of steps, at least 1.
+          done: number of steps of the running epoch so far.
+
+        Returns:
+          The next state, metrics of the last step, and how many steps were dispatched. The device
+          is still at work on the first two.
+        """
+        del left, done
+        batch = jax.device_put(self._needed(next(self.iterator)), self._placement.by_row)
+        state, metrics = train_step(state, batch, self.settings, self._cumulative)
+        return state, metrics, 1
+
+    def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
+        """The programs that `run` needs, for a state of this shape and sharding."""
+        by_row = self._placement.by_row
+        for width in self._batches.buckets:
+            batch = self._needed(self._batches[0])
+            batch["items"] = np.zeros((len(batch["items"]), width), np.int32)
+            shapes = {
+                name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_row)
+                for name, array in batch.items()
+            }
+            yield train_step.lower(state, shapes, self.settings, self._cumulative)
+
+    def _needed(self, batch: Batch) -> Batch:
+        return {name: batch[name] for name in self._fields if name in batch}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gather:
+    """How batches are gathered from a log of all events.
+
+    Attributes:
+      packed: whether the rows are packed.
+      buckets: the widths of batches.
+      max_length: columns of `gaps`.
+      convention: of the gaps.
+      fields: the fields of a batch that the step needs.
+    """
+
+    packed: bool
+    buckets: tuple[int, ...]
+    max_length: int
+    convention: Convention
+    fields: tuple[str, ...]
+
+    def batch(self, log: EventLog, indices: Batch, width: int) -> Batch:
+        """Gathers a batch.
+
+        Args:
+          log: the events.
+          indices: of the batch, without `bucket`; see `TrainBatches.indices`.
+          width: columns of `items`, one of `buckets`.
+        """
+        if self.packed:
+            batch = pack(log, indices)
+        else:
+            batch = indices | collate(
+                log,
+                indices["starts"],
+                indices["lengths"],
+                width=width,
+                max_length=self.max_length,
+                convention=self.convention,
+            )
+        return {name: batch[name] for name in self.fields if name in batch}
+
+
+@functools.partial(
+    jax.jit, static_argnames=("settings", "gather"), donate_argnames="state"
 )
+def train_steps(
+    state: TrainState,
+    log: EventLog,
+    indices: Batch,
+    settings: StepSettings,
+    gather: Gather,
+    cumulative: jax.Array | None,
+) -> tuple[TrainState, Metrics]:
+    """Several updates, one after the other, in one dispatch.
+
+    Args:
+      state: the state before them; its memory is taken.
+      log: all events of the dataset.
+      indices: those of the batches; each array has a leading axis of steps.
+      settings: what each step is compiled for.
+      gather: how batches are gathered from the log.
+      cumulative: see `update`.
+
+    Returns:
+      The state after the last step, and the metrics of that step.
+    """
+
+    def with_width(width):
+        return lambda state, indices: update(
+            state, gather.batch(log, indices, width), settings, cumulative
+        )
+
+    def step(state, indices):
+        indices = dict(indices)
+        bucket = indices.pop("bucket")
+        return jax.lax.switch(bucket, [with_width(w) for w in gather.buckets], state, indices)
+
+    state, metrics = jax.lax.scan(step, state, indices)
+    return state, jax.tree.map(lambda each: each[-1], metrics)
 
 
-# ---- training.on_device
-# Training from an event log that lies on the device.
-#
-# A step of a few milliseconds leaves the host no time to gather windows and send them. Here only
-# the numbers of samples cross the bus, for several steps at once; the batches are those of
-# `tim4rec_jax.data`, value for value.
+class DeviceSteps:
+    """Dispatches several steps at a time, on batches that the device gathers from all events.
 
-# Of the device's memory, or of as much as the smallest GPU of interest has.
+    A step of a few milliseconds leaves the host no time to gather batches and to send them. Here
+    only the indices of their events are sent. The batches are equal to the host's.
+
+    Steps go out in groups of `GROUP`. A group begins at a multiple of `GROUP` in the epoch, and
+    what is left of an epoch goes step by step. So there are two programs, and a run that is
+    resumed has the groups of a run that was never interrupted.
+
+    Attributes:
+      settings: what the steps are compiled for.
+      iterator: over the indices of the batches; its state is saved with the run's.
+    """
+
+    # The host has prepared a group long before the device has worked one off.
+    GROUP = 8
+
+    def __init__(
+        self,
+        batches: TrainBatches | PackedBatches,
+        settings: StepSettings,
+        gather: Gather,
+        placement: Placement,
+        cumulative: jax.Array | None,
+    ):
+        """Puts all events on the devices; arguments are those of `train_steps` and `HostSteps`."""
+        self.settings = settings
+        self.iterator = train_iterator(batches, indices_only=True)
+        self._log = jax.device_put(batches.dataset.all_events(), placement.replicated)
+        self._batches, self._gather, self._cumulative = batches, gather, cumulative
+        self._replicated = placement.replicated
+        self._by_row = NamedSharding(placement.by_row.mesh, PartitionSpec(None, "batch"))
+
+    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
+        """See `HostSteps.run`."""
+        count = self.GROUP if done % self.GROUP == 0 and left >= self.GROUP else 1
+        indices = self._stacked([next(self.iterator) for _ in range(count)])
+        indices = jax.device_put(indices, self._shardings(indices))
+        state, metrics = train_steps(
+            state, self._log, indices, self.settings, self._gather, self._cumulative
+        )
+        return state, metrics, count
+
+    def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
+        """See `HostSteps.lowered`."""
+        for count in (self.GROUP, 1):
+            indices = self._stacked([self._batches.indices(0)] * count)
+            shapes = jax.tree.map(
+                lambda array, sharding: jax.ShapeDtypeStruct(
+                    array.shape, array.dtype, sharding=sharding
+                ),
+                indices,
+                self._shardings(indices),
+            )
+            yield train_steps.lower(
+                state, self._log, shapes, self.settings, self._gather, self._cumulative
+            )
+
+    def _stacked(self, indices: list[Batch]) -> Batch:
+        return {name: np.stack([each[name] for each in indices]) for name in indices[0]}
+
+    def _shardings(self, indices: Batch) -> dict[str, NamedSharding]:
+        return {
+            name: self._by_row if array.ndim > 1 else self._replicated
+            for name, array in indices.items()
+        }
+
+
+# The share of a device's memory that all events may take, and the memory of the smallest GPU of
+# interest, for devices that do not say how much they have.
 _SHARE, _MEMORY = 0.25, 16 * 2**30
 
 
 def choose_placement(asked: str, dataset: Dataset) -> str:
-    """`device` or `host`; `auto` is the device if that is not the host's own and the log fits."""
+    """Says where batches are gathered.
+
+    Args:
+      asked: "host", "device", or "auto": on the device if that is not a CPU and the events fit.
+      dataset: holds the events.
+
+    Returns:
+      "host" or "device".
+    """
     if asked != "auto":
         return asked
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return "host"
     memory = (device.memory_stats() or {}).get("bytes_limit", _MEMORY)
-    # Event numbers are int32.
+    # Indices of events are int32. The four columns of `EventLog` have 4 bytes each.
     fits = dataset.n_events < 2**31 and 16 * dataset.n_events <= _SHARE * memory
     return "device" if fits else "host"
-
-
-class Layout(NamedTuple):
-    """How batches are gathered from their indices; static, so hashable."""
-
-    packed: bool
-    buckets: tuple[int, ...]
-    max_length: int
-    convention: Convention
-    devices: int
-
-    def batch(self, log: EventLog, indices: Batch, width: int) -> Batch:
-        """A batch whose items have `width` columns, one of `buckets`."""
-        if self.packed:
-            return pack(log, indices)
-        batch = collate(
-            log,
-            indices["starts"],
-            indices["lengths"],
-            width=width,
-            max_length=self.max_length,
-            convention=self.convention,
-        )
-        return batch | {name: indices[name] for name in ("users", "weights")}
-
-
-def layout(batches: TrainBatches | PackedBatches, convention: Convention, devices: int) -> Layout:
-    """How the batches of `batches` are gathered and spread over `devices`."""
-    packed = isinstance(batches, PackedBatches)
-    return Layout(packed, batches.buckets, batches.max_length, convention, devices)
-
-
-@functools.partial(jax.jit, static_argnames=("layout", "needed", "settings"), donate_argnums=0)
-def train_steps(
-    state: TrainState,
-    log: EventLog,
-    indices: Batch,
-    up_to: jax.Array | None,
-    *,
-    layout: Layout,
-    needed: tuple[str, ...],
-    settings: tuple[tuple[str, Any], ...],
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """Several updates, one after the other, in one dispatch.
-
-    Args:
-      state: donated.
-      log: of all events of the dataset.
-      indices: of the steps' batches, each array with a leading axis of steps.
-      up_to: as for `tim4rec_jax.training.step.update`.
-      layout: of the batches.
-      needed: the arrays of a batch that the model and the objective use.
-      settings: other arguments of `update`, as pairs.
-
-    Returns:
-      The state after the last step, and its metrics.
-    """
-    rows = indices["weights"].shape[1]
-
-    def with_width(width):
-        micro = num_microbatches(rows, width, layout.devices)
-
-        def one(state, indices):
-            batch = layout.batch(log, indices, width)
-            batch = {name: batch[name] for name in needed if name in batch}
-            return update(state, batch, micro=micro, up_to=up_to, **dict(settings))
-
-        return one
-
-    def step(state, indices):
-        indices = dict(indices)
-        bucket = indices.pop("bucket")
-        return jax.lax.switch(bucket, [with_width(w) for w in layout.buckets], state, indices)
-
-    state, metrics = jax.lax.scan(step, state, indices)
-    return state, jax.tree.map(lambda each: each[-1], metrics)
-
-
-# ---- training.steps
-# Dispatches training steps: on batches the host makes, or on numbers of samples.
-
-# Steps a dispatch on the device's own data: the host is done with one long before the device is.
-STEPS = 8
-
-Metrics = dict[str, jax.Array]
-
-
-class HostSteps:
-    """One step at a time, on batches that the host gathers.
-
-    Attributes:
-      iterator: over the batches; its state is saved with the run's.
-    """
-
-    def __init__(self, batches, needed: tuple[str, ...], placement: Placement, **settings: Any):
-        self.iterator = train_iterator(batches)
-        self._needed, self._placement, self._settings = needed, placement, settings
-
-    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
-        """Dispatches the next steps.
-
-        Args:
-          state: donated.
-          left: how many steps there may be at most.
-          done: steps of the running epoch so far.
-
-        Returns:
-          The next state, metrics to be fetched later, and how many steps were dispatched.
-        """
-        batch = next(self.iterator)
-        rows, width = batch["items"].shape
-        batch = {name: batch[name] for name in self._needed if name in batch}
-        state, metrics = train_step(
-            state,
-            jax.device_put(batch, self._placement.by_row),
-            micro=num_microbatches(rows, width, self._placement.devices),
-            **self._settings,
-        )
-        return state, metrics, 1
-
-
-class DeviceSteps:
-    """`STEPS` steps at a time, on batches gathered from an event log on the device.
-
-    Groups begin at multiples of `STEPS` in an epoch, what is left of one goes step by step: two
-    programs, and a run that is resumed has the groups of one that was not interrupted.
-
-    Attributes:
-      iterator: over what batches are gathered from.
-    """
-
-    def __init__(
-        self,
-        dataset: Dataset,
-        batches: TrainBatches | PackedBatches,
-        convention: Convention,
-        needed: tuple[str, ...],
-        placement: Placement,
-        *,
-        up_to: jax.Array | None,
-        **settings: Any,
-    ):
-        self.iterator = train_iterator(batches, indices_only=True)
-        self._log = jax.device_put(dataset.all_events(), placement.replicated)
-        mesh = placement.by_row.mesh
-        self._by_row = NamedSharding(mesh, PartitionSpec(None, "batch"))
-        self._replicated = placement.replicated
-        self._up_to = up_to
-        self._static = dict(
-            layout=layout(batches, convention, placement.devices),
-            needed=needed,
-            settings=tuple(settings.items()),
-        )
-
-    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
-        """See `HostSteps`."""
-        count = STEPS if done % STEPS == 0 and left >= STEPS else 1
-        indices = [next(self.iterator) for _ in range(count)]
-        stacked = {name: np.stack([each[name] for each in indices]) for name in indices[0]}
-        shardings = {
-            name: self._by_row if array.ndim > 1 else self._replicated
-            for name, array in stacked.items()
-        }
-        stacked = jax.device_put(stacked, shardings)
-        state, metrics = train_steps(state, self._log, stacked, self._up_to, **self._static)
-        return state, metrics, count
 
 
 def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
     """The batches that a run trains on.
 
     Args:
-      config: of the run, resolved.
-      dataset: split as it says.
+      config: the settings of the run, resolved.
+      dataset: the dataset, split as the settings say.
     """
     data, train = config.data, config.train
     settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
@@ -420,36 +499,40 @@ def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatch
 
 def make_steps(
     config: Config,
-    dataset: Dataset,
     batches: TrainBatches | PackedBatches,
     model: SequenceModel,
     placement: Placement,
-) -> tuple[HostSteps | DeviceSteps, Any]:
-    """The steps of a run, and its optimizer.
+) -> HostSteps | DeviceSteps:
+    """The steps of a run.
 
     Args:
-      config: of the run, resolved.
-      dataset: split as it says.
+      config: the settings of the run, resolved.
       batches: of `make_batches`.
-      model: to train.
-      placement: of batches on devices.
+      model: the model to train. Only its structure is used: its arrays may be shapes.
+      placement: of batches on the devices.
     """
     train = config.train
-    steps = train.epochs * batches.batches_per_epoch if train.schedule == "cosine" else None
-    tx = make_optimizer(train.learning_rate, train.weight_decay, steps)
-    up_to = None
-    if train.loss == "sampled_softmax":
-        counts = cumulative_counts(train_item_counts(dataset))
-        up_to = jax.device_put(counts, placement.replicated)
-    needed = (*inputs(model), "targets", "weights")
-    settings: dict[str, Any] = dict(
+    total_steps = train.epochs * batches.batches_per_epoch
+    cosine_steps = total_steps if train.schedule == "cosine" else None
+    settings = StepSettings(
         graphdef=nnx.graphdef(model),
-        tx=tx,
+        tx=make_optimizer(train.learning_rate, train.weight_decay, cosine_steps),
         objective=train.objective,
         loss=Loss(train.loss, train.negatives, train.calibration),
-        up_to=up_to,
+        devices=placement.devices,
     )
-    if choose_placement(config.data.placement, dataset) == "device":
-        convention = "exact" if isinstance(batches, PackedBatches) else config.data.convention
-        return DeviceSteps(dataset, batches, convention, needed, placement, **settings), tx
-    return HostSteps(batches, needed, placement, **settings), tx
+    cumulative = None
+    if train.loss == "sampled_softmax":
+        counts = cumulative_counts(train_item_counts(batches.dataset))
+        cumulative = jax.device_put(counts, placement.replicated)
+    fields = (*inputs(model), "targets", "weights")
+    if choose_placement(config.data.placement, batches.dataset) == "host":
+        return HostSteps(batches, settings, fields, placement, cumulative)
+    gather = Gather(
+        packed=isinstance(batches, PackedBatches),
+        buckets=batches.buckets,
+        max_length=batches.max_length,
+        convention=config.data.convention,
+        fields=fields,
+    )
+    return DeviceSteps(batches, settings, gather, placement, cumulative)
