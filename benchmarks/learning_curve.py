@@ -22,7 +22,7 @@ from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.models import build, inputs
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.training.step import init_state, make_optimizer, num_microbatches, train_step
+from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
 
 # Test Hit@10, NDCG@10 of the published code after epochs 1, 2, ...
 REFERENCE = {
@@ -62,8 +62,7 @@ def main() -> None:
         start = time.perf_counter()
         for _ in range(batches.batches_per_epoch):
             batch = {name: v for name, v in next(iterator).items() if name in needed}
-            micro = num_microbatches(*batch["items"].shape, 1)
-            state, _ = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
+            state, _ = train_step(state, batch, StepSettings(graphdef, tx))
         trained = nnx.merge(graphdef, state.params)
         figures, ranks = evaluate(
             trained, dataset, "test", batch_size=config.eval.batch_size, **windows

@@ -46,7 +46,7 @@ from tim4rec_jax.ssd import (
     ssd,
     time_aware_ssd_block,
 )
-from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
 
 HEADS, WIDTH, STATE, N_ITEMS = 4, 32, 32, 12_101
 INNER, MIXED = HEADS * WIDTH, HEADS * WIDTH + 2 * STATE
@@ -112,8 +112,8 @@ def step(rows: int, dtype: str):
         "targets": array(rows, dtype="int32"),
         "weights": array(rows),
     }
-    settings = {"graphdef": graphdef, "tx": tx, "micro": 1}
-    return lambda batch, state: train_step.lower(state, batch, **settings), batch, state
+    settings = StepSettings(graphdef, tx, num_microbatches=1)
+    return lambda batch, state: train_step.lower(state, batch, settings), batch, state
 
 
 class Figures(NamedTuple):

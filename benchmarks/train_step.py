@@ -31,6 +31,7 @@ from tim4rec_jax.data import open_dataset, train_dates
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.step import (
+    StepSettings,
     init_state,
     make_batches,
     make_optimizer,
@@ -83,18 +84,18 @@ def measure(step, state, runs: int) -> tuple[float, float, float]:
     return tuple(statistics.median(column) for column in zip(*figures, strict=True))
 
 
-def train_stepper(config, rows: int, n_items: int, micro: int | None = None):
+def train_stepper(config, rows: int, n_items: int, microbatches: int | None = None):
     """Returns (step, state, MB of temporaries) of training as `train.py` does it."""
     length = config.data.max_length
     model = build(config.model, n_items=n_items, max_length=length)
     graphdef, params = nnx.split(model)
     tx = make_optimizer(config.train.learning_rate, 0.0)
     batch = random_batch(rows, length, n_items)
-    settings = dict(graphdef=graphdef, tx=tx, micro=micro or num_microbatches(rows, length, 1))
+    settings = StepSettings(graphdef, tx, num_microbatches=microbatches)
     state = init_state(params, tx, 0)
-    analysis = train_step.lower(state, batch, **settings).compile().memory_analysis()
+    analysis = train_step.lower(state, batch, settings).compile().memory_analysis()
     return (
-        lambda state: train_step(state, batch, **settings)[0],
+        lambda state: train_step(state, batch, settings)[0],
         state,
         analysis.temp_size_in_bytes / 1e6,
     )
@@ -140,7 +141,7 @@ def steps(console: Console, runs: int) -> None:
     on_cpu = jax.default_backend() == "cpu"  # there the clock counts other programs as well
     for name, (path, rows, n_items, references) in CASES.items():
         config = load(path)
-        variants = {"as trained": {}, "one micro-batch": {"micro": 1}}
+        variants = {"as trained": {}, "one micro-batch": {"microbatches": 1}}
         changes = {
             "without dropout": {"dropout_prob": 0.0, "time_drop_out": 0.0},
             "without time": {"is_time": False},
@@ -201,8 +202,8 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
         date_range=train_dates(dataset) if config.model.date_bias_knots else None,
     )
     placement = data_sharding(config.train.batch_size)
-    steps, tx = make_steps(config, dataset, batches, model, placement)
-    state = init_state(nnx.state(model), tx, config.seed)
+    steps = make_steps(config, batches, model, placement)
+    state = init_state(nnx.state(model), steps.settings.tx, config.seed)
     state = jax.device_put(state, placement.replicated)
     console.print(f"{dataset.name}: {batches.n_targets:,} samples", end=", ")
     console.print(f"{batches.batches_per_epoch} batches, {type(steps).__name__}")

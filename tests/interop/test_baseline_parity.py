@@ -35,7 +35,7 @@ CASES += [
 def loss_and_gradients(graph, params, batch, objective):
     def mean_loss(params):
         model = nnx.merge(graph, params)
-        return OBJECTIVES[objective](model, batch, None) / batch["weights"].sum()
+        return OBJECTIVES[objective].loss(model, batch, None) / batch["weights"].sum()
 
     return jax.value_and_grad(mean_loss)(params)
 

@@ -15,7 +15,7 @@ from flax import nnx
 from tests.training.tiny_run import MAX_LENGTH, tiny_config
 from tim4rec_jax.models import build
 from tim4rec_jax.ssd import compile_for
-from tim4rec_jax.training.step import init_state, make_optimizer, train_step
+from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
 
 ROWS = 16
 
@@ -34,9 +34,7 @@ def main():
         "weights": jax.ShapeDtypeStruct((ROWS,), jnp.float32),
     }
     with compile_for("gpu", 90):
-        traced = train_step.trace(
-            init_state(params, tx, 0), batch, graphdef=graphdef, tx=tx, micro=1
-        )
+        traced = train_step.trace(init_state(params, tx, 0), batch, StepSettings(graphdef, tx))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     names = []
     # jax-triton 0.4 calls it `triton_kernel_call_ffi`, and what it holds `opaque`.

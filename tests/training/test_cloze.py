@@ -16,6 +16,7 @@ from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.training.objectives import cloze_loss, mask_batch
 from tim4rec_jax.training.step import (
+    StepSettings,
     init_state,
     loss_and_gradients,
     make_optimizer,
@@ -92,7 +93,7 @@ def test_one_draw_decides_for_the_whole_batch(batch):
 def test_the_loss_is_the_mean_over_all_targets_however_the_batch_is_cut(batch):
     graph, params = nnx.split(bert4rec())
     masked = mask_batch(bert4rec(ft_ratio=0.0), batch, jax.random.key(1))
-    parts = quick_jit(loss_and_gradients, static_argnames=("graphdef", "micro", "objective"))
+    parts = quick_jit(loss_and_gradients, static_argnames=("graphdef", "microbatches", "objective"))
     seeds = row_seeds(jax.random.key(2), 64)
     whole, cut = (parts(graph, params, masked, seeds, m, objective="cloze") for m in (1, 4))
     check_close(cut, whole, 3e-6)
@@ -120,16 +121,16 @@ def test_a_batch_without_a_target_changes_no_weight_and_later_ones_do(batch):
     graph, params = nnx.split(bert4rec())
     tx = make_optimizer(0.01, 0.0)
     state = init_state(params, tx, 0)
-    settings = dict(graphdef=graph, tx=tx, micro=1, objective="cloze")
+    settings = StepSettings(graph, tx, "cloze")
     before = jax.tree.map(np.array, state.params)
     single = jnp.zeros_like(batch["items"]).at[:, 0].set(batch["items"][:, 0])
     lone = batch | {"items": single, "lengths": jnp.ones_like(batch["lengths"])}
-    state, metrics = train_step(state, lone, **settings)
+    state, metrics = train_step(state, lone, settings)
     assert (float(metrics["loss"]), int(metrics["bad_step"])) == (0.0, -1)
     jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, state.params), before)
     losses = []
     for _ in range(60):
-        state, metrics = train_step(state, batch, **settings)
+        state, metrics = train_step(state, batch, settings)
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.1
     assert int(metrics["bad_step"]) == -1

@@ -12,10 +12,20 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
-from tim4rec_jax.training import step as steps
-from tim4rec_jax.training.step import choose_placement, init_state, layout, make_steps
+from tim4rec_jax.training.step import (
+    DeviceSteps,
+    Gather,
+    choose_placement,
+    init_state,
+    make_steps,
+)
 
 HISTORIES = random_histories([9, 4, 30, 12, 2, 5, 21])
+
+
+def gather_of(batches, convention):
+    packed = isinstance(batches, PackedBatches)
+    return Gather(packed, batches.buckets, batches.max_length, convention, tuple(batches[0]))
 
 
 @pytest.mark.parametrize("convention", ["recbole", "exact"])
@@ -24,7 +34,7 @@ def test_prefix_batches_are_those_of_the_host(convention):
     batches = TrainBatches(
         dataset, max_length=10, batch_size=8, seed=0, convention=convention, buckets=(4, 10)
     )
-    log, gather = dataset.all_events(), layout(batches, convention, 1)
+    log, gather = dataset.all_events(), gather_of(batches, convention)
     widths = set()
     for number in range(batches.batches_per_epoch):
         expected, indices = batches[number], batches.indices(number)
@@ -41,7 +51,7 @@ def test_prefix_batches_are_those_of_the_host(convention):
 def test_packed_batches_are_those_of_the_host():
     dataset = in_memory(HISTORIES, splits=(2, 5))
     batches = PackedBatches(dataset, max_length=8, batch_size=3, seed=0)
-    log, gather = dataset.all_events(), layout(batches, "exact", 1)
+    log, gather = dataset.all_events(), gather_of(batches, "exact")
     for number in range(2 * batches.batches_per_epoch):
         expected, indices = batches[number], batches.indices(number)
         indices.pop("bucket")
@@ -60,7 +70,7 @@ def dataset(tmp_path_factory):
 
 @pytest.mark.parametrize("objective", ["prefix", "every_position"])
 def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkeypatch, objective):
-    monkeypatch.setattr(steps, "STEPS", 3)
+    monkeypatch.setattr(DeviceSteps, "GROUP", 3)
     config = tiny_config(dataset)
     config_lib.use_model(config, "gru4rec")  # the quickest to compile
     config.model.update(embedding_size=8, hidden_size=8, num_layers=1)
@@ -75,13 +85,17 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
     def trained(where, stop=()):
         """Parameters after seven steps, going on from a saved state after the steps in `stop`."""
         config.data.placement = where
-        dispatch, tx = make_steps(config_lib.resolve(config), ds, batches, model, placement)
-        state, done, counts = init_state(nnx.state(model, nnx.Param), tx, 0), 0, []
+        dispatch = make_steps(config_lib.resolve(config), batches, model, placement)
+        state, done, counts = (
+            init_state(nnx.state(model, nnx.Param), dispatch.settings.tx, 0),
+            0,
+            [],
+        )
         state = jax.tree.map(jnp.copy, state)  # the first dispatch donates it
         while done < 7:
             if done in stop:
                 saved = dispatch.iterator.get_state()
-                dispatch, _ = make_steps(config_lib.resolve(config), ds, batches, model, placement)
+                dispatch = make_steps(config_lib.resolve(config), batches, model, placement)
                 dispatch.iterator.set_state(saved)
             state, _, count = dispatch.run(state, 7 - done, done)
             done += count

@@ -18,6 +18,7 @@ from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.step import (
+    StepSettings,
     init_state,
     loss_and_gradients,
     make_optimizer,
@@ -32,7 +33,9 @@ ROWS = 16
 # twice or not at all, would change the sum by a sixteenth.
 ROUNDING = ROWS * MAX_LENGTH * 2**-24
 SEEDS = row_seeds(jax.random.key(3), ROWS)
-gradients_in_parts = jax.jit(loss_and_gradients, static_argnames=("graphdef", "micro", "objective"))
+gradients_in_parts = jax.jit(
+    loss_and_gradients, static_argnames=("graphdef", "microbatches", "objective")
+)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,11 @@ def check_close(ours, theirs, tolerance):
 
 
 def test_micro_batches_give_loss_and_gradients_of_the_whole(model, batches):
-    whole = gradients_in_parts(*model, batches[0], SEEDS, micro=1)
-    parts = gradients_in_parts(*model, batches[0], SEEDS, micro=4)
+    whole = gradients_in_parts(*model, batches[0], SEEDS, microbatches=1)
+    parts = gradients_in_parts(*model, batches[0], SEEDS, microbatches=4)
     check_close(parts, whole, ROUNDING)
     # Dropout was on, or its masks would not have been tested.
-    others = gradients_in_parts(*model, batches[0], SEEDS + jnp.uint32(1), micro=1)
+    others = gradients_in_parts(*model, batches[0], SEEDS + jnp.uint32(1), microbatches=1)
     assert abs(others[0] - whole[0]) > 1e-4
 
 
@@ -77,8 +80,8 @@ def test_micro_batches_of_packed_rows():
     dataset = in_memory(random_histories([20] * 6))
     batch = jax.device_put(PackedBatches(dataset, max_length=MAX_LENGTH, batch_size=8, seed=0)[0])
     settings = dict(objective="every_position")
-    whole = gradients_in_parts(*model, batch, SEEDS[:8], micro=1, **settings)
-    parts = gradients_in_parts(*model, batch, SEEDS[:8], micro=4, **settings)
+    whole = gradients_in_parts(*model, batch, SEEDS[:8], microbatches=1, **settings)
+    parts = gradients_in_parts(*model, batch, SEEDS[:8], microbatches=4, **settings)
     check_close(parts, whole, ROUNDING)
 
 
@@ -116,11 +119,11 @@ def test_filler_rows_change_nothing(model, batches):
         }
         | {"weights": weights}
     )
-    loss, gradients = gradients_in_parts(*model, batch, SEEDS, micro=1)
-    same = gradients_in_parts(*model, other, SEEDS, micro=1)
+    loss, gradients = gradients_in_parts(*model, batch, SEEDS, microbatches=1)
+    same = gradients_in_parts(*model, other, SEEDS, microbatches=1)
     jax.tree.map(np.testing.assert_array_equal, same, (loss, gradients))
     single = [
-        gradients_in_parts(*model, batch | {"weights": np.eye(ROWS)[i]}, SEEDS, micro=1)[0]
+        gradients_in_parts(*model, batch | {"weights": np.eye(ROWS)[i]}, SEEDS, microbatches=1)[0]
         for i in range(11)
     ]
     assert np.ptp(single) > 1e-3
@@ -139,7 +142,9 @@ def train(model, batches, tx, devices=1, micro=1):
     losses = []
     for batch in batches:
         batch = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("batch")))
-        state, metrics = train_step(state, batch, graphdef=graphdef, tx=tx, micro=micro)
+        state, metrics = train_step(
+            state, batch, StepSettings(graphdef, tx, num_microbatches=micro)
+        )
         losses.append(float(metrics["loss"]))
     return state, losses
 
@@ -167,9 +172,9 @@ def test_the_loss_of_the_epoch_is_the_mean_of_its_rows(model, batches):
     state, expected = new_state(model, sgd()), []
     for batch in (batches[0], light):
         seeds = row_seeds(jax.random.fold_in(state.rng, state.step), ROWS)
-        loss, _ = gradients_in_parts(graphdef, state.params, batch, seeds, micro=1)
+        loss, _ = gradients_in_parts(graphdef, state.params, batch, seeds, microbatches=1)
         expected.append((float(loss), batch["weights"].sum()))
-        state, metrics = train_step(state, batch, graphdef=graphdef, tx=sgd(), micro=1)
+        state, metrics = train_step(state, batch, StepSettings(graphdef, sgd()))
     losses, weights = zip(*expected, strict=True)
     assert weights == (16, 1)
     assert float(metrics["loss"]) == pytest.approx(np.average(losses, weights=weights), rel=1e-6)
@@ -178,10 +183,10 @@ def test_the_loss_of_the_epoch_is_the_mean_of_its_rows(model, batches):
 def test_a_step_that_is_not_finite_changes_nothing_ever_after(model, batches):
     graphdef, _ = model
     broken = batches[1] | {"gaps": np.full_like(batches[1]["gaps"], np.nan)}
-    state, _ = train_step(new_state(model, sgd()), batches[0], graphdef=graphdef, tx=sgd(), micro=1)
+    state, _ = train_step(new_state(model, sgd()), batches[0], StepSettings(graphdef, sgd()))
     before = jax.tree.map(np.array, (state.params, state.opt_state))
     for step, batch in enumerate((broken, batches[2]), 1):
-        state, metrics = train_step(state, batch, graphdef=graphdef, tx=sgd(), micro=1)
+        state, metrics = train_step(state, batch, StepSettings(graphdef, sgd()))
         assert (int(metrics["bad_step"]), int(state.step)) == (1, step + 1)
         jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
 

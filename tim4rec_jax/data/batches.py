@@ -426,18 +426,23 @@ class EvalBatches:
     def __iter__(self) -> Iterator[Batch]:
         return map(self.__getitem__, range(len(self)))
 
+    def width(self, number: int) -> int:
+        """Number of columns of `items` in batch `number`."""
+        stop = min((number + 1) * self.batch_size, self.n_targets)
+        longest = min(int(self._ends[stop - 1]), self.max_length)  # lengths rise
+        return next(width for width in self.buckets if width >= longest)
+
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, from 0 to `len(self) - 1`."""
         first = number * self.batch_size
         rows = np.arange(first, first + self.batch_size)
         real = rows < self.n_targets
         rows = np.where(real, rows, first)
-        longest = min(self._ends[rows].max(), self.max_length)
         batch = prefix_batch(
             self.dataset,
             self._users[rows],
             self._ends[rows],
-            width=next(width for width in self.buckets if width >= longest),
+            width=self.width(number),
             max_length=self.max_length,
             convention=self.convention,
         )

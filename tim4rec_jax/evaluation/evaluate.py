@@ -108,6 +108,32 @@ def evaluate(
     return metrics(ranks[ranks > 0]), ranks
 
 
+def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batching: Any) -> None:
+    """Compiles the programs of `evaluate` by ranking one batch of each width.
+
+    Args:
+        model: a model of the right structure. Its weights do not matter.
+        ds: a prepared dataset.
+        split: a split of it. The other split uses the same programs.
+        batching: the arguments of `EvalBatches`, as for `evaluate`.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+    batches = EvalBatches(ds, split, **batching)
+    last_of_width = {batches.width(number): number for number in range(len(batches))}
+    for _ in _score_batches(
+        model,
+        batches,
+        split,
+        ranking.ranks,
+        exclude_seen=False,
+        progress=False,
+        numbers=list(last_of_width.values()),
+    ):
+        pass
+
+
 def write_predictions(
     path: Path,
     model: SequenceModel,
@@ -176,11 +202,12 @@ def _score_batches(
     *,
     exclude_seen: bool,
     progress: bool,
+    numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
     """Yields, batch by batch, the users' rows in the dataset and what `score` returns for them.
 
     `score(hidden, table, targets, exclude=..., history=...)` has the arguments of `ranking.ranks`.
-    It sees the rows of one device, and is traced once per shape.
+    It sees the rows of one device, and is traced once per shape. `numbers` chooses batches.
     """
     placement = data_sharding(batches.batch_size)
     graphdef, state = nnx.split(model)
@@ -205,7 +232,9 @@ def _score_batches(
 
     pending = deque()
     console = Console(stderr=True)
-    for batch in track(batches, "users", console=console, transient=True, disable=not progress):
+    chosen = range(len(batches)) if numbers is None else numbers
+    for number in track(chosen, "users", console=console, transient=True, disable=not progress):
+        batch = batches[number]
         pending.append((batch, dispatch(batch)))
         if len(pending) > _IN_FLIGHT:
             yield fetch(*pending.popleft())

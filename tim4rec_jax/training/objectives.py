@@ -57,18 +57,14 @@ def every_position_loss(
     """
     items, segment_ids = batch["items"], batch["segment_ids"]
     lengths = jnp.full(items.shape[0], items.shape[1])
-    hidden = model(
-        items, lengths, batch["gaps"], segment_ids=segment_ids, dropout_seeds=seeds
-    )
+    hidden = model(items, lengths, batch["gaps"], segment_ids=segment_ids, dropout_seeds=seeds)
     hidden = condition_on_time(model, hidden, batch)
     history = {}
     if (repeat_bias := model.repeat_bias()) is not None:
         # The history of a position is its segment, up to the position itself.
         last = jnp.broadcast_to(jnp.arange(items.shape[1]), items.shape)
         first = last - segment_positions(segment_ids)
-        history["history"] = HistoryItems(
-            items, repeat_bias, first.reshape(-1), last.reshape(-1)
-        )
+        history["history"] = HistoryItems(items, repeat_bias, first.reshape(-1), last.reshape(-1))
     return loss(
         hidden.reshape(-1, hidden.shape[-1]),
         model.item_table(),

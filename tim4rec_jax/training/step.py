@@ -32,6 +32,7 @@ from tim4rec_jax.training.losses import Loss, SummedLoss, cumulative_counts, ful
 from tim4rec_jax.training.objectives import OBJECTIVES
 
 Metrics = dict[str, jax.Array]
+CROSS_ENTROPY = Loss()
 
 
 @struct.dataclass
@@ -75,7 +76,7 @@ class StepSettings:
     graphdef: nnx.GraphDef
     tx: optax.GradientTransformation
     objective: str = "prefix"
-    loss: Loss = Loss()
+    loss: Loss = CROSS_ENTROPY
     devices: int = 1
     num_microbatches: int | None = None
 
@@ -349,9 +350,7 @@ class Gather:
         return {name: batch[name] for name in self.fields if name in batch}
 
 
-@functools.partial(
-    jax.jit, static_argnames=("settings", "gather"), donate_argnames="state"
-)
+@functools.partial(jax.jit, static_argnames=("settings", "gather"), donate_argnames="state")
 def train_steps(
     state: TrainState,
     log: EventLog,

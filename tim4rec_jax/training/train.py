@@ -203,9 +203,7 @@ def _train(config: Config, workdir: Path) -> dict:
             epoch, loss = step // per_epoch, float(state.loss_sum) / float(state.weight_sum)
             state = start_epoch(state)
             compiling_evaluation.result()
-            figures, _ = evaluate(
-                nnx.merge(graphdef, state.params), dataset, "valid", **evaluation
-            )
+            figures, _ = evaluate(nnx.merge(graphdef, state.params), dataset, "valid", **evaluation)
             best = progress["best"]
             better = best is None or round(figures["ndcg@10"], 4) >= round(best["ndcg@10"], 4)
             if better:
