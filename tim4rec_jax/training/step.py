@@ -50,13 +50,14 @@ class TrainState:
         optimizer stay as they were before that step.
     """
 
-    step: jax.Array
-    params: nnx.State
-    opt_state: optax.OptState
-    rng: jax.Array
-    loss_sum: jax.Array
-    weight_sum: jax.Array
-    bad_step: jax.Array
+    # `Any`, because `jax.eval_shape` puts shapes in the place of arrays.
+    step: Any
+    params: Any
+    opt_state: Any
+    rng: Any
+    loss_sum: Any
+    weight_sum: Any
+    bad_step: Any
 
 
 @dataclasses.dataclass(frozen=True)
