@@ -102,7 +102,7 @@ def test_the_cosine_ends_with_the_last_epoch():
         dataset, max_length=MAX_LENGTH, batch_size=ROWS, seed=0, convention="recbole", buckets=[12]
     )
     built = build(config.model, n_items=30, max_length=MAX_LENGTH)
-    _, tx = make_steps(config, dataset, batches, built, data_sharding(ROWS))
+    tx = make_steps(config, batches, built, data_sharding(ROWS)).settings.tx
     update, sizes, state = jax.jit(tx.update), [], tx.init(jnp.ones(1))
     for _ in range(3 * batches.batches_per_epoch + 1):
         change, state = update(jnp.ones(1), state, jnp.ones(1))
