@@ -90,13 +90,11 @@ def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
     Args:
       directory: the folder of the dataset.
       ours: the metadata of that dataset.
-      path: the metadata of the dataset that the run began with. It is written if it is missing.
+      path: the file with the metadata of the dataset that the run began with.
 
     Raises:
       UserError: it is another dataset; the message says what tells them apart.
     """
-    if not path.exists():
-        write_json(path, ours)
     theirs = json.loads(path.read_text())
     changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
     if changed:

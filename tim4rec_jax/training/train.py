@@ -19,7 +19,13 @@ from rich.console import Console
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import open_dataset, train_dates, train_item_counts
+from tim4rec_jax.data import (
+    PackedBatches,
+    TrainBatches,
+    open_dataset,
+    train_dates,
+    train_item_counts,
+)
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
@@ -68,25 +74,31 @@ def train(config: Config, workdir: Path) -> dict:
       UserError: a setting or the data is wrong, the run is damaged, or the loss is not finite.
       KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
+    # All that the settings and the data can get wrong is found before the first write.
     config = config_lib.resolve(config)
+    data = config.data
+    settings_file, dataset_file = workdir / "config.json", workdir / "dataset.json"
+    if settings_file.exists():
+        check_unchanged(config, settings_file)
+    dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
+    if dataset_file.exists():
+        check_same_dataset(dataset.directory, dataset.metadata, dataset_file)
+    batches = make_batches(config, dataset)
+
     workdir.mkdir(parents=True, exist_ok=True)
     with only_process(workdir):
-        return _train(config, workdir)
+        if not settings_file.exists():
+            write_settings(config, settings_file)
+        if not dataset_file.exists():
+            write_json(dataset_file, dataset.metadata)
+        if (workdir / "metrics.json").exists():
+            print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
+            return json.loads((workdir / "metrics.json").read_text())
+        return _train(config, workdir, batches)
 
 
-def _train(config: Config, workdir: Path) -> dict:
-    # The data, and what the run directory must agree with.
-    data, max_epochs = config.data, config.train.epochs
-    dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
-    check_same_dataset(dataset.directory, dataset.metadata, workdir / "dataset.json")
-    if (workdir / "config.json").exists():
-        check_unchanged(config, workdir / "config.json")
-    else:
-        write_settings(config, workdir / "config.json")
-    if (workdir / "metrics.json").exists():
-        print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
-        return json.loads((workdir / "metrics.json").read_text())
-    batches = make_batches(config, dataset)
+def _train(config: Config, workdir: Path, batches: TrainBatches | PackedBatches) -> dict:
+    data, max_epochs, dataset = config.data, config.train.epochs, batches.dataset
     per_epoch = batches.batches_per_epoch
     print(describe_data(batches))
 
