@@ -12,8 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tests.training.tiny_run import MAX_LENGTH, die_at, parameters, tiny_config
-from tim4rec_jax import config as config_lib
+from tests.training.tiny_run import MAX_LENGTH, die_at, parameters, quick_config, tiny_config
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
@@ -99,33 +98,37 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
     assert losses[-1] < 0.6
 
 
-def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(dataset, tmp_path, monkeypatch):
-    config = tiny_config(dataset)
-    config.model.update(time_encoding="causal", repeat_bias=True)
-    config.train.update(objective="every_position", batch_size=2, schedule="cosine")
-    config.train.update(epochs=2, patience=2)
-    config.model.date_bias_knots = 4
-    calm = train(config, tmp_path / "calm")
+@pytest.fixture(scope="module")
+def packed(dataset, tmp_path_factory):
+    """A run directory with a finished run of packed rows, and its settings."""
+    workdir = tmp_path_factory.mktemp("runs") / "packed"
+    config = quick_config(dataset, objective="every_position", batch_size=6, schedule="cosine")
+    config.model.update(repeat_bias=True, date_bias_knots=4)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
-    die_at(20, monkeypatch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+        train(config, workdir)
+    return workdir, config
+
+
+def test_a_stopped_run_of_packed_rows_ends_in_the_same_bits(packed, tmp_path, monkeypatch):
+    calm, config = packed
+    die_at(8, monkeypatch)
     with pytest.raises(RuntimeError, match="killed"):
         train(config, tmp_path / "hit")
+    assert len(records(tmp_path / "hit", "valid")) == 1  # in the second of two epochs
     hit = train(config, tmp_path / "hit")
-    assert hit["test"] == calm["test"]
-    pairs = [parameters(tmp_path / name) for name in ("calm", "hit")]
+    assert hit["test"] == json.loads((calm / "metrics.json").read_text())["test"]
+    pairs = [parameters(workdir) for workdir in (calm, tmp_path / "hit")]
     jax.tree.map(np.testing.assert_array_equal, *pairs)
     assert pairs[0]["drift"]["vectors"].any()
 
 
-def test_a_run_keeps_the_dates_of_what_it_was_trained_on(dataset, tmp_path):
-    config = tiny_config(dataset, epochs=1)
-    config_lib.use_model(config, "gru4rec")  # the quickest to compile
-    config.model.update(embedding_size=8, hidden_size=8, num_layers=1, date_bias_knots=4)
-    train(config, tmp_path / "run")
+def test_a_run_keeps_the_dates_of_what_it_was_trained_on(packed, dataset):
     ds = open_dataset(dataset)
     trained_on = ds.lengths - 2
     times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
-    assert read_date_range(tmp_path / "run") == (times[times > 0].min(), times.max())
+    assert read_date_range(packed[0]) == (times[times > 0].min(), times.max())
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
@@ -139,34 +142,35 @@ def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch)
     assert after.keys() == before.keys()
 
 
+@functools.partial(jax.jit, static_argnames="settings")
+def scripted_step(state, batch, settings, cumulative):
+    """A step that learns nothing. The loss of a sample is its target."""
+    weights = batch["weights"]
+    state = state.replace(
+        step=state.step + 1,
+        loss_sum=state.loss_sum + jnp.sum(weights * batch["targets"]),
+        weight_sum=state.weight_sum + weights.sum(),
+    )
+    metrics = {"loss": state.loss_sum / state.weight_sum, "bad_step": state.bad_step}
+    return state, metrics
+
+
 def scripted(monkeypatch, scores):
-    """Replaces validation by scores to come one epoch after the other."""
+    """Replaces training by a step that learns nothing, and validation by scores to come."""
     scores = iter(scores)
 
     def evaluate(model, dataset, split, **settings):
         ndcg = next(scores) if split == "valid" else 0.5
         return {"hit@10": ndcg, "ndcg@10": ndcg}, np.array([1, 2, 0])
 
+    monkeypatch.setattr(steps, "train_step", scripted_step)
     monkeypatch.setattr(loop, "evaluate", evaluate)
     monkeypatch.setattr(loop, "compile_evaluation", lambda *_, **__: None)
 
 
 def test_the_loss_logged_is_the_mean_over_every_sample_once(dataset, tmp_path, monkeypatch):
-    @functools.partial(jax.jit, static_argnames="settings")
-    def step(state, batch, settings, cumulative):
-        """The loss of a sample is its target."""
-        weights = batch["weights"]
-        state = state.replace(
-            step=state.step + 1,
-            loss_sum=state.loss_sum + jnp.sum(weights * batch["targets"]),
-            weight_sum=state.weight_sum + weights.sum(),
-        )
-        metrics = {"loss": state.loss_sum / state.weight_sum, "bad_step": state.bad_step}
-        return state, metrics
-
-    monkeypatch.setattr(steps, "train_step", step)
     scripted(monkeypatch, [0.1, 0.2])
-    train(tiny_config(dataset), tmp_path)
+    train(quick_config(dataset), tmp_path)
     targets = np.concatenate([items[1:-2] for items, _ in cycles()])
     assert len(targets) % 16  # so that the last batch has filler rows
     losses = [record["train_loss"] for record in records(tmp_path, "valid")]
@@ -185,7 +189,8 @@ def test_the_loss_logged_is_the_mean_over_every_sample_once(dataset, tmp_path, m
 )
 def test_early_stopping(dataset, tmp_path, monkeypatch, scores, epochs, best):
     scripted(monkeypatch, scores)
-    config = tiny_config(dataset, epochs=10, patience=2, learning_rate=0.01)
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda *_: None)  # the best ones are kept
+    config = quick_config(dataset, epochs=10, patience=2)
     figures = train(config, tmp_path)
     assert (figures["epochs"], figures["best_epoch"]) == (epochs, best)
     assert figures["valid"]["ndcg@10"] == scores[best - 1]
@@ -197,7 +202,7 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     dataset, tmp_path, monkeypatch
 ):
     """A signal that comes while the last step of an epoch runs."""
-    config = tiny_config(dataset, epochs=3, learning_rate=0.01)
+    config = quick_config(dataset, epochs=3)
     scripted(monkeypatch, [0.1, 0.3])
     run = steps.HostSteps.run
 
@@ -219,7 +224,7 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
 
 def test_batches_are_spread_over_all_devices(dataset, tmp_path, monkeypatch, all_devices):
     """What they compute there: `test_eight_devices_give_the_parameters_of_one` in test_step."""
-    config = tiny_config(dataset, epochs=1)
+    config = quick_config(dataset, epochs=1)
     scripted(monkeypatch, [0.1, 0.2])
     ran_on = []
 
@@ -237,7 +242,7 @@ def test_batches_are_spread_over_all_devices(dataset, tmp_path, monkeypatch, all
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_path):
-    config = tiny_config(dataset, learning_rate=1e30)
+    config = quick_config(dataset, learning_rate=1e30)
     for _ in range(2):  # the same command again has nothing else to say
         with pytest.raises(UserError, match=r"not finite at step 1 .* lower config\.train"):
             train(config, tmp_path)
@@ -245,7 +250,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_p
     model = build(config.model, n_items=30, max_length=MAX_LENGTH)
     state = loop.init_state(nnx.state(model, nnx.Param), make_optimizer(1e30, 0.0), 0)
     batches = TrainBatches(
-        open_dataset(dataset), max_length=12, batch_size=16, seed=0, convention="recbole"
+        open_dataset(dataset), max_length=12, batch_size=16, seed=0, convention="exact"
     )
     state, _ = checkpoints.restore(state, train_iterator(batches))
     checkpoints.close()
@@ -276,18 +281,17 @@ def test_damaged_settings(copied):
         train(config, workdir)
 
 
-@pytest.mark.parametrize("changes", [{"n_items": 31}, {"order": "recbole"}])
-def test_another_dataset_in_the_same_place(tmp_path, monkeypatch, changes):
+def test_another_dataset_in_the_same_place(tmp_path, monkeypatch):
     """Another number of items, and the same numbers in another order."""
-    config = tiny_config(tmp_path / "data", epochs=1)
+    config = quick_config(tmp_path / "data", epochs=1)
     write_dataset(tmp_path / "data", random_histories([8] * 4))
     scripted(monkeypatch, [0.1])
     train(config, tmp_path / "run")
-    shutil.rmtree(tmp_path / "data")
-    write_dataset(tmp_path / "data", random_histories([8] * 4), **changes)
-    what = "items" if "n_items" in changes else "order"
-    with pytest.raises(UserError, match=rf"not the dataset that the run .* \(other {what}\)"):
-        train(config, tmp_path / "run")
+    for what, changes in {"items": {"n_items": 31}, "order": {"order": "recbole"}}.items():
+        shutil.rmtree(tmp_path / "data")
+        write_dataset(tmp_path / "data", random_histories([8] * 4), **changes)
+        with pytest.raises(UserError, match=rf"not the dataset that the run .* \(other {what}\)"):
+            train(config, tmp_path / "run")
 
 
 def test_two_at_once(dataset, tmp_path):

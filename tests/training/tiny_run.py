@@ -1,13 +1,42 @@
-"""A training that takes seconds: its settings, its parameters, its sudden end."""
+"""A training that takes seconds: its settings, a model to compile quickly, its sudden end."""
 
+from typing import Any
+
+import jax.numpy as jnp
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.layers import dropout
+from tim4rec_jax.models import SequenceModel
+from tim4rec_jax.models.base import DataSizes, ModelSettings
 from tim4rec_jax.run import load_model
 from tim4rec_jax.training import step as steps
 
 MAX_LENGTH = 12
 MODEL = dict(hidden_size=16, num_layers=1, head_dim=8, d_state=8)
+
+
+class LastItem(SequenceModel):
+    """Predicts from the vector of the last item and its gap, with dropout, and compiles quickly.
+
+    It is for tests of what training does with any model.
+    """
+
+    causal = True
+
+    def __init__(self, settings, sizes, *, rngs, param_dtype: Any = jnp.float32):
+        init = nnx.initializers.normal(0.2)
+        super().__init__(
+            settings, sizes, width=8, rngs=rngs, param_dtype=param_dtype, embedding_init=init
+        )
+
+    def __call__(self, items, lengths, gaps, *, segment_ids=None, dropout_seeds=None):
+        scale = 1 + jnp.log1p(gaps[:, : items.shape[1]])
+        return dropout(self.item_embedding(items), 0.3, dropout_seeds) * scale[..., None]
+
+
+def last_item(n_items=30):
+    return LastItem(ModelSettings(), DataSizes(n_items, MAX_LENGTH), rngs=nnx.Rngs(0))
 
 
 def tiny_config(dataset, **train):
@@ -18,6 +47,14 @@ def tiny_config(dataset, **train):
     config.model.update(MODEL)
     config.train.update({"batch_size": 16, "epochs": 2} | train)
     config.eval.batch_size = 16
+    return config
+
+
+def quick_config(dataset, **train):
+    """The same with `LastItem` for a model."""
+    config = tiny_config(dataset)
+    config_lib.use_model(config, f"{__name__}:LastItem")
+    config.train.update(train)
     return config
 
 
