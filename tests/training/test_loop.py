@@ -86,8 +86,7 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
     config = tiny_config(dataset)
     config.model.update(time_encoding="causal", repeat_bias=True)
     config.train.update(objective="every_position", batch_size=2, schedule="cosine")
-    config.train.update(epochs=15, patience=15)
-    config.train.learning_rate = 0.02
+    config.train.update(epochs=8, patience=8, learning_rate=0.04)
     config.model.knows_next_time = True
     figures = train(config, tmp_path / "run")
     assert figures["test"]["hit@10"] == 1.0
