@@ -1,7 +1,7 @@
 """Losses: how hidden states are compared with their targets.
 
-All losses are sums over rows, `loss(hidden, table, targets, weights)`. None ever holds the scores of
-all rows and items at once. The sampled losses score a few hundred items instead of all. These are
+All losses are sums over rows, `loss(hidden, table, targets, weights)`. None ever holds the scores
+of all rows and items at once. The sampled losses score a few hundred items instead of all. These are
 drawn once for the batch, and all rows share them: the scores are one matrix product.
 """
 
