@@ -31,7 +31,7 @@ def in_memory(histories, *, n_items=30, splits=()):
     for part in np.split(np.arange(len(histories)), sorted(splits)):
         if len(part):
             columns = zip(*(histories[user] for user in part), strict=True)
-            chunks.append(Chunk(int(offsets[part[0]]), *map(np.concatenate, columns)))
+            chunks.append(Chunk(*map(np.concatenate, columns), start=int(offsets[part[0]])))
     items = np.concatenate([items for items, _ in histories])
     return Dataset(
         directory=Path("memory"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests.data.small_dataset import in_memory, random_histories
-from tim4rec_jax.data import collate, event_log, pack, prefix_batch, time_gaps
+from tim4rec_jax.data import DeviceLog, EventLog, collate, pack, prefix_batch, time_gaps
 
 
 def naive_gaps(row, length, convention):
@@ -105,7 +105,7 @@ def test_collate(log, data, convention):
     items, times = log
     lengths = data.draw(hnp.arrays(np.int32, B, elements=st.integers(1, WIDTH)))
     starts = np.array([data.draw(st.integers(0, E - 1 - length)) for length in lengths], np.int32)
-    host = event_log(items, times)
+    host = EventLog(items, times)
     batch = collate(
         host, starts, lengths, width=WIDTH, max_length=MAX_LENGTH, convention=convention
     )
@@ -118,7 +118,9 @@ def test_collate(log, data, convention):
         assert batch["time_to_next"][row] == np.float32(int(times[stop]) - int(times[stop - 1]))
         assert batch["dates"][row] == np.float32(int(times[stop - 1]) / 86_400)
     np.testing.assert_array_equal(batch["lengths"], lengths)
-    assert_same_bits(batch, compiled_collate(host, starts, lengths, convention))
+    assert_same_bits(
+        batch, compiled_collate(DeviceLog.from_host(host), starts, lengths, convention)
+    )
 
 
 @settings(max_examples=50)
@@ -144,7 +146,7 @@ def test_pack(log, data):
                 expected["time_to_next"][here] = np.float32(wait)
                 if place + 1 < length:
                     expected["gaps"][row, column + place + 1] = np.float32(wait)
-    host = event_log(items, times)
+    host = EventLog(items, times)
     indices = {"events": events, "first": first, "weights": weights}
     batch = pack(host, indices)
     for name, values in expected.items():
@@ -152,7 +154,7 @@ def test_pack(log, data):
     dates = np.where(weights > 0, (times / 86_400).astype(np.float32)[events], 0)
     np.testing.assert_array_equal(batch["dates"], dates)
     np.testing.assert_array_equal(batch["segment_ids"], np.cumsum(first, axis=1))
-    assert_same_bits(batch, compiled_pack(host, indices))
+    assert_same_bits(batch, compiled_pack(DeviceLog.from_host(host), indices))
 
 
 compiled_pack = jax.jit(pack)

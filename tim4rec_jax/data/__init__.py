@@ -5,23 +5,14 @@ Nothing here imports JAX, except `tim4rec_jax.data.pipeline` through grain.
 
 from tim4rec_jax.data.batches import (
     Batch,
-    Convention,
     EvalBatches,
     TrainBatches,
     collate,
     default_buckets,
     prefix_batch,
-    time_gaps,
 )
-from tim4rec_jax.data.dataset import (
-    Dataset,
-    EventLog,
-    days,
-    event_log,
-    open_dataset,
-    train_dates,
-    train_item_counts,
-)
+from tim4rec_jax.data.dataset import Dataset, open_dataset, train_dates, train_item_counts
+from tim4rec_jax.data.events import Convention, DeviceLog, EventLog, days, time_gaps
 from tim4rec_jax.data.format import FORMAT_VERSION
 from tim4rec_jax.data.packing import PackedBatches, pack
 
@@ -30,6 +21,7 @@ __all__ = [
     "Batch",
     "Convention",
     "Dataset",
+    "DeviceLog",
     "EvalBatches",
     "EventLog",
     "PackedBatches",
@@ -37,7 +29,6 @@ __all__ = [
     "collate",
     "days",
     "default_buckets",
-    "event_log",
     "open_dataset",
     "pack",
     "prefix_batch",

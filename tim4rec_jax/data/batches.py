@@ -25,22 +25,23 @@ Training has one target for each event that it sees (`tim4rec_jax.data.splits`),
 first event, before which there is nothing to predict from.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int, Int64
+from jaxtyping import Int, Int64
 
-from tim4rec_jax.data.dataset import Array, Dataset, EventLog, event_log, train_targets, windows
+from tim4rec_jax.data.dataset import Dataset, train_targets
+from tim4rec_jax.data.events import Array, Convention, DeviceLog, EventLog, windows
 from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
 
 Batch = dict[str, Any]
-Convention = Literal["recbole", "exact"]
 
 
 def collate(
-    log: EventLog,
+    log: EventLog | DeviceLog,
     starts: Int[Array, "B"],
     lengths: Int[Array, "B"],
     *,
@@ -50,8 +51,8 @@ def collate(
 ) -> Batch:
     """Gathers windows from a log, each with the event that follows it.
 
-    The same function works on the host and inside a compiled step: `log`, `starts` and `lengths`
-    are all arrays of NumPy, or all arrays of JAX.
+    The same function works on the host and inside a compiled step: with an `EventLog`, `starts`
+    and `lengths` are arrays of NumPy, and with a `DeviceLog` they are arrays of JAX.
 
     Args:
       log: the events.
@@ -67,49 +68,18 @@ def collate(
     xp = log.items.__array_namespace__()
     # With the convention "recbole" the first pad column holds a gap; later columns hold 0.
     reach = min(width + 1, max_length)
-    gaps = _window_gaps(log, starts, lengths, reach, convention)
+    gaps = log.window_gaps(starts, lengths, reach, convention)
+    if reach < max_length:
+        gaps = xp.pad(gaps, ((0, 0), (0, max_length - reach)))
     stops = starts + lengths
     return {
         "items": windows(log.items, starts, lengths, width),
         "lengths": lengths.astype(xp.int32),
-        "gaps": xp.pad(gaps, ((0, 0), (0, max_length - reach))),
+        "gaps": gaps,
         "targets": log.items[stops],
-        "time_to_next": log.gaps[stops],
-        "dates": log.dates[stops - 1],
+        "time_to_next": log.gaps_at(stops),
+        "dates": log.dates_at(stops - 1),
     }
-
-
-def time_gaps(
-    timestamps: Int64[np.ndarray, "B L"],
-    lengths: Int[np.ndarray, "B"],
-    convention: Convention = "recbole",
-) -> Float32[np.ndarray, "B L"]:
-    """Seconds from the event before to each event.
-
-    Args:
-      timestamps: times of events in seconds, padded with 0 on the right.
-      lengths: number of events of each row.
-      convention: `"recbole"` computes what the published implementation feeds its model. Times
-        are first rounded to float32, whose values are 64 s apart near 9e8. The difference runs
-        on into the padding, so that the first pad holds minus the last time. `"exact"` takes
-        differences in int64 and leaves 0 at pads.
-
-    Returns:
-      The gaps. The first of each row is 0.
-    """
-    rows, width = timestamps.shape
-    log = event_log(np.zeros(timestamps.size, np.int32), timestamps.ravel())
-    return _window_gaps(log, np.arange(rows) * width, lengths, width, convention)
-
-
-def _window_gaps(log: EventLog, starts, lengths, width: int, convention: Convention):
-    """The gaps of windows over a log, float32 [B, width]; see `time_gaps`."""
-    xp = log.items.__array_namespace__()
-    if convention == "recbole":
-        times = windows(log.times, starts, lengths, width)
-        return xp.diff(times, axis=1, prepend=times[:, :1])
-    # In the log, the event before a window's first one may be another user's.
-    return xp.where(xp.arange(width) > 0, windows(log.gaps, starts, lengths, width), 0)
 
 
 def prefix_batch(
@@ -136,9 +106,9 @@ def prefix_batch(
       A batch without `weights`.
     """
     lengths = np.minimum(ends, max_length)
-    log, starts = dataset.events(dataset.offsets[users] + ends - lengths, lengths + 1)
-    settings: dict[str, Any] = dict(width=width, max_length=max_length, convention=convention)
-    return collate(log, starts, lengths, **settings) | {"users": users.astype(np.int32)}
+    starts = dataset.offsets[users] + ends - lengths
+    make = functools.partial(collate, width=width, max_length=max_length, convention=convention)
+    return dataset.gather(make, starts, lengths) | {"users": users.astype(np.int32)}
 
 
 _ROUNDS = 4

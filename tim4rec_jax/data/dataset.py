@@ -1,30 +1,32 @@
-"""The events of users: mapped from a prepared dataset, or a log in memory."""
+"""The events of users, mapped from a prepared dataset."""
 
 import dataclasses
 import os
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float32, Int, Int32, Int64, Shaped
+from jaxtyping import Int, Int32, Int64
 
 from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data.events import DeviceLog, EventLog, windows
 from tim4rec_jax.data.splits import Splits, by_time, format_time, leave_one_out, parse_time
 from tim4rec_jax.errors import UserError
 
-Array = Any  # an array of NumPy or of JAX
 _COLUMNS = ("items", "timestamps")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Chunk:
-    """The events of some consecutive users, as views on one record batch of the mapped file."""
+class Chunk(EventLog):
+    """The events of some consecutive users, as views on one record batch of the mapped file.
 
-    start: int  # number of the first event among all events of the dataset
-    items: Int32[np.ndarray, "events"]
-    timestamps: Int64[np.ndarray, "events"]
+    Attributes:
+      start: number of the first event among all events of the dataset.
+    """
+
+    start: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -148,35 +150,61 @@ class Dataset:
 
     def events(
         self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"]
-    ) -> tuple["EventLog", Int64[np.ndarray, "B"]]:
-        """Copies runs of events into a small log of their own.
+    ) -> tuple[EventLog, Int64[np.ndarray, "B"]]:
+        """A log that holds runs of events.
 
         Args:
           starts: number of the first event of each run.
           lengths: number of events of each run. All events of one run belong to one user.
 
         Returns:
-          The log, and the number of each run's first event in the log. Padding lies between runs.
+          The log, and the number of each run's first event in it. If the dataset has one chunk, the
+          log is that chunk. Otherwise it is a copy of the runs with padding between them.
         """
-        width = int(lengths.max())
-        items, timestamps = (self._windows(name, starts, lengths, width) for name in _COLUMNS)
-        return event_log(items.ravel(), timestamps.ravel()), np.arange(len(starts)) * width
-
-    def all_events(self) -> "EventLog":
-        """Copies all events into one log, in which they keep their numbers."""
-        columns = ([getattr(chunk, name) for chunk in self.chunks] for name in _COLUMNS)
-        return event_log(*map(np.concatenate, columns))
-
-    def _windows(self, column, starts, lengths, width):
         if len(self.chunks) == 1:
-            return windows(getattr(self.chunks[0], column), starts, lengths, width)
-        out = np.empty((len(starts), width), getattr(self.chunks[0], column).dtype)
+            return self.chunks[0], starts
+        width = int(lengths.max())
+        columns = (self._windows(name, starts, lengths, width).ravel() for name in _COLUMNS)
+        return EventLog(*columns), np.arange(len(starts)) * width
+
+    def all_events(self) -> DeviceLog:
+        """Copies all events into one log for a device, in which they keep their numbers."""
+        columns = ([getattr(chunk, name) for chunk in self.chunks] for name in _COLUMNS)
+        return DeviceLog.from_host(EventLog(*map(np.concatenate, columns)))
+
+    def gather(
+        self,
+        make: Callable[[EventLog, np.ndarray, np.ndarray], dict[str, np.ndarray]],
+        starts: Int64[np.ndarray, "B"],
+        lengths: Int[np.ndarray, "B"],
+    ) -> dict[str, np.ndarray]:
+        """Makes rows from runs of events, straight from the mapped files.
+
+        Args:
+          make: takes a log, and the `starts` and `lengths` of some runs in it. It returns arrays
+            with one row for each run.
+          starts: number of the first event of each run in the dataset.
+          lengths: number of events of each run. All events of one run belong to one user.
+
+        Returns:
+          The arrays of `make`, with one row for each of the B runs.
+        """
+        if len(self.chunks) == 1:
+            return make(self.chunks[0], starts, lengths)
+        out = {}
         chunk_of = np.searchsorted([chunk.start for chunk in self.chunks], starts, side="right") - 1
         for number in np.unique(chunk_of):
             chunk, rows = self.chunks[number], np.flatnonzero(chunk_of == number)
-            values, firsts = getattr(chunk, column), starts[rows] - chunk.start
-            out[rows] = windows(values, firsts, lengths[rows], width)
+            for name, part in make(chunk, starts[rows] - chunk.start, lengths[rows]).items():
+                whole = np.empty((len(starts), *part.shape[1:]), part.dtype)
+                out.setdefault(name, whole)[rows] = part
         return out
+
+    def _windows(self, column: str, starts, lengths, width: int) -> np.ndarray:
+        def make(log, starts, lengths):
+            return {column: windows(getattr(log, column), starts, lengths, width)}
+
+        return self.gather(make, starts, lengths)[column]
 
 
 def open_dataset(directory: str | os.PathLike) -> Dataset:
@@ -198,7 +226,8 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     item_counts = catalogue.column("count").to_numpy()
     users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
     for batch in fmt.map_sequences(directory, metadata):
-        chunk = Chunk(events, *(fmt.list_values(batch, name) for name in _COLUMNS))
+        columns = (fmt.list_values(batch, name) for name in _COLUMNS)
+        chunk = Chunk(*columns, start=events)
         users.append(batch.column("user"))
         chunks.append(chunk)
         ends.append(events + fmt.list_offsets(batch, "items")[1:])
@@ -253,69 +282,3 @@ def _train_mask(dataset: Dataset, chunk: Chunk) -> np.ndarray:
     numbers = chunk.start + np.arange(len(chunk.items))
     users = np.searchsorted(dataset.offsets, numbers, side="right") - 1
     return numbers - dataset.offsets[users] < dataset.splits.train[users]
-
-
-class EventLog(NamedTuple):
-    """Events in memory, from which batches are gathered.
-
-    The arrays are NumPy's, or JAX's where the log lies on a device. No column needs more than 32
-    bits for an event, because devices have no 64-bit integers unless JAX is told so.
-
-    Attributes:
-      items: item indices.
-      gaps: exact seconds since the event before in the log, whichever user that belongs to.
-      times: seconds since 1970, rounded to float32.
-      dates: days since 1970.
-    """
-
-    items: Int32[Array, "E"]
-    gaps: Float32[Array, "E"]
-    times: Float32[Array, "E"]
-    dates: Float32[Array, "E"]
-
-
-def event_log(items: Int32[np.ndarray, "E"], timestamps: Int64[np.ndarray, "E"]) -> EventLog:
-    """Makes a log of events with exact times in seconds since 1970."""
-    gaps = np.diff(timestamps, prepend=timestamps[:1]).astype(np.float32)
-    return EventLog(items, gaps, timestamps.astype(np.float32), days(timestamps))
-
-
-def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    """Days since 1970 of times in seconds, exact to three minutes."""
-    return (timestamps / 86_400).astype(np.float32)
-
-
-def windows(
-    values: Shaped[Array, "E"], starts: Int[Array, "B"], lengths: Int[Array, "B"], width: int
-) -> Shaped[Array, "B width"]:
-    """Gathers `values[start : start + length]` into each row, padded with 0 on the right.
-
-    Args:
-      values: one value for each event of a log, in an array of NumPy or of JAX.
-      starts: number of the first event of each row.
-      lengths: number of events of each row; those beyond `width` are left out.
-      width: columns of the result.
-    """
-    xp = values.__array_namespace__()
-    column = xp.arange(width, dtype=starts.dtype)
-    inside = column < lengths[:, None]
-    if xp is np:
-        out = _copy_runs(values, starts, width)
-        out[~inside] = 0
-        return out
-    events = xp.where(inside, starts[:, None] + column, 0)
-    return xp.where(inside, values[events], 0)
-
-
-def _copy_runs(values: np.ndarray, starts: np.ndarray, width: int) -> np.ndarray:
-    """Copies `values[start : start + width]` into each row; past the end there may be anything.
-
-    Copying runs of memory takes half the time of an index for every element.
-    """
-    if len(values) < width:
-        values = np.pad(values, (0, width - len(values)))
-    reached = np.minimum(starts, len(values) - width)
-    out = np.lib.stride_tricks.sliding_window_view(values, width)[reached]
-    for row in np.flatnonzero(reached < starts):  # the few rows that would run past the end
-        out[row] = np.roll(out[row], reached[row] - starts[row])
-    return out

@@ -13,14 +13,15 @@ from typing import NamedTuple
 import numpy as np
 
 from tim4rec_jax.data.batches import Batch, ShuffledBatches, permute
-from tim4rec_jax.data.dataset import Dataset, EventLog, train_targets
+from tim4rec_jax.data.dataset import Dataset, train_targets
+from tim4rec_jax.data.events import DeviceLog, EventLog
 
 
-def pack(log: EventLog, indices: Batch) -> Batch:
+def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
     """Gathers a packed batch from a log.
 
-    The same function works on the host and inside a compiled step: the arrays of `log` and
-    `indices` are all NumPy's, or all JAX's.
+    The same function works on the host and inside a compiled step: with an `EventLog` the arrays
+    of `indices` are NumPy's, and with a `DeviceLog` they are JAX's.
 
     Args:
       log: the events.
@@ -37,11 +38,11 @@ def pack(log: EventLog, indices: Batch) -> Batch:
     following = xp.where(real, events + 1, 0)
     return {
         "items": xp.where(real, log.items[events], 0),
-        "gaps": xp.where(real & ~first, log.gaps[events], 0),
+        "gaps": xp.where(real & ~first, log.gaps_at(events), 0),
         "segment_ids": xp.cumsum(first, axis=1, dtype=xp.int32),
         "targets": xp.where(real, log.items[following], 0),
-        "time_to_next": xp.where(real, log.gaps[following], 0),
-        "dates": xp.where(real, log.dates[events], 0),
+        "time_to_next": xp.where(real, log.gaps_at(following), 0),
+        "dates": xp.where(real, log.dates_at(events), 0),
         "weights": weights,
     }
 

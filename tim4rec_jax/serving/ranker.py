@@ -90,7 +90,7 @@ class Ranker:
         events: Events,
         k: int = 10,
         *,
-        hidden: Float[Array, "R D"] | None = None,
+        hidden: Float[Array | np.ndarray, "R D"] | None = None,
         at: Times = None,
         exclude_seen: bool = True,
         allow: Iterable[Any] | None = None,

@@ -17,7 +17,7 @@ from tim4rec_jax.data import (
     Batch,
     Convention,
     Dataset,
-    EventLog,
+    DeviceLog,
     PackedBatches,
     TrainBatches,
     collate,
@@ -329,7 +329,7 @@ class Gather:
     convention: Convention
     fields: tuple[str, ...]
 
-    def batch(self, log: EventLog, indices: Batch, width: int) -> Batch:
+    def batch(self, log: DeviceLog, indices: Batch, width: int) -> Batch:
         """Gathers a batch.
 
         Args:
@@ -354,7 +354,7 @@ class Gather:
 @functools.partial(jax.jit, static_argnames=("settings", "gather"), donate_argnames="state")
 def train_steps(
     state: TrainState,
-    log: EventLog,
+    log: DeviceLog,
     indices: Batch,
     settings: StepSettings,
     gather: Gather,
@@ -478,7 +478,7 @@ def choose_placement(asked: str, dataset: Dataset) -> str:
     if device.platform == "cpu":
         return "host"
     memory = (device.memory_stats() or {}).get("bytes_limit", _MEMORY)
-    # Indices of events are int32. The four columns of `EventLog` have 4 bytes each.
+    # Indices of events are int32. The four columns of `DeviceLog` have 4 bytes each.
     fits = dataset.n_events < 2**31 and 16 * dataset.n_events <= _SHARE * memory
     return "device" if fits else "host"
 
