@@ -1,8 +1,8 @@
 """Losses: how hidden states are compared with their targets.
 
 All losses are sums over rows, `loss(hidden, table, targets, weights)`. None ever holds the scores
-of all rows and items at once. The sampled losses score a few hundred items instead of all. These are
-drawn once for the batch, and all rows share them: the scores are one matrix product.
+of all rows and items at once. The sampled losses score a few hundred items instead of all. These
+are drawn once for the batch, and all rows share them: the scores are one matrix product.
 """
 
 from __future__ import annotations
