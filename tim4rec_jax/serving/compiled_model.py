@@ -81,7 +81,7 @@ class CompiledModel:
             item_ids: the original id of every item.
         """
         self.sequence_model = model
-        # JAX reads a list of arrays in a tenth of the time that the state of a module takes.
+        # A call with a list of arrays takes a third of the time of one with the state of a module.
         self._params, structure = jax.tree.flatten(nnx.split(model))
         self._programs = _programs(structure)
         self._inputs = inputs(model)
