@@ -24,6 +24,10 @@ from tim4rec_jax.training.step import (
 )
 
 LENGTH, ITEMS = 20, 30
+mask = jax.jit(
+    lambda graph, params, batch, key: mask_batch(nnx.merge(graph, params), batch, key),
+    static_argnums=0,
+)
 quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
@@ -53,7 +57,7 @@ def targets_of(masked):
 
 
 def test_only_the_last_items(batch):
-    masked = mask_batch(bert4rec(ft_ratio=1.0), batch, jax.random.key(0))
+    masked = mask(*nnx.split(bert4rec(ft_ratio=1.0)), batch, jax.random.key(0))
     items, ends = np.asarray(batch["items"]), np.asarray(batch["lengths"]) - 1
     real = np.flatnonzero(np.asarray(batch["weights"]))
     assert targets_of(masked) == {(r, ends[r], items[r, ends[r]]) for r in real if ends[r] > 0}
@@ -63,10 +67,11 @@ def test_only_the_last_items(batch):
 
 
 def test_each_item_with_its_chance_and_the_last_masked_ones_as_targets(batch):
-    model, items = bert4rec(ft_ratio=0.0, mask_ratio=0.2), np.asarray(batch["items"])
+    model = nnx.split(bert4rec(ft_ratio=0.0, mask_ratio=0.2))
+    items = np.asarray(batch["items"])
     share, cut = [], 0
     for seed in range(20):
-        masked = mask_batch(model, batch, jax.random.key(seed))
+        masked = mask(*model, batch, jax.random.key(seed))
         hidden = np.asarray(masked["items"]) == ITEMS + 1
         assert not np.any(hidden & (items == 0))
         np.testing.assert_array_equal(np.where(hidden, 0, masked["items"]), items * ~hidden)
@@ -82,17 +87,17 @@ def test_each_item_with_its_chance_and_the_last_masked_ones_as_targets(batch):
 
 
 def test_one_draw_decides_for_the_whole_batch(batch):
-    model, ends = bert4rec(ft_ratio=0.5), np.asarray(batch["lengths"]) - 1
+    model, ends = nnx.split(bert4rec(ft_ratio=0.5)), np.asarray(batch["lengths"]) - 1
     last_only = []
     for seed in range(40):
-        hidden = np.asarray(mask_batch(model, batch, jax.random.key(seed))["items"]) == ITEMS + 1
+        hidden = np.asarray(mask(*model, batch, jax.random.key(seed))["items"]) == ITEMS + 1
         last_only.append(hidden.sum() == 64 and np.all(hidden[np.arange(64), ends]))
     assert 10 <= sum(last_only) <= 30
 
 
 def test_the_loss_is_the_mean_over_all_targets_however_the_batch_is_cut(batch):
     graph, params = nnx.split(bert4rec())
-    masked = mask_batch(bert4rec(ft_ratio=0.0), batch, jax.random.key(1))
+    masked = mask(*nnx.split(bert4rec(ft_ratio=0.0)), batch, jax.random.key(1))
     parts = quick_jit(loss_and_gradients, static_argnames=("graphdef", "microbatches", "objective"))
     seeds = row_seeds(jax.random.key(2), 64)
     whole, cut = (parts(graph, params, masked, seeds, m, objective="cloze") for m in (1, 4))

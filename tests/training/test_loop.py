@@ -56,24 +56,24 @@ def records(workdir, kind):
 
 @pytest.fixture(scope="module")
 def finished(dataset, tmp_path_factory):
-    """A run directory with a finished run of 15 epochs."""
+    """A run directory with a finished run of 8 epochs."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-        train(tiny_config(dataset, epochs=15, learning_rate=0.01), workdir)
+        train(tiny_config(dataset, epochs=8, learning_rate=0.01), workdir)
     return workdir
 
 
 def test_learns_what_can_be_learnt(finished):
     epochs = records(finished, "valid")
-    assert [record["epoch"] for record in epochs] == [*range(1, 16)]
+    assert [record["epoch"] for record in epochs] == [*range(1, 9)]
     losses = [record["train_loss"] for record in epochs]
     assert losses[0] > 3.0
     assert losses[-1] < 0.6
     figures = json.loads((finished / "metrics.json").read_text())
     assert figures["test"]["hit@10"] == 1.0
     assert figures["test"]["ndcg@10"] > 0.9
-    assert (figures["users"], figures["epochs"]) == (30, 15)
+    assert (figures["users"], figures["epochs"]) == (30, 8)
     best = max(round(record["ndcg@10"], 4) for record in epochs)
     assert round(figures["valid"]["ndcg@10"], 4) == best
     last_best = [r["epoch"] for r in epochs if round(r["ndcg@10"], 4) == best][-1]
@@ -133,7 +133,7 @@ def test_a_run_keeps_the_dates_of_what_it_was_trained_on(packed, dataset):
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
     monkeypatch.setattr(steps, "train_step", None)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
-    figures = train(tiny_config(dataset, epochs=15, learning_rate=0.01), finished)
+    figures = train(tiny_config(dataset, epochs=8, learning_rate=0.01), finished)
     assert figures == json.loads((finished / "metrics.json").read_text())
     assert "is finished already; its figures are in" in capsys.readouterr().out
     after = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
@@ -262,13 +262,13 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it(dataset, tmp_p
 def copied(finished, dataset, tmp_path):
     """Copies of a finished run, and its settings for a copy of its dataset."""
     shutil.copytree(finished, tmp_path / "run")
-    return tmp_path / "run", tiny_config(dataset, epochs=15, learning_rate=0.01)
+    return tmp_path / "run", tiny_config(dataset, epochs=8, learning_rate=0.01)
 
 
 def test_other_settings(copied):
     workdir, config = copied
     config.model.hidden_size, config.train.epochs = 32, 20
-    words = r"model.hidden_size \(16 -> 32\), train.epochs \(15 -> 20\); choose another --workdir"
+    words = r"model.hidden_size \(16 -> 32\), train.epochs \(8 -> 20\); choose another --workdir"
     with pytest.raises(UserError, match=words):
         train(config, workdir)
 

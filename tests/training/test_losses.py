@@ -32,10 +32,10 @@ def test_is_minus_log_softmax_over_all_rows_and_so_is_its_gradient(x64):
         return cross_entropy(hidden, table, TARGETS)
 
     inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
-    np.testing.assert_allclose(ours(*inputs), plain(*inputs), rtol=1e-13)
+    np.testing.assert_allclose(jax.jit(ours)(*inputs), plain(*inputs), rtol=1e-13)
     weights = jnp.arange(1.0, 7.0)
     gradients = [
-        jax.grad(lambda *inputs, f=f: weights @ f(*inputs), argnums=(0, 1))(*inputs)
+        jax.jit(jax.grad(lambda *inputs, f=f: weights @ f(*inputs), argnums=(0, 1)))(*inputs)
         for f in (ours, plain)
     ]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *gradients)
@@ -44,15 +44,17 @@ def test_is_minus_log_softmax_over_all_rows_and_so_is_its_gradient(x64):
 def test_the_padding_row_counts(x64):
     larger = TABLE.copy()
     larger[0] *= 3
-    losses = [cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(t), TARGETS) for t in (TABLE, larger)]
+    loss = jax.jit(cross_entropy)
+    losses = [loss(jnp.asarray(HIDDEN), jnp.asarray(t), TARGETS) for t in (TABLE, larger)]
     assert np.all(np.abs(losses[0] - losses[1]) > 1e-6)
 
 
 def test_bfloat16_scores_add_up_in_float32():
     hidden, table = jnp.asarray(HIDDEN, jnp.bfloat16), jnp.asarray(TABLE, jnp.bfloat16)
-    loss = cross_entropy(hidden, table, TARGETS)
+    loss = jax.jit(cross_entropy)(hidden, table, TARGETS)
     assert loss.dtype == jnp.float32
-    exact = cross_entropy(hidden.astype(jnp.float32), table.astype(jnp.float32), TARGETS)
+    wide = hidden.astype(jnp.float32), table.astype(jnp.float32)
+    exact = jax.jit(cross_entropy)(*wide, TARGETS)
     np.testing.assert_allclose(loss, exact, rtol=1e-5)
 
 
@@ -64,7 +66,7 @@ def test_scores_of_history_items_get_the_repeat_bias_once(x64):
     for row, items_before in enumerate([{5}, {5}, {7}, {19}, {3}, {1}]):
         scores[row, list(items_before)] -= 1.5
     history = HistoryItems(items, jnp.asarray(-1.5), first, last)
-    got = cross_entropy(jnp.asarray(HIDDEN), jnp.asarray(TABLE), TARGETS, history)
+    got = jax.jit(cross_entropy)(jnp.asarray(HIDDEN), jnp.asarray(TABLE), TARGETS, history)
     wanted = -jax.nn.log_softmax(scores)[jnp.arange(6), TARGETS]
     np.testing.assert_allclose(got, wanted, rtol=1e-13)
 
@@ -89,18 +91,22 @@ def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64,
     def blocked(arrays, history):
         return 0.5 * summed_cross_entropy(*arrays, targets, weights, history)
 
-    np.testing.assert_allclose(blocked(*inputs), plain(*inputs), rtol=1e-12)
-
     def of(function):
         def total(arrays, offset):
             return function(
                 arrays, None if history is None else history._replace(repeat_bias=offset)
             )
 
-        return jax.grad(total, argnums=(0, 1))(inputs[0], jnp.asarray(offset or 0.0))
+        return jax.value_and_grad(total, argnums=(0, 1))(inputs[0], jnp.asarray(offset or 0.0))
 
-    gradients = [of(f) for f in (plain, blocked)]
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), *gradients)
+    # One program, or each operation would be one.
+    (sum_, gradients), (blocked_sum, blocked_gradients) = jax.jit(
+        lambda: (of(plain), of(blocked))
+    )()
+    np.testing.assert_allclose(blocked_sum, sum_, rtol=1e-12)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), gradients, blocked_gradients
+    )
 
 
 def test_scores_of_all_rows_never_exist_at_once():
@@ -162,18 +168,23 @@ def test_sampled_losses_and_their_gradients(name, x64):
 def test_items_are_drawn_by_their_frequency_and_scores_corrected_for_it():
     counts = rng.integers(0, 50, 19)
     up_to = cumulative_counts(counts)
-    summed = Loss("sampled_softmax", negatives=200_000).prepare(jax.random.key(0), 19, up_to)
-    drawn, log_share = (np.asarray(summed.keywords[k]) for k in ("drawn", "log_share"))
+    hidden, table = jnp.asarray(HIDDEN[1:], jnp.float32), jnp.asarray(TABLE, jnp.float32)
+    rows = hidden, table, TARGETS[1:], jnp.asarray(WEIGHTS[1:], jnp.float32)
+
+    @jax.jit
+    def draw(key, up_to, rows):
+        summed = Loss("sampled_softmax", negatives=200_000).prepare(key, 19, up_to)
+        return summed(*rows), summed.keywords["drawn"], summed.keywords["log_share"]
+
+    total, drawn, log_share = map(np.asarray, draw(jax.random.key(0), up_to, rows))
     expected = (counts + 1) / (counts + 1).sum()
     np.testing.assert_allclose(np.exp(log_share[1:]), expected, rtol=1e-5)
     shares = np.bincount(drawn, minlength=20) / len(drawn)
     assert shares[0] == 0  # padding
     np.testing.assert_allclose(shares[1:], expected, atol=4e-3)
     # With many drawn, the sums over them are those over all items (but the padding row).
-    hidden, table = jnp.asarray(HIDDEN[1:], jnp.float32), jnp.asarray(TABLE, jnp.float32)
-    rows = hidden, table, TARGETS[1:], jnp.asarray(WEIGHTS[1:], jnp.float32)
-    full = WEIGHTS[1:] @ cross_entropy(hidden, table[1:], TARGETS[1:] - 1)
-    np.testing.assert_allclose(summed(*rows), full, rtol=0.01)
+    full = WEIGHTS[1:] @ jax.jit(cross_entropy)(hidden, table[1:], TARGETS[1:] - 1)
+    np.testing.assert_allclose(total, full, rtol=0.01)
 
 
 def test_the_power_of_gbce():
@@ -186,5 +197,6 @@ def test_the_power_of_gbce():
 
 @pytest.mark.parametrize("name", ["gbce", "bpr"])
 def test_any_item_but_padding_is_drawn(name):
-    drawn = Loss(name, 500).prepare(jax.random.key(1), 19, None).keywords["drawn"]
+    key = jax.random.key(1)
+    drawn = jax.jit(lambda key: Loss(name, 500).prepare(key, 19, None).keywords["drawn"])(key)
     assert sorted({int(item) for item in drawn}) == list(range(1, 20))

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories, write_dataset
-from tests.training.tiny_run import tiny_config
+from tests.training.tiny_run import last_item, quick_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
-from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.step import (
     DeviceSteps,
@@ -35,11 +34,12 @@ def test_prefix_batches_are_those_of_the_host(convention):
         dataset, max_length=10, batch_size=8, seed=0, convention=convention, buckets=(4, 10)
     )
     log, gather = dataset.all_events(), gather_of(batches, convention)
+    gathered = jax.jit(gather.batch, static_argnums=2)
     widths = set()
     for number in range(batches.batches_per_epoch):
         expected, indices = batches[number], batches.indices(number)
         width = batches.buckets[indices.pop("bucket")]
-        batch = gather.batch(*jax.tree.map(jax.numpy.asarray, (log, indices)), width)
+        batch = gathered(log, indices, width)
         widths.add(width)
         assert batch.keys() == expected.keys()
         for name in expected:
@@ -52,10 +52,11 @@ def test_packed_batches_are_those_of_the_host():
     dataset = in_memory(HISTORIES, splits=(2, 5))
     batches = PackedBatches(dataset, max_length=8, batch_size=3, seed=0)
     log, gather = dataset.all_events(), gather_of(batches, "exact")
+    gathered = jax.jit(gather.batch, static_argnums=2)
     for number in range(2 * batches.batches_per_epoch):
         expected, indices = batches[number], batches.indices(number)
         indices.pop("bucket")
-        batch = gather.batch(*jax.tree.map(jax.numpy.asarray, (log, indices)), 8)
+        batch = gathered(log, indices, 8)
         assert batch.keys() == expected.keys()
         for name in expected:
             assert batch[name].dtype == expected[name].dtype
@@ -71,16 +72,15 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize("objective", ["prefix", "every_position"])
 def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkeypatch, objective):
     monkeypatch.setattr(DeviceSteps, "GROUP", 3)
-    config = tiny_config(dataset)
-    config_lib.use_model(config, "gru4rec")  # the quickest to compile
-    config.model.update(embedding_size=8, hidden_size=8, num_layers=1)
-    config.train.update(objective=objective, batch_size=16 if objective == "prefix" else 4)
+    config = quick_config(
+        dataset, objective=objective, batch_size=16 if objective == "prefix" else 4
+    )
     ds, placement = open_dataset(dataset), data_sharding(1)
     settings = dict(max_length=12, batch_size=config.train.batch_size, seed=0)
     batches = PackedBatches(ds, **settings)
     if objective == "prefix":
         batches = TrainBatches(ds, convention="exact", buckets=(6, 12), **settings)
-    model = build(config.model, n_items=ds.n_items, max_length=12)
+    model = last_item(ds.n_items)
 
     def trained(where, stop=()):
         """Parameters after seven steps, going on from a saved state after the steps in `stop`."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tests.data.small_dataset import in_memory, random_histories
-from tests.training.tiny_run import MAX_LENGTH, tiny_config
+from tests.training.tiny_run import MAX_LENGTH, last_item, tiny_config
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
@@ -27,6 +27,7 @@ from tim4rec_jax.training.step import (
     train_step,
 )
 
+slow = pytest.mark.slow
 ROWS = 16
 # A gradient is a sum over all positions of a batch. In another order of summation, each addition
 # may round otherwise: by 2^-24 of the sum of the magnitudes. The smallest fault, a row that counts
@@ -38,11 +39,18 @@ gradients_in_parts = jax.jit(
 )
 
 
-@pytest.fixture(scope="module")
-def model():
+def tim4rec(**settings):
     config = tiny_config("none").model
-    config.update(dropout_prob=0.3, time_drop_out=0.3)
+    config.update(settings)
     return nnx.split(build(config, n_items=30, max_length=MAX_LENGTH))
+
+
+# A step treats all models alike: one that compiles quickly shows every fault of the step.
+@pytest.fixture(scope="module", params=["last item", pytest.param("TiM4Rec", marks=slow)])
+def model(request):
+    if request.param == "last item":
+        return nnx.split(last_item())
+    return tim4rec(dropout_prob=0.3, time_drop_out=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +81,11 @@ def test_micro_batches_give_loss_and_gradients_of_the_whole(model, batches):
     assert abs(others[0] - whole[0]) > 1e-4
 
 
-def test_micro_batches_of_packed_rows():
-    config = tiny_config("none").model
-    config.update(time_encoding="causal", dropout_prob=0.3)
-    model = nnx.split(build(config, n_items=30, max_length=MAX_LENGTH))
+@pytest.mark.parametrize("name", ["last item", pytest.param("TiM4Rec", marks=slow)])
+def test_micro_batches_of_packed_rows(name):
+    model = nnx.split(last_item())
+    if name == "TiM4Rec":
+        model = tim4rec(time_encoding="causal", dropout_prob=0.3)
     dataset = in_memory(random_histories([20] * 6))
     batch = jax.device_put(PackedBatches(dataset, max_length=MAX_LENGTH, batch_size=8, seed=0)[0])
     settings = dict(objective="every_position")
@@ -88,9 +97,9 @@ def test_micro_batches_of_packed_rows():
 def test_the_cosine_falls_to_nothing():
     tx = make_optimizer(0.1, 0.0, 10)
     params, sizes = jnp.ones(3), []
-    state = tx.init(params)
+    update, state = jax.jit(tx.update), tx.init(params)
     for _ in range(11):
-        updates, state = tx.update(jnp.ones(3), state, params)
+        updates, state = update(jnp.ones(3), state, params)
         sizes.append(float(jnp.abs(updates).max()))
     np.testing.assert_allclose(sizes, 0.05 * (1 + np.cos(np.pi * np.arange(11) / 10)), atol=1e-6)
 
@@ -101,8 +110,7 @@ def test_the_cosine_ends_with_the_last_epoch():
     batches = TrainBatches(
         dataset, max_length=MAX_LENGTH, batch_size=ROWS, seed=0, convention="recbole", buckets=[12]
     )
-    built = build(config.model, n_items=30, max_length=MAX_LENGTH)
-    tx = make_steps(config, batches, built, data_sharding(ROWS)).settings.tx
+    tx = make_steps(config, batches, last_item(), data_sharding(ROWS)).settings.tx
     update, sizes, state = jax.jit(tx.update), [], tx.init(jnp.ones(1))
     for _ in range(3 * batches.batches_per_epoch + 1):
         change, state = update(jnp.ones(1), state, jnp.ones(1))
@@ -130,6 +138,12 @@ def test_filler_rows_change_nothing(model, batches):
     assert loss == pytest.approx(np.mean(single), rel=1e-6)
 
 
+@functools.cache  # compiled steps are found by the identity of the optimizer
+def sgd():
+    # Not Adam: it would blow up the rounding of gradients that are all but zero.
+    return optax.sgd(0.3, momentum=0.9)
+
+
 def new_state(model, tx):
     _, params = model
     return init_state(jax.tree.map(jnp.copy, params), tx, seed=5)
@@ -150,20 +164,13 @@ def train(model, batches, tx, devices=1, micro=1):
 
 
 def test_eight_devices_give_the_parameters_of_one(model, batches):
-    # Not Adam: it would blow up the rounding of gradients that are all but zero.
-    tx = optax.sgd(0.3, momentum=0.9)
-    one, losses = train(model, batches, tx)
+    one, losses = train(model, batches, sgd())
     assert len(jax.devices()) == 8
-    eight, same_losses = train(model, batches, tx, devices=8, micro=2)
+    eight, same_losses = train(model, batches, sgd(), devices=8, micro=2)
     for leaf in jax.tree.leaves(eight.params):
         assert len(leaf.sharding.device_set) == 8
     check_close(eight.params, one.params, ROUNDING)
     np.testing.assert_allclose(same_losses, losses, rtol=ROUNDING)
-
-
-@functools.cache
-def sgd():
-    return optax.sgd(0.3, momentum=0.9)
 
 
 def test_the_loss_of_the_epoch_is_the_mean_of_its_rows(model, batches):
@@ -194,9 +201,10 @@ def test_a_step_that_is_not_finite_changes_nothing_ever_after(model, batches):
 def test_adam_with_the_decay_added_to_the_gradient():
     tx = make_optimizer(0.01, 0.1)
     parameter, state = np.array([2.0, -1.0]), tx.init(jnp.array([2.0, -1.0]))
+    update = jax.jit(tx.update)
     mean = square = np.zeros(2)
     for step, gradient in enumerate(([0.5, -0.2], [0.1, 0.4]), 1):
-        updates, state = tx.update(jnp.array(gradient), state, jnp.asarray(parameter))
+        updates, state = update(jnp.array(gradient), state, jnp.asarray(parameter, jnp.float32))
         total = np.array(gradient) + 0.1 * parameter
         mean, square = 0.9 * mean + 0.1 * total, 0.999 * square + 0.001 * total**2
         scale = np.sqrt(square / (1 - 0.999**step)) + 1e-8

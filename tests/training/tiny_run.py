@@ -31,7 +31,7 @@ class LastItem(SequenceModel):
         )
 
     def __call__(self, items, lengths, gaps, *, segment_ids=None, dropout_seeds=None):
-        scale = 1 + jnp.log1p(gaps[:, : items.shape[1]])
+        scale = 1 + jnp.log1p(jnp.abs(gaps[:, : items.shape[1]]))
         return dropout(self.item_embedding(items), 0.3, dropout_seeds) * scale[..., None]
 
 
