@@ -22,7 +22,12 @@ ITEMS, LENGTH, STEPS = 20, 8, 120
 SMALL = dict(hidden_size=16, inner_size=32, n_layers=1, num_layers=1, n_heads=2, head_dim=8)
 SMALL |= dict(embedding_size=16, d_state=8, hidden_dropout_prob=0.1, attn_dropout_prob=0.1)
 SMALL |= dict(dropout_prob=0.1, time_span=8, time_buckets=32)
-LEARNERS = ("bert4rec", "hstu", "caser")  # masks drawn, no published code, a penalty
+LEARNERS = (
+    # Masks drawn; in the fast suite test_cloze trains it.
+    pytest.param("bert4rec", marks=pytest.mark.slow),
+    "hstu",  # no published code
+    "caser",  # a penalty
+)
 
 
 @pytest.fixture(scope="module")
