@@ -23,8 +23,8 @@ NAMES = [name for name in NAMES if read_baseline(name).config["model"] in FORMAT
 # Once a model in float32, unless all of the files are there.
 SAMPLE = {read_baseline(name).config["model"]: name for name in reversed(NAMES)}.values()
 CASES = [(name, "float64") for name in NAMES]
-# Slow except for one attention model and one recurrence: what differs from float64 is rounding.
-FAST_FLOAT32 = ("gru4rec_tiny", "sasrec_tiny")
+# Slow except for one model: what differs from float64 is rounding.
+FAST_FLOAT32 = ("gru4rec_tiny",)
 CASES += [
     pytest.param(name, "float32", marks=[] if name in FAST_FLOAT32 else pytest.mark.slow)
     for name in NAMES

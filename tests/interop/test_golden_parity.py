@@ -20,7 +20,7 @@ SAMPLE = ("tiny_kaiming", "tiny_p2pT")
 # Each setting has each of its values in one of the fast cases. The first three share a program.
 FAST = [
     *((f"tiny_{name}", "float64") for name in ("p2pT", "fulllen", "smallts")),
-    *((f"tiny_{name}", "float64") for name in ("kaiming", "h8_silu_p2pT", "1layer_p2pF")),
+    *((f"tiny_{name}", "float64") for name in ("kaiming", "h8_silu_p2pT")),
     ("tiny_notime_1layer_noffn", "float64"),
     ("tiny_1layer_p2pT", "float32"),
 ]

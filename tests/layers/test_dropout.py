@@ -13,7 +13,7 @@ drop = jax.jit(dropout, static_argnums=1)
 
 
 def mask(rate, seeds, shape=(40, 50)):
-    return np.asarray(drop(jnp.ones((len(seeds), *shape)), rate, seeds)) != 0
+    return np.asarray(drop(np.ones((len(seeds), *shape), np.float32), rate, seeds)) != 0
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.4, 0.9])
@@ -24,7 +24,7 @@ def test_rate_and_expectation(rate):
     # Each row and each position by itself.
     assert np.abs(kept.mean((1, 2)) - (1 - rate)).max() < error / np.sqrt(kept[0].size)
     assert np.abs(kept.mean(0) - (1 - rate)).max() < 1.2 * error / np.sqrt(len(kept))
-    scaled = np.asarray(drop(jnp.full((64, 40, 50), 3.0), rate, SEEDS))
+    scaled = np.asarray(drop(np.full((64, 40, 50), 3, np.float32), rate, SEEDS))
     np.testing.assert_allclose(scaled[kept], 3 / (1 - rate), rtol=1e-6)
 
 
@@ -38,7 +38,7 @@ def test_masks_of_rows_sites_and_neighbours_are_independent():
     limit = 5 / np.sqrt(kept[0].size)
     assert np.abs(correlations(kept)).max() < limit
     # Seeds that differ in one bit only, as those of a counter would.
-    assert np.abs(correlations(mask(0.5, jnp.arange(16, dtype=jnp.uint32)))).max() < limit
+    assert np.abs(correlations(mask(0.5, np.arange(16, dtype=np.uint32)))).max() < limit
     sites = np.stack([mask(0.5, fold(SEEDS[:1], site))[0] for site in (-1, 0, 1, 2, 3)])
     assert np.abs(correlations(sites)).max() < limit
     # Elements beside each other, and a row with itself a few elements on.
@@ -49,10 +49,10 @@ def test_masks_of_rows_sites_and_neighbours_are_independent():
 
 
 def test_the_mask_of_a_row_does_not_depend_on_its_batch():
-    whole = mask(0.3, SEEDS)
-    parts = [mask(0.3, part) for part in (SEEDS[:1], SEEDS[1:17], SEEDS[17:33], SEEDS[33:49])]
+    whole = mask(0.5, SEEDS)
+    parts = [mask(0.5, part) for part in (SEEDS[:1], SEEDS[1:17], SEEDS[17:33], SEEDS[33:49])]
     np.testing.assert_array_equal(np.concatenate(parts), whole[:49])
-    np.testing.assert_array_equal(mask(0.3, SEEDS[::-1]), whole[::-1])
+    np.testing.assert_array_equal(mask(0.5, SEEDS[::-1]), whole[::-1])
 
 
 def test_off():

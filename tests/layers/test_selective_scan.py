@@ -77,21 +77,27 @@ def example():
 
 def loop(inputs, segment_ids=None):
     """The definition, a position at a time."""
-    h, ys = inputs["initial_state"], []
-    for t in range(LENGTH):
-        if segment_ids is not None and t:
-            same = segment_ids[:, t] == segment_ids[:, t - 1]
-            h = jnp.where(same[:, None, None], h, 0.0)
-        dt, u, B, C = (inputs[name][:, t] for name in ("delta", "u", "B", "C"))
+    same = np.ones((BATCH, LENGTH), bool)
+    if segment_ids is not None:
+        same[:, 1:] = segment_ids[:, 1:] == segment_ids[:, :-1]
+
+    def position(h, now):
+        same, dt, u, B, C = now
+        h = jnp.where(same[:, None, None], h, 0.0)
         h = jnp.exp(dt[..., None] * inputs["A"]) * h + (dt * u)[..., None] * B[:, None]
-        ys.append(jnp.einsum("bdn,bn->bd", h, C))
-    return jnp.stack(ys, 1), h
+        return h, jnp.einsum("bdn,bn->bd", h, C)
+
+    arrays = (jnp.asarray(same), *(inputs[name] for name in ("delta", "u", "B", "C")))
+    h, ys = jax.lax.scan(
+        position, inputs["initial_state"], [array.swapaxes(0, 1) for array in arrays]
+    )
+    return ys.swapaxes(0, 1), h
 
 
 @pytest.mark.parametrize("segments", [False, True])
 def test_is_the_loop_with_its_gradients(x64, segments):
     inputs = jax.tree.map(jnp.asarray, example())
-    ids = jnp.array([[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3], [5] * 10 + [6]]) if segments else None
+    ids = np.array([[0, 0, 0, 1, 1, 2, 2, 2, 2, 3, 3], [5] * 10 + [6]]) if segments else None
     weights = np.random.default_rng(2).standard_normal((BATCH, LENGTH, WIDTH))
 
     def objective(run, inputs):
@@ -99,7 +105,7 @@ def test_is_the_loop_with_its_gradients(x64, segments):
         return jnp.sum(y * weights) + jnp.sum(state**2), (y, state)
 
     def ours(inputs):
-        return selective_scan(**inputs, segment_ids=ids)
+        return selective_scan(**inputs, segment_ids=None if ids is None else jnp.asarray(ids))
 
     results = [
         jax.jit(

@@ -1,5 +1,6 @@
 """The models made of attention: what each position sees, and what time does."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,31 +13,25 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories
+from tests.models.small_models import jit, small_model
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import attention
-from tim4rec_jax.models import MODELS, build
+from tim4rec_jax.models import MODELS
 from tim4rec_jax.models.hstu import time_buckets
 from tim4rec_jax.models.tisasrec import time_index
 from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
 SMALL = dict(hidden_size=16, inner_size=32, n_heads=4)
-jit = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
 CAUSAL = ("sasrec", "tisasrec", "hstu")
 causal_models = pytest.mark.parametrize("name", CAUSAL)
 
 
 @functools.cache
 def make(name):
-    """A model whose every part moves the output: the initial weights are tiny or zero."""
     settings = {key: v for key, v in SMALL.items() if hasattr(MODELS[name].Settings, key)}
-    graph, params = nnx.split(build({"name": name, **settings}, n_items=ITEMS, max_length=LENGTH))
-    leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(2)
-    leaves = [leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return graph, jax.tree.unflatten(structure, leaves)
+    sizes = dict(n_items=ITEMS, max_length=LENGTH)
+    return small_model({"name": name, **settings}, spread=0.3, **sizes)
 
 
 def histories(rows=ROWS):
@@ -60,6 +55,32 @@ def encode(graph, params, items, lengths, gaps):
     return nnx.merge(graph, params).encode(items, lengths, gaps)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class States:
+    whole: jax.Array  # [B,L,D], each row one history
+    packed: jax.Array  # [B,L,D], each segment one history
+    encoded: jax.Array  # [B,D], at `lengths`
+
+
+@jit
+def compute(graph, params, items, lengths, gaps, segment_ids):
+    model = nnx.merge(graph, params)
+    return States(
+        whole=model(items, lengths, gaps),
+        packed=model(items, lengths, gaps, segment_ids=segment_ids),
+        encoded=model.encode(items, lengths, gaps),
+    )
+
+
+def states(model, items, gaps, *, lengths=None, segment_ids=None):
+    """All that the tests of the causal models compare, by one program for each model."""
+    lengths = np.full(ROWS, LENGTH) if lengths is None else lengths
+    segment_ids = np.zeros_like(items) if segment_ids is None else segment_ids
+    found = compute(*model, items, lengths.astype(np.int32), gaps, segment_ids.astype(np.int32))
+    return jax.tree.map(np.asarray, found)
+
+
 def close(ours, expected):
     np.testing.assert_allclose(ours, expected, rtol=2e-4, atol=2e-5)
 
@@ -67,23 +88,23 @@ def close(ours, expected):
 @causal_models
 def test_sees_no_future_and_all_of_the_past(name):
     model, (items, gaps) = make(name), histories()
-    whole = call(*model, items, gaps)
+    whole = states(model, items, gaps).whole
     others, other_gaps = items.copy(), gaps.copy()
     others[:, 7:] = others[:, 7:] % ITEMS + 1
     other_gaps[:, 7:] += 30
-    changed = call(*model, others, other_gaps)
+    changed = states(model, others, other_gaps).whole
     np.testing.assert_array_equal(changed[:, :7], whole[:, :7])
     assert np.all(np.abs(changed[:, 7:] - whole[:, 7:]).max(-1) > 1e-3)
     others = items.copy()
     others[:, 0] = others[:, 0] % ITEMS + 1
-    assert np.all(np.abs(call(*model, others, gaps) - whole).max(-1) > 1e-5)
+    assert np.all(np.abs(states(model, others, gaps).whole - whole).max(-1) > 1e-5)
 
 
 @pytest.mark.parametrize("name", ["sasrec", "tisasrec"])
 def test_blocks_of_queries_leave_nothing_out(name, monkeypatch):
     (graph, params), (items, gaps) = make(name), histories()
     segments = np.repeat([0, 1], [7, 5])[None].repeat(ROWS, 0)
-    whole = call(graph, params, items, gaps, segments)
+    whole = states((graph, params), items, gaps, segment_ids=segments).packed
     monkeypatch.setattr(attention, "_LEAST_BLOCK", 5)
 
     def anew(*args):
@@ -101,13 +122,13 @@ def test_segments_are_rows_of_their_own(name):
     cuts = [0, 5, 6, LENGTH]
     segments = np.repeat(np.arange(3), np.diff(cuts))[None].repeat(ROWS, 0)
     gaps[:, cuts[:-1]] = 0
-    packed = call(*model, items, gaps, segments)
+    packed = states(model, items, gaps, segment_ids=segments).packed
     for begin, end in itertools.pairwise(cuts):
         part = np.zeros_like(items)
         part[:, : end - begin] = items[:, begin:end]
         part_gaps = np.zeros_like(gaps)
         part_gaps[:, : end - begin] = gaps[:, begin:end]
-        alone = call(*model, part, part_gaps)
+        alone = states(model, part, part_gaps).whole
         close(packed[:, begin:end], alone[:, : end - begin])
 
 
@@ -117,13 +138,17 @@ def test_encode_is_the_hidden_state_at_the_last_event(name):
     lengths = np.array([1, 7, LENGTH])
     items[np.arange(LENGTH) >= lengths[:, None]] = 0
     gaps[np.arange(LENGTH) == lengths[:, None]] = -8.8e8  # as RecBole leaves it
-    hidden = call(*model, items, gaps)
-    close(encode(*model, items, lengths, gaps), hidden[np.arange(ROWS), lengths - 1])
+    found = states(model, items, gaps, lengths=lengths)
+    close(found.encoded, found.whole[np.arange(ROWS), lengths - 1])
     cut = encode(*model, items[:2, :8], lengths[:2], gaps[:2])
-    close(cut, hidden[np.arange(2), lengths[:2] - 1])
+    close(cut, found.whole[np.arange(2), lengths[:2] - 1])
 
 
-@causal_models
+# The tests above say the same of the states of every model.
+@pytest.mark.parametrize(
+    "name",
+    ["hstu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "tisasrec"))],
+)
 def test_every_position_of_packed_rows_is_every_prefix(name):
     dataset = in_memory(random_histories([9, 4, 7]))
     prefixes = TrainBatches(
@@ -145,7 +170,7 @@ def test_every_position_of_packed_rows_is_every_prefix(name):
 @pytest.mark.parametrize("name", ["tisasrec", "hstu"])
 def test_time_matters(name):
     model, (items, gaps) = make(name), histories()
-    apart = np.abs(call(*model, items, gaps * 3) - call(*model, items, gaps)).max(-1)
+    apart = np.abs(states(model, items, gaps * 3).whole - states(model, items, gaps).whole).max(-1)
     assert np.all(apart[:, 0] == 0)
     assert np.all(apart[:, 4:] > 1e-5)
 
@@ -240,8 +265,9 @@ def hstu_by_loops(weights, items, times, heads, max_length, temperature):
 
 def test_hstu_is_its_equations(x64):
     settings = {"name": "hstu", "hidden_size": 8, "n_heads": 2}
-    model = build(settings, n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
+    sizes = dict(n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
+    graph, params = small_model(settings, spread=0.3, **sizes)
     items, gaps = histories(1)
-    weights = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    weights = nnx.to_pure_dict(params)
     expected = hstu_by_loops(weights, items[0], np.cumsum(gaps[0]), 2, LENGTH, 0.05)
-    close(call(*nnx.split(model), items, gaps.astype(np.float64))[0], expected)
+    close(call(graph, params, items, gaps.astype(np.float64))[0], expected)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models.small_models import jit, small_model
 from tests.models.test_tim4rec import SETTINGS
 from tim4rec_jax.layers import gap_features
 from tim4rec_jax.layers.time import KNOTS
@@ -15,9 +16,6 @@ from tim4rec_jax.models import CausalTiM4Rec, build
 
 ITEMS, LENGTH, ROWS = 30, 12, 4
 CAUSAL = SETTINGS | {"time_encoding": "causal", "knows_next_time": False}
-jit = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 def make(max_length=LENGTH, **settings):
@@ -26,14 +24,10 @@ def make(max_length=LENGTH, **settings):
 
 @functools.cache
 def _make(max_length, settings):
-    """A model whose every part moves the output: the initial weights are tiny or zero."""
-    model = build(CAUSAL | dict(settings), n_items=ITEMS, max_length=max_length, seed=1)
-    assert isinstance(model, CausalTiM4Rec)
-    graph, params = nnx.split(model)
-    leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(2)
-    leaves = [leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return graph, jax.tree.unflatten(structure, leaves)
+    sizes = dict(n_items=ITEMS, max_length=max_length)
+    graph, params = small_model(CAUSAL | dict(settings), spread=0.3, **sizes)
+    assert isinstance(nnx.merge(graph, params), CausalTiM4Rec)
+    return graph, params
 
 
 def histories(seed=0):
@@ -46,9 +40,13 @@ def histories(seed=0):
 
 
 @jit
-def call(graph, params, items, gaps, segment_ids=None):
-    lengths = jnp.full(items.shape[0], items.shape[1])
-    return nnx.merge(graph, params)(items, lengths, gaps, segment_ids=segment_ids)
+def whole_and_packed(graph, params, items, gaps, segment_ids):
+    model, lengths = nnx.merge(graph, params), jnp.full(ROWS, LENGTH)
+    return model(items, lengths, gaps), model(items, lengths, gaps, segment_ids=segment_ids)
+
+
+def call(graph, params, items, gaps):
+    return whole_and_packed(graph, params, items, gaps, np.zeros_like(items))[0]
 
 
 @jit
@@ -95,23 +93,23 @@ def test_nothing_ahead_matters_and_everything_before_does(settings):
 def test_histories_in_one_row_do_not_see_each_other(settings):
     model = make(**settings)
     items, gaps = histories()
-    alone = call(*model, items, gaps)
+    alone = np.asarray(call(*model, items, gaps))
     cuts = [(0, 7), (1, 2), (2, 3)]
-    row = np.concatenate([items[user, :n] for user, n in cuts])[None]
-    row_gaps = np.concatenate([gaps[user, :n] for user, n in cuts])[None]
-    ids = np.repeat([0, 1, 2], [n for _, n in cuts])[None]
-    together = call(*model, row, row_gaps, ids)[0]
+    # One row of three histories, as often as there are rows.
+    row = np.tile(np.concatenate([items[user, :n] for user, n in cuts]), (ROWS, 1))
+    row_gaps = np.tile(np.concatenate([gaps[user, :n] for user, n in cuts]), (ROWS, 1))
+    ids = np.tile(np.repeat(np.arange(3, dtype=np.int32), [n for _, n in cuts]), (ROWS, 1))
+    mixed, together = map(np.asarray, whole_and_packed(*model, row, row_gaps, ids))
     expected = np.concatenate([alone[user, :n] for user, n in cuts])
-    np.testing.assert_allclose(together, expected, atol=1e-5)
-    mixed = call(*model, row, row_gaps)[0]  # without the ids they do
-    assert np.abs(mixed - expected).max() > 1e-2
+    np.testing.assert_allclose(together[0], expected, atol=1e-5)
+    assert np.abs(mixed[0] - expected).max() > 1e-2  # without the ids they do
 
 
 @variants
 def test_steps_give_what_the_whole_history_gives(settings):
     graph, params = make(**settings)
     items, gaps = histories()
-    whole = call(graph, params, items, gaps)
+    whole = np.asarray(call(graph, params, items, gaps))
     state = nnx.merge(graph, params).init_state(ROWS)
     sizes = [leaf.shape for leaf in jax.tree.leaves(state)]
     for position in range(LENGTH):
@@ -125,7 +123,7 @@ def test_encode_is_the_state_at_the_last_event():
     items, gaps = histories()
     lengths = np.array([1, 3, 12, 7], np.int32)
     found = encode(*model, items, lengths, gaps)
-    expected = call(*model, items, gaps)[np.arange(ROWS), lengths - 1]
+    expected = np.asarray(call(*model, items, gaps))[np.arange(ROWS), lengths - 1]
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
@@ -137,7 +135,11 @@ def test_no_weight_depends_on_the_length():
 def test_untrained_it_is_the_model_without_time():
     items, gaps = histories()
     timed, timeless = (
-        nnx.split(build(CAUSAL | {"is_time": on}, n_items=ITEMS, max_length=LENGTH, seed=3))
+        nnx.split(
+            build(
+                CAUSAL | {"is_time": on, "num_layers": 1}, n_items=ITEMS, max_length=LENGTH, seed=3
+            )
+        )
         for on in (True, False)
     )
     np.testing.assert_allclose(call(*timed, items, gaps), call(*timeless, items, gaps), atol=1e-6)
@@ -145,7 +147,9 @@ def test_untrained_it_is_the_model_without_time():
 
 def test_only_the_last_weights_of_a_layer_begin_smaller():
     models = [
-        build(CAUSAL | {"output_std": std}, n_items=ITEMS, max_length=LENGTH, seed=1)
+        build(
+            CAUSAL | {"output_std": std, "num_layers": 1}, n_items=ITEMS, max_length=LENGTH, seed=1
+        )
         for std in (0.02, 0.002)
     ]
     for (path, large), (_, small) in zip(
@@ -168,7 +172,7 @@ def test_gap_features_interpolate():
 
 
 def test_huge_and_zero_gaps_stay_finite_with_their_gradients():
-    graph, params = make()
+    graph, params = make(num_layers=1)
     items, gaps = histories()
     gaps[:, 3], gaps[:, 4] = 1e18, 0
 
@@ -187,14 +191,19 @@ def test_knowing_the_next_time_must_be_asked_for():
     model = nnx.merge(graph, params)
     with pytest.raises(ValueError, match="does not know"):
         model.at(jnp.zeros((2, 16)), jnp.zeros(2))
-    knowing = nnx.merge(*make(knows_next_time=True))
-    hidden = jax.random.normal(jax.random.key(0), (2, 16))
-    soon, late = (knowing.at(hidden, jnp.full(2, wait)) for wait in (10.0, 1e6))
+    hidden = np.random.default_rng(0).standard_normal((2, 16), np.float32)
+
+    @jit
+    def soon_and_late(graph, params, hidden):
+        knowing = nnx.merge(graph, params)
+        return [knowing.at(hidden, jnp.full(2, wait)) for wait in (10.0, 1e6)]
+
+    soon, late = map(np.asarray, soon_and_late(*make(knows_next_time=True), hidden))
     assert np.abs(soon - late).max() > 1e-2
 
 
 def test_bfloat16_is_close():
     items, gaps = histories()
-    exact = np.asarray(call(*make(), items, gaps))
-    rough = np.asarray(call(*make(dtype="bfloat16"), items, gaps), np.float32)
+    exact = np.asarray(call(*make(num_layers=1), items, gaps))
+    rough = np.asarray(call(*make(num_layers=1, dtype="bfloat16"), items, gaps), np.float32)
     assert np.sqrt(np.mean((rough - exact) ** 2) / np.mean(exact**2)) < 3e-2

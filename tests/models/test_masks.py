@@ -1,13 +1,14 @@
 """The masks of a model are those its layers mix with."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models.small_models import jit, small_model
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.layers import CausalSSD
-from tim4rec_jax.models import build
+from tim4rec_jax.layers import CausalSSD, TimeAwareSSD
 from tim4rec_jax.ssd import ssd
 from tim4rec_jax.ssd.reference import decay_mask
 
@@ -19,11 +20,16 @@ def test_mask_is_the_op_written_out():
     x = jnp.asarray(rng.normal(size=(2, 7, 4, 3)), jnp.float32)
     dt = jnp.asarray(rng.uniform(0.1, 1, (2, 7, 4)), jnp.float32)
     B, C = (jnp.asarray(rng.normal(size=(2, 7, 1, 5)), jnp.float32) for _ in range(2))
-    A = -jnp.arange(1.0, 5.0)
-    mask = decay_mask(dt, dt * A)
-    content = jnp.einsum("blgn,bsgn->bls", C, B)[:, None]
-    y = jnp.einsum("bhls,bshp->blhp", mask * content, x)
-    np.testing.assert_allclose(y, ssd(x, dt, A, B, C), atol=1e-5)
+    A = -np.arange(1, 5, dtype=np.float32)
+
+    @jax.jit
+    def mask_and_outputs(x, dt, A, B, C):
+        mask = decay_mask(dt, dt * A)
+        content = jnp.einsum("blgn,bsgn->bls", C, B)[:, None]
+        return mask, jnp.einsum("bhls,bshp->blhp", mask * content, x), ssd(x, dt, A, B, C)
+
+    mask, y, expected = mask_and_outputs(x, dt, A, B, C)
+    np.testing.assert_allclose(y, expected, atol=1e-5)
     assert not np.triu(mask, 1).any()
 
 
@@ -34,29 +40,24 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
     config = config_lib.default().model
     config.update(hidden_size=16, head_dim=8, d_state=4, num_layers=2)
     config.update(time_encoding=encoding, is_time=is_time)
-    model = build(config, n_items=20, max_length=LENGTH)
+    graph, params = small_model(config, spread=0.3, n_items=20, max_length=LENGTH)
     rng = np.random.default_rng(1)
-    nnx.update(  # modulation by time starts at zero
-        model,
-        nnx.map_state(
-            lambda _, leaf: leaf + jnp.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype),
-            nnx.state(model, nnx.Param),
-        ),
-    )
-    items = jnp.asarray(rng.integers(1, 21, (2, LENGTH)), jnp.int32)
-    gaps = jnp.asarray(rng.integers(0, 10**6, (2, LENGTH)), jnp.float32).at[:, 0].set(0)
-    inputs = items, jnp.array(LENGTHS), gaps
+    items = rng.integers(1, 21, (2, LENGTH), np.int32)
+    gaps = rng.integers(0, 10**6, (2, LENGTH)).astype(np.float32)
+    gaps[:, 0] = 0
+    inputs = items, np.array(LENGTHS, np.int32), gaps
 
     calls = []
-    layer = type(model.blocks[0].ssd)
+    layer = CausalSSD if encoding == "causal" else TimeAwareSSD
     forward = layer.__call__
 
     def recorded(self, *args):
         calls.append((self, args, forward(self, *args)))
         return calls[-1][2]
 
-    @nnx.jit
-    def masks_and_outputs(model, *inputs):
+    @jit
+    def masks_and_outputs(graph, params, *inputs):
+        model = nnx.merge(graph, params)
         masks = model.masks(*inputs)
         calls.clear()  # `masks` calls the layers, too
         model(*inputs)
@@ -66,10 +67,10 @@ def test_layers_mix_with_their_masks(encoding, is_time, monkeypatch):
         ]
 
     monkeypatch.setattr(layer, "__call__", recorded)
-    found = masks_and_outputs(model, *inputs)
+    found = masks_and_outputs(graph, params, *inputs)
     assert len(found) == 2
     for mask, by_mask, output in found:
-        assert mask.shape == (2, model.blocks[0].ssd.heads, LENGTH, LENGTH)
+        assert mask.shape == (2, 4, LENGTH, LENGTH)
         np.testing.assert_allclose(by_mask, output, atol=1e-5)
 
 

@@ -1,5 +1,6 @@
 """Models that are a recurrence: no future, no other history, the same event by event."""
 
+import dataclasses
 import functools
 
 import jax
@@ -9,53 +10,60 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories
+from tests.models.small_models import jit, small_model
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.models import MODELS, build
+from tim4rec_jax.models import MODELS
 from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
 SMALL = dict(hidden_size=16, embedding_size=8, d_state=4, head_dim=8)
-jit = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
 models = pytest.mark.parametrize("name", ["gru4rec", "lrurec", "mamba4rec", "ssd4rec"])
 
 
 @functools.cache
 def make(name):
-    """A model whose every part moves the output: the initial weights are tiny or zero."""
     settings = {key: v for key, v in SMALL.items() if hasattr(MODELS[name].Settings, key)}
-    graph, params = nnx.split(build({"name": name, **settings}, n_items=ITEMS, max_length=LENGTH))
-    leaves, structure = jax.tree.flatten(params)
-    rng = np.random.default_rng(2)
-    leaves = [leaf + 0.3 * rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
-    return graph, jax.tree.unflatten(structure, leaves)
+    sizes = dict(n_items=ITEMS, max_length=LENGTH)
+    return small_model({"name": name, **settings}, spread=0.3, **sizes)
 
 
 def histories():
     return np.random.default_rng(0).integers(1, ITEMS + 1, (ROWS, LENGTH), dtype=np.int32)
 
 
-@jit
-def call(graph, params, items, segment_ids=None):
-    lengths = jnp.full(items.shape[0], items.shape[1])
-    gaps = jnp.zeros(items.shape)
-    return nnx.merge(graph, params)(items, lengths, gaps, segment_ids=segment_ids)
+LENGTHS = np.array([1, 12, 7], np.int32)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class States:
+    whole: jax.Array  # [B,L,D], each row one history
+    packed: jax.Array  # [B,L,D], each segment one history
+    encoded: jax.Array  # [B,D], at LENGTHS
+    stepped: jax.Array  # [B,L,D], event by event
 
 
 @jit
-def encode(graph, params, items, lengths):
-    return nnx.merge(graph, params).encode(items, lengths, jnp.zeros(items.shape))
-
-
-@jit
-def all_steps(graph, params, items):
-    model = nnx.merge(graph, params)
+def compute(graph, params, items, segment_ids):
+    """All that the tests compare, in one program for each model."""
+    model, gaps = nnx.merge(graph, params), jnp.zeros(items.shape)
+    full = jnp.full(items.shape[0], items.shape[1])
 
     def step(state, now):
         return model.step(state, now, jnp.zeros(now.shape))
 
-    return jax.lax.scan(step, model.init_state(len(items)), items.T)[1].swapaxes(0, 1)
+    _, stepped = jax.lax.scan(step, model.init_state(len(items)), items.T)
+    return States(
+        whole=model(items, full, gaps),
+        packed=model(items, full, gaps, segment_ids=segment_ids),
+        encoded=model.encode(items, jnp.asarray(LENGTHS), gaps),
+        stepped=stepped.swapaxes(0, 1),
+    )
+
+
+def states(model, items, segment_ids=None):
+    ids = np.zeros(items.shape, np.int32) if segment_ids is None else segment_ids
+    return jax.tree.map(np.asarray, compute(*model, items, ids))
 
 
 def close(ours, expected):
@@ -65,10 +73,10 @@ def close(ours, expected):
 @models
 def test_sees_no_future_and_all_of_the_past(name):
     model, items = make(name), histories()
-    whole = call(*model, items)
+    whole = states(model, items).whole
     others = items.copy()
     others[:, 7] = others[:, 7] % ITEMS + 1
-    moved = np.abs(call(*model, others) - whole).max(axis=(0, 2))
+    moved = np.abs(states(model, others).whole - whole).max(axis=(0, 2))
     assert (moved[:7] == 0).all()
     assert (moved[7:10] > 1e-4).all()
 
@@ -76,26 +84,35 @@ def test_sees_no_future_and_all_of_the_past(name):
 @models
 def test_segments_are_rows_of_their_own(name):
     model, items = make(name), histories()
-    ids = np.sort(np.random.default_rng(1).integers(0, 4, items.shape), axis=1)
-    together = call(*model, items, ids)
+    ids = np.sort(np.random.default_rng(1).integers(0, 4, items.shape, np.int32), axis=1)
+    together = states(model, items, ids).packed
     for row, segments in enumerate(ids):
         for segment in np.unique(segments):
             own = segments == segment
             alone = np.zeros((ROWS, LENGTH), np.int32)
             alone[0, : own.sum()] = items[row, own]
-            close(together[row, own], call(*model, alone)[0, : own.sum()])
+            close(together[row, own], states(model, alone).whole[0, : own.sum()])
 
 
 @models
 def test_one_position_and_steps_are_what_the_whole_row_gives(name):
     model, items = make(name), histories()
-    whole = call(*model, items)
-    lengths = np.array([1, 12, 7], np.int32)
-    close(encode(*model, items, lengths), whole[np.arange(ROWS), lengths - 1])
-    close(all_steps(*model, items), whole)
+    found = states(model, items)
+    close(found.encoded, found.whole[np.arange(ROWS), LENGTHS - 1])
+    close(found.stepped, found.whole)
 
 
-@models
+# The tests above say the same of the states of every model.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "gru4rec",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in ("lrurec", "mamba4rec", "ssd4rec")
+        ),
+    ],
+)
 def test_every_position_of_packed_rows_is_every_prefix(name):
     dataset = in_memory(random_histories([9, 4, 7]))
     graph, params = make(name)

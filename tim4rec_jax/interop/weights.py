@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -122,15 +123,21 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
     rows = len(state_dict[table]) - MODELS[form.model].special_rows + 1
     users = len(state_dict.get("user_embedding.weight", [None]))
     try:
-        model = build(
-            settings,
-            n_items=config.get("n_items", rows) - 1,
-            n_users=config.get("n_users", users) - 1,
-            max_length=max_length,
-            param_dtype=_param_dtype(state_dict),
+        # Shapes alone: nothing is drawn only to be replaced.
+        shapes = nnx.eval_shape(
+            lambda: build(
+                settings,
+                n_items=config.get("n_items", rows) - 1,
+                n_users=config.get("n_users", users) - 1,
+                max_length=max_length,
+                param_dtype=_param_dtype(state_dict),
+            )
         )
     except ValueError as error:
         raise UserError(f"the configuration does not make a model: {error}") from None
+    graph, params = nnx.split(shapes)
+    zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), params)
+    model: SequenceModel = nnx.merge(graph, zeros)
     _check(state_dict, to_torch(model))
     for path, param in _parameters(model):
         value = form.layout(path).from_torch(np.asarray(state_dict[form.torch_name(path)]))
