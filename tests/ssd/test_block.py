@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.ssd.cases import QUICK, REORDERED, TOLERANCE, assert_close, to_dtype
+from tests.ssd.cases import QUICK, TOLERANCE, assert_close, assert_same, to_dtype
 from tim4rec_jax.ssd import compile_for, time_aware_ssd_block
 from tim4rec_jax.ssd.fused_block import has_kernel
 from tim4rec_jax.ssd.shapes import TRAINED
@@ -160,7 +160,7 @@ def test_under_vmap_remat_and_on_eight_devices(tpu):
     got = jax.jit(jax.vmap(remat), compiler_options=QUICK)(*twice)
     for row in range(2):
         one = jax.tree.map(lambda v, row=row: v[row], got)
-        assert_close(one, {name: wanted[name] for name in one}, REORDERED)
+        assert_same(one, {name: wanted[name] for name in one})
 
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = (
@@ -173,7 +173,7 @@ def test_under_vmap_remat_and_on_eight_devices(tpu):
     }
     got = run(spread, jax.device_put(weights, rows), **options)
     assert got["y"].sharding.is_equivalent_to(rows, 3)
-    assert_close(got, wanted, REORDERED)
+    assert_same(got, wanted)
 
 
 def test_triton_under_vmap_and_remat(triton):

@@ -14,12 +14,13 @@ from tests.ssd.cases import (
     ANYWHERE,
     KERNELS,
     LENGTHS,
+    PARAMETERS,
     QUICK,
-    REORDERED,
     RUNS,
     TOLERANCE,
     Case,
     assert_close,
+    assert_same,
     exact,
     make,
     optimised,
@@ -30,7 +31,8 @@ from tests.ssd.cases import (
 from tim4rec_jax.ssd import ssd, xla
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("op_ssd_*.npz"))
-SMALL = Case("small", 21, heads=4, groups=2, chunk_size=8, segments=True)
+# In sizes that every implementation has.
+SMALL = Case("small", 21, heads=4, groups=2, width=16, size=16, chunk_size=16, segments=True)
 
 kernels = pytest.mark.parametrize("implementation", KERNELS)
 
@@ -39,62 +41,68 @@ kernels = pytest.mark.parametrize("implementation", KERNELS)
     ("implementation", "case", "dtype"), RUNS, ids=lambda v: getattr(v, "name", v)
 )
 def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
-    inputs, weights, options = make(case)
+    # Triton's interpreter takes its time for each row.
+    inputs, weights, options = make(case, batch=1 if implementation == "triton" else 2)
     inputs, weights = to_dtype((inputs, weights), dtype)
     run = optimised if implementation == "xla" and case in LENGTHS else quick
     got = run(inputs, weights, **options, implementation=implementation)
-    wanted = exact(inputs, weights, **options)
     assert got["y"].dtype == dtype
     assert got["final_state"].dtype == ("float64" if dtype == "float64" else "float32")
-    assert_close(got, wanted, TOLERANCE[dtype])
+    assert_close(got, exact(inputs, weights, **options), TOLERANCE[dtype])
 
 
-def golden_outcome(inputs, implementation, chunk_size):
-    """`outcome` in the terms of the golden files."""
-
-    def objective(inputs):
-        y, state = ssd(
-            inputs["x"],
-            inputs["dt"],
-            -jnp.exp(inputs["A_log"]),
-            inputs["B"],
-            inputs["C"],
-            inputs.get("D"),
-            dt_bias=inputs["dt_bias"],
-            dt_softplus=True,
-            initial_state=inputs.get("initial_states"),
-            return_final_state=True,
-            chunk_size=chunk_size,
-            implementation=implementation,
-        )
-        if "z" in inputs:
-            y = y * jax.nn.silu(inputs["z"])
-        return jnp.sum(y * inputs["wy"]) + jnp.sum(state * inputs["ws"]), (y, state)
-
-    (value, (y, state)), gradients = jax.value_and_grad(objective, has_aux=True)(inputs)
-    outputs = {"out/obj": value, "out/y": y, "out/final_state": state}
-    return outputs | {f"grad/{name}": v for name, v in gradients.items() if name not in "wy ws"}
+def golden_outcome(run, golden):
+    """What `run` (`exact`, or `outcome` of an implementation) says, in terms of a golden file."""
+    v = {name.removeprefix("in/"): golden[name] for name in golden if name.startswith("in/")}
+    v = {name: value.astype(np.float64) for name, value in v.items()}  # stored in float32
+    z, wy, wstate, A_log = v.pop("z", None), v.pop("wy"), v.pop("ws"), v.pop("A_log")
+    A = v["A"] = -np.exp(A_log)
+    if "initial_states" in v:
+        v["initial_state"] = v.pop("initial_states")
+    # The published layer multiplies y by silu(z), which is a weight of y in the objective.
+    sigmoid = 1 if z is None else 1 / (1 + np.exp(-z))
+    gate = 1 if z is None else z * sigmoid
+    got = run(v, [wy * gate, wstate])
+    y, state = (np.asarray(got.pop(name)) for name in ("y", "final_state"))
+    got["A_log"] = got.pop("A") * A
+    if z is not None:
+        got["z"] = wy * y * sigmoid * (1 + z * (1 - sigmoid))
+    if "initial_state" in got:
+        got["initial_states"] = got.pop("initial_state")
+    objective = np.sum(y * gate * wy) + np.sum(state * wstate)
+    outputs = {"out/obj": objective, "out/y": y * gate, "out/final_state": state}
+    return outputs | {f"grad/{name}": value for name, value in got.items()}
 
 
-@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+# The oracle is what every implementation is compared with, so it is compared with the published
+# code in every test run, and implementations only with one file.
 @pytest.mark.parametrize(
-    ("implementation", "dtype"),
+    ("path", "implementation", "dtype"),
     [
-        ("xla", "float64"),
-        # The recurrence is what all implementations are compared with in float64.
-        pytest.param("reference", "float64", marks=pytest.mark.slow),
-        pytest.param("xla", "float32", marks=pytest.mark.slow),
+        *((path, "oracle", "float64") for path in GOLDEN),
+        *((path, "xla", "float64") for path in GOLDEN if path.stem == "op_ssd_g2_L37_c16_z"),
+        *(
+            pytest.param(path, *way, marks=pytest.mark.slow)
+            for path in GOLDEN
+            for way in (("xla", "float64"), ("xla", "float32"), ("reference", "float64"))
+        ),
     ],
+    ids=lambda v: getattr(v, "stem", v),
 )
 def test_equals_the_published_code(path, implementation, dtype, x64):
     with np.load(path) as file:
         golden = dict(file)
     assert tuple(golden["dt_limit"]) == (0, np.inf)
-    inputs = {k.removeprefix("in/"): v for k, v in golden.items() if k.startswith("in/")}
-    run = jax.jit(golden_outcome, static_argnums=(1, 2), compiler_options=QUICK)
-    got = run(to_dtype(inputs, dtype), implementation, int(golden["chunk_size"]))
+    chunk_size = int(golden["chunk_size"])
+
+    def run(inputs, weights):
+        if implementation == "oracle":
+            return exact(inputs, weights, dt_softplus=True)
+        options = {"chunk_size": chunk_size, "implementation": implementation}
+        return quick(*to_dtype((inputs, weights), dtype), dt_softplus=True, **options)
+
     wanted = {k: v for k, v in golden.items() if k.startswith(("out/", "grad/"))}
-    assert_close(got, wanted, TOLERANCE[dtype])
+    assert_close(golden_outcome(run, golden), wanted, TOLERANCE[dtype])
 
 
 def numpy_recurrence(x, dt, A, B, C, D, initial_state, segment_ids):
@@ -145,74 +153,60 @@ def test_any_steps_and_segments(implementation, x, dt, segment_ids, initial_stat
         np.testing.assert_allclose(np.squeeze(result), value, rtol=1e-9, atol=1e-9)
 
 
+def small(implementation):
+    """Returns what `make` does, one shape for all tests below: they share one program.
+
+    Triton's interpreter has one row, as it takes its time for each.
+    """
+    inputs, weights, options = make(SMALL, batch=1 if implementation == "triton" else 8)
+    options |= {"implementation": implementation}
+    return *to_dtype((inputs, weights), "float32"), options
+
+
 @pytest.mark.parametrize("implementation", ["reference", *KERNELS])
 def test_extreme_steps_leave_finite_gradients(implementation):
-    inputs, weights, options = make(SMALL)
+    inputs, weights, options = small(implementation)
     for step in (0.0, 80.0, 1e4):
-        inputs["dt"][:, 1::3] = step
-        arguments = to_dtype((inputs, weights), "float32")
-        got = quick(*arguments, **options, implementation=implementation)
+        dt = np.array(inputs["dt"])
+        dt[:, 1::3] = step
+        got = quick(inputs | {"dt": jnp.asarray(dt)}, weights, **options)
         assert all(np.isfinite(value).all() for value in got.values()), step
 
 
 @kernels
-def test_under_vmap(implementation):
-    stacked = [make(SMALL), make(SMALL)]
-    stacked[1][0]["x"] += 1
-    inputs, weights = (
-        to_dtype(jax.tree.map(lambda *v: np.stack(v), *(s[i] for s in stacked)), "float32")
-        for i in (0, 1)
-    )
-    options = stacked[0][2] | {"implementation": implementation}
-    got = jax.jit(jax.vmap(lambda i, w: outcome(i, w, **options)), compiler_options=QUICK)(
-        inputs, weights
-    )
-    for row in range(2):
-        pick = jax.tree.map(lambda v, row=row: v[row], (inputs, weights))
-        assert_close(
-            jax.tree.map(lambda v, row=row: v[row], got), quick(*pick, **options), REORDERED
-        )
+@pytest.mark.parametrize("shared", [False, True])
+def test_under_vmap_and_remat_and_in_blocks(shared, implementation, monkeypatch):
+    """Parameters of their own for each mapped row take another way than shared ones."""
+    inputs, weights, options = small(implementation)
+    mapped = {name for name in inputs if name not in PARAMETERS or not shared}
+    both = [inputs, inputs | {name: inputs[name] - 0.5 for name in mapped}]
+    wanted = [quick(inputs, weights, **options) for inputs in both]
+    monkeypatch.setattr(xla, "_BLOCK", 1000)  # read while a program is traced
+    stacked = inputs | {name: np.stack([one[name] for one in both]) for name in mapped}
+    axes = {name: 0 if name in mapped else None for name in inputs}
+    run = jax.vmap(lambda v: outcome(v, weights, remat=True, **options), in_axes=(axes,))
+    got = jax.jit(run, compiler_options=QUICK)(stacked)
+    for row, alone in enumerate(wanted):
+        assert_same(jax.tree.map(lambda v, row=row: v[row], got), alone)
 
 
-@kernels
-def test_under_remat_and_in_blocks(implementation, monkeypatch):
-    inputs, weights, options = make(SMALL)
-    inputs, weights = to_dtype((inputs, weights), "float32")
-    options["implementation"] = implementation
-    wanted = quick(inputs, weights, **options)
-    monkeypatch.setattr(xla, "_BLOCK", 1000)
-
-    @jax.checkpoint
-    def y_and_state(inputs):
-        return ssd(**inputs, return_final_state=True, **options)
-
-    def objective(inputs):
-        results = y_and_state(inputs)
-        return sum(jnp.sum(r * w) for r, w in zip(results, weights, strict=True))
-
-    got = jax.jit(jax.grad(objective), compiler_options=QUICK)(inputs)
-    assert_close(got, {name: wanted[name] for name in got}, REORDERED)
-
-
-@kernels
+@pytest.mark.parametrize("implementation", [name for name in KERNELS if name != "triton"])
 def test_sharded_over_eight_devices(implementation):
-    inputs, weights, options = make(SMALL, batch=8)
-    inputs, weights = to_dtype((inputs, weights), "float32")
-    options["implementation"] = implementation
+    """A callback cannot be sharded: test_triton.py has a test of its own."""
+    inputs, weights, options = small(implementation)
     wanted = quick(inputs, weights, **options)
     mesh = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = (
         jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
         for axes in (("batch",), ())
     )
-    parameters = {"A", "D", "dt_bias"}
     inputs = {
-        name: jax.device_put(value, whole if name in parameters else rows)
+        name: jax.device_put(value, whole if name in PARAMETERS else rows)
         for name, value in inputs.items()
     }
     got = quick(inputs, jax.device_put(weights, rows), **options)
     assert got["y"].sharding.is_equivalent_to(rows, 4)
-    assert_close(got, wanted, REORDERED)
+    assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("implementation", ["xla"])  # an interpreter's memory says nothing

@@ -10,58 +10,14 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install '.[kernels]'")
 
-from tests.ssd.cases import (
-    LENGTHS,
-    OPTIONS,
-    QUICK,
-    REORDERED,
-    TOLERANCE,
-    TRAINED_CASES,
-    Case,
-    assert_close,
-    make,
-    outcome,
-    quick,
-    to_dtype,
-)
+from tests.ssd.cases import QUICK, Case, assert_close, for_triton, make, to_dtype
 from tim4rec_jax.ssd import compile_for, ssd
 from tim4rec_jax.ssd.batching import shard_over_batch
 from tim4rec_jax.ssd.triton import block as triton_block
 from tim4rec_jax.ssd.triton import launch as triton_launch
 from tim4rec_jax.ssd.triton.launch import table_key, tile_sizes
 
-SIZES = {"width": 16, "size": 32}
-SMALL = Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True, **SIZES)
-FAST = [
-    *((dataclasses.replace(case, **SIZES), "float32") for case in (OPTIONS[0], OPTIONS[2])),
-    *((case, "float32") for case in TRAINED_CASES),
-    (Case("wide heads", 20, groups=2, width=128, size=64, segments=True), "float32"),
-    (Case("D by channel", 20, heads=1, width=64, size=16, skip_per_channel=True), "bfloat16"),
-    (Case("one chunk, no initial state", 20, initial_state=False, **SIZES), "float32"),
-    (Case("dt limits", 30, chunk_size=16, dt_limit=(0.4, 0.9), **SIZES), "float32"),
-]
-HEAVY = [
-    *((dataclasses.replace(case, **SIZES), "float32") for case in LENGTHS[:-1]),
-    *((dataclasses.replace(case, **SIZES), "float32") for case in (OPTIONS[1], OPTIONS[3])),
-    (Case("L1024", 1024, heads=1, width=16, size=16), "float32"),
-    (Case("P > N", 40, heads=1, width=64, size=16, chunk_size=16), "float32"),
-    (Case("no initial state", 33, chunk_size=16, initial_state=False, **SIZES), "float32"),
-    (Case("dt = 0", 40, chunk_size=16, decay=2.0, still=True, **SIZES), "float32"),
-    *((dataclasses.replace(case, **SIZES), "bfloat16") for case in OPTIONS[::2]),
-    *((case, "bfloat16") for case in TRAINED_CASES),
-    (Case("as trained, L200", 200, heads=4, width=32, size=32), "float32"),
-]
-RUNS = [*FAST, *(pytest.param(*run, marks=pytest.mark.slow) for run in HEAVY)]
-
-
-@pytest.mark.parametrize(("case", "dtype"), RUNS, ids=lambda v: getattr(v, "name", v))
-def test_equals_the_float64_recurrence(case, dtype, x64, triton):
-    inputs, weights, options = make(case, batch=1)
-    inputs, weights = to_dtype((inputs, weights), dtype)
-    got = outcome(inputs, weights, **options, implementation="triton")
-    wanted = quick(*to_dtype((inputs, weights), "float64"), **options, implementation="reference")
-    assert (got["y"].dtype, got["final_state"].dtype) == (dtype, "float32")
-    assert_close(got, wanted, TOLERANCE[dtype])
+SMALL = for_triton(Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True))
 
 
 def test_without_what_is_optional(triton):
@@ -73,51 +29,9 @@ def test_without_what_is_optional(triton):
         def total(inputs):
             return jnp.sum(ssd(**inputs, implementation=implementation) ** 2)
 
-        return jax.grad(total)(inputs)
+        return jax.jit(jax.grad(total), compiler_options=QUICK)(inputs)
 
     assert_close(gradient("triton"), gradient("reference"), 1e-5)
-
-
-def test_extreme_steps_leave_finite_gradients(triton):
-    inputs, weights, options = make(SMALL, batch=1)
-    for step in (0.0, 80.0, 1e4):
-        inputs["dt"][:, 1::3] = step
-        arguments = to_dtype((inputs, weights), "float32")
-        got = outcome(*arguments, **options, implementation="triton")
-        assert all(np.isfinite(value).all() for value in got.values()), step
-
-
-@pytest.mark.parametrize("shared", [True, False])
-def test_under_jit_and_vmap(shared, triton):
-    """Parameters of their own for each mapped row take another way."""
-    (inputs, weights, options), (others, *_) = make(SMALL, batch=1), make(SMALL, batch=1)
-    names = {"x", "dt", "B", "C", "initial_state"} | (set() if shared else {"A", "D"})
-    rows = {name: np.stack([inputs[name], others[name] - 0.5]) for name in names}
-    inputs, weights = to_dtype((inputs | rows, weights), "float32")
-    axes = {name: 0 if name in names else None for name in inputs}
-    options["implementation"] = "triton"
-
-    def run(inputs):
-        return outcome(inputs, weights, **options)
-
-    got = jax.jit(jax.vmap(run, in_axes=(axes,)), compiler_options=QUICK)(inputs)
-    for row in range(2):
-        alone = {name: v[row] if name in names else v for name, v in inputs.items()}
-        assert_close({name: v[row] for name, v in got.items()}, run(alone), REORDERED)
-
-
-def test_under_remat(triton):
-    inputs, weights, options = make(SMALL)
-    inputs, weights = to_dtype((inputs, weights), "float32")
-    options["implementation"] = "triton"
-    wanted = outcome(inputs, weights, **options)
-
-    def objective(inputs):
-        results = jax.checkpoint(lambda v: ssd(**v, return_final_state=True, **options))(inputs)
-        return sum(jnp.sum(r * w) for r, w in zip(results, weights, strict=True))
-
-    got = jax.grad(objective)(inputs)
-    assert_close(got, {name: wanted[name] for name in got}, REORDERED)
 
 
 def test_rows_stay_on_their_devices():
