@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import sources
 from tests.data.small_dataset import random_histories, write_dataset
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.cli import parse
+from tim4rec_jax.data_prep import sources
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.run import write_settings
 

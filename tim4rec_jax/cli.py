@@ -153,7 +153,7 @@ def prepare_data(config: Config) -> None:
         raise UserError(
             f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
         )
-    from data_prep.__main__ import main as prepare
+    from tim4rec_jax.data_prep.__main__ import main as prepare
 
     print(f"{config.dataset} is not there yet; preparing it with `{config.prepare}`", flush=True)
     prepare(command[3:])

@@ -4,8 +4,8 @@ import gzip
 
 import pytest
 
-from data_prep.__main__ import main
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.data_prep.__main__ import main
 from tim4rec_jax.errors import run_main
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from data_prep import sources
-from data_prep.download import fetch
+from tim4rec_jax.data_prep import sources
+from tim4rec_jax.data_prep.download import fetch
 from tim4rec_jax.errors import UserError
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
@@ -177,7 +177,7 @@ def test_addresses(run, monkeypatch, tmp_path):
         asked.append((url, md5 is not None))
         raise UserError("no network here")
 
-    monkeypatch.setattr("data_prep.__main__.fetch", fetch)
+    monkeypatch.setattr("tim4rec_jax.data_prep.__main__.fetch", fetch)
     for arguments in (
         ("movielens", "ml-32m"),
         ("amazon", "Beauty"),

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import filters, read, writer
-from data_prep.database import connect
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.data_prep import filters, read, writer
+from tim4rec_jax.data_prep.database import connect
 
 HEADER = "user_id,item_id,timestamp,rating\n"
 # Few users, items and times: many ties, and cores that take several rounds.
@@ -139,7 +139,7 @@ def test_steps_are_told(run, write, capsys):
 
 
 def test_table_of_steps_is_printed(run, write, capsys):
-    from data_prep.__main__ import main
+    from tim4rec_jax.data_prep.__main__ import main
 
     path = write("a.csv", HEADER + "u,a,1,5\nu,b,2,5\nu,a,3,5\n")
     main(["table", str(path), "--k-core", "2", "--out", str(path.parent / "printed")])

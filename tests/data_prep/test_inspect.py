@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from matplotlib import image
 
-from data_prep import inspect
-from data_prep.__main__ import main
+from tim4rec_jax.data_prep import inspect
+from tim4rec_jax.data_prep.__main__ import main
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_prep import synthetic
+from tim4rec_jax.data_prep import synthetic
 
 USERS, ITEMS = 30_000, 60
 

@@ -13,10 +13,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data_prep import filters, prepare, writer
-from data_prep.__main__ import main
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.data_prep import filters, prepare, writer
+from tim4rec_jax.data_prep.__main__ import main
 from tim4rec_jax.errors import UserError, run_main
 
 ROWS = "user_id,item_id,timestamp\n" + "".join(

@@ -14,9 +14,9 @@ from typing import NamedTuple
 import duckdb
 import pyarrow as pa
 
-from data_prep.database import quote_name, quote_text
-from data_prep.files import damaged_gzip, is_gzip, open_text
-from data_prep.layout import Layout
+from tim4rec_jax.data_prep.database import quote_name, quote_text
+from tim4rec_jax.data_prep.files import damaged_gzip, is_gzip, open_text
+from tim4rec_jax.data_prep.layout import Layout
 from tim4rec_jax.errors import UserError
 
 NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}

@@ -5,8 +5,8 @@ import datetime
 import os
 from pathlib import Path
 
-from data_prep.sources import MD5
-from data_prep.writer import SHARD_EVENTS
+from tim4rec_jax.data_prep.sources import MD5
+from tim4rec_jax.data_prep.writer import SHARD_EVENTS
 
 _DESCRIPTION = """\
 Turns event logs (who, what, when) into datasets that `train.py` reads.

@@ -8,8 +8,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from data_prep.files import first_line, open_text
-from data_prep.layout import Kind, Layout, column_names, guess_delimiter, sniff
+from tim4rec_jax.data_prep.files import first_line, open_text
+from tim4rec_jax.data_prep.layout import Kind, Layout, column_names, guess_delimiter, sniff
 from tim4rec_jax.errors import UserError
 
 Flags = argparse.Namespace

@@ -30,8 +30,8 @@ from jaxtyping import Bool, Float, Int, Int64
 from rich.console import Console
 from rich.table import Table
 
-from data_prep import writer
-from data_prep.database import connect
+from tim4rec_jax.data_prep import writer
+from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.errors import UserError
 
 FOCUS = 0.9

@@ -7,13 +7,14 @@ whatever its name is.
 import glob
 import gzip
 import hashlib
+import io
 import shutil
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
 
 from tim4rec_jax.errors import UserError
 
@@ -93,7 +94,7 @@ def _untar(archive: tarfile.TarFile, members: tuple[str, ...], work: Path) -> It
         yield _unpack(content, work / name.name)
 
 
-def _unpack(content: IO[bytes], path: Path) -> Path:
+def _unpack(content: io.BufferedIOBase | IO[bytes], path: Path) -> Path:
     # Only the last part of a member's name is used: an archive cannot write elsewhere.
     with content, open(path, "wb") as file:
         shutil.copyfileobj(content, file, 1 << 20)
@@ -106,10 +107,11 @@ def is_gzip(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def open_text(path: Path, encoding: str = "utf-8-sig") -> IO[str]:
+def open_text(path: Path, encoding: str = "utf-8-sig") -> io.TextIOWrapper:
     """Opens a plain or gzip file; bytes that are invalid in the encoding become a placeholder."""
     opener = gzip.open if is_gzip(path) else open
-    return opener(path, "rt", encoding=encoding, errors="replace", newline="")
+    file = opener(path, "rt", encoding=encoding, errors="replace", newline="")
+    return cast(io.TextIOWrapper, file)
 
 
 def first_line(path: Path) -> str:

@@ -5,7 +5,7 @@ import datetime
 
 import duckdb
 
-from data_prep.database import quote_name, quote_text
+from tim4rec_jax.data_prep.database import quote_name, quote_text
 from tim4rec_jax.errors import UserError
 
 

@@ -104,7 +104,7 @@ def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
     )
 
 
-def span(seconds: float) -> str:
+def span(seconds: int | float) -> str:
     """Formats a duration in its largest fitting unit: `42 s`, `3.5 h`, `2.0 y`."""
     for size, unit in _SPANS:
         if seconds >= size:

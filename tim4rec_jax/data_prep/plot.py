@@ -8,8 +8,8 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from data_prep.inspect import GAP_BINS, span
 from tim4rec_jax.data import Dataset
+from tim4rec_jax.data_prep.inspect import GAP_BINS, span
 from tim4rec_jax.files import atomic_write
 
 _FILL, _GREY = "#4c78a8", "#5f6b7a"

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 import tim4rec_jax
-from data_prep import files, filters, read, writer
-from data_prep.database import connect
-from data_prep.layout import check_columns
-from data_prep.sources import SOURCES, Source, read_titles
+from tim4rec_jax.data_prep import files, filters, read, writer
+from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.layout import check_columns
+from tim4rec_jax.data_prep.sources import SOURCES, Source, read_titles
 from tim4rec_jax.errors import UserError
 
 

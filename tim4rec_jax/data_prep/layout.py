@@ -10,7 +10,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_prep.files import first_line
+from tim4rec_jax.data_prep.files import first_line
 from tim4rec_jax.errors import UserError
 
 Kind = Literal["csv", "split", "json", "literal", "parquet"]
