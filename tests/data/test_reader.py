@@ -38,6 +38,11 @@ def test_reads_back_what_was_written(tmp_path, layout):
         )
 
 
+def test_a_dataset_is_shown_in_one_line(tmp_path):
+    dataset = open_dataset(write_dataset(tmp_path, HISTORIES))
+    assert repr(dataset) == "Dataset(small: 12 users, 30 items, 78 events, leave one out)"
+
+
 def test_events_stay_in_the_mapped_file(tmp_path):
     before = pa.total_allocated_bytes()
     dataset = open_dataset(write_dataset(tmp_path, random_histories([20_000])))

@@ -58,6 +58,13 @@ class Dataset:
     time_splits: Splits | None = None
     split_in_words: str = "leave one out"
 
+    def __repr__(self) -> str:
+        """One line; the columns would fill the screen of a notebook."""
+        return (
+            f"Dataset({self.name}: {self.n_users:,} users, {self.n_items:,} items, "
+            f"{self.n_events:,} events, {self.split_in_words})"
+        )
+
     @property
     def name(self) -> str:
         """Name of the dataset."""
