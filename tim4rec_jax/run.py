@@ -2,6 +2,7 @@
 
     config.json       settings
     dataset.json      metadata of the dataset that the model was trained on
+    items.parquet     the items of that dataset: ids, numbers of events, titles
     date_range.json   times of the training events, for models with a date bias
     best/             parameters with the best validation figures
 

@@ -1,5 +1,7 @@
 """Recommendations by history."""
 
+import json
+import shutil
 import threading
 
 import numpy as np
@@ -199,6 +201,16 @@ def test_a_run(tiny_workdir, recommenders):
     assert Recommender.load(tiny_workdir).recommend(items, times) == recommenders(
         "causal"
     ).recommend(items, times)
+
+
+def test_a_run_with_its_items_needs_no_dataset(tiny_data, tiny_workdir, tmp_path):
+    run = shutil.copytree(tiny_workdir, tmp_path / "run")
+    shutil.copyfile(tiny_data / "items.parquet", run / "items.parquet")
+    settings = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(settings | {"dataset": "gone"}))
+    items, times = HISTORIES[4]
+    found = Recommender.load(run).recommend(items, times)
+    assert found == Recommender.load(tiny_workdir).recommend(items, times)
 
 
 def test_another_dataset(tiny_data, tiny_workdir, tmp_path):

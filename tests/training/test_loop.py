@@ -82,6 +82,10 @@ def test_learns_what_can_be_learnt(finished):
     assert test["ndcg@10"] == figures["test"]["ndcg@10"]
 
 
+def test_keeps_the_items_of_its_dataset(finished, dataset):
+    assert (finished / "items.parquet").read_bytes() == (dataset / "items.parquet").read_bytes()
+
+
 def test_learns_at_every_position(dataset, tmp_path, capsys):
     config = tiny_config(dataset)
     config.model.update(time_encoding="causal", repeat_bias=True)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data.format import read_items, read_metadata
+from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE, read_items, read_metadata
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 
@@ -19,10 +19,11 @@ from tim4rec_jax.run import check_model, check_same_dataset, load_model
 class Catalogue:
     """The original id, the popularity and the title of every item that a model knows.
 
-    Only `items.parquet` and `dataset.json` of the prepared dataset are read, not its events.
+    Only `items.parquet` and `dataset.json` are read. A prepared dataset has them, and a run keeps
+    those of the dataset that it was trained on.
 
     Attributes:
-        directory: the folder of the prepared dataset.
+        directory: the folder of the dataset or of the run.
         metadata: the content of its `dataset.json`.
         ids: the original id of every item; the item with index i is at position i - 1.
         counts: the number of events of every item, likewise.
@@ -31,10 +32,10 @@ class Catalogue:
     """
 
     def __init__(self, directory: Path):
-        """Reads the catalogue of a prepared dataset.
+        """Reads the catalogue of a prepared dataset or of a run.
 
         Raises:
-            UserError: the dataset is missing or damaged.
+            UserError: a file is missing or damaged.
         """
         self.directory = directory
         self.metadata = read_metadata(directory)
@@ -81,17 +82,21 @@ class Catalogue:
 def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, SequenceModel, Catalogue]:
     """Loads the settings of a run, its best model, and the catalogue of the model's items.
 
+    The items are those that the run keeps, so it does not matter what has become of the dataset.
+    A run of an earlier version keeps none. Its items are read from its dataset.
+
     Args:
         workdir: a run directory of train.py.
-        dataset: the prepared dataset, if it has moved since the training.
+        dataset: a prepared dataset to read the items from instead.
 
     Raises:
         UserError: the run or the dataset is missing or damaged, or they do not belong together.
     """
     config, model = load_model(workdir)
-    catalogue = Catalogue(dataset or Path(config.dataset))
+    trained_on = workdir / DATASET_FILE
+    keeps_items = trained_on.exists() and (workdir / ITEMS_FILE).exists()
+    catalogue = Catalogue(dataset or (workdir if keeps_items else Path(config.dataset)))
     check_model(model, len(catalogue), catalogue.directory, workdir)
-    trained_on = workdir / "dataset.json"
     if trained_on.exists():
         check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
     return config, model, catalogue

@@ -26,11 +26,12 @@ from tim4rec_jax.data import (
     train_dates,
     train_item_counts,
 )
+from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
 from tim4rec_jax.evaluation.report import print_report
-from tim4rec_jax.files import write_json
+from tim4rec_jax.files import atomic_write, write_json
 from tim4rec_jax.models import build, model_class
 from tim4rec_jax.run import (
     check_same_dataset,
@@ -77,7 +78,8 @@ def train(config: Config, workdir: Path) -> dict:
     # All that the settings and the data can get wrong is found before the first write.
     config = config_lib.resolve(config)
     data = config.data
-    settings_file, dataset_file = workdir / "config.json", workdir / "dataset.json"
+    settings_file, dataset_file = workdir / "config.json", workdir / DATASET_FILE
+    items_file = workdir / ITEMS_FILE
     if settings_file.exists():
         check_unchanged(config, settings_file)
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
@@ -91,6 +93,9 @@ def train(config: Config, workdir: Path) -> dict:
             write_settings(config, settings_file)
         if not dataset_file.exists():
             write_json(dataset_file, dataset.metadata)
+        if not items_file.exists():
+            with atomic_write(items_file) as file:
+                file.write((dataset.directory / ITEMS_FILE).read_bytes())
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return json.loads((workdir / "metrics.json").read_text())
