@@ -133,6 +133,22 @@ def as_constants(specialisation):
     return type(specialisation)(*map(tl.constexpr, specialisation))
 
 
+def import_triton_call():
+    """Returns `jax_triton.triton_call`, which also works with Triton 3.6, as PyTorch installs it.
+
+    jax-triton 0.4 was written for Triton 3.7. It imports a constant that 3.6 lacks, and where that
+    fails, it finds no GPU of NVIDIA's. Only tensor maps need the constant, and no kernel here has
+    one.
+    """
+    from triton.backends.nvidia import driver
+
+    if not hasattr(driver, "TMA_TF32"):
+        driver.TMA_TF32 = 0
+    from jax_triton import triton_call
+
+    return triton_call
+
+
 def launch(kernel, inputs, outputs, *, programs: int, specialisation, tiles: TileSizes):
     """Runs a Triton kernel.
 
@@ -148,12 +164,11 @@ def launch(kernel, inputs, outputs, *, programs: int, specialisation, tiles: Til
     Returns:
         The outputs.
     """
-    import jax_triton
-
+    triton_call = import_triton_call()
     # `out_shape` until jax-triton 0.4.
-    parameters = inspect.signature(jax_triton.triton_call).parameters
+    parameters = inspect.signature(triton_call).parameters
     out = "out_type" if "out_type" in parameters else "out_shape"
-    return jax_triton.triton_call(
+    return triton_call(
         *inputs,
         kernel=kernel,
         name=f"ssd_{kernel.fn.__name__}",
