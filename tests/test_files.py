@@ -3,9 +3,14 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+from tim4rec_jax import files
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, atomic_write, write_json
 
@@ -58,11 +63,11 @@ def test_a_folder_is_replaced_only_when_complete(tmp_path):
         (folder / "old").touch()
         (folder.parent / "scratch").mkdir()
         assert not path.exists()
-    with pytest.raises(RuntimeError), atomic_directory(path) as folder:
+    with pytest.raises(RuntimeError), atomic_directory(path, ours=["old"]) as folder:
         (folder / "new").touch()
         raise RuntimeError
     assert [file.name for file in path.iterdir()] == ["old"]
-    with atomic_directory(path) as folder:
+    with atomic_directory(path, ours=["o*"]) as folder:
         (folder / "new").touch()
     assert [file.name for file in path.iterdir()] == ["new"]
     assert list(path.parent.iterdir()) == [path]
@@ -87,11 +92,126 @@ def test_one_run_at_a_time_writes_a_folder(tmp_path):
 
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
-    (tmp_path / ".x.partial" / "x").mkdir(parents=True)
-    (tmp_path / ".x.partial" / "x" / "half").touch()
-    (tmp_path / ".x.partial" / "spill").touch()
+    left = killed(tmp_path / "x", "open(folder / 'half', 'w'); open(folder.parent / 'spill', 'w')")
+    assert {"x", "half", "spill"} <= {file.name for file in left.rglob("*")}
     with atomic_directory(tmp_path / "x") as folder:
-        assert list(folder.parent.rglob("*")) == [folder]
+        assert [file for file in left.rglob("*") if not file.name.startswith(".")] == [folder]
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+
+
+def killed(path, program):
+    """Kills a process in the block of `atomic_directory`; returns the hidden folder it leaves."""
+    start = (
+        "import os, sys; from pathlib import Path; from tim4rec_jax import files\n"
+        f"with files.atomic_directory(Path({str(path)!r}), ours=['old']) as folder:\n"
+    )
+    lines = [*program.split("; "), "os.kill(os.getpid(), 9)"]
+    code = start + "".join(f"    {line}\n" for line in lines)
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == -9
+    return path.with_name(f".{path.name}.partial")
+
+
+def test_what_no_run_has_made_is_never_removed(tmp_path):
+    path = tmp_path / "x"
+    with atomic_directory(path) as folder:
+        (folder / "old").touch()
+    for name in ("notes", "old.txt", "sub/old"):
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_text("mine")
+        first = name.split("/")[0]
+        sentence = f"x holds {first}, which this command has not made; move it away"
+        with pytest.raises(UserError, match=sentence), atomic_directory(path, ours=["old"]):
+            raise AssertionError
+        assert (path / name).read_text() == "mine"
+        shutil.rmtree(path / first) if "/" in name else (path / name).unlink()
+    assert [file.name for file in path.iterdir()] == ["old"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_a_folder_of_the_user_in_the_way_stays(tmp_path, kind):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes").touch()
+    hidden = tmp_path / ".x.partial"
+    if kind == "folder":
+        (tmp_path / "mine").rename(hidden)
+    elif kind == "file":
+        hidden.touch()
+    else:
+        hidden.symlink_to("mine")
+    before = sorted(tmp_path.rglob("*"))
+    with (
+        pytest.raises(UserError, match=r"\.x\.partial is in the way of .*x and no run has made it"),
+        atomic_directory(tmp_path / "x"),
+    ):
+        raise AssertionError
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_file_that_comes_late_stays(tmp_path, monkeypatch, can_exchange):
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    path = tmp_path / "x"
+    with atomic_directory(path) as folder:
+        (folder / "old").touch()
+    with atomic_directory(path, ours=["old"]) as folder:
+        (folder / "new").touch()
+        (path / "notes").touch()
+    assert sorted(file.name for file in path.iterdir()) == ["new", "notes"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_folders_change_places_in_one_step(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    if not files._exchange(tmp_path / "one", tmp_path / "other"):
+        pytest.skip("needs renameat2 of Linux")
+    assert (tmp_path / "one" / "other").exists() and (tmp_path / "other" / "one").exists()
+
+
+def test_without_that_step_a_killed_process_loses_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "x"
+    with atomic_directory(path) as folder:
+        (folder / "old").touch()
+    # It is killed between the two renames.
+    killed(path, "os.rename(folder.parent.parent / 'x', folder.parent / 'replaced')")
+    assert not path.exists()
+    with pytest.raises(RuntimeError), atomic_directory(path, ours=["old"]):
+        assert (path / "old").exists()
+        raise RuntimeError
+    assert (path / "old").exists()
+    # And the second rename fails, for whatever reason.
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    with pytest.raises(UserError), atomic_directory(path, ours=["old"]) as folder:
+        monkeypatch.setattr(Path, "rename", fails_for(folder, Path.rename))
+    assert (path / "old").exists()
+
+
+def fails_for(folder, rename):
+    calls = []
+
+    def renamed(one, other):
+        calls.append(one)
+        if one == folder and calls.count(folder) == 2:
+            _refuse(errno.EACCES)
+        return rename(one, other)
+
+    return renamed
+
+
+def test_a_link_stays_a_link(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "x").symlink_to("real")
+    with atomic_directory(tmp_path / "x") as folder:
+        (folder / "new").touch()
+    assert (tmp_path / "x").is_symlink() and (tmp_path / "real" / "new").exists()
+
+
+def test_the_top_of_a_file_system_is_refused():
+    with pytest.raises(UserError, match="top of a file system"), atomic_directory(Path("/")):
+        raise AssertionError
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

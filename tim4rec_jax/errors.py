@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+LONGEST_SENTENCE = 300  # characters; a longer one loses its middle
+
 
 class UserError(Exception):
     """A mistake that the user can correct. The message names the mistake and the remedy."""
@@ -16,9 +18,9 @@ def run_main(main: Callable[[], int | None]) -> int:
       main: returns an exit code, or None for 0.
 
     Returns:
-      The exit code. It is 1 after a `UserError` or an error of the operating system (full disk,
-      no permission), 130 after Ctrl-C, and otherwise that of `main`. All other exceptions are
-      bugs and keep their traceback.
+      The exit code. It is 1 after a `UserError`, an error of the operating system (full disk, no
+      permission) or want of memory, 130 after Ctrl-C, and otherwise that of `main`. All other
+      exceptions are bugs and keep their traceback.
     """
     try:
         return main() or 0
@@ -31,16 +33,40 @@ def run_main(main: Callable[[], int | None]) -> int:
         # flushes the output at exit and must not find the closed pipe then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except MemoryError:
+        return _fail("the memory does not suffice; free some, or ask for less")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}")
 
 
 def _fail(message: str, code: int = 1) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    print(one_line(f"error: {message}"), file=sys.stderr)
     return code
+
+
+def one_line(text: str, length: int = LONGEST_SENTENCE) -> str:
+    r"""Makes a text fit for one line of a terminal, whatever it quotes.
+
+    Line ends, control characters and broken characters are shown as in Python (`\n`, `\x1b`). Of a
+    long text the middle is left out: it begins with the place and ends with the remedy.
+
+    Args:
+      text: the text.
+      length: the largest number of characters of the result.
+    """
+    if len(text) > 2 * length:  # escapes only make it longer
+        text = f"{text[:length]}{text[-length:]}"
+    shown = "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+    if len(shown) <= length:
+        return shown
+    half = (length - 1) // 2
+    return f"{shown[:half]}…{shown[half - length + 1 :]}"
 
 
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or the error's type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return one_line((str(error).strip().splitlines() or [type(error).__name__])[0], 200)

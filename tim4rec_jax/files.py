@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
+import fnmatch
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -64,49 +67,158 @@ def write_json(path: Path, values: Any) -> None:
         file.write(json.dumps(values, indent=2) + "\n")
 
 
+# Lies in each folder that `atomic_directory` works in. A folder without it is of the user.
+_MARK = ".made-by-tim4rec-jax"
+_REPLACED = "replaced"
+_RENAME_EXCHANGE = 2  # of linux/fs.h
+
+
 @contextmanager
-def atomic_directory(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
     """Gives an empty folder, which takes the place of `path` when the block ends.
 
-    The empty folder lies in a hidden folder beside `path`. The block may keep temporary files in
-    the hidden folder, because that is removed at the end. If the block raises, `path` stays as it
-    was. What a killed process leaves behind is cleared by the next call for the same `path`.
+    The empty folder lies in a hidden folder beside `path`, which bears a mark. The block may keep
+    temporary files in the hidden folder, because that is removed at the end. If the block raises,
+    `path` stays as it was. What a killed process leaves behind is cleared by the next call for the
+    same `path`. An old folder and the new one change places in one step of the file system, so
+    that a complete folder is there at each moment.
+
+    Nothing is removed but files that the program has made. If `path` holds anything else, it is
+    refused. A file that somebody puts there later, while the block runs, moves to the new folder.
 
     Args:
-      path: the folder to write. Missing parents are made, and a folder that is there is replaced.
+      path: the folder to write. Missing parents are made. It may exist if it is empty or holds
+        nothing but files of `ours`. A link to a folder stays, and that folder is written.
+      ours: names (globs) of the files that the program makes, and that a new folder may replace.
 
     Yields:
       The empty folder; its parent is the hidden one.
 
     Raises:
-      UserError: another process is writing `path`, or the folder cannot be made.
+      UserError: another process is writing `path`, `path` holds files that are not `ours`, or the
+        folder cannot be made.
     """
-    path = path.absolute()
-    missing = [parent for parent in path.parents if not parent.exists()]
-    hidden = path.with_name(f".{path.name}.partial")
-    folder = hidden / path.name
+    ours = tuple(ours)
     with _one_sentence(path):
-        hidden.mkdir(parents=True, exist_ok=True)
-        lock = os.open(hidden, os.O_RDONLY)
-    try:
-        # The system releases the lock when the process ends, however it ends.
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(f"another run is writing {path}; wait for it") from error
+        target = Path(os.path.realpath(path))
+        if target.parent == target or os.path.ismount(target):
+            raise UserError(f"{path} is the top of a file system; choose a folder inside it")
+        missing = [parent for parent in target.parents if not parent.exists()]
+        hidden = target.with_name(f".{target.name}.partial")
+        lock = _claim(hidden, path)
+    folder = hidden / target.name
     try:
         with _one_sentence(path):
-            for left in hidden.iterdir():
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            _restore(hidden, target)
+            if foreign := _foreign(target, ours):
+                raise UserError(
+                    f"{path} holds {foreign[0].name}, which this command has not made; move it "
+                    "away or choose another folder"
+                )
+            _clear(hidden)
             folder.mkdir()
         yield folder
         with _one_sentence(path):
-            if path.exists():
-                path.rename(hidden / "replaced")
-            folder.rename(path)
+            _flush(folder)
+            _put(folder, target, hidden / _REPLACED)
+            for old in (folder, hidden / _REPLACED):
+                for file in _foreign(old, ours):
+                    file.rename(target / file.name)
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        with suppress(OSError):
+            _restore(hidden, target)
+            _clear(hidden)
+            (hidden / _MARK).unlink()
+            hidden.rmdir()
         os.close(lock)
         with suppress(OSError):  # those that hold something stay
             for parent in missing:
                 parent.rmdir()
+
+
+def _claim(hidden: Path, path: Path) -> int:
+    """Makes, marks and locks the hidden folder; returns the descriptor that holds the lock."""
+    in_the_way = UserError(f"{hidden} is in the way of {path} and no run has made it; rename it")
+    while True:
+        if hidden.is_symlink() or (hidden.exists() and not hidden.is_dir()):
+            raise in_the_way
+        hidden.mkdir(parents=True, exist_ok=True)
+        lock = os.open(hidden, os.O_RDONLY)
+        try:
+            # The system releases the lock when the process ends, however it ends.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A process that has just ended may have removed the folder that we locked.
+            if hidden.exists() and os.path.samestat(os.fstat(lock), hidden.stat()):
+                if any(hidden.iterdir()) and not (hidden / _MARK).is_file():
+                    raise in_the_way
+                (hidden / _MARK).touch()
+                return lock
+        except BlockingIOError as error:
+            os.close(lock)
+            raise UserError(f"another run is writing {path}; wait for it") from error
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+def _foreign(folder: Path, ours: tuple[str, ...]) -> list[Path]:
+    """Returns what lies in a folder and is not a file of `ours`."""
+    return [
+        entry
+        for entry in (sorted(folder.iterdir()) if folder.exists() else ())
+        if (entry.is_dir() and not entry.is_symlink())
+        or not any(fnmatch.fnmatchcase(entry.name, name) for name in ours)
+    ]
+
+
+def _clear(hidden: Path) -> None:
+    """Empties the hidden folder but for its mark."""
+    for left in hidden.iterdir():
+        if left.name != _MARK:
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
+
+
+def _flush(folder: Path) -> None:
+    """Waits until all that a folder holds is on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
+def _put(folder: Path, target: Path, replaced: Path) -> None:
+    """Gives `folder` the name `target`; what had the name lies in `folder` or `replaced` then."""
+    try:
+        folder.rename(target)  # an empty folder may be there
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if not _exchange(folder, target):
+            # Should the process be killed between these two, the next call takes the first back.
+            target.rename(replaced)
+            folder.rename(target)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Lets two folders change their names in one step, if the system can do that."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here = -100  # AT_FDCWD: paths are as they are
+    names = os.fsencode(one), os.fsencode(other)
+    if not rename(here, names[0], here, names[1], ctypes.c_uint(_RENAME_EXCHANGE)):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS):  # this file system cannot
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+def _restore(hidden: Path, target: Path) -> None:
+    """Takes back the first of the two renames of `_put`."""
+    replaced = hidden / _REPLACED
+    if replaced.exists() and not target.exists():
+        replaced.rename(target)

@@ -44,6 +44,37 @@ def test_what_is_no_dataset_is_never_replaced(run, write, kind):
     assert precious.read_text() == "years of work"
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "sequences-of-thoughts.arrow", "sub/items.parquet"])
+def test_notes_in_a_dataset_are_never_removed(run, write, name):
+    path = write("a.csv", ROWS)
+    out = run("table", path).directory
+    notes = write(f"out/{name}", "years of work")
+    sentence = run("table", path, "--out", out, "--overwrite", fails=True)
+    assert sentence == (
+        f"{out} holds {name.split('/')[0]}, which this command has not made; move it away or "
+        "choose another folder"
+    )
+    assert notes.read_text() == "years of work" and open_dataset(out).n_events == 54
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", "[" * 200_000, "\xff"])
+def test_a_dataset_of_another_kind_is_never_replaced(run, write, content):
+    precious = write("precious/dataset.json", content)
+    sentence = run(
+        "table", write("a.csv", ROWS), "--out", precious.parent, "--overwrite", fails=True
+    )
+    assert sentence == f"{precious.parent} exists and is no prepared dataset; choose another --out"
+    assert precious.read_text() == content
+
+
+def test_the_picture_of_a_dataset_does_not_hinder(run, write):
+    path = write("a.csv", ROWS)
+    out = run("table", path, "--shard-events", "6").directory
+    write("out/inspect.png", "")
+    run("table", path, "--out", out, "--overwrite")
+    assert not (out / "inspect.png").exists()
+
+
 def test_an_empty_folder_is_taken(run, write, tmp_path):
     (tmp_path / "empty").mkdir()
     run("table", write("a.csv", ROWS), "--out", tmp_path / "empty")

@@ -1,7 +1,6 @@
 """`python -m data_prep`: the command line."""
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
@@ -22,7 +21,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line, or the given arguments."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser().parse_args(arguments)
-    flags.again = shlex.join(["python", "-m", "data_prep", *arguments])
     console = Console()
     if flags.command == "inspect":
         _inspect(flags, console)
@@ -91,7 +89,8 @@ def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:
         )
     address = url(flags)
     md5 = MD5.get(address.rsplit("/", 1)[-1])
-    return [str(fetch(address, flags.cache, md5=md5, command=flags.again, console=console))]
+    command = f"python -m data_prep {flags.command} ..."
+    return [str(fetch(address, flags.cache, md5=md5, command=command, console=console))]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,9 @@ from tim4rec_jax.files import atomic_directory
 
 STREAM_EVENTS = 1_000_000  # read from DuckDB at once
 SHARD_EVENTS = 16_000_000  # about 200 MB in each file
+# The files of a dataset, which --overwrite may remove: those of `write`, and `inspect`'s picture.
+_SHARD = "sequences-{0}-of-{0}.arrow".format("[0-9]" * 5)
+_OURS = (fmt.DATASET_FILE, fmt.ITEMS_FILE, fmt.sequences_file(), _SHARD, "inspect.png")
 # `events.time` is in nanoseconds. A plain `time` would mean the rounded column of the result.
 ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
 
@@ -31,19 +34,29 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
       overwrite: replace the dataset that is there.
 
     Raises:
-      UserError: `out` exists and may not be replaced, or another run is writing it.
+      UserError: `out` exists and may not be replaced, it holds files that are not of a dataset, or
+        another run is writing it.
     """
     out = out.absolute()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not out.is_dir() or not (out / fmt.DATASET_FILE).is_file():
+        if not _is_dataset(out):
             raise UserError(f"{out} exists and is no prepared dataset; choose another --out")
         if not overwrite:
             raise UserError(
                 f"{out} already holds a dataset; pass --overwrite to replace it or choose "
                 "another --out"
             )
-    with atomic_directory(out) as folder:
+    with atomic_directory(out, ours=_OURS) as folder:
         yield folder
+
+
+def _is_dataset(directory: Path) -> bool:
+    """Tells whether a folder holds the description of a dataset, of this or another release."""
+    try:
+        metadata = json.loads((directory / fmt.DATASET_FILE).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(metadata, dict) and "format_version" in metadata
 
 
 def write(
