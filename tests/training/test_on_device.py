@@ -7,10 +7,12 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import in_memory, random_histories, write_dataset
+from tests.training.test_step import ROUNDING, check_close, sgd
 from tests.training.tiny_run import last_item, quick_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
 from tim4rec_jax.runtime import data_sharding
+from tim4rec_jax.training import step
 from tim4rec_jax.training.step import (
     DeviceSteps,
     Gather,
@@ -72,6 +74,8 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize("objective", ["prefix", "every_position"])
 def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkeypatch, objective):
     monkeypatch.setattr(DeviceSteps, "GROUP", 3)
+    # Not Adam: it would blow up the rounding of gradients that are all but zero.
+    monkeypatch.setattr(step, "make_optimizer", lambda *_: sgd())
     config = quick_config(
         dataset, objective=objective, batch_size=16 if objective == "prefix" else 4
     )
@@ -107,8 +111,7 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
     device, counts = trained("device")
     assert counts == [3, 3, 1]
     # Programs for several steps round otherwise than those for one.
-    for ours, theirs in zip(device, host, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
+    check_close(device, host, ROUNDING)
     resumed, _ = trained("device", stop=(3, 6))
     for ours, theirs in zip(device, resumed, strict=True):
         np.testing.assert_array_equal(ours, theirs)
