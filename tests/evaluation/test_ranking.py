@@ -46,7 +46,7 @@ def problems(draw, shapes):
     targets = rng.integers(1, items + 1, 4).astype(np.int32)
     exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
     items = rng.integers(0, items + 1, (4, 3)).astype(np.int32)
-    history = HistoryItems(jnp.asarray(items), jnp.float32(-2))
+    history = HistoryItems(jax.device_put(items), jnp.float32(-2))
     return hidden, table, targets, exclude, history, block_size, k
 
 

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -130,8 +129,11 @@ def test_items_cut_to_a_shorter_bucket_change_nothing(name, x64):
     width = golden.config["MAX_ITEM_LIST_LENGTH"] // 2
     rows = golden.lengths <= width
     assert rows.sum() >= 2
-    items, lengths = jnp.asarray(golden.items[rows, :width]), jnp.asarray(golden.lengths[rows])
-    gaps = jnp.asarray(golden.gaps[rows])
+    items, lengths = (
+        jax.device_put(golden.items[rows, :width]),
+        jax.device_put(golden.lengths[rows]),
+    )
+    gaps = jax.device_put(golden.gaps[rows])
     model = golden.model("float64")
     both = nnx.jit(lambda model, *inputs: (model.encode(*inputs), model(*inputs)))
     state, hidden = both(model, items, lengths, gaps)

@@ -25,7 +25,7 @@ def misc(golden, x64):
 def conv(weight, bias):
     channels, width = weight.shape
     layer = CausalConv(channels, width, kaiming=False, rngs=nnx.Rngs(0), **F64)
-    layer.kernel[...], layer.bias[...] = jnp.asarray(weight.T), jnp.asarray(bias)
+    layer.kernel[...], layer.bias[...] = jax.device_put(weight.T), jax.device_put(bias)
     return layer
 
 
@@ -33,7 +33,7 @@ def conv(weight, bias):
 def test_convolution(misc, activation):
     layer = conv(misc["conv/weight"], misc["conv/bias"])
     function = ACTIVATIONS.get(activation, lambda x: x)
-    ours = function(layer(jnp.asarray(misc["conv/x"])))
+    ours = function(layer(jax.device_put(misc["conv/x"])))
     np.testing.assert_allclose(ours, misc[f"conv/{activation}"], rtol=0, atol=1e-13)
 
 
@@ -46,20 +46,20 @@ def test_convolution_by_hand(x64, length):
     for b, t, c in np.ndindex(x.shape):
         past = [x[b, t - 3 + k, c] if t - 3 + k >= 0 else 0.0 for k in range(4)]
         expected[b, t, c] = bias[c] + weight[c] @ past
-    np.testing.assert_allclose(conv(weight, bias)(jnp.asarray(x)), expected, atol=1e-13)
+    np.testing.assert_allclose(conv(weight, bias)(jax.device_put(x)), expected, atol=1e-13)
 
 
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "softplus"])
 def test_activations(misc, name):
     function = ACTIVATIONS.get(name, jax.nn.softplus)
-    x = jnp.asarray(misc["act/x"])
+    x = jax.device_put(misc["act/x"])
     np.testing.assert_allclose(function(x), misc[f"act/{name}"], rtol=1e-8, atol=1e-14)
 
 
 def test_gradient_of_hardswish(misc):
     x = misc["act/x"]
     smooth = np.abs(np.abs(x) - 3) > 1e-9  # at its two kinks any slope in between is right
-    ours = jax.vmap(jax.grad(jax.nn.hard_swish))(jnp.asarray(x))
+    ours = jax.vmap(jax.grad(jax.nn.hard_swish))(jax.device_put(x))
     np.testing.assert_allclose(ours[smooth], misc["act/hardswish_grad"][smooth], atol=1e-14)
 
 
@@ -85,8 +85,10 @@ def test_gated_rms_norm(misc, eps):
     )
     zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), shapes)
     layer = nnx.merge(graph, zeros)
-    layer.norm.scale[...] = jnp.asarray(misc["rms/weight"])
+    layer.norm.scale[...] = jax.device_put(misc["rms/weight"])
     layer.out_proj.kernel[...] = jnp.eye(32)
     y = misc["rms/x"]
-    ours = layer.output(jnp.asarray(y.reshape(*y.shape[:-1], 4, 8)), jnp.asarray(misc["rms/z"]))
+    ours = layer.output(
+        jax.device_put(y.reshape(*y.shape[:-1], 4, 8)), jax.device_put(misc["rms/z"])
+    )
     np.testing.assert_allclose(ours, misc[f"rms/eps{eps:.0e}_nbg0/y"], rtol=1e-12, atol=1e-13)

@@ -28,7 +28,7 @@ SETTINGS = dict(
 RNG = np.random.default_rng(0)
 H = jnp.asarray(RNG.normal(size=(2, 21, 16)), jnp.float32)
 FACTOR = jnp.asarray(RNG.normal(size=(2, 21, 4)), jnp.float32)
-SEGMENTS = jnp.asarray(np.repeat([[0, 1, 2], [0, 0, 1]], 7, axis=1))
+SEGMENTS = jax.device_put(np.repeat([[0, 1, 2], [0, 0, 1]], 7, axis=1))
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def same(ours, plain, *arguments):
 
 
 def normal(*shape):
-    return jnp.asarray(np.random.default_rng(sum(shape)).standard_normal(shape))
+    return jax.device_put(np.random.default_rng(sum(shape)).standard_normal(shape))
 
 
 @pytest.mark.parametrize("starts", [None, STARTS], ids=["one history", "histories"])

@@ -87,7 +87,7 @@ def loop(inputs, segment_ids=None):
         h = jnp.exp(dt[..., None] * inputs["A"]) * h + (dt * u)[..., None] * B[:, None]
         return h, jnp.einsum("bdn,bn->bd", h, C)
 
-    arrays = (jnp.asarray(same), *(inputs[name] for name in ("delta", "u", "B", "C")))
+    arrays = (jax.device_put(same), *(inputs[name] for name in ("delta", "u", "B", "C")))
     h, ys = jax.lax.scan(
         position, inputs["initial_state"], [array.swapaxes(0, 1) for array in arrays]
     )
@@ -105,7 +105,7 @@ def test_is_the_loop_with_its_gradients(x64, segments):
         return jnp.sum(y * weights) + jnp.sum(state**2), (y, state)
 
     def ours(inputs):
-        return selective_scan(**inputs, segment_ids=None if ids is None else jnp.asarray(ids))
+        return selective_scan(**inputs, segment_ids=None if ids is None else jax.device_put(ids))
 
     results = [
         jax.jit(

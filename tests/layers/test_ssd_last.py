@@ -24,7 +24,7 @@ def inputs(groups):
         "D": (HEADS,),
         "dt_bias": (HEADS,),
     }
-    values = {name: jnp.asarray(rng.standard_normal(shape)) for name, shape in shapes.items()}
+    values = {name: jax.device_put(rng.standard_normal(shape)) for name, shape in shapes.items()}
     return values | {"A": -jnp.exp(values["A"])}
 
 

@@ -68,14 +68,14 @@ def test_caser_sees_the_user_and_takes_unknown_ones():
     unknown = encode(*caser(), batch(ROWS, (-1, -1)))
     rows = batch(ROWS)
     without = nnx.merge(*caser()).encode(
-        *(jnp.asarray(rows[key]) for key in ("items", "lengths", "gaps"))
+        *(jax.device_put(rows[key]) for key in ("items", "lengths", "gaps"))
     )
     np.testing.assert_allclose(unknown, without, atol=1e-6)
 
 
 def test_caser_has_no_state_for_every_position():
     rows = batch(ROWS)
-    arguments = [jnp.asarray(rows[key]) for key in ("items", "lengths", "gaps")]
+    arguments = [jax.device_put(rows[key]) for key in ("items", "lengths", "gaps")]
     with pytest.raises(ValueError, match="one state a history"):
         nnx.merge(*caser())(*arguments)
 
@@ -88,7 +88,7 @@ def test_popularity_ranks_by_counts_and_learns_nothing():
     counts = np.array([7, 0, 2**24 - 1])
     model = build(config.model, n_items=3, max_length=LENGTH, item_counts=counts)
     rows = batch(ROWS)
-    arguments = [jnp.asarray(rows[key]) for key in ("items", "lengths", "gaps")]
+    arguments = [jax.device_put(rows[key]) for key in ("items", "lengths", "gaps")]
     expected = np.tile([0, 7, 0, 2**24 - 1], (2, 1))
     _, streamed = model.step(model.init_state(2), arguments[0][:, 0], jnp.zeros(2))
     for hidden in (model.encode(*arguments), model(*arguments)[:, -1], streamed):

@@ -180,7 +180,9 @@ def test_huge_and_zero_gaps_stay_finite_with_their_gradients():
 
     def loss(params):
         lengths = jnp.full(ROWS, LENGTH)
-        return (nnx.merge(graph, params)(jnp.asarray(items), lengths, jnp.asarray(gaps)) ** 2).sum()
+        return (
+            nnx.merge(graph, params)(jax.device_put(items), lengths, jax.device_put(gaps)) ** 2
+        ).sum()
 
     gradients = jax.jit(jax.grad(loss))(params)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))

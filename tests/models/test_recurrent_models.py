@@ -56,7 +56,7 @@ def compute(graph, params, items, segment_ids):
     return States(
         whole=model(items, full, gaps),
         packed=model(items, full, gaps, segment_ids=segment_ids),
-        encoded=model.encode(items, jnp.asarray(LENGTHS), gaps),
+        encoded=model.encode(items, jax.device_put(LENGTHS), gaps),
         stepped=stepped.swapaxes(0, 1),
     )
 

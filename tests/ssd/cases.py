@@ -157,7 +157,7 @@ def make(case: Case, batch: int = 2) -> tuple[dict, list, dict]:
     if case.initial_state:
         inputs["initial_state"] = rng.normal(size=state)
     if case.segments:
-        options["segment_ids"] = jnp.asarray(np.cumsum(rng.random(lead) < 0.15, axis=1))
+        options["segment_ids"] = jax.device_put(np.cumsum(rng.random(lead) < 0.15, axis=1))
     weights = [rng.normal(size=inputs["x"].shape), rng.normal(size=state)]
     return inputs, weights, options
 
@@ -188,7 +188,7 @@ quick = jax.jit(outcome, static_argnames=STATIC, compiler_options=QUICK)
 def to_dtype(tree, dtype):
     """Returns the arrays of a tree in another dtype."""
     # By numpy: JAX would compile a program for every shape.
-    return jax.tree.map(lambda v: jnp.asarray(np.asarray(v).astype(jnp.dtype(dtype))), tree)
+    return jax.tree.map(lambda v: jax.device_put(np.asarray(v).astype(jnp.dtype(dtype))), tree)
 
 
 def exact(inputs: dict, weights: list, **options) -> dict:

@@ -32,7 +32,7 @@ def make(length, *, batch=2, heads=2, groups=1, width=5, size=8, taps=4, **optio
     }
     if options.pop("segments", False):
         ids = np.cumsum(rng.random((batch, length)) < 0.2, axis=1) % 3
-        options["segment_ids"] = jnp.asarray(ids)
+        options["segment_ids"] = jax.device_put(ids)
     options = {"activation": "hardswish", "state": size, "groups": groups} | options
     if "time_factor" in options:
         del inputs["time_factor"]

@@ -140,14 +140,14 @@ def test_any_steps_and_segments(implementation, x, dt, segment_ids, initial_stat
     wanted = numpy_recurrence(x, dt, -1.0, B, C, 0.5, initial_state, segment_ids)
     with jax.enable_x64(True):
         got = run_float64[implementation](
-            x=jnp.asarray(x[None, :, None]),
-            dt=jnp.asarray(dt[None, :, None]),
+            x=jax.device_put(x[None, :, None]),
+            dt=jax.device_put(dt[None, :, None]),
             A=jnp.array([-1.0]),
-            B=jnp.asarray(B[None, :, None]),
-            C=jnp.asarray(C[None, :, None]),
+            B=jax.device_put(B[None, :, None]),
+            C=jax.device_put(C[None, :, None]),
             D=jnp.array([0.5]),
-            initial_state=jnp.asarray(initial_state[None, None]),
-            segment_ids=jnp.asarray(segment_ids[None]),
+            initial_state=jax.device_put(initial_state[None, None]),
+            segment_ids=jax.device_put(segment_ids[None]),
         )
     for result, value in zip(got, wanted, strict=True):
         np.testing.assert_allclose(np.squeeze(result), value, rtol=1e-9, atol=1e-9)
@@ -169,7 +169,7 @@ def test_extreme_steps_leave_finite_gradients(implementation):
     for step in (0.0, 80.0, 1e4):
         dt = np.array(inputs["dt"])
         dt[:, 1::3] = step
-        got = quick(inputs | {"dt": jnp.asarray(dt)}, weights, **options)
+        got = quick(inputs | {"dt": jax.device_put(dt)}, weights, **options)
         assert all(np.isfinite(value).all() for value in got.values()), step
 
 

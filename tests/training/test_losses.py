@@ -31,7 +31,7 @@ def test_is_minus_log_softmax_over_all_rows_and_so_is_its_gradient(x64):
     def ours(hidden, table):
         return cross_entropy(hidden, table, TARGETS)
 
-    inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
+    inputs = jax.device_put(HIDDEN), jax.device_put(TABLE)
     np.testing.assert_allclose(jax.jit(ours)(*inputs), plain(*inputs), rtol=1e-13)
     weights = jnp.arange(1.0, 7.0)
     gradients = [
@@ -45,7 +45,7 @@ def test_the_padding_row_counts(x64):
     larger = TABLE.copy()
     larger[0] *= 3
     loss = jax.jit(cross_entropy)
-    losses = [loss(jnp.asarray(HIDDEN), jnp.asarray(t), TARGETS) for t in (TABLE, larger)]
+    losses = [loss(jax.device_put(HIDDEN), jax.device_put(t), TARGETS) for t in (TABLE, larger)]
     assert np.all(np.abs(losses[0] - losses[1]) > 1e-6)
 
 
@@ -66,7 +66,7 @@ def test_scores_of_history_items_get_the_repeat_bias_once(x64):
     for row, items_before in enumerate([{5}, {5}, {7}, {19}, {3}, {1}]):
         scores[row, list(items_before)] -= 1.5
     history = HistoryItems(items, jnp.asarray(-1.5), first, last)
-    got = jax.jit(cross_entropy)(jnp.asarray(HIDDEN), jnp.asarray(TABLE), TARGETS, history)
+    got = jax.jit(cross_entropy)(jax.device_put(HIDDEN), jax.device_put(TABLE), TARGETS, history)
     wanted = -jax.nn.log_softmax(scores)[jnp.arange(6), TARGETS]
     np.testing.assert_allclose(got, wanted, rtol=1e-13)
 
@@ -76,14 +76,14 @@ def test_scores_of_history_items_get_the_repeat_bias_once(x64):
 def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64, monkeypatch):
     monkeypatch.setattr(full, "_block_rows", lambda items: 8)
     hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
-    targets = jnp.asarray(rng.integers(0, 20, rows))
+    targets = jax.device_put(rng.integers(0, 20, rows))
     weights = jnp.asarray(rng.integers(0, 3, rows), jnp.float64)
     history = None
     if offset is not None:
-        items = jnp.asarray(rng.integers(0, 20, (1, rows)))
+        items = jax.device_put(rng.integers(0, 20, (1, rows)))
         first, last = jnp.arange(rows) // 2, jnp.arange(rows)
         history = HistoryItems(items, jnp.asarray(offset), first, last)
-    inputs = (jnp.asarray(hidden), jnp.asarray(table)), history
+    inputs = (jax.device_put(hidden), jax.device_put(table)), history
 
     def plain(arrays, history):
         return 0.5 * weights @ cross_entropy(*arrays, targets, history)
@@ -150,14 +150,14 @@ SAMPLED = {
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_losses_and_their_gradients(name, x64):
-    function, weights = SAMPLED[name], jnp.asarray(WEIGHTS)
+    function, weights = SAMPLED[name], jax.device_put(WEIGHTS)
     if name == "sampled_softmax":
-        function = functools.partial(function, log_share=jnp.asarray(LOG_SHARE))
+        function = functools.partial(function, log_share=jax.device_put(LOG_SHARE))
 
     def ours(hidden, table):
         return function(hidden, table, TARGETS, weights, drawn=DRAWN)
 
-    inputs = jnp.asarray(HIDDEN), jnp.asarray(TABLE)
+    inputs = jax.device_put(HIDDEN), jax.device_put(TABLE)
     found = [
         jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*inputs)
         for f in (ours, lambda *inputs: plain(name, *inputs))
