@@ -12,6 +12,7 @@ MAY_IMPORT = {
     "errors": (),
     "files": ("errors",),
     "runtime": ("errors",),
+    "digests": ("files", "errors"),
     "ssd": ("runtime", "errors"),
     "layers": ("ssd", "runtime", "errors"),
     "models": ("layers", "ssd", "runtime", "errors"),
@@ -19,7 +20,7 @@ MAY_IMPORT = {
     "data_prep": ("data", "files", "errors"),
     "config": ("models", "data", "errors"),
     "scoring": ("models", "data", "runtime", "errors"),
-    "run": ("config", "models", "data", "files", "runtime", "errors"),
+    "run": ("config", "models", "data", "digests", "files", "runtime", "errors"),
 }
 LIBRARY = tuple(part for part in MAY_IMPORT if part != "data_prep")
 MAY_IMPORT |= {

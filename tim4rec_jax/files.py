@@ -6,9 +6,12 @@ import ctypes
 import errno
 import fcntl
 import fnmatch
+import functools
+import itertools
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -26,12 +29,97 @@ def _one_sentence(path: Path) -> Iterator[None]:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
+# Files of settings and figures are much smaller. What is larger is none of ours.
+_LARGEST_JSON = 1 << 26
+
+
+def read_json(path: Path, schema: Any, remedy: str) -> Any:
+    """Reads a JSON file, whatever somebody has put in its place.
+
+    Args:
+      path: the file.
+      schema: the type of what the file must hold, of those that pydantic knows: `dict[str, float]`,
+        or a `TypedDict`. Numbers must be finite, and nothing is converted.
+      remedy: what the user can do about a file that is missing or damaged.
+
+    Returns:
+      The content.
+
+    Raises:
+      UserError: the file is missing, no JSON, or not what the schema says. The message names the
+        file, what is wrong and the remedy.
+    """
+    from pydantic_core import from_json  # late, because it takes long to import
+
+    try:
+        content = read_regular(path, _LARGEST_JSON)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}); {remedy}") from error
+    try:
+        values = from_json(content, allow_inf_nan=False)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {remedy}") from error
+    return check_schema(values, schema, path, remedy)
+
+
+def check_schema(values: Any, schema: Any, path: Path, remedy: str) -> Any:
+    """Makes sure that values are what a type says; arguments and errors are those of `read_json`.
+
+    Args:
+      values: what the file `path` holds.
+      schema: see `read_json`.
+      path: see `read_json`.
+      remedy: see `read_json`.
+    """
+    from pydantic import ValidationError  # late, because it takes long to import
+
+    try:
+        return _validator(schema).validate_python(values, strict=True)
+    except ValidationError as errors:
+        first = errors.errors(include_url=False, include_context=False, include_input=False)[0]
+        place = f"`{'.'.join(map(str, first['loc']))}`" if first["loc"] else "it"
+        message = first["msg"].removeprefix("Input ")
+        what = f"{place} is missing" if first["type"] == "missing" else f"{place} {message}"
+        raise UserError(f"{path} is damaged ({what}); {remedy}") from errors
+
+
+@functools.cache
+def _validator(schema: Any) -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(schema)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Reads a file that must be a plain one: neither a folder nor a pipe that nobody writes to.
+
+    Args:
+      path: the file; a link to a file will do.
+      most: the largest size in bytes.
+
+    Raises:
+      OSError: the file is missing, no plain file, or too large.
+    """
+
+    def without_waiting(name: str, flags: int) -> int:  # for somebody who writes to a pipe
+        return os.open(name, flags | os.O_NONBLOCK)
+
+    with open(path, "rb", opener=without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is no file", str(path))
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it is larger than {most:,} bytes", str(path))
+        return file.read(most)
+
+
 @contextmanager
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`, which takes the place of `path` when the block ends.
 
     The content is on the disk before the file gets its name. If the block raises, the temporary
-    file is removed and `path` stays as it was.
+    file is removed and `path` stays as it was. A link stays, and the file that it leads to is
+    replaced.
 
     Args:
       path: the file to write or to replace.
@@ -41,20 +129,32 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
       The open temporary file.
 
     Raises:
-      UserError: the file cannot be written (full disk, no permission, no such folder).
+      UserError: the file cannot be written (full disk, no permission, no such folder), or a folder,
+        a pipe or a device has its name.
     """
-    # Two processes that write the same file do not share a temporary file.
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with _one_sentence(path):
-        file = partial.open(mode, encoding=None if "b" in mode else "utf-8")
+        target = Path(os.path.realpath(path))
+        if target.exists() and not target.is_file():
+            raise UserError(f"{path} is no file but a folder, a pipe or a device; name another")
+        file = _new_file_beside(target, mode)
+        partial = Path(file.name)
         try:
             with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+            partial.replace(target)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def _new_file_beside(path: Path, mode: Literal["wb", "w"]) -> IO[Any]:
+    """Opens a new file with a name like that of `path`, which no other process has."""
+    for number in itertools.count():
+        partial = path.with_name(f"{path.name}.{os.getpid() + number}.partial")
+        with suppress(FileExistsError):
+            return partial.open(mode.replace("w", "x"), encoding=None if "b" in mode else "utf-8")
+    raise AssertionError  # there is always another number
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -10,19 +10,27 @@ Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
 """
 
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+from annotated_types import Len
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data import open_dataset
+from tim4rec_jax.digests import check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import write_json
+from tim4rec_jax.files import read_json, write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
+
+_RESTORE = "restore it from a copy, or train anew"
 
 # Orbax warns of optional files that are missing. What fails raises an error as well.
 logging.set_verbosity(logging.FATAL)
@@ -37,9 +45,9 @@ def read_settings(path: Path) -> config_lib.Config:
     """Reads settings that `write_settings` wrote, of this version or an older one.
 
     Raises:
-      UserError: the file is missing, is no JSON, or names a model that cannot be found.
+      UserError: the file is missing or damaged, or names a model that cannot be found.
     """
-    values: config_lib.Config = config_lib.ConfigDict(_read_json(path))
+    values: config_lib.Config = config_lib.ConfigDict(_read_settings(path))
     config_lib.rename_settings(values)
     config = config_lib.default()
     try:
@@ -53,13 +61,14 @@ def read_settings(path: Path) -> config_lib.Config:
     return config
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path.parent} is no run directory: it has no {path.name}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); restore it or train anew") from error
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise UserError(f"{path.parent} is no run directory: it has no {path.name}")
+    values = read_json(path, dict[str, Any], _RESTORE)
+    for group in ("data", "model", "train", "eval"):
+        if not isinstance(values.get(group, {}), dict):
+            raise UserError(f"{path} is damaged (`{group}` holds no settings); {_RESTORE}")
+    return values
 
 
 def check_unchanged(config: config_lib.Config, path: Path) -> None:
@@ -96,13 +105,26 @@ def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
     Raises:
       UserError: it is another dataset; the message says what tells them apart.
     """
-    theirs = json.loads(path.read_text())
-    changed = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
-    if changed:
+    theirs = read_json(path, dict[str, Any], _RESTORE)
+    if changed := _differences(ours, theirs):
         raise UserError(
             f"{directory} is not the dataset that the run in {path.parent} began with "
             f"(other {', '.join(changed)}); restore it, or choose another --workdir"
         )
+
+
+def _differences(ours: dict, theirs: dict) -> list[str]:
+    """What tells the metadata of two datasets apart; nothing if the two hold the same events."""
+    contents = [each.get("content") for each in (ours, theirs)]
+    ours_content, theirs_content = (each if isinstance(each, dict) else {} for each in contents)
+    # Titles are for people.
+    both = ours_content.keys() & theirs_content.keys() - {"titles"}
+    changed = sorted(name for name in both if ours_content[name] != theirs_content[name])
+    if "sequences" in both:
+        return changed
+    # One of the two is of an earlier version, which kept no digests.
+    keys = (ours | theirs).keys() - {"content"}
+    return changed + sorted(key for key in keys if ours.get(key) != theirs.get(key))
 
 
 def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
@@ -122,9 +144,9 @@ def read_date_range(workdir: Path) -> tuple[int, int] | None:
     """
     path = workdir / "date_range.json"
     if path.exists():
-        first, last = json.loads(path.read_text())
+        first, last = read_json(path, Annotated[list[int], Len(2, 2)], _RESTORE)
         return first, last
-    return config_lib.old_date_range(_read_json(workdir / "config.json"))
+    return config_lib.old_date_range(_read_settings(workdir / "config.json"))
 
 
 def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
@@ -139,30 +161,62 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
     steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
     if not steps:
         raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
-    path = best.absolute() / str(max(steps)) / "default"
+    checkpoint = best / str(max(steps))
+    date_range = read_date_range(workdir)
     try:
+        recorded = read_digests(checkpoint)
         with ocp.StandardCheckpointer() as checkpointer:
-            sizes: Any = _sizes(config, checkpointer.metadata(path).item_metadata)
+            path = checkpoint.absolute() / "default"
+            found: Any = checkpointer.metadata(path).item_metadata
+            if found is None:
+                raise UserError("the list of its arrays is damaged")
+            sizes: Any = _sizes(config, found)
             # Shapes alone: nothing is drawn only to be replaced.
             model = nnx.eval_shape(
                 lambda: build(
-                    config.model,
-                    max_length=config.data.max_length,
-                    date_range=read_date_range(workdir),
-                    **sizes,
+                    config.model, max_length=config.data.max_length, date_range=date_range, **sizes
                 )
             )
             graphdef, params = nnx.split(model)
             wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))
+            _check_shapes(found, wanted)
             stored = checkpointer.restore(path, wanted)
-    except Exception as error:
+        if recorded is not None:
+            check_digests(stored, recorded)
+    except Exception as error:  # of a damaged checkpoint, Orbax can say anything
         raise UserError(
-            f"the best checkpoint {path} cannot be read ({first_line(error)}); "
-            "run train.py again in this --workdir to make it anew"
+            f"the best checkpoint {checkpoint} cannot be read ({first_line(error)}); {_RESTORE}"
         ) from error
+    if recorded is None:
+        print(
+            f"note: {checkpoint} is of an earlier version, which kept no digests of the weights: "
+            "damage would not be noticed",
+            file=sys.stderr,
+        )
     nnx.replace_by_pure_dict(params, stored)
     best_model: Any = nnx.merge(graphdef, params)
     return config, best_model
+
+
+def _check_shapes(found: Any, wanted: Any) -> None:
+    """Makes sure that a checkpoint holds the arrays of a model, before any memory is taken."""
+    shapes = [
+        {
+            jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, leaf.dtype)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        }
+        for tree in (found.tree if hasattr(found, "tree") else found, wanted)
+    ]
+    for name in sorted(shapes[0] | shapes[1]):
+        held, expected = (each.get(name) for each in shapes)
+        if held != expected:
+            raise UserError(
+                f"it holds {_array(held)} for {name}, and the settings ask for {_array(expected)}"
+            )
+
+
+def _array(kind: tuple[tuple[int, ...], Any] | None) -> str:
+    return "nothing" if kind is None else f"{kind[1]}{list(kind[0])}"
 
 
 def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -193,3 +247,98 @@ def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
             f"{workdir} was trained on {model.n_items} items and {dataset} has {n_items}; name "
             "the dataset of the training with --dataset, or train anew"
         )
+
+
+class Finding(NamedTuple):
+    """What `verify` says about one part of a run.
+
+    Attributes:
+      part: the file or folder.
+      problem: what is wrong with it, in a sentence; None if it is whole.
+      note: what else there is to say about a part that is whole.
+    """
+
+    part: Path
+    problem: str | None
+    note: str = ""
+
+
+def verify(workdir: str | Path, dataset: str | Path | None = None) -> list[Finding]:
+    """Checks everything in a run that can be checked, the dataset of its training included.
+
+    Settings and figures must be readable, each array of each checkpoint must have the digest that
+    was recorded when it was saved, and the dataset must be the one that the run began with.
+
+    Args:
+      workdir: the run directory.
+      dataset: the prepared dataset; `None` takes the one that the settings name.
+
+    Returns:
+      What was found, part by part.
+
+    Raises:
+      UserError: `workdir` is no run directory.
+    """
+    workdir = Path(workdir)
+    if not (workdir / "config.json").exists():
+        raise UserError(f"{workdir} is no run directory: it has no config.json")
+    return list(_findings(workdir, dataset))
+
+
+def _findings(workdir: Path, dataset: str | Path | None) -> Iterator[Finding]:
+    settings = workdir / "config.json"
+    yield _finding(settings, lambda: _nothing(read_settings(settings)))
+    for name in (fmt.DATASET_FILE, "date_range.json", "metrics.json"):
+        path = workdir / name
+        if path.exists():
+            yield _finding(path, lambda path=path: _nothing(read_json(path, Any, _RESTORE)))
+    for folder in (workdir / "best", workdir / "checkpoints"):
+        steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
+        for step in sorted(steps):
+            path = folder / str(step)
+            yield _finding(path, lambda path=path: _verify_arrays(path))
+    if (workdir / "best").is_dir():
+        yield _finding(workdir, lambda: _nothing(load_model(workdir)))
+    if (workdir / fmt.ITEMS_FILE).exists():
+        items = workdir / fmt.ITEMS_FILE
+        yield _finding(items, lambda: _nothing(fmt.read_items(workdir, fmt.read_metadata(workdir))))
+    if (workdir / fmt.DATASET_FILE).exists():
+        named = Path(dataset or _read_settings(settings).get("dataset") or "")
+        yield _finding(named, lambda: _verify_dataset(workdir, named))
+
+
+def _finding(part: Path, check: Callable[[], str]) -> Finding:
+    try:
+        return Finding(part, None, check())
+    except UserError as error:
+        return Finding(part, str(error))
+    except Exception as error:  # of a damaged checkpoint, Orbax can say anything
+        return Finding(part, f"{part} cannot be read ({first_line(error)}); {_RESTORE}")
+
+
+def _nothing(_: Any) -> str:
+    return ""
+
+
+def _verify_arrays(checkpoint: Path) -> str:
+    recorded = read_digests(checkpoint)
+    item = checkpoint / ("default" if (checkpoint / "default").exists() else "state")
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        found: Any = checkpointer.metadata(item.absolute()).item_metadata
+        if found is None:
+            raise UserError(f"{item} is damaged: the list of its arrays cannot be read; {_RESTORE}")
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), found.tree)
+        arrays = checkpointer.restore(item.absolute(), restore_args=kinds)
+    if recorded is None:
+        return "of an earlier version, which kept no digests"
+    try:
+        check_digests(arrays, recorded)
+    except UserError as error:
+        raise UserError(f"{checkpoint} is damaged: {error}; {_RESTORE}") from error
+    return f"{len(recorded)} arrays"
+
+
+def _verify_dataset(workdir: Path, dataset: Path) -> str:
+    opened = open_dataset(dataset)
+    check_same_dataset(dataset, opened.metadata, workdir / "dataset.json")
+    return f"{opened.n_events:,} events"

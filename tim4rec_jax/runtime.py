@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from tim4rec_jax.errors import UserError
+
 
 class Placement(NamedTuple):
     """How arrays lie on the devices of this process.
@@ -60,6 +62,29 @@ def enable_compilation_cache() -> None:
     # JAX keeps only programs that compile slowly. The initial weights of a model are drawn by some
     # fifty quick ones, which take seconds together.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def check_memory(what: str, needed: int, remedy: str) -> None:
+    """Makes sure that the host has memory for something, before it is taken.
+
+    Without the check, a process that asks for too much ends without a word.
+
+    Args:
+      what: what the memory is for.
+      needed: bytes.
+      remedy: what to do about it.
+
+    Raises:
+      UserError: less is free. Where the system does not tell, more than 2**40 bytes are refused.
+    """
+    free = 1 << 40
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvail")))
+    if needed > free:
+        raise UserError(
+            f"{what} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; {remedy}"
+        )
 
 
 class Target(NamedTuple):

@@ -63,5 +63,6 @@ def write_dataset(directory, histories, *, n_items=30, order="exact", shards=1, 
     pq.write_table(pa.table(columns, schema=fmt.ITEMS_SCHEMA), directory / fmt.ITEMS_FILE)
     values = (1, "small", order, shards, dataset.n_users, n_items, dataset.n_events)
     metadata = dict(zip(fmt.DATASET_KEYS, values, strict=True))
+    metadata["content"] = fmt.content(directory, metadata)
     (directory / fmt.DATASET_FILE).write_text(json.dumps(metadata))
     return directory

@@ -130,9 +130,9 @@ SEQUENCES, ITEMS, DATASET = fmt.sequences_file(), fmt.ITEMS_FILE, fmt.DATASET_FI
         (cut(DATASET, -5), r"dataset\.json is not valid JSON"),
         (edit_metadata(format_version=2), r"format version 2, and this release reads version 1"),
         (edit_metadata(format_version=None), r"format version None"),
-        (edit_metadata(order=None), r"`order` is missing or no str"),
-        (edit_metadata(order="random"), r"unknown event order 'random'"),
-        (edit_metadata(users="12"), r"`users` is missing or no int"),
+        (edit_metadata(order=None), r"dataset\.json is damaged \(`order` is missing\); prepare"),
+        (edit_metadata(order="random"), r"`order` should be 'exact' or 'recbole'"),
+        (edit_metadata(users="12"), r"`users` should be a valid integer"),
         (edit_metadata(users=13), r"hold 12 users and dataset\.json says 13"),
         (edit_metadata(events=79), r"hold 78 events and dataset\.json says 79"),
         (edit_metadata(items=31), r"items\.parquet: 30 rows, expected indices 1 to 31"),
@@ -204,7 +204,7 @@ def test_rows_are_counted_within_the_file(tmp_path):
     histories[8][0][1] = 31
     write_dataset(tmp_path, histories, shards=2, batch_rows=2, n_items=31)
     edit_items(lambda table: table.slice(0, 30))(tmp_path)
-    edit_metadata(items=30)(tmp_path)
+    edit_metadata(items=30, content=None)(tmp_path)
     with pytest.raises(UserError, match=r"sequences-00001.* row 2 \(user 'u8'\) has item 31"):
         open_dataset(tmp_path)
 

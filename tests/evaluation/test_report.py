@@ -29,8 +29,8 @@ def report():
     }
 
 
-def printed(report):
-    console = Console(width=100, file=io.StringIO())
+def printed(report, width=100):
+    console = Console(width=width, file=io.StringIO())
     print_report(report, console)
     return console.file.getvalue()
 
@@ -61,6 +61,20 @@ def test_slices(report):
     figures = ["0.1235 ± 0.0100", "0.0625 ± 0.0300"]
     assert cells(text, "1 h – 2 d") == ["1 h – 2 d", "934", *figures]
     assert "Hit@20" not in text.split("by last gap")[1]
+
+
+@pytest.mark.parametrize("width", [20, 45, 60, 80])
+def test_no_figure_is_cut(report, width):
+    """Three metrics, and the widest groups that there can be."""
+    metrics = METRICS | {"mrr@10": 0.0377}
+    errors = ERRORS | {"mrr@10": 0.0041}
+    group = {"bin": "1,000,000 – 1,234,567", "users": 1_000_000}
+    groups = [group | {"metrics": metrics, "standard_errors": errors}]
+    text = printed(report | {"slices": {"popularity": groups}}, width)
+    slices = text.split("by training events")[1]
+    assert "…" not in slices
+    for figure in ("1,234,567", "1,000,000", "0.1235", "0.0100", "0.0625", "0.0300", "0.0377"):
+        assert figure in slices
 
 
 def test_json_keeps_all_digits(report, tmp_path):

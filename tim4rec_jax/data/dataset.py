@@ -232,6 +232,7 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     catalogue = fmt.read_items(directory, metadata)
     item_counts = catalogue.column("count").to_numpy()
     users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
+    counts, digest = np.zeros(len(catalogue) + 1, np.int64), fmt.SequencesDigest()
     for batch in fmt.map_sequences(directory, metadata):
         columns = (fmt.list_values(batch, name) for name in _COLUMNS)
         chunk = Chunk(*columns, start=events)
@@ -239,6 +240,8 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
         chunks.append(chunk)
         ends.append(events + fmt.list_offsets(batch, "items")[1:])
         events += len(chunk.items)
+        counts += np.bincount(chunk.items, minlength=len(counts))
+        digest.update(batch)
     offsets = np.concatenate(ends)
     for key, found in (("users", len(offsets) - 1), ("events", events)):
         if found != metadata[key]:
@@ -246,11 +249,17 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
                 f"{directory}: the sequences hold {found} {key} and {fmt.DATASET_FILE} says "
                 f"{metadata[key]}; {fmt.PREPARE_AGAIN}"
             )
-    if item_counts.sum() != events:
+    wrong = np.flatnonzero(item_counts != counts[1:])
+    if wrong.size:
+        row = int(wrong[0])
         raise UserError(
-            f"{directory / fmt.ITEMS_FILE}: the counts of the items add up to "
-            f"{item_counts.sum()} and there are {events} events; {fmt.PREPARE_AGAIN}"
+            f"{directory / fmt.ITEMS_FILE}: row {row} says that its item has {item_counts[row]} "
+            f"events, and there are {counts[row + 1]}; {fmt.PREPARE_AGAIN}"
         )
+    content = {"sequences": digest.hexdigest()}
+    fmt.check_content(directory / fmt.SEQUENCES_GLOB, content, metadata)
+    # A dataset of an earlier version records no digests. A run that is trained on it does.
+    metadata["content"] = metadata.get("content") or content | fmt.items_digests(catalogue)
     user_ids, item_ids = pa.chunked_array(users, type=pa.string()), catalogue.column("item")
     return Dataset(directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks))
 

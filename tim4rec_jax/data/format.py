@@ -7,18 +7,26 @@ A dataset is a directory of three parts. `data_prep` writes it and `tim4rec_jax.
   Users are in the order of their first appearance in the filtered source, one file after the other.
 - `items.parquet` has one row for each item. `index` counts from 1, because 0 is padding.
 - `dataset.json` says where the events come from and what was done to them. Readers need the keys
-  in `DATASET_KEYS` at its top level. All other keys are for people.
+  of `Metadata` at its top level. All other keys are for people.
+
+`content` in `dataset.json` holds digests of the values in the other files, whatever files and
+record batches they lie in. So a reader notices damage, and a run tells its dataset from others.
 """
 
-import json
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, Literal, NotRequired
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from annotated_types import Ge, Le
+from typing_extensions import TypedDict
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.files import check_schema, read_json
 
 FORMAT_VERSION = 1
 
@@ -26,8 +34,28 @@ DATASET_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 SEQUENCES_GLOB = "sequences*.arrow"
 
-# `order` is "exact" or "recbole". `shards`, `users`, `items` and `events` are numbers of what the
-# other files hold.
+_Count = Annotated[int, Ge(1), Le(2**62)]
+
+
+class Metadata(TypedDict):
+    """What readers need of `dataset.json`.
+
+    `shards`, `users`, `items` and `events` are numbers of what the other files hold. `content` is
+    what the function of this name returns; datasets of earlier versions have none.
+    """
+
+    __pydantic_config__ = {"extra": "allow"}  # noqa: RUF012  # pyright: ignore
+
+    format_version: int
+    name: str
+    order: Literal["exact", "recbole"]
+    shards: Annotated[int, Ge(1), Le(100_000)]
+    users: _Count
+    items: Annotated[int, Ge(1), Le(2**31 - 2)]
+    events: _Count
+    content: NotRequired[dict[str, str]]
+
+
 DATASET_KEYS = ("format_version", "name", "order", "shards", "users", "items", "events")
 
 # The items and the timestamps (seconds since 1970) of a user are in the order of the events.
@@ -70,27 +98,19 @@ def read_metadata(directory: Path) -> dict:
       UserError: the file is missing, damaged or of another format version.
     """
     path = directory / DATASET_FILE
-    if not path.is_file():
+    if not path.exists():
         raise UserError(
             f"{path.parent} is not a prepared dataset ({path.name} is missing); make it with "
             f"`python -m data_prep NAME --out {path.parent}`"
         )
-    try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {PREPARE_AGAIN}") from error
-    version = metadata.get("format_version") if isinstance(metadata, dict) else None
+    metadata = read_json(path, dict[str, Any], PREPARE_AGAIN)
+    version = metadata.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {version}, and this release reads version "
+            f"{path}: format version {version!r}, and this release reads version "
             f"{FORMAT_VERSION}; {PREPARE_AGAIN} of this release"
         )
-    for key in DATASET_KEYS:
-        kind = str if key in ("name", "order") else int
-        if not isinstance(metadata.get(key), kind):
-            raise UserError(f"{path}: `{key}` is missing or no {kind.__name__}; {PREPARE_AGAIN}")
-    if metadata["order"] not in ("exact", "recbole"):
-        raise UserError(f"{path}: unknown event order {metadata['order']!r}; {PREPARE_AGAIN}")
+    check_schema(metadata, Metadata, path, PREPARE_AGAIN)
     return metadata
 
 
@@ -101,11 +121,16 @@ def read_items(directory: Path, metadata: dict) -> pa.Table:
       UserError: the file is missing, damaged, or not the one that `metadata` describes.
     """
     path = directory / ITEMS_FILE
+    if not path.is_file():
+        what = "is no file" if path.exists() else "is missing"
+        raise UserError(f"{path} {what}; {PREPARE_AGAIN}")
     try:
         table = pq.read_table(path)
-    except (pa.ArrowException, OSError) as error:
+        table.validate(full=True)  # Arrow itself checks buffers, offsets and UTF-8.
+    except Exception as error:  # of a damaged file, Arrow can say anything
         raise _unreadable(path, error) from error
-    if list(table.schema)[:3] != list(ITEMS_SCHEMA):
+    title = table.schema.field("title") if "title" in table.column_names else None
+    if list(table.schema)[:3] != list(ITEMS_SCHEMA) or (title and title.type != pa.string()):
         raise _other_columns(path, table.schema, ITEMS_SCHEMA)
     index = table.column("index").to_numpy()
     wrong = np.flatnonzero(index != np.arange(1, len(index) + 1))
@@ -114,6 +139,11 @@ def read_items(directory: Path, metadata: dict) -> pa.Table:
         raise UserError(
             f"{path}: {what}, expected indices 1 to {metadata['items']} in order; {PREPARE_AGAIN}"
         )
+    if any(table.column(name).null_count for name in ITEMS_SCHEMA.names):
+        raise UserError(f"{path} holds a null; {PREPARE_AGAIN}")
+    if pc.count_distinct(table.column("item")).as_py() < len(table):
+        raise UserError(f"{path} holds an item twice; {PREPARE_AGAIN}")
+    check_content(path, items_digests(table), metadata)
     return table
 
 
@@ -130,8 +160,9 @@ def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
     paths = [directory / sequences_file(shard, shards) for shard in range(shards)]
     for path in paths:
         if not path.is_file():
+            what = "is no file" if path.exists() else "is missing"
             raise UserError(
-                f"{path} is missing ({shards} in all); copy it here too, or {PREPARE_AGAIN}"
+                f"{path} {what} ({shards} in all); copy it here too, or {PREPARE_AGAIN}"
             )
     for path in paths:
         rows = 0
@@ -226,6 +257,86 @@ def _other_columns(path: Path, found: pa.Schema, expected: pa.Schema) -> UserErr
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    if not path.exists():
-        return UserError(f"{path} is missing; {PREPARE_AGAIN}")
-    return UserError(f"{path} is damaged or incomplete ({error}); {PREPARE_AGAIN}")
+    return UserError(f"{path} is damaged or incomplete ({first_line(error)}); {PREPARE_AGAIN}")
+
+
+class SequencesDigest:
+    """The digest of the events of a dataset, to which record batches are added one by one.
+
+    It is the SHA-256 of five digests: of the length of each user id in bytes, of the ids, of the
+    number of events of each user, of the items and of the timestamps. Lengths and numbers are
+    int64, in the byte order of x86.
+    """
+
+    def __init__(self):
+        self._columns = [hashlib.sha256() for _ in range(5)]
+
+    def update(self, batch: pa.RecordBatch) -> None:
+        """Adds the users of a record batch."""
+        events = np.diff(list_offsets(batch, "items"))
+        values = (list_values(batch, name) for name in ("items", "timestamps"))
+        parts = (*_text(batch.column("user")), events, *values)
+        for column, part in zip(self._columns, parts, strict=True):
+            column.update(np.ascontiguousarray(part).view(np.uint8))
+
+    def hexdigest(self) -> str:
+        """The digest of all batches so far."""
+        return hashlib.sha256(b"".join(column.digest() for column in self._columns)).hexdigest()
+
+
+def items_digests(table: pa.Table) -> dict[str, str]:
+    """The digests of the items: `items` of ids and counts, and `titles` if there are any.
+
+    Each is the SHA-256 of the lengths of the texts in bytes (-1 for none), of the texts and of the
+    counts. Lengths and counts are int64, in the byte order of x86.
+    """
+    parts = {"items": [*_text(table.column("item")), table.column("count").to_numpy()]}
+    if "title" in table.column_names:
+        parts["titles"] = _text(table.column("title"))
+    digests = {name: hashlib.sha256() for name in parts}
+    for name, arrays in parts.items():
+        for array in arrays:
+            digests[name].update(np.ascontiguousarray(array).view(np.uint8))
+    return {name: digest.hexdigest() for name, digest in digests.items()}
+
+
+def _text(column: pa.Array | pa.ChunkedArray) -> list[np.ndarray]:
+    """The length of each text in bytes (-1 for none), and the bytes of all texts."""
+    lengths = pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
+    filled = pc.fill_null(column, "")
+    parts = [np.zeros(0, np.uint8)]
+    for chunk in filled.chunks if isinstance(filled, pa.ChunkedArray) else [filled]:
+        if len(chunk):
+            _, offsets, data = chunk.buffers()
+            ends = np.frombuffer(offsets, np.int32)[chunk.offset : chunk.offset + len(chunk) + 1]
+            parts.append(np.frombuffer(data or b"", np.uint8)[ends[0] : ends[-1]])
+    return [lengths.astype(np.int64), np.concatenate(parts)]
+
+
+def check_content(path: Path, found: dict[str, str], metadata: dict) -> None:
+    """Compares the digests of what a file holds with those in `dataset.json`, where it has them.
+
+    Raises:
+      UserError: one differs; the message names the file.
+    """
+    recorded = metadata.get("content", {})
+    if changed := [name for name in found if recorded.get(name, found[name]) != found[name]]:
+        raise UserError(
+            f"{path} is damaged or of another dataset: its {changed[0]} are not those that "
+            f"{DATASET_FILE} was written for; copy it again, or {PREPARE_AGAIN}"
+        )
+
+
+def content(directory: Path, metadata: dict) -> dict[str, str]:
+    """The digests of the files of a prepared dataset, for `content` in `metadata`.
+
+    Raises:
+      UserError: as `read_items` and `map_sequences`.
+    """
+    sequences = SequencesDigest()
+    for batch in map_sequences(directory, metadata):
+        sequences.update(batch)
+    return {
+        "sequences": sequences.hexdigest(),
+        **items_digests(read_items(directory, metadata)),
+    }

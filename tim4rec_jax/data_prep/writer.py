@@ -114,6 +114,7 @@ def write(
         "first_time": first,
         "last_time": last,
     } | metadata
+    metadata["content"] = fmt.content(directory, metadata)
     (directory / fmt.DATASET_FILE).write_text(
         json.dumps(metadata, indent=2, default=str) + "\n", "utf-8"
     )

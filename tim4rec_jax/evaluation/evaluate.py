@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.progress import track
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import Convention, Dataset, EvalBatches, open_dataset
+from tim4rec_jax.data.format import DATASET_FILE
 from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import ranking
@@ -31,8 +33,8 @@ from tim4rec_jax.evaluation.metrics import SLICES, metrics, sliced_metrics, stan
 from tim4rec_jax.evaluation.report import print_report, write_csv
 from tim4rec_jax.files import atomic_write, write_json
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
-from tim4rec_jax.run import check_model, load_model
-from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
+from tim4rec_jax.run import check_model, check_same_dataset, load_model
+from tim4rec_jax.runtime import check_memory, data_sharding, enable_compilation_cache
 from tim4rec_jax.scoring import HistoryItems
 
 # How many batches the host may be ahead of the device. The device never waits for the next batch,
@@ -149,7 +151,8 @@ def write_predictions(
 
     The Parquet file has one row per user and item: `user`, `rank` (1 is best), `item` and `score`,
     with the ids of the source. Users with short histories come first. Batches are written as they
-    are computed; the file appears under its name only when it is complete.
+    are computed; the file appears under its name only when it is complete. The metadata of its
+    schema name the dataset and its content.
 
     Args:
         path: the file to write.
@@ -165,11 +168,24 @@ def write_predictions(
         The number of rows.
 
     Raises:
-        UserError: the file cannot be written, or as for `evaluate`.
+        UserError: the file cannot be written, the memory does not suffice, or as for `evaluate`.
     """
-    rows = 0
+    rows, k = 0, min(k, ds.n_items)
     batches = EvalBatches(ds, split, **batching)
-    with atomic_write(path) as file, pq.ParquetWriter(file, PREDICTIONS) as writer:
+    check_memory(
+        f"{k:,} predictions for each of {batches.batch_size:,} users at once",
+        # Scores and indices of the batches in flight, and of the one that is merged with a block.
+        8 * batches.batch_size * k * (_IN_FLIGHT + 3),
+        "ask for fewer (--top-k)",
+    )
+    schema = PREDICTIONS.with_metadata(
+        {
+            "tim4rec.dataset": ds.name,
+            "tim4rec.split": split,
+            "tim4rec.content": json.dumps(ds.metadata.get("content", {})),
+        }
+    )
+    with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
         for users, (scores, items) in _score_batches(
             model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
         ):
@@ -180,7 +196,7 @@ def write_predictions(
                 ds.item_ids.take(items[row, place] - 1),
                 scores[row, place].astype(np.float32),
             ]
-            writer.write_table(pa.table(columns, schema=PREDICTIONS))
+            writer.write_table(pa.table(columns, schema=schema))
             rows += len(row)
     return rows
 
@@ -326,18 +342,24 @@ def evaluate_run(
     """
     if unknown := [name for name in by if name not in SLICES]:
         raise UserError(f"slices are {', '.join(SLICES)}, and {unknown[0]!r} is none of them")
+    report_file = json or (workdir / f"eval_{split}{'_exclude_seen' if exclude_seen else ''}.json")
+    outputs = [path for path in (predictions, csv, report_file) if path]
+    _check_outputs(outputs, workdir)
     enable_compilation_cache()
     config: Any
     config, model = load_model(workdir)
     data = config.data
     ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
     check_model(model, ds.n_items, ds.directory, workdir)
+    if (workdir / DATASET_FILE).exists():
+        check_same_dataset(ds.directory, ds.metadata, workdir / DATASET_FILE)
     options: dict[str, Any] = dict(exclude_seen=exclude_seen, progress=True)
     options |= batch_settings(config)
     figures, ranks = evaluate(model, ds, split, **options)
     report = {
         "workdir": str(workdir),
         "dataset": ds.name,
+        "content": ds.metadata["content"],
         "split": split,
         "exclude_seen": exclude_seen,
         "users": int((ranks > 0).sum()),
@@ -349,14 +371,31 @@ def evaluate_run(
         report["oracle"] = ds.metadata["oracle"][split]
     console = Console()
     print_report(report, console)
-    json = json or workdir / f"eval_{split}{'_exclude_seen' if exclude_seen else ''}.json"
-    write_json(json, report)
-    written = [json]
-    if csv:
-        write_csv(report, csv)
-        written.append(csv)
+    # The file that says that all is done comes last.
     if predictions:
         write_predictions(predictions, model, ds, split, top_k, **options)
-        written.append(predictions)
-    console.print("wrote", *written, soft_wrap=True)
+    if csv:
+        write_csv(report, csv)
+    write_json(report_file, report)
+    console.print("wrote", *outputs, soft_wrap=True, markup=False, highlight=False)
     return report
+
+
+def _check_outputs(outputs: Sequence[Path], workdir: Path) -> None:
+    """Makes sure, before the long computation, that its results will have a place of their own.
+
+    Raises:
+        UserError: two results would have the same name, or one the name of something in the run or
+            in a dataset.
+    """
+    places = [path.resolve() for path in outputs]
+    for number, (path, place) in enumerate(zip(outputs, places, strict=True)):
+        if place in places[:number]:
+            raise UserError(f"two results cannot both be written to {path}; name another file")
+        beside_dataset = (place.parent / DATASET_FILE).exists()
+        of_dataset = place.suffix in (".arrow", ".parquet") or place.name == DATASET_FILE
+        in_run = place.is_relative_to(workdir.resolve()) and not place.name.startswith("eval_")
+        if place.exists() and (in_run or (beside_dataset and of_dataset)):
+            raise UserError(
+                f"{path} belongs to a run or a dataset and is not replaced; name another file"
+            )

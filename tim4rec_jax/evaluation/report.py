@@ -44,10 +44,19 @@ def print_report(report: dict, console: Console) -> None:
         table.add_row(_pretty(name), *cells)
     console.print(title, table, sep="\n")
     for by, groups in report.get("slices", {}).items():
-        console.print(f"by {_SLICES[by]}", _slice_table(by, groups), sep="\n")
+        console.print(f"by {_SLICES[by]}")
+        table = _slice_table(by, groups)
+        if _width(table, console) > console.width:
+            table = _slice_table(by, groups, between="\n± ")
+        # The terminal wraps a line that is still too long, where Rich would cut the figures.
+        console.print(table, width=_width(table, console), crop=False)
 
 
-def _slice_table(by: str, groups: list[dict]) -> Table:
+def _width(table: Table, console: Console) -> int:
+    return console.measure(table, options=console.options.update(width=1000)).maximum
+
+
+def _slice_table(by: str, groups: list[dict], between: str = " ± ") -> Table:
     names = list(groups[0]["metrics"])
     cutoff = names[0].partition("@")[2]  # one is enough for a terminal; files hold all
     names = [name for name in names if name.partition("@")[2] == cutoff]
@@ -56,7 +65,8 @@ def _slice_table(by: str, groups: list[dict]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups:
         figures = (
-            f"{group['metrics'][name]:.4f} ± {group['standard_errors'][name]:.4f}" for name in names
+            f"{group['metrics'][name]:.4f}{between}{group['standard_errors'][name]:.4f}"
+            for name in names
         )
         table.add_row(group["bin"], f"{group['users']:,}", *figures)
     return table

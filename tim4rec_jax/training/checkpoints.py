@@ -1,19 +1,23 @@
 """What a run directory keeps: the latest state to resume from, the best parameters."""
 
 import dataclasses
+import json
 import logging as python_logging
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 
+from tim4rec_jax.digests import DIGESTS, check_digests, digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.training.step import TrainState
 
@@ -54,12 +58,40 @@ def _storable(state: TrainState) -> dict:
     }
 
 
+class _DigestsHandler(ocp.AsyncCheckpointHandler):
+    """Writes the digests of arrays, which it computes in the background while they are saved."""
+
+    async def async_save(self, directory, args):
+        # The values of now; the next step of the training may overwrite the arrays on the device.
+        arrays = jax.tree.map(np.asarray, args.arrays)
+
+        async def write():
+            (directory / DIGESTS).write_text(json.dumps(digests(arrays)))
+
+        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
+
+    def save(self, directory, args):
+        raise NotImplementedError  # the manager saves in the background
+
+    def restore(self, directory, args=None):
+        raise NotImplementedError  # `read_digests` does
+
+
+@ocp.args.register_with_handler(_DigestsHandler, for_save=True, for_restore=True)
+@dataclasses.dataclass
+class _SaveDigests(ocp.args.CheckpointArgs):
+    """The arrays whose digests are saved."""
+
+    arrays: Any
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
     `checkpoints/` holds the last two states of training (parameters, optimizer, random key,
     iterator over the data, progress), `best/` the parameters that were best on validation.
-    Orbax writes in the background, to a temporary name that it renames when complete.
+    Orbax writes in the background, to a temporary name that it renames when complete. Beside the
+    arrays lie their digests (`tim4rec_jax.digests`), which are compared when they are read.
     """
 
     def __init__(self, workdir: Path):
@@ -72,11 +104,13 @@ class Checkpoints:
         step = int(state.step)
         if step in self.latest.all_steps():
             return
+        arrays = _storable(state)
         with self._naming_what_fails():
             self.latest.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_storable(state)),
+                    state=ocp.args.StandardSave(arrays),
+                    digests=_SaveDigests(arrays),
                     data=CheckpointSave(iterator),
                     progress=ocp.args.JsonSave(dict(progress)),
                 ),
@@ -85,8 +119,14 @@ class Checkpoints:
     def save_best(self, step: int, params: nnx.State) -> None:
         """Saves the parameters of the best validation so far."""
         if step not in self.best.all_steps():
+            arrays = nnx.to_pure_dict(params)
             with self._naming_what_fails():
-                self.best.save(step, args=ocp.args.StandardSave(nnx.to_pure_dict(params)))
+                self.best.save(
+                    step,
+                    args=ocp.args.Composite(
+                        default=ocp.args.StandardSave(arrays), digests=_SaveDigests(arrays)
+                    ),
+                )
 
     def restore(self, state: TrainState, iterator) -> tuple[TrainState, dict] | None:
         """The latest state that can be read, or None where there is none yet.
@@ -109,6 +149,9 @@ class Checkpoints:
                         progress=ocp.args.JsonRestore(),
                     ),
                 )
+                recorded = read_digests(Path(self.latest.directory) / str(step))
+                if recorded is not None:
+                    check_digests(restored["state"], recorded)
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
                 where = self.latest.directory / str(step)
