@@ -45,11 +45,13 @@ def print_report(report: dict, console: Console) -> None:
     console.print(title, table, sep="\n")
     for by, groups in report.get("slices", {}).items():
         console.print(f"by {_SLICES[by]}")
-        table = _slice_table(by, groups)
-        if _width(table, console) > console.width:
+        table, width = _slice_table(by, groups), console.width
+        if _width(table, console) > width:
             table = _slice_table(by, groups, between="\n± ")
         # The terminal wraps a line that is still too long, where Rich would cut the figures.
-        console.print(table, width=_width(table, console), crop=False)
+        console.width = max(width, _width(table, console))
+        console.print(table)
+        console.width = width
 
 
 def _width(table: Table, console: Console) -> int:
