@@ -18,13 +18,13 @@ Variants:
 Every comparison model is a variant, too: `sasrec`, `gru4rec` and so on.
 """
 
-from configs import common
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import presets
 
 
 def get_config(variant: str = "") -> config_lib.Config:
     """The settings of the run."""
-    common.check_variant(variant, "causal", "official")
+    presets.check_variant(variant, "causal", "official")
     config = config_lib.default()
     config.dataset = "data/kuairand"
     config.prepare = "python -m data_prep kuairand Pure --order recbole --out data/kuairand"
@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> config_lib.Config:
         patience=20,
     )
     config.eval.batch_size = 512
-    common.use_baseline(config, variant)
+    presets.use_baseline(config, variant)
 
     if variant == "causal":
         config.model.update(

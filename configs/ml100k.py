@@ -18,13 +18,13 @@ Variants:
 Every comparison model is a variant, too: `sasrec`, `gru4rec` and so on.
 """
 
-from configs import common
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import presets
 
 
 def get_config(variant: str = "") -> config_lib.Config:
     """The settings of the run."""
-    common.check_variant(variant, "causal", "official")
+    presets.check_variant(variant, "causal", "official")
     config = config_lib.default()
     config.dataset = "data/ml-100k"
     config.prepare = "python -m data_prep movielens ml-100k --order recbole --out data/ml-100k"
@@ -61,7 +61,7 @@ def get_config(variant: str = "") -> config_lib.Config:
     )
     config.eval.batch_size = 512
     # These trainings keep the patience of 5 epochs, which suffices here.
-    common.use_baseline(config, variant)
+    presets.use_baseline(config, variant)
     config.train.patience = 5
 
     if variant == "causal":

@@ -16,13 +16,13 @@ Variants:
 Every comparison model is a variant, too: `sasrec`, `gru4rec` and so on.
 """
 
-from configs import common
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import presets
 
 
 def get_config(variant: str = "") -> config_lib.Config:
     """The settings of the run."""
-    common.check_variant(variant, "causal", "official")
+    presets.check_variant(variant, "causal", "official")
     config = config_lib.default()
     config.dataset = "data/steam"
     config.prepare = (
@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> config_lib.Config:
         patience=20,
     )
     config.eval.batch_size = 512
-    common.use_baseline(config, variant)
+    presets.use_baseline(config, variant)
 
     if variant == "causal":
         config.model.update(time_encoding="causal", repeat_bias=True)

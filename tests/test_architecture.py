@@ -28,9 +28,13 @@ MAY_IMPORT |= {
     "training": (*LIBRARY, "evaluation"),
     "serving": (*LIBRARY, "evaluation"),
     "interop": LIBRARY,
+    "presets": ("config", "models", "errors"),
+    "configs": ("presets", "config"),
+    "frames": ("errors",),
 }
 # Commands put the parts together, and nothing but another command imports them.
 COMMANDS = {
+    "tim4rec_jax.api",
     "tim4rec_jax.cli",
     "tim4rec_jax.data_prep.__main__",
     "tim4rec_jax.interop.__main__",

@@ -2,7 +2,6 @@
 
 import difflib
 import re
-import runpy
 import shlex
 import shutil
 import sys
@@ -10,11 +9,12 @@ import textwrap
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.presets import load_config
 
 
 def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
@@ -43,6 +43,8 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     only_print = flags.DEFINE_bool("print", False, "print the settings", flag_values=files)
     try:
         argv = files(argv, known_only=True)
+        if not file.value:
+            raise UserError("--config FILE.py is missing; see train.py --help")
         loaded = load_config(file.value)
         changed = _changed_settings(argv, loaded)
         written = config_lib.flatten(loaded)
@@ -65,34 +67,6 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
         _print_settings(resolved, written, changed, named, directory)
         raise SystemExit
     return resolved, Path(directory)
-
-
-def load_config(named: str | None) -> Config:
-    """The settings that a config file gives.
-
-    Args:
-      named: FILE.py[:VARIANT]. The file is executed, and its `get_config(VARIANT)` is called.
-
-    Raises:
-      UserError: the file is missing, or it is no config file, or it does not know the variant.
-    """
-    if not named:
-        raise UserError("--config FILE.py is missing; see train.py --help")
-    path, _, variant = named.partition(":")
-    if not Path(path).is_file():
-        raise UserError(f"--config: there is no file {path}")
-    try:
-        get_config = runpy.run_path(path).get("get_config")
-        config = get_config(variant) if get_config else None
-    # The file belongs to the user, who can correct whatever it raises.
-    except Exception as error:
-        kind = "" if isinstance(error, ValueError | SyntaxError) else f"{type(error).__name__}: "
-        raise UserError(f"--config {named}: {kind}{error}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config: {path} has no function get_config that returns a ConfigDict")
-    for note in config_lib.rename_settings(config):
-        print(f"note: {path}: {note}", file=sys.stderr)
-    return config
 
 
 def _with_new_names(argv: list[str]) -> list[str]:

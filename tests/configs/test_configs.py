@@ -10,12 +10,13 @@ import jax
 import pytest
 from flax import nnx
 
-from configs import common
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import presets
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import MODELS, build
 
 FOLDER = Path(__file__).parents[2] / "configs"
-FILES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "common")
+FILES = sorted(FOLDER.glob("*.py"))
 # The settings that each variant had when the figures in the docstrings were measured: the
 # settings of every run, those of every model, and for each variant what differs from these.
 RECORD = json.loads((Path(__file__).parent / "resolved.json").read_text())
@@ -35,13 +36,13 @@ def get_config(path, variant):
 
 
 def test_the_configs_are_there():
-    names = {"beauty", "kuairand", "ml100k", "ml1m", "quickstart", "steam"}
+    names = {"beauty", "kuairand", "ml100k", "ml1m", "own", "quickstart", "steam"}
     assert names <= {path.stem for path in FILES}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_settings_of_record(path):
-    for variant in ("", *variants(path), *common.BASELINES):
+    for variant in ("", *variants(path), *presets.baselines()):
         found = config_lib.flatten(config_lib.resolve(get_config(path, variant)))
         differences = RECORD["differences"][f"{path.stem}:{variant}".removesuffix(":")]
         name = differences.get("model.name", "tim4rec")
@@ -88,4 +89,27 @@ def test_a_variant_there_is_not(path):
 
 
 def test_every_model_but_the_default_is_a_variant():
-    assert {*common.BASELINES, "tim4rec"} == set(MODELS)
+    assert {*presets.baselines(), "tim4rec"} == set(MODELS)
+
+
+@pytest.mark.parametrize(
+    ("named", "file", "variant"),
+    [
+        ("configs/beauty.py:causal", "beauty.py", "causal"),
+        ("beauty", "beauty.py", ""),
+        ("beauty:sasrec", "beauty.py", "sasrec"),
+        ("causal", "own.py", "causal"),
+        ("tim4rec", "own.py", ""),
+        ("gru4rec", "own.py", "gru4rec"),
+    ],
+)
+def test_names(named, file, variant, monkeypatch):
+    monkeypatch.chdir(FOLDER.parent)
+    path, found = presets.find(named)
+    assert (path.resolve(), found) == (FOLDER / file, variant)
+
+
+@pytest.mark.parametrize("named", ["beuaty", "configs/nosuch.py", "causal:causal", ".", "__init__"])
+def test_a_name_there_is_not(named):
+    with pytest.raises(UserError, match=r"there is no file .* by name there are beauty, kuairand"):
+        presets.find(named)

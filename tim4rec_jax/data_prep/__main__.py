@@ -17,11 +17,11 @@ from tim4rec_jax.data_prep.sources import MD5, SOURCES
 from tim4rec_jax.errors import UserError, run_main
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line, or the given arguments."""
+def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
+    """Runs the command line, or the given arguments, and prints to `console`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser().parse_args(arguments)
-    console = Console()
+    console = console or Console()
     if flags.command == "inspect":
         _inspect(flags, console)
         return

@@ -21,9 +21,15 @@ examples:
   python -m data_prep inspect data/shop"""
 
 
-def parser() -> argparse.ArgumentParser:
-    """Builds the parser; `command` of its result is the name of a source, inspect or synthetic."""
-    top = argparse.ArgumentParser(
+def parser(
+    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
+) -> argparse.ArgumentParser:
+    """Builds the parser; `command` of its result is the name of a source, inspect or synthetic.
+
+    Args:
+      kind: its class, which says what happens after a mistake.
+    """
+    top = kind(
         prog="python -m data_prep",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,

@@ -101,7 +101,10 @@ class CompiledModel:
             [self._no_events] = _pack(initial, 1)
 
     def encode(
-        self, events: Events, moments: Int64[np.ndarray, " B"] | None = None
+        self,
+        events: Events,
+        moments: Int64[np.ndarray, " B"] | None = None,
+        width: int | None = None,
     ) -> Float[Array, "R D"]:
         """The hidden states that items are scored with, after B histories.
 
@@ -111,6 +114,8 @@ class CompiledModel:
             events: the histories. The model is given their last `max_length` events.
             moments: the times of the predictions, in whole seconds since 1970, for a model that
                 knows them.
+            width: the least length that histories are padded to. Each length is one more program
+                to compile. `None` takes the power of two that the longest history needs.
 
         Raises:
             UserError: a moment is before the last event of its history.
@@ -120,7 +125,8 @@ class CompiledModel:
         starts, lengths = np.zeros((2, rows), np.int64)
         lengths[:count] = np.minimum(np.diff(events.offsets), self.max_length)
         starts[:count] = events.offsets[1:] - lengths[:count]
-        width = min(power_of_two(int(lengths.max()), _MIN_WIDTH), self.max_length)
+        needed = power_of_two(int(lengths.max()), _MIN_WIDTH)
+        width = min(max(needed, width or 0), self.max_length)
         if self.one_width:
             width = self.max_length
         # An event that no history holds stands for the one that follows the last history.

@@ -95,6 +95,7 @@ class Ranker:
         exclude_seen: bool = True,
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = None,
+        width: int | None = None,
     ) -> tuple[Float[np.ndarray, "B k"], Int[np.ndarray, "B k"]]:
         """The scores and the items of each history, best first, with item 0 as filler.
 
@@ -108,6 +109,7 @@ class Ranker:
             exclude_seen: whether the items of each history are left out.
             allow: the ids of the only items to rank; unknown ids are ignored.
             deny: the ids of items to leave out.
+            width: the length that histories are padded to, see `CompiledModel.encode`.
 
         Raises:
             UserError: `k` is below 1, or `at` does not fit the model or the histories.
@@ -123,7 +125,7 @@ class Ranker:
             part = events.rows(first, first + MAX_ROWS)
             then = None if moments is None else moments[first : first + MAX_ROWS]
             if hidden is None:
-                states = self.model.encode(part, then)
+                states = self.model.encode(part, then, width)
             else:
                 states = self.model.condition(hidden, part, then)
             best_scores, best_items = self._best(part, states, k, candidates, exclude_seen)

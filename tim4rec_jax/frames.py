@@ -1,0 +1,175 @@
+"""Tables of pandas, polars, pyarrow, DuckDB and other libraries as Arrow tables, and back.
+
+narwhals reads them, so none of these libraries is needed unless its tables are given.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import narwhals.stable.v2 as nw
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Int64
+
+from tim4rec_jax.errors import UserError
+
+NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
+_LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is in a finer unit than seconds
+
+
+def is_frame(table: Any) -> bool:
+    """Whether it is a table of a library that narwhals knows."""
+    return isinstance(nw.from_native(table, pass_through=True), nw.DataFrame | nw.LazyFrame)
+
+
+def to_arrow(table: Any, columns: Sequence[str] | None) -> tuple[pa.Table, str]:
+    """The columns of a table, and the kind of the table.
+
+    Args:
+      table: of any library that narwhals knows. A lazy one is computed.
+      columns: which columns; `None` takes all.
+
+    Returns:
+      The Arrow table, and what `like` takes to make another table of the same kind.
+
+    Raises:
+      UserError: it is no table, a column is missing, or values of a column are of several types.
+    """
+    try:
+        frame: Any = nw.from_native(table)
+        names = frame.collect_schema().names()
+    except Exception as error:  # narwhals and the libraries behind it have many
+        if is_frame(table):
+            raise UserError(f"the table cannot be read: {error}") from error
+        raise UserError(
+            f"{type(table).__name__} is no table; give one of pandas, polars, pyarrow or DuckDB"
+        ) from error
+    for column in columns or ():
+        if column not in names:
+            raise UserError(
+                f"the table has no column {column!r}, only {', '.join(map(str, names))}; name "
+                "yours with user=, item=, time="
+            )
+    try:
+        frame = frame if columns is None else frame.select(*dict.fromkeys(columns))
+        found = frame.collect("pyarrow") if isinstance(frame, nw.LazyFrame) else frame
+        arrow = found.to_arrow()
+    except (pa.ArrowException, TypeError) as error:
+        raise UserError(
+            f"a column holds values of several types ({error}); convert it to texts first"
+        ) from error
+    return arrow.replace_schema_metadata(None), frame.implementation.name.lower()
+
+
+def like(table: pa.Table, kind: str) -> Any:
+    """The table as one of the kind that `to_arrow` found.
+
+    Args:
+      table: the content.
+      kind: of the table to make. "" is pandas, polars or pyarrow, whichever is installed.
+    """
+    if kind == "duckdb":
+        import duckdb
+
+        return duckdb.from_arrow(table)
+    if kind not in ("pandas", "polars", "pyarrow", "modin", "cudf"):
+        installed = (name for name in ("pandas", "polars") if importlib.util.find_spec(name))
+        kind = next(installed, "pyarrow")
+    backend: Any = kind
+    return table if kind == "pyarrow" else nw.from_arrow(table, backend=backend).to_native()
+
+
+def ids(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[pa.Array, pa.DataType]:
+    """Ids as texts, as a prepared dataset holds them; nulls stay.
+
+    Args:
+      column: texts, or whole numbers. A column of floats may hold whole numbers, too, because
+        pandas makes floats of whole numbers with gaps.
+      name: of the column, for the message.
+
+    Returns:
+      The texts, and the type that `typed` takes to make the ids of the table again.
+
+    Raises:
+      UserError: the ids are neither texts nor whole numbers.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    kind = column.type
+    if pa.types.is_floating(kind):
+        try:
+            column = column.cast(pa.int64())
+        except pa.ArrowException:
+            kind = None
+        else:
+            kind = pa.int64()
+    if kind is None or not (
+        pa.types.is_integer(kind)
+        or pa.types.is_null(kind)
+        or kind in (pa.string(), pa.large_string(), pa.string_view())
+    ):
+        raise UserError(
+            f"the column {name!r} holds {column.type}; ids are texts or whole numbers, so convert "
+            "it first"
+        )
+    texts = column.cast(pa.string())
+    if isinstance(texts, pa.ChunkedArray):
+        texts = texts.combine_chunks()
+    return texts, pa.string() if pa.types.is_null(kind) else kind
+
+
+def typed(texts: pa.Array, kind: pa.DataType) -> pa.Array:
+    """Ids in the type that `ids` found; texts where an id is no whole number."""
+    try:
+        return texts.cast(kind)
+    except pa.ArrowInvalid:
+        return texts
+
+
+def is_temporal(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds dates or moments."""
+    return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
+
+
+def seconds(column: pa.ChunkedArray, name: str, unit: str) -> Int64[np.ndarray, " N"]:
+    """Times in whole seconds since 1970.
+
+    Args:
+      column: dates or moments (UTC where they have no zone), or numbers since 1970.
+      name: of the column, for the message.
+      unit: of numbers: "s", "ms", "us" or "ns".
+
+    Raises:
+      UserError: a time is missing, before 1970 or implausible in this unit, or is of another type.
+    """
+    if unit not in NANOSECONDS:
+        raise UserError(f"time_unit is {unit!r}; it must be one of {', '.join(NANOSECONDS)}")
+    missing = np.asarray(column.is_null(nan_is_null=True))
+    if missing.any():
+        raise UserError(f"row {int(np.argmax(missing))} of the table has no {name!r}")
+    if is_temporal(column.type):
+        column, unit = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), "us"
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+        raise UserError(
+            f"the column {name!r} holds {column.type}; times are dates, or numbers since 1970"
+        )
+    values = column.to_numpy()
+    per_second = NANOSECONDS["s"] // NANOSECONDS[unit]
+    wrong = (values < 0) | (values > _LAST_SECOND * per_second)
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        finer = (other for other in NANOSECONDS if _plausible(float(values[row]), other))
+        remedy = "" if values[row] < 0 else f"; pass time_unit={next(finer, 'ns')!r}"
+        raise UserError(
+            f"row {row} of the table has the time {values[row]}, which is no plausible number of "
+            f"{unit} since 1970{remedy}"
+        )
+    return (values // per_second).astype(np.int64)
+
+
+def _plausible(value: float, unit: str) -> bool:
+    """Whether a number gives a date between 1973 and 2261."""
+    return 1e8 < value * NANOSECONDS[unit] / NANOSECONDS["s"] < _LAST_SECOND
