@@ -1,7 +1,6 @@
 """A dataset is there whole or not at all."""
 
 import errno
-import os
 import signal
 import subprocess
 import sys
@@ -88,10 +87,14 @@ def test_a_failing_run_keeps_the_old_dataset(run, write, tmp_path):
 
 
 def test_killed_runs_leave_nothing_and_do_not_hinder(run, write, tmp_path):
-    pipe = tmp_path / "a.csv"
-    os.mkfifo(pipe)  # reading it waits for ever: the run is killed in its midst
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "data_prep", "table", str(pipe), "--out", str(out)]
+    program = (
+        "import sys, time; from tim4rec_jax.data_prep import writer\n"
+        "writer.write = lambda *_, **__: time.sleep(600)\n"
+        "from tim4rec_jax.data_prep.__main__ import main; main(sys.argv[1:])"
+    )
+    arguments = ["table", str(write("a.csv", ROWS)), "--out", str(out)]
+    command = [sys.executable, "-c", program, *arguments]
     process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
     while not (tmp_path / ".out.partial" / "out").exists():
         assert process.poll() is None

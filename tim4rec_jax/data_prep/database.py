@@ -1,5 +1,7 @@
 """Opens the DuckDB database in which events are read, filtered and sorted; quotes for its SQL."""
 
+import os
+import re
 from pathlib import Path
 
 import duckdb
@@ -28,6 +30,14 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
 def quote_text(value: object) -> str:
     """Quotes a value as an SQL string."""
     return "'" + str(value).replace("'", "''") + "'"
+
+
+def quote_path(path: Path) -> str:
+    """Quotes a path for the readers of SQL, which take it for a glob otherwise."""
+    text = os.path.abspath(path)  # so that `~` and `s3:` mean nothing
+    if any(letter in text for letter in "*?["):
+        text = re.sub(r"[*?\[\\]", r"[\g<0>]", text)
+    return quote_text(text)
 
 
 def quote_name(value: str) -> str:

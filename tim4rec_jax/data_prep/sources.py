@@ -3,12 +3,20 @@
 import argparse
 import csv
 import dataclasses
+import io
 import itertools
 import json
+import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from tim4rec_jax.data_prep.files import first_line, open_text
+from tim4rec_jax.data_prep.files import (
+    GZIP_ERRORS,
+    SourceFile,
+    damaged_gzip,
+    first_line,
+    open_bytes,
+    open_text,
+)
 from tim4rec_jax.data_prep.layout import Kind, Layout, column_names, guess_delimiter, sniff
 from tim4rec_jax.errors import UserError
 
@@ -47,70 +55,77 @@ class Source:
       titles: the files with titles of items, named like `members`.
     """
 
-    layout: Callable[[Path, Flags], Layout]
+    layout: Callable[[SourceFile, Flags], Layout]
     url: Callable[[Flags], str] | None = None
     members: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
 
 
-def _movielens(path: Path, flags: Flags) -> Layout:
-    line = first_line(path)
+def _movielens(file: SourceFile, flags: Flags) -> Layout:
+    line = first_line(file)
     if line.lower().startswith("userid,"):
-        columns = column_names(path, "csv", ",")
+        columns = column_names(file, "csv", ",")
         return Layout("csv", columns, "userId", "movieId", "timestamp", "rating", header=True)
     delimiter = "::" if "::" in line else "\t"
     if line.count(delimiter) != 3:
         raise UserError(
-            f"{path}, line 1: not a MovieLens ratings file (u.data, ratings.dat or ratings.csv); "
+            f"{file}, line 1: not a MovieLens ratings file (u.data, ratings.dat or ratings.csv); "
             "read other files with `python -m data_prep table`"
         )
     columns = ("user", "item", "rating", "time")
     return Layout("split", columns, *_NO_HEADER, delimiter=delimiter)
 
 
-def _amazon(path: Path, flags: Flags) -> Layout:
-    kind = sniff(path)
-    columns = column_names(path, kind, ",")
+def _amazon(file: SourceFile, flags: Flags) -> Layout:
+    kind = sniff(file)
+    columns = column_names(file, kind, ",")
     if "reviewerID" in columns:  # reviews of 2014 and 2018
         return Layout(kind, columns, "reviewerID", "asin", "unixReviewTime", "overall")
-    if kind == "json" or "parent_asin" in columns:  # 2023
+    if kind != "csv" or "parent_asin" in columns:  # 2023
         ids = ("user_id", "parent_asin", "timestamp", "rating")
         return Layout(kind, columns, *ids, time_unit="ms", header=kind == "csv")
-    order = ("user", "item") if _edition(path, flags) == "2014" else ("item", "user")
+    order = ("user", "item") if _edition(file, flags) == "2014" else ("item", "user")
     return Layout("csv", (*order, "rating", "time"), *_NO_HEADER)
 
 
-def _edition(path: Path, flags: Flags) -> str:
+def _edition(file: SourceFile, flags: Flags) -> str:
     """Finds the edition of a file without names.
 
     The columns are user, item in 2014 and item, user in 2018. Every item id has ten characters.
     """
-    with open_text(path) as file:
-        rows = [row for row in itertools.islice(csv.reader(file), 1000) if len(row) >= 2]
+    csv.field_size_limit(sys.maxsize)
+    with open_text(file.path) as lines:
+        try:
+            rows = [row for row in itertools.islice(csv.reader(lines), 1000) if len(row) >= 2]
+        except (csv.Error, *GZIP_ERRORS):
+            return flags.edition  # reading it says what is wrong
     first, second = (all(len(row[column]) == 10 for row in rows) for column in (0, 1))
     if first == second:
         return flags.edition
     return "2018" if first else "2014"
 
 
-def _kuairand(path: Path, flags: Flags) -> Layout:
-    kind = sniff(path)
+def _kuairand(file: SourceFile, flags: Flags) -> Layout:
+    kind = sniff(file)
     ids = ("user_id", "video_id", "time_ms")
-    columns = column_names(path, kind, ",")
+    columns = column_names(file, kind, ",")
     return Layout(kind, columns, *ids, time_unit="ms", header=True, where=flags.where)
 
 
-def _steam(path: Path, flags: Flags) -> Layout:
-    line = first_line(path)
+def _steam(file: SourceFile, flags: Flags) -> Layout:
+    line = first_line(file)
     if line.startswith("{"):
         ids = ("username", "product_id", "date")
         return Layout("json" if _is_json(line) else "literal", ids, *ids, time_unit="iso")
-    columns = _typed_header(path, "\t")
+    columns = _typed_header(file, "\t")
     item = "product_id" if "product_id" in columns else "item_id"
     time = "timestamp" if "timestamp" in columns else "date"
     layout = Layout("split", columns, "user_id", item, time, delimiter="\t", header=True)
-    with open_text(path) as file:
-        second = next(itertools.islice(file, 1, 2), "").rstrip("\r\n")
+    with open_text(file.path) as lines:
+        try:
+            second = next(itertools.islice(lines, 1, 2), "").rstrip("\r\n")
+        except GZIP_ERRORS as error:
+            raise damaged_gzip(file) from error
     values = dict(zip(columns, second.split("\t"), strict=False))
     is_date = "-" in values.get(time, "")
     return dataclasses.replace(layout, time_unit="iso") if is_date else layout
@@ -119,34 +134,34 @@ def _steam(path: Path, flags: Flags) -> Layout:
 def _is_json(line: str) -> bool:
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
     return True
 
 
-def _recbole(path: Path, flags: Flags) -> Layout:
-    columns = _typed_header(path, flags.delimiter or "\t")
+def _recbole(file: SourceFile, flags: Flags) -> Layout:
+    columns = _typed_header(file, flags.delimiter or "\t")
     return _chosen("split", columns, flags, flags.delimiter or "\t", header=True)
 
 
-def _typed_header(path: Path, delimiter: str) -> tuple[str, ...]:
-    fields = first_line(path).split(delimiter)
+def _typed_header(file: SourceFile, delimiter: str) -> tuple[str, ...]:
+    fields = first_line(file).split(delimiter)
     if not all(":" in field for field in fields):
         raise UserError(
-            f"{path}, line 1: not a RecBole header (user_id:token, item_id:token, ...); read "
+            f"{file}, line 1: not a RecBole header (user_id:token, item_id:token, ...); read "
             "other files with `python -m data_prep table`"
         )
     return tuple(field.rsplit(":", 1)[0] for field in fields)
 
 
-def _table(path: Path, flags: Flags) -> Layout:
-    kind = sniff(path)
+def _table(file: SourceFile, flags: Flags) -> Layout:
+    kind = sniff(file)
     delimiter = ""
     if kind == "csv":
-        delimiter = flags.delimiter or guess_delimiter(path)
+        delimiter = flags.delimiter or guess_delimiter(file)
         kind = "split" if len(delimiter) > 1 else "csv"
     given = tuple(flags.columns.split(",")) if flags.columns else None
-    columns = given or column_names(path, kind, delimiter)
+    columns = given or column_names(file, kind, delimiter)
     header = given is None and kind in ("csv", "split")
     return _chosen(kind, columns, flags, delimiter, header=header)
 
@@ -169,28 +184,45 @@ def _chosen(
     )
 
 
-def read_titles(files: list[Path]) -> dict[str, str]:
+def read_titles(files: list[SourceFile]) -> dict[str, str]:
     """Reads the lists of movies of MovieLens.
 
     Args:
-      files: `u.item`, `movies.dat` or `movies.csv`; plain or gzip.
+      files: `u.item`, `movies.dat` or `movies.csv`; plain or gzip; UTF-8 or else Latin-1.
 
     Returns:
       The title of each original item id.
+
+    Raises:
+      UserError: a file is damaged.
     """
     found: dict[str, str] = {}
-    for path in files:
-        if "movies.csv" in path.name:
-            with open_text(path) as file:
-                rows = csv.reader(file)
+    csv.field_size_limit(sys.maxsize)
+    for file in files:
+        try:
+            with open_bytes(file.path) as content:
+                raw = content.read()
+            text = _decoded(raw)
+            if "movies.csv" in file.name:
+                rows = csv.reader(io.StringIO(text, newline=""))
                 next(rows, None)
-                found |= {row[0]: row[1] for row in rows if len(row) > 1}
-        else:
-            delimiter = "::" if "movies.dat" in path.name else "|"
-            with open_text(path, encoding="latin-1") as file:
-                rows = (line.split(delimiter) for line in file)
-                found |= {row[0]: row[1] for row in rows if len(row) > 1}
+            else:
+                delimiter = "::" if "movies.dat" in file.name else "|"
+                rows = (line.split(delimiter) for line in text.splitlines())
+            found |= {row[0]: row[1] for row in rows if len(row) > 1}
+        except GZIP_ERRORS as error:
+            raise damaged_gzip(file) from error
+        except csv.Error as error:
+            raise UserError(f"{file} holds no titles ({error}); correct or remove it") from error
     return found
+
+
+def _decoded(raw: bytes) -> str:
+    # The older editions are in Latin-1 and the later ones in UTF-8.
+    try:
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return raw.decode("latin-1")
 
 
 SOURCES = {
@@ -203,12 +235,12 @@ SOURCES = {
     "amazon": Source(
         _amazon,
         lambda flags: _AMAZON[flags.edition].format(flags.category),
-        ("ratings_*.csv", "reviews_*.json", "*.jsonl", "*.json", "*.csv"),
+        ("ratings_*.csv", "reviews_*.json", "*.jsonl|*.json|*.csv"),
     ),
     "kuairand": Source(
         _kuairand,
         lambda flags: f"https://zenodo.org/records/10439422/files/KuaiRand-{flags.edition}.tar.gz",
-        ("log_standard_4_08_to_4_21_*.csv", "log_*.csv", "*.parquet"),
+        ("log_standard_4_08_to_4_21_*.csv", "log_*.csv|*.parquet"),
     ),
     "steam": Source(
         _steam,
@@ -216,5 +248,5 @@ SOURCES = {
         ("*.inter", "steam_reviews.json", "*.json"),
     ),
     "recbole": Source(_recbole, members=("*.inter",)),
-    "table": Source(_table, members=("*.parquet", "*.csv", "*.tsv", "*.jsonl", "*.ndjson")),
+    "table": Source(_table, members=("*.parquet|*.csv|*.tsv|*.jsonl|*.ndjson|*.json",)),
 }
