@@ -7,6 +7,7 @@ not need the package that trained the model.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 
@@ -16,11 +17,25 @@ import pyarrow.parquet as pq
 from jax import export
 
 
+def read_metadata(folder: Path) -> dict:
+    """Reads metadata.json, and compares the digests of the other files."""
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        if metadata["gaps"] not in ("exact", "recbole"):
+            raise ValueError("gaps of an unknown kind")
+        for name, digest in metadata["files"].items():
+            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{name} is not the file that was exported")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SystemExit(f"error: {folder} is damaged ({error}): export it again") from None
+    return metadata
+
+
 class Exported:
     """An exported folder, read into memory."""
 
     def __init__(self, folder: Path):
-        self.metadata = json.loads((folder / "metadata.json").read_text())
+        self.metadata = read_metadata(folder)
         self.items = pq.read_table(folder / "items.parquet", columns=["item"])["item"]
         self.index = {item: i for i, item in enumerate(self.items.to_pylist(), start=1)}
         with np.load(folder / "weights.npz") as weights:

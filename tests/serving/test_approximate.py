@@ -68,7 +68,15 @@ def test_is_kept_with_the_run(tmp_path, tiny_data, monkeypatch):
 
     written = file.stat().st_mtime_ns
     assert (again(), file.stat().st_mtime_ns) == (first, written)
+
+    def flip():
+        content = bytearray(file.read_bytes())
+        content[3 * len(content) // 4] ^= 0x40  # an edge of the graph
+        file.write_bytes(content)
+
     for damage in (
+        flip,
+        lambda: file.write_bytes(b""),
         lambda: file.write_bytes(file.read_bytes()[:-40]),
         lambda: ApproximateIndex(np.ones((N_ITEMS + 1, 8)), file),  # of another model
     ):

@@ -1,6 +1,8 @@
 """The exported folder: recommends in a process that cannot import this package."""
 
 import json
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -132,6 +134,33 @@ def test_folder_says_what_it_is(runs):
         N_ITEMS,
         MAX_LENGTH,
     )
+
+
+def test_damage_is_noticed(runs, tmp_path):
+    read_metadata = runpy.run_path(str(EXAMPLE))["read_metadata"]
+    folder = tmp_path / "exported"
+    shutil.copytree(runs / "exported_paper", folder)
+    metadata = read_metadata(folder)
+    run = json.loads((runs / "paper" / "dataset.json").read_text())
+    assert metadata["content"] == run["content"]
+    for name in metadata["files"]:
+        whole = (folder / name).read_bytes()
+        changed = bytearray(whole)
+        changed[len(whole) // 2] ^= 1
+        for content in (bytes(changed), whole[:-1], b""):
+            (folder / name).write_bytes(content)
+            with pytest.raises(SystemExit, match=rf"is damaged .{name} is not .*: export it again"):
+                read_metadata(folder)
+        (folder / name).write_bytes(whole)
+    (folder / "metadata.json").write_text("[" * 100_000)
+    with pytest.raises(SystemExit, match=r"is damaged .*: export it again"):
+        read_metadata(folder)
+
+
+def test_not_among_the_checkpoints(runs):
+    with pytest.raises(UserError, match="keeps its checkpoints: choose another --out"):
+        export(runs / "paper", runs / "paper" / "best" / "2")
+    assert load_model(runs / "paper")
 
 
 def test_more_asked_than_the_catalogue_has(runs):

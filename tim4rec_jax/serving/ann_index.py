@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tim4rec_jax.files import atomic_write
 # put into the graph and while the graph is searched. With these settings a search finds .97 of the
 # ten best of 12,101 trained items (benchmarks.serving).
 _NEIGHBOURS, _BUILDING, _SEARCHING = 16, 80, 128
+_SEAL = b"SHA-256:"
+_SEAL_BYTES = len(_SEAL) + hashlib.sha256().digest_size
 
 
 class ApproximateIndex:
@@ -50,6 +54,8 @@ class ApproximateIndex:
                 # Where the file cannot be written, the graph is built again the next time.
                 with contextlib.suppress(RuntimeError, UserError), atomic_write(kept) as file:
                     faiss.write_index(self._index, file.name)
+                    file.seek(0, os.SEEK_END)
+                    file.write(_seal(Path(file.name), file.tell()))
         self._index.hnsw.efSearch = _SEARCHING
 
     def best(
@@ -92,13 +98,33 @@ class ApproximateIndex:
         return np.pad(scores, missing, constant_values=-np.inf), np.pad(items, missing)
 
 
+def _seal(path: Path, size: int) -> bytes:
+    """What follows the graph in its file: a mark, and the SHA-256 of the first `size` bytes.
+
+    FAISS would follow the edges of a damaged graph to places outside of the memory.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size and (part := file.read(min(size, 1 << 20))):
+            digest.update(part)
+            size -= len(part)
+    return _SEAL + digest.digest()
+
+
 def _read(path: Path, table: Float32[np.ndarray, "V D"]) -> Any:
-    """The graph in a file if it is the graph of these items, else `None`."""
+    """The graph in a file if it is whole and the graph of these items, else `None`."""
     import faiss
 
     try:
+        size = path.stat().st_size - _SEAL_BYTES if path.is_file() else 0
+        if size < 1:
+            return None
+        with path.open("rb") as file:
+            file.seek(size)
+            if file.read() != _seal(path, size):
+                return None
         index = faiss.read_index(str(path))
-    except RuntimeError:  # the file is missing or damaged
+    except (RuntimeError, OSError):
         return None
     same = isinstance(index, faiss.IndexHNSWFlat) and (index.ntotal, index.d) == table.shape
     # The graph holds the embeddings themselves, so it can be compared with the table.

@@ -7,7 +7,8 @@
 - `weights.npz`: the first argument of the program, an array for each parameter.
 - `items.parquet`: the items, with `index` (from 1), `item` (the original id), `count`, and `title`
   where there are titles.
-- `metadata.json`: the other arguments in words, and what the model was trained with.
+- `metadata.json`: the other arguments in words, what the model was trained with, digests of the
+  dataset (`content`) and the SHA-256 of the other files (`files`).
 
 The weights are an argument of the program and not constants in it. So the program is small,
 compiles fast, and sets no limit to the catalogue. `examples/run_export.py` shows how to call it.
@@ -15,6 +16,7 @@ compiles fast, and sets no limit to the catalogue. `examples/run_export.py` show
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,11 +64,13 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
       The content of `metadata.json`.
 
     Raises:
-      UserError: the run or the dataset is missing or damaged, they do not belong together, or
-        `out` holds something.
+      UserError: the run or the dataset is missing or damaged, they do not belong together, `out`
+        holds something, or `out` lies where the run keeps its checkpoints.
     """
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} exists and is not an empty folder: choose another --out")
+    if out.resolve().parent in [(workdir / name).resolve() for name in ("best", "checkpoints")]:
+        raise UserError(f"{out} is where {workdir} keeps its checkpoints: choose another --out")
     config, model, catalogue = load_run(workdir, dataset)
     top = min(top, len(catalogue))
     recommend, weights = program(model, top)
@@ -75,6 +79,10 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
         np.savez(folder / WEIGHTS, allow_pickle=False, **weights)
         (folder / PROGRAM).write_bytes(lower(recommend, weights, model).serialize())
         shutil.copyfile(catalogue.directory / fmt.ITEMS_FILE, folder / fmt.ITEMS_FILE)
+        metadata["files"] = {
+            name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
+            for name in (PROGRAM, WEIGHTS, fmt.ITEMS_FILE)
+        }
         write_json(folder / METADATA, metadata)
     return metadata
 
@@ -144,6 +152,7 @@ def _metadata(config: Config, model: SequenceModel, catalogue: Catalogue, top: i
         "format_version": FORMAT_VERSION,
         "made_by": f"tim4rec-jax {tim4rec_jax.__version__}, jax {jax.__version__}",
         "dataset": catalogue.metadata["name"],
+        "content": catalogue.metadata.get("content", {}),
         "items": len(catalogue),
         "max_length": model.max_length,
         "top_k": top,
