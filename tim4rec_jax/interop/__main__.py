@@ -6,6 +6,7 @@ as `--config`.
 """
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,14 +15,18 @@ import yaml
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
-from tim4rec_jax.data import open_dataset
-from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.data import Dataset, open_dataset
+from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
+from tim4rec_jax.errors import UserError, one_line, run_main
+from tim4rec_jax.files import atomic_directory, read_regular, write_json
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import from_torch, model_config, parameter_names, to_torch
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import write_settings
 from tim4rec_jax.training.checkpoints import Checkpoints
 from tim4rec_jax.training.log import describe_model
+
+_LARGEST_YAML = 1 << 20  # settings are much smaller
 
 
 def _flags(arguments: list[str] | None) -> argparse.Namespace:
@@ -44,17 +49,19 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(read_regular(path, _LARGEST_YAML).decode())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: --config takes the reference's YAML") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no YAML file: {' '.join(str(error).split())}") from None
+    # PyYAML raises ValueErrors of dates and of numbers too, and nests as deep as the file does.
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{path} is no YAML file: {one_line(reason, 150)}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no settings: expected lines like `hidden_size: 64`")
     return values
 
 
-def _check_dataset(directory: Path, n_items: int, checkpoint: Path) -> None:
+def _open(directory: Path, n_items: int, checkpoint: Path) -> Dataset:
     dataset = open_dataset(directory)
     if dataset.n_items != n_items:
         raise UserError(
@@ -66,18 +73,25 @@ def _check_dataset(directory: Path, n_items: int, checkpoint: Path) -> None:
             f"note: events of {directory} are in exact order; the reference's figures belong to "
             "data prepared with --order recbole"
         )
+    return dataset
 
 
-def _write_run(workdir: Path, settings: dict, max_length: int, dataset: str, model: SequenceModel):
+def _write_run(
+    workdir: Path, settings: dict, max_length: int, dataset: Dataset | None, model: SequenceModel
+) -> None:
     config = config_lib.default()
     config_lib.use_model(config, settings["name"])
-    config.update({"dataset": dataset, "data": {"max_length": max_length}, "model": settings})
+    named = "" if dataset is None else str(dataset.directory)
+    config.update({"dataset": named, "data": {"max_length": max_length}, "model": settings})
     config = config_lib.resolve(config)
-    checkpoints = Checkpoints(workdir)
-    checkpoints.save_best(0, nnx.state(model, nnx.Param))
-    checkpoints.close()
-    # The settings come last, because a directory without them does not count as a run.
-    write_settings(config, workdir / "config.json")
+    with atomic_directory(workdir) as folder:
+        checkpoints = Checkpoints(folder)
+        checkpoints.save_best(0, nnx.state(model, nnx.Param))
+        checkpoints.close()
+        if dataset is not None:
+            write_json(folder / DATASET_FILE, dataset.metadata)
+            shutil.copyfile(dataset.directory / ITEMS_FILE, folder / ITEMS_FILE)
+        write_settings(config, folder / "config.json")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,18 +102,18 @@ def main(arguments: list[str] | None = None) -> None:
     config, weights = read_checkpoint(flags.checkpoint)
     if flags.config:
         config |= _read_yaml(flags.config)
-    weights = {  # a run computes in float32
-        name: value.astype(np.float32) if value.dtype == np.float64 else value
-        for name, value in weights.items()
-    }
+    with np.errstate(over="ignore"):  # what overflows is refused as not finite
+        weights = {  # a run computes in float32
+            name: value.astype(np.float32) if value.dtype == np.float64 else value
+            for name, value in weights.items()
+        }
     try:
         settings, max_length = model_config(config)
         model = from_torch(weights, config)
     except UserError as error:
         raise UserError(f"{flags.checkpoint}: {error}") from None
-    if flags.dataset:
-        _check_dataset(flags.dataset, model.n_items, flags.checkpoint)
-    _write_run(flags.workdir, settings, max_length, str(flags.dataset or ""), model)
+    dataset = _open(flags.dataset, model.n_items, flags.checkpoint) if flags.dataset else None
+    _write_run(flags.workdir, settings, max_length, dataset, model)
 
     shapes = {name: value.shape for name, value in to_torch(model).items()}
     ours = parameter_names(model)
@@ -107,8 +121,8 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name} {shapes[name]} -> {ours[name]}")
     print(f"{len(shapes)} parameters, {model.n_items:,} items, histories of {max_length} events")
     print(describe_model(*nnx.split(model), max_length))
-    dataset = "" if flags.dataset else " --dataset DIR"
-    print(f"wrote {flags.workdir}; evaluate it: python eval.py --workdir {flags.workdir}{dataset}")
+    flag = "" if flags.dataset else " --dataset DIR"
+    print(f"wrote {flags.workdir}; evaluate it: python eval.py --workdir {flags.workdir}{flag}")
 
 
 if __name__ == "__main__":

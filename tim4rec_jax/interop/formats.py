@@ -1,12 +1,13 @@
 """How published models name their settings and weights, and how they lay them out in memory."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, one_line
 
 Path = tuple[Any, ...]  # the place of a parameter in our model: ("blocks", 0, "norm", "scale")
 
@@ -77,7 +78,7 @@ class Format:
                 f"the configuration lacks {', '.join(missing)}: give the YAML file the model was "
                 "trained with (--config FILE.yaml)"
             )
-        settings = {key: _read(config, key, kind) for key, kind in kinds.items()}
+        settings = {key: read_setting(config, key, kind) for key, kind in kinds.items()}
         max_length = settings.pop("MAX_ITEM_LIST_LENGTH")
         return {"name": self.model, "dtype": "float32", **self.fixed, **settings}, max_length
 
@@ -86,15 +87,30 @@ def _pattern(path: Path) -> str:
     return ".".join("*" if isinstance(part, int) else part for part in path)
 
 
-def _read(config: Mapping[str, Any], key: str, kind: type) -> Any:
+def read_setting(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    """Returns the value of a key as a `bool`, an `int` or a `float`.
+
+    Raises:
+      UserError: the value is of another type, not finite, or would be rounded.
+    """
+    value = config[key]
     try:
-        if isinstance(config[key], bool) != (kind is bool):
+        if isinstance(value, bool) != (kind is bool) or not isinstance(value, int | float | str):
             raise ValueError
-        return kind(config[key])  # PyYAML reads 1e-12 as a string
-    except (TypeError, ValueError):
+        read = kind(value)  # PyYAML reads 1e-12 as a string
+        if not math.isfinite(read) or (isinstance(value, float) and read != value):
+            raise ValueError
+        return read
+    except (OverflowError, ValueError):
         raise UserError(
-            f"the configuration's {key} is {config[key]!r}: expected {kind.__name__}"
+            f"the configuration's {key} is {shown(value)}: expected {kind.__name__}"
         ) from None
+
+
+def shown(value: Any) -> str:
+    """A value for an error message; YAML can make lists that are too large to print."""
+    simple = isinstance(value, int | float | str | None)
+    return one_line(repr(value), 60) if simple else f"a {type(value).__name__}"
 
 
 # TiM4Rec, as its authors published it.

@@ -124,6 +124,13 @@ def _read_parameter(archive: zipfile.ZipFile, root: str, name: str, ref: object)
 
 
 def _read_archive(archive: zipfile.ZipFile) -> tuple[dict, dict[str, np.ndarray]]:
+    size = sum(member.compress_size for member in archive.infolist())
+    for member in archive.infolist():
+        # torch does not compress. What is unpacked here is no larger than the file.
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+            raise UserError(
+                f"its part {member.filename!r} is compressed, which torch.save does not"
+            )
     names = archive.namelist()
     root = next((n.removesuffix("data.pkl") for n in names if n.endswith("/data.pkl")), None)
     if root is None:

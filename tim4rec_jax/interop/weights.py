@@ -1,6 +1,7 @@
 """Converts weights between the published PyTorch models and ours."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 from flax import nnx
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.interop.formats import FORMATS, Format
+from tim4rec_jax.interop.formats import FORMATS, Format, read_setting, shown
 from tim4rec_jax.models import MODELS, SequenceModel, build
+
+_USERS = "user_embedding.weight"
 
 
 def model_format(config: Mapping) -> Format:
@@ -20,9 +23,9 @@ def model_format(config: Mapping) -> Format:
       UserError: the model is not known.
     """
     name = config.get("model", "TiM4Rec")
-    if name not in FORMATS:
+    if not isinstance(name, str) or name not in FORMATS:
         raise UserError(
-            f"the configuration's model is {name!r}: readable are {', '.join(sorted(FORMATS))}"
+            f"the configuration's model is {shown(name)}: readable are {', '.join(sorted(FORMATS))}"
         )
     return FORMATS[name]
 
@@ -38,6 +41,10 @@ def model_config(config: Mapping) -> tuple[dict, int]:
     known = {field.name for field in dataclasses.fields(MODELS[form.model].Settings)}
     # The reference has no such key: its activation depends on what is installed.
     if "conv_path" in config and "conv_path" in known:
+        if not isinstance(config["conv_path"], str):
+            raise UserError(
+                f"the configuration's conv_path is {shown(config['conv_path'])}: expected str"
+            )
         settings["conv_path"] = config["conv_path"]
     return settings, max_length
 
@@ -89,6 +96,9 @@ def _check(found: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray]) 
                 f"{name} has shape {found[name].shape}, expected {expected[name].shape}"
             )
             break
+    for name in sorted(expected.keys() & found.keys()):
+        if not np.isfinite(found[name]).all():
+            raise UserError(f"parameter {name} holds values that are not finite: train it again")
     if problems:
         raise UserError(
             f"the weights do not fit the configuration: {'; '.join(problems)}: give the "
@@ -120,15 +130,21 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
     if table not in state_dict:
         name = config.get("model", "TiM4Rec")
         raise UserError(f"the weights hold no {table}: not a {name} model")
-    rows = len(state_dict[table]) - MODELS[form.model].special_rows + 1
-    users = len(state_dict.get("user_embedding.weight", [None]))
+    # The rows of a table of each kind, where the configuration does not say it.
+    rows = {name: (np.shape(state_dict.get(name, 0)) or (1,))[0] for name in (table, _USERS)}
+    sizes = {"n_items": rows[table] - MODELS[form.model].special_rows + 1, "n_users": rows[_USERS]}
+    for key in sizes:
+        if key in config:
+            sizes[key] = read_setting(config, key, int)
+        if sizes[key] < 1:
+            raise UserError(f"{key} is {sizes[key]}, the padding included: expected 1 or more")
     try:
         # Shapes alone: nothing is drawn only to be replaced.
         shapes = nnx.eval_shape(
             lambda: build(
                 settings,
-                n_items=config.get("n_items", rows) - 1,
-                n_users=config.get("n_users", users) - 1,
+                n_items=sizes["n_items"] - 1,
+                n_users=sizes["n_users"] - 1,
                 max_length=max_length,
                 param_dtype=_param_dtype(state_dict),
             )
@@ -136,6 +152,12 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
     except ValueError as error:
         raise UserError(f"the configuration does not make a model: {error}") from None
     graph, params = nnx.split(shapes)
+    held = sum(2 * value.size for value in state_dict.values())  # a complex number is two here
+    if (asked := sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))) > 2 * held:
+        raise UserError(
+            f"the configuration makes a model of {asked:,} numbers, and the weights hold "
+            f"{held // 2:,}: give the configuration the model was trained with (--config FILE.yaml)"
+        )
     zeros = jax.tree.map(lambda leaf: jax.device_put(np.zeros(leaf.shape, leaf.dtype)), params)
     model: SequenceModel = nnx.merge(graph, zeros)
     _check(state_dict, to_torch(model))
