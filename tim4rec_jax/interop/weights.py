@@ -13,6 +13,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.interop.formats import FORMATS, Format, read_setting, shown
 from tim4rec_jax.models import MODELS, SequenceModel, build
 
+_SMALL_MODEL = 1 << 24  # numbers
 _USERS = "user_embedding.weight"
 
 
@@ -152,8 +153,10 @@ def from_torch(state_dict: Mapping[str, np.ndarray], config: Mapping) -> Sequenc
     except ValueError as error:
         raise UserError(f"the configuration does not make a model: {error}") from None
     graph, params = nnx.split(shapes)
+    # Before memory is taken for it, a model must be about as large as the weights.
     held = sum(2 * value.size for value in state_dict.values())  # a complex number is two here
-    if (asked := sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))) > 2 * held:
+    asked = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+    if asked > 2 * held + _SMALL_MODEL:
         raise UserError(
             f"the configuration makes a model of {asked:,} numbers, and the weights hold "
             f"{held // 2:,}: give the configuration the model was trained with (--config FILE.yaml)"
