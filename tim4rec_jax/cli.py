@@ -138,8 +138,7 @@ def _print_help(usage: str) -> None:
     print(usage.strip())
     print("\nsettings of a run, with their defaults, which a config file changes:")
     for name, setting in config_lib.SETTINGS.items():
-        empty = isinstance(setting.default, type)
-        _print_setting(name, None if empty else setting.default, setting.help)
+        _print_setting(name, None if setting.optional else setting.default, setting.help)
     sys.stdout.flush()
     config = config_lib.default()
     print(f"\nsettings of the model {config.model.name}; others: --config FILE.py:NAME --print")

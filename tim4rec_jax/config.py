@@ -6,11 +6,12 @@ The settings of a model stand with the model, as the dataclass `Settings` of its
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
+from tim4rec_jax.checks import NOT_NEGATIVE, POSITIVE, RATE, Check, checked, one_of
 from tim4rec_jax.errors import UserError
 
 # The functions that need the models import them. So `train.py --help` can begin without JAX.
@@ -19,24 +20,17 @@ from tim4rec_jax.errors import UserError
 Config: TypeAlias = Any
 
 
-class Check(NamedTuple):
-    """A condition on one setting, and what an error message says about it."""
+def _is_time(text: str) -> bool:
+    from tim4rec_jax.data.splits import parse_time  # late, because its package takes long to import
 
-    holds: Callable[[Any], bool]
-    says: str
-
-
-def one_of(*words: str) -> Check:
-    """The setting is one of some words."""
-    return Check(lambda value: value in words, f"it must be one of {', '.join(words)}")
+    try:
+        return abs(parse_time(text)) < 2**62
+    except ValueError:
+        return False
 
 
-# Conditions are written so that NaN does not meet them.
-POSITIVE = Check(lambda value: value > 0, "it must be positive")
-NOT_NEGATIVE = Check(lambda value: value >= 0, "it must not be negative")
-SHARE = Check(lambda value: 0 <= value < 1, "it must lie in [0, 1)")
-WHOLE_NUMBERS = Check(
-    lambda value: all(isinstance(number, int) for number in value), "it must be whole numbers"
+TIME = Check(
+    _is_time, "it must be an ISO date such as 2003-02-28, or a number of seconds since 1970"
 )
 
 
@@ -54,6 +48,16 @@ class Setting(NamedTuple):
     help: str
     check: Check | None = None
 
+    @property
+    def optional(self) -> bool:
+        """Whether the setting can be None."""
+        return isinstance(self.default, type)
+
+    @property
+    def kind(self) -> type:
+        """The type of a value."""
+        return self.default if self.optional else type(self.default)
+
 
 # The defaults are those of the released 64-d configurations.
 SETTINGS: dict[str, Setting] = {
@@ -67,10 +71,14 @@ SETTINGS: dict[str, Setting] = {
         one_of("leave_one_out", "global_time"),
     ),
     "data.valid_from": Setting(
-        str, "ISO date where validation begins, with global_time; default: after 80 % of events"
+        str,
+        "ISO date where validation begins, with global_time; default: after 80 % of events",
+        TIME,
     ),
     "data.test_from": Setting(
-        str, "ISO date where the test begins, with global_time; default: after 90 % of events"
+        str,
+        "ISO date where the test begins, with global_time; default: after 90 % of events",
+        TIME,
     ),
     "data.convention": Setting(
         str,
@@ -79,7 +87,7 @@ SETTINGS: dict[str, Setting] = {
         one_of("recbole", "exact"),
     ),
     "data.buckets": Setting(
-        tuple, "lengths that batches are padded to; default: chosen from the data", WHOLE_NUMBERS
+        tuple, "lengths that batches are padded to; default: chosen from the data"
     ),
     "data.windows_per_user": Setting(
         int,
@@ -105,7 +113,7 @@ SETTINGS: dict[str, Setting] = {
         one_of("cross_entropy", "sampled_softmax", "gbce", "bpr"),
     ),
     "train.negatives": Setting(512, "items that a sampled loss draws for a batch", POSITIVE),
-    "train.calibration": Setting(0.75, "t of gbce (arXiv 2308.07192)", SHARE),
+    "train.calibration": Setting(0.75, "t of gbce (arXiv 2308.07192)", RATE),
     "train.batch_size": Setting(
         2048,
         "rows in a batch; a row is one history, or with every_position max_length positions that "
@@ -145,8 +153,7 @@ def default() -> Config:
     config = ConfigDict({"data": {}, "model": {}, "train": {}, "eval": {}})
     for name, setting in SETTINGS.items():
         group, key = _place(config, name)
-        empty = isinstance(setting.default, type)
-        group[key] = config_dict.placeholder(setting.default) if empty else setting.default
+        group[key] = config_dict.placeholder(setting.kind) if setting.optional else setting.default
     use_model(config, DEFAULT_MODEL)
     return config
 
@@ -211,6 +218,22 @@ def old_date_range(values: dict[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def check_complete(config: Config) -> None:
+    """Makes sure that no setting is missing, apart from those of the model, which have defaults.
+
+    Raises:
+      UserError: a setting is missing; the message names it.
+    """
+    there = flatten(config)
+    if missing := [name for name in (*SETTINGS, "model.name") if name not in there]:
+        raise UserError(
+            f"config.{missing[0]} is missing; begin with tim4rec_jax.config.default(), which has "
+            "every setting, and change what differs"
+        )
+    if not isinstance(there["model.name"], str):
+        raise UserError(f"config.model.name is {there['model.name']!r}; it must be a text")
+
+
 def resolve(config: Config) -> Config:
     """Fills in what follows from other settings, and checks all of them.
 
@@ -218,7 +241,8 @@ def resolve(config: Config) -> Config:
       config: not changed.
 
     Returns:
-      A copy in which `data.convention` is filled in.
+      A copy with everything filled in: `data.convention`, and settings of the model that were
+      left out.
 
     Raises:
       UserError: a setting is not known or not possible; the message names it.
@@ -226,18 +250,27 @@ def resolve(config: Config) -> Config:
     from tim4rec_jax.models import model_class, model_settings
 
     config = config.copy_and_resolve_references()
+    check_complete(config)
     for name, value in flatten(config).items():
         if name.startswith("model."):
             continue
         if name not in SETTINGS:
             raise UserError(f"config.{name} is not a setting")
-        check = SETTINGS[name].check
-        if check is not None and value is not None and not check.holds(value):
-            raise UserError(f"config.{name} is {value!r}; {check.says}")
+        setting, (group, key) = SETTINGS[name], _place(config, name)
+        if value is None and setting.optional:
+            continue
+        try:
+            value = checked(value, setting.kind, setting.check)
+        except ValueError as error:
+            raise UserError(f"config.{name} {error}") from None
+        with group.ignore_type():
+            group[key] = value  # a whole number has become a float
     try:
         settings, model = model_settings(config.model), model_class(config.model)
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
+    with config.model.unlocked(), config.model.ignore_type():
+        config.model.update(dataclasses.asdict(settings))
     packed = config.train.objective == "every_position"
     if config.data.convention is None:
         config.data.convention = "exact" if packed else settings.convention
@@ -246,9 +279,21 @@ def resolve(config: Config) -> Config:
     return config
 
 
-def _conflicts(config: Config, model: Any):
+def _conflicts(config: Config, model: Any) -> Iterator[str]:
     """Yields a sentence for each pair of settings that cannot go together."""
     data, train = config.data, config.train
+    for key in ("valid_from", "test_from"):
+        if data[key] is not None and data.split != "global_time":
+            yield (
+                f"config.data.{key} is {data[key]!r}, which the split {data.split} does not use; "
+                f"take config.data.split=global_time, or leave {key} out"
+            )
+    if data.windows_per_user is not None and train.objective != "every_position":
+        yield (
+            f"config.data.windows_per_user is {data.windows_per_user}, which the objective "
+            f"{train.objective} does not use; take config.train.objective=every_position, or "
+            "leave windows_per_user out"
+        )
     if train.objective == "every_position" and not model.causal:
         encoding = config.model.get("time_encoding")
         name = f"{config.model.name} with time encoding {encoding}" if encoding else model.__name__

@@ -34,13 +34,19 @@ def load_config(named: str) -> Config:
         get_config = runpy.run_path(str(path)).get("get_config")
         config = get_config(variant) if get_config else None
     # The file belongs to the user, who can correct whatever it raises.
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         kind = "" if isinstance(error, ValueError | SyntaxError) else f"{type(error).__name__}: "
-        raise UserError(f"--config {named}: {kind}{error}") from error
+        raise UserError(f"--config {named}: {kind}{' '.join(str(error).split())}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config: {path} has no function get_config that returns a ConfigDict")
+    values: Config = config
+    config = ConfigDict(values)  # one of its own, which is not frozen
     for note in config_lib.rename_settings(config):
         print(f"note: {path}: {note}", file=sys.stderr)
+    try:
+        config_lib.check_complete(config)
+    except UserError as error:
+        raise UserError(f"--config {named}: {error}") from None
     return config
 
 

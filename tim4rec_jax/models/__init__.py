@@ -1,7 +1,6 @@
 """Models, one file each. A new model is one file and one line in `MODELS`."""
 
 import dataclasses
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from tim4rec_jax.checks import imported
 from tim4rec_jax.models.base import (
     DataSizes,
     ModelSettings,
@@ -58,19 +58,15 @@ def find_model(name: str) -> type[SequenceModel]:
     """
     if name in MODELS:
         return MODELS[name]
-    module, colon, attribute = name.partition(":")
-    if not colon:
+    if ":" not in name:
         raise ValueError(
             f"name is {name!r}; it must be one of {', '.join(MODELS)}, or name a model of your own "
             "as 'module:Class'"
         )
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(
-            f"name is {name!r}, which cannot be imported ({error}); start the command in the "
-            f"folder that holds the module {module}, or put that folder on PYTHONPATH"
-        ) from error
+        found = imported(name)
+    except ValueError as error:
+        raise ValueError(f"name {error}") from error
     if not (isinstance(found, type) and issubclass(found, SequenceModel)):
         raise ValueError(f"name is {name!r}, which is no subclass of SequenceModel")
     return found

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
+from tim4rec_jax import checks
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm, take_position
 from tim4rec_jax.layers.time import DateBias
 
@@ -24,31 +25,31 @@ _REPEAT_BIAS_UNIT = 30.0
 
 def rate(default: float) -> Any:
     """A setting that is a probability in [0, 1)."""
-    return dataclasses.field(default=default, metadata={"range": "rate"})
+    return _field(default, checks.RATE)
 
 
 def share(default: float) -> Any:
     """A setting that is a part of a whole, in [0, 1]."""
-    return dataclasses.field(default=default, metadata={"range": "share"})
+    return _field(default, checks.SHARE)
 
 
 def not_negative(default: int | float) -> Any:
     """A setting that is 0 or more. Numbers declared without a mark must be positive."""
-    return dataclasses.field(default=default, metadata={"range": "not negative"})
+    return _field(default, checks.NOT_NEGATIVE)
+
+
+def count(default: int) -> Any:
+    """A setting that is a number of layers or the like, from 1 to 1000."""
+    return _field(default, checks.COUNT)
 
 
 def one_of(default: str, *others: str) -> Any:
     """A setting that is one of some words."""
-    return dataclasses.field(default=default, metadata={"words": (default, *others)})
+    return _field(default, checks.one_of(default, *others))
 
 
-# Conditions are written so that NaN does not meet them.
-_RANGES = {
-    "rate": (lambda value: 0 <= value < 1, "it must lie in [0, 1)"),
-    "share": (lambda value: 0 <= value <= 1, "it must lie in [0, 1]"),
-    "not negative": (lambda value: value >= 0, "it must not be negative"),
-    "positive": (lambda value: value > 0, "it must be positive"),
-}
+def _field(default: Any, check: checks.Check) -> Any:
+    return dataclasses.field(default=default, metadata={"check": check})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,14 +74,13 @@ class ModelSettings:
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
-            value, words = getattr(self, field.name), field.metadata.get("words")
-            if words is not None and value not in words:
-                listed = ", ".join(word or "''" for word in words)
-                raise ValueError(f"{field.name} is {value!r}; it must be one of {listed}")
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                holds, condition = _RANGES[field.metadata.get("range", "positive")]
-                if not holds(value):
-                    raise ValueError(f"{field.name} is {value!r}; {condition}")
+            kind = type(field.default)
+            check = field.metadata.get("check", checks.POSITIVE if kind in (int, float) else None)
+            try:
+                value = checks.checked(getattr(self, field.name), kind, check)
+            except ValueError as error:
+                raise ValueError(f"{field.name} {error}") from None
+            object.__setattr__(self, field.name, value)  # a whole number has become a float
         if self.date_bias_knots == 1:
             raise ValueError("date_bias_knots is 1; it must be 2 or more, or 0 for no date bias")
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions
 from tim4rec_jax.layers.basic import Dense, fold, gelu, layer_norm
-from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate, share
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate, share
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +30,7 @@ class BERT4RecSettings(ModelSettings):
 
     hidden_size: int = 64
     inner_size: int = 256
-    n_layers: int = 2
+    n_layers: int = count(2)
     n_heads: int = 2
     hidden_dropout_prob: float = rate(0.4)
     attn_dropout_prob: float = rate(0.4)

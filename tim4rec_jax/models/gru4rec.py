@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import Dense, dropout, take_position, uniform
 from tim4rec_jax.layers.gru import GRU
-from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GRU4RecSettings(ModelSettings):
 
     embedding_size: int = 64
     hidden_size: int = 128
-    num_layers: int = 2
+    num_layers: int = count(2)
     dropout_prob: float = rate(0.4)
 
 

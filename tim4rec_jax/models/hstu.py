@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import causal_mask, segment_positions, take_rows
 from tim4rec_jax.layers.basic import Dense, dropout, fold
-from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
 _NORM_EPS = 1e-6
 
@@ -31,7 +31,7 @@ class HSTUSettings(ModelSettings):
     """
 
     hidden_size: int = 64
-    n_layers: int = 2
+    n_layers: int = count(2)
     n_heads: int = 1
     hidden_dropout_prob: float = rate(0.2)
     time_buckets: int = 128

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers import FeedForward
 from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.lru import LRU, LRUBlock
-from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, rate
+from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, count, rate
 
 _EPS = 1e-5  # of all norms
 
@@ -30,7 +30,7 @@ class LRURecSettings(ModelSettings):
     """
 
     hidden_size: int = 64
-    n_layers: int = 2
+    n_layers: int = count(2)
     dropout_prob: float = rate(0.2)
 
 

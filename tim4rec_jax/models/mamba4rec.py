@@ -9,7 +9,7 @@ from flax import nnx
 from tim4rec_jax.layers import FeedForward
 from tim4rec_jax.layers.basic import gelu
 from tim4rec_jax.layers.mamba import Mamba, MambaBlock
-from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, rate
+from tim4rec_jax.models.base import CausalBlocks, DataSizes, ModelSettings, count, rate
 
 _EPS = 1e-12  # of all norms
 
@@ -28,10 +28,10 @@ class Mamba4RecSettings(ModelSettings):
     """
 
     hidden_size: int = 64
-    num_layers: int = 2
+    num_layers: int = count(2)
     dropout_prob: float = rate(0.2)
     d_state: int = 32
-    d_conv: int = 4
+    d_conv: int = count(4)
     expand: int = 2
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
 from tim4rec_jax.layers.basic import fold
-from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, rate
+from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class SASRecSettings(ModelSettings):
 
     hidden_size: int = 64
     inner_size: int = 256
-    n_layers: int = 2
+    n_layers: int = count(2)
     n_heads: int = 8
     hidden_dropout_prob: float = rate(0.2)
     attn_dropout_prob: float = rate(0.2)

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from tim4rec_jax.models.base import DataSizes, ModelSettings, not_negative, one_of, rate
+from tim4rec_jax.models.base import DataSizes, ModelSettings, count, not_negative, one_of, rate
 from tim4rec_jax.models.tim4rec import CausalTiM4Rec, TiM4RecSettings
 
 
@@ -15,10 +15,10 @@ class SSD4RecSettings(ModelSettings):
     """Names and defaults are those of the TiM4Rec repository; `TiM4RecSettings` explains them."""
 
     hidden_size: int = 64
-    num_layers: int = 2
+    num_layers: int = count(2)
     dropout_prob: float = rate(0.2)
     d_state: int = 32
-    d_conv: int = 4
+    d_conv: int = count(4)
     expand: int = 2
     head_dim: int = 32
     chunk_size: int = not_negative(0)

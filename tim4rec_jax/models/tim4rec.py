@@ -30,6 +30,7 @@ from tim4rec_jax.models.base import (
     DataSizes,
     ModelSettings,
     SequenceModel,
+    count,
     not_negative,
     one_of,
     rate,
@@ -72,11 +73,11 @@ class TiM4RecSettings(ModelSettings):
 
     time_encoding: str = one_of("paper", "masked", "causal")
     hidden_size: int = 64
-    num_layers: int = 2
+    num_layers: int = count(2)
     dropout_prob: float = rate(0.2)
     time_drop_out: float = rate(0.2)
     d_state: int = 32
-    d_conv: int = 4
+    d_conv: int = count(4)
     expand: int = 2
     head_dim: int = 32
     chunk_size: int = not_negative(0)

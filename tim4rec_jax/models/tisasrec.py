@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
 from tim4rec_jax.layers.basic import dropout, fold
-from tim4rec_jax.models.base import NORMAL, DataSizes, ModelSettings, SequenceModel, rate
+from tim4rec_jax.models.base import NORMAL, DataSizes, ModelSettings, SequenceModel, count, rate
 
 
 def time_index(gaps: Float[Array, "B L"], span: int) -> Int32[Array, "B L L"]:
@@ -76,7 +76,7 @@ class TiSASRecSettings(ModelSettings):
 
     hidden_size: int = 64
     inner_size: int = 256
-    n_layers: int = 2
+    n_layers: int = count(2)
     n_heads: int = 4
     hidden_dropout_prob: float = rate(0.2)
     attn_dropout_prob: float = rate(0.2)

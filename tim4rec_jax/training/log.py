@@ -3,12 +3,16 @@
 import json
 import sys
 import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import tensorboardX
 from flax import nnx
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.files import atomic_write
@@ -50,6 +54,25 @@ def flops_per_sample(graphdef: nnx.GraphDef, params: nnx.State, max_length: int)
     analysis = jax.jit(scores).lower(params, history, lengths, gaps).cost_analysis()
     assert analysis is not None
     return float(analysis["flops"])
+
+
+@contextmanager
+def waiting_for(what: str) -> Iterator[None]:
+    """Shows that something is going on: in a terminal how long already, in a file two lines.
+
+    Args:
+      what: what goes on, for example "compiling the training step".
+    """
+    started = time.perf_counter()
+    if sys.stdout.isatty():
+        columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+        with Progress(*columns, transient=True) as progress:
+            progress.add_task(what, total=None)
+            yield
+    else:
+        print(what, flush=True)
+        yield
+    print(f"{what} took {time.perf_counter() - started:.0f} s", flush=True)
 
 
 class RunLog:
@@ -99,7 +122,8 @@ def _records(path: Path) -> list[str]:
 class ProgressLine:
     """Where training is: one line that is rewritten in a terminal, or in a file many lines.
 
-    A file gets a line every half minute.
+    A file gets a line every half minute. The rate is that of the last minute: batches differ in
+    width, and other programs come and go.
     """
 
     def __init__(self, batches_per_epoch: int, epochs: int, samples_per_batch: float):
@@ -107,7 +131,7 @@ class ProgressLine:
         self._samples = samples_per_batch
         self._live = sys.stdout.isatty()
         self._every = 0.5 if self._live else 30.0
-        self._mark = None
+        self._marks: deque[tuple[int, float]] = deque()  # steps and times at which it was shown
         self._width = 0
 
     def update(self, step: int, loss: float) -> dict | None:
@@ -120,14 +144,16 @@ class ProgressLine:
         Returns:
           The figures shown, or None.
         """
-        now = time.perf_counter()
-        if self._mark is None:
-            self._mark = (step, now)
-        first, since = self._mark
-        if now - since < self._every or step == first:
+        now, marks = time.perf_counter(), self._marks
+        if not marks:
+            marks.append((step, now))
+        if now - marks[-1][1] < self._every or step == marks[-1][0]:
             return None
+        while len(marks) > 1 and now - marks[1][1] >= 60:
+            marks.popleft()
+        first, since = marks[0]
         rate = (step - first) * self._samples / (now - since)
-        self._mark = (step, now)
+        marks.append((step, now))
         epoch, done = divmod(step - 1, self._per_epoch)
         left = (self._per_epoch - done - 1) * self._samples / rate
         self._show(
