@@ -18,17 +18,9 @@ from tim4rec_jax.errors import run_main
 def main() -> None:
     """Runs the command line."""
     # Without JAX, so that `--help` begins at once.
-    from tim4rec_jax.cli import parse, prepare_data
+    from tim4rec_jax import cli
 
-    config, workdir = parse(sys.argv, usage=__doc__ or "")
-    from tim4rec_jax.run import check_unchanged
-    from tim4rec_jax.training.train import train_and_report
-
-    # Before data is prepared, which can take long.
-    if (workdir / "config.json").exists():
-        check_unchanged(config, workdir / "config.json")
-    prepare_data(config)
-    train_and_report(config, workdir)
+    cli.main(sys.argv, usage=__doc__ or "")
 
 
 if __name__ == "__main__":

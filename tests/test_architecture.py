@@ -10,15 +10,16 @@ import pytest
 # Each part of `tim4rec_jax` with the parts that it may import.
 MAY_IMPORT = {
     "errors": (),
+    "checks": ("errors",),
     "files": ("errors",),
     "runtime": ("errors",),
     "digests": ("files", "errors"),
     "ssd": ("runtime", "errors"),
     "layers": ("ssd", "runtime", "errors"),
-    "models": ("layers", "ssd", "runtime", "errors"),
+    "models": ("layers", "ssd", "runtime", "checks", "errors"),
     "data": ("files", "errors"),
     "data_prep": ("data", "files", "errors"),
-    "config": ("models", "data", "errors"),
+    "config": ("models", "data", "checks", "errors"),
     "scoring": ("models", "data", "runtime", "errors"),
     "run": ("config", "models", "data", "digests", "files", "runtime", "errors"),
 }

@@ -133,6 +133,11 @@ def test_mistakes(flags, words):
         ("def get_config(variant):\n    return 1 / 0", "ZeroDivisionError"),
         ("def get_config(variant):\n    return {}['a']", "KeyError: 'a'"),
         ("x = 1", "has no function get_config"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config(_):\n    return ConfigDict()",
+            "config.dataset is missing",
+        ),
+        ("raise SystemExit(3)", "SystemExit"),
         ("def get_config(variant):\n    return 3", "get_config"),
         ("def get_config():\n    return 3", "get_config"),
     ],
@@ -205,14 +210,17 @@ def test_missing_data_is_prepared(command, tmp_path, monkeypatch):
         "    return config\n"
     )
     trained = []
-    monkeypatch.setattr(
-        "tim4rec_jax.training.train.train_and_report", lambda *arguments: trained.append(arguments)
-    )
+
+    def train(config, workdir, batches, *_):
+        trained.append((batches.dataset.n_users, workdir))
+        raise SystemExit
+
+    monkeypatch.setattr("tim4rec_jax.training.train._train", train)
     code, said, errors = command("--config=mine.py")
     assert (code, errors) == (0, "")
     assert said.startswith("data/x is not there yet; preparing it with `python -m data_prep syn")
     assert (tmp_path / "data" / "x" / "dataset.json").exists()
-    assert [workdir for _, workdir in trained] == [Path("runs/mine")]
+    assert trained == [(20, Path("runs/mine"))]
 
 
 def test_data_that_cannot_be_fetched(command, tmp_path, monkeypatch):
@@ -256,6 +264,19 @@ def test_a_dataset_not_prepared_yet(command, tmp_path):
         (["--config.seed=-1"], "config.seed is -1"),
         (["--config.data.valid_from=soon", "--config.data.split=global_time"], "soon"),
         (["--config.data.buckets=(10,20)"], "buckets (10, 20) must be positive and the longest"),
+        (["--config.data.buckets=(0,)"], "buckets (0,) must be positive"),
+        (["--config.seed=18446744073709551616"], "config.seed is 18446744073709551616"),
+        (["--config.train.epochs=2147483647", "--config.train.batch_size=2"], "2^31 steps"),
+        (["--config.data.valid_from=2001-01-01"], "the split leave_one_out does not use"),
+        (
+            ["--config.data.split=global_time", "--config.data.test_from=2100-01-01"],
+            "has no test events",
+        ),
+        (["--config.model.hidden_size=1000000"], "parameters with gradient and optimiser need at"),
+        (["--config.train.batch_size=1000000000"], "lower config.train.batch_size"),
+        (["--config.eval.batch_size=1000000000"], "lower config.eval.batch_size"),
+        (["--config.data.max_length=1000000000"], "config.data.max_length"),
+        (["--config.train.loss=bpr", "--config.train.negatives=2147483647"], "train.negatives"),
         (["--workdir=/dev/null"], "/dev/null"),
         (["--workdir=/proc/nowhere/run"], "/proc"),
     ],

@@ -1,6 +1,7 @@
 """The command line of `train.py`: a config file, changes to single settings, a run directory."""
 
 import difflib
+import os
 import re
 import shlex
 import shutil
@@ -15,6 +16,26 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.presets import load_config
+
+
+def main(argv: list[str], usage: str) -> None:
+    """Runs `train.py`; the arguments are those of `parse`.
+
+    Raises:
+      UserError: what the user can correct.
+    """
+    config, workdir = parse(argv, usage)
+    from tim4rec_jax.training.train import train_and_report
+
+    try:
+        train_and_report(config, workdir, prepare_data)
+    except KeyboardInterrupt as stop:
+        begun = (workdir / "log.jsonl").exists()
+        where = "the last checkpoint is kept" if begun else "no step has been trained yet"
+        print(str(stop) or f"stopped; {where}; run the same command to go on", flush=True)
+        print("error: interrupted", file=sys.stderr, flush=True)
+        # Nothing can stop a thread that compiles, and Python would wait for it.
+        os._exit(130)
 
 
 def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
@@ -116,6 +137,9 @@ def _default_workdir(named: str, seed_of_file: int, seed: int) -> str:
 
 def prepare_data(config: Config) -> None:
     """Prepares the dataset of a run if it is not there, with the command `config.prepare`.
+
+    Args:
+      config: the settings.
 
     Raises:
       UserError: the dataset cannot be prepared, or `config.prepare` makes another one.

@@ -7,6 +7,9 @@ import grain
 from tim4rec_jax.data.batches import TrainBatches
 from tim4rec_jax.data.packing import PackedBatches
 
+# Number of batches that are made ahead.
+PREFETCH = 8
+
 
 def train_iterator(
     batches: TrainBatches | PackedBatches,
@@ -14,7 +17,7 @@ def train_iterator(
     indices_only: bool = False,
     start_batch: int = 0,
     threads: int = 2,
-    prefetch: int = 8,
+    prefetch: int = PREFETCH,
 ) -> grain.DatasetIterator:
     """Iterates over training batches without end.
 

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tim4rec_jax.checks import imported
+from tim4rec_jax.checks import checked, imported
 from tim4rec_jax.models.base import (
     DataSizes,
     ModelSettings,
@@ -84,11 +84,16 @@ def model_settings(config: Mapping[str, Any] | ConfigDict) -> ModelSettings:
     """
     settings = dict(config)
     kind = find_model(settings.pop("name")).Settings
-    known = [field.name for field in dataclasses.fields(kind)]
-    if unknown := sorted(settings.keys() - set(known)):
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    if unknown := sorted(settings.keys() - fields.keys()):
         raise ValueError(
-            f"{unknown[0]} is no setting of {config['name']}; it has {', '.join(known)}"
+            f"{unknown[0]} is no setting of {config['name']}; it has {', '.join(fields)}"
         )
+    for key, value in settings.items():
+        try:
+            settings[key] = checked(value, type(fields[key].default))
+        except ValueError as error:
+            raise ValueError(f"{key} {error}") from None
     return kind(**settings)
 
 

@@ -77,10 +77,9 @@ class ModelSettings:
             kind = type(field.default)
             check = field.metadata.get("check", checks.POSITIVE if kind in (int, float) else None)
             try:
-                value = checks.checked(getattr(self, field.name), kind, check)
+                checks.checked(getattr(self, field.name), kind, check)
             except ValueError as error:
                 raise ValueError(f"{field.name} {error}") from None
-            object.__setattr__(self, field.name, value)  # a whole number has become a float
         if self.date_bias_knots == 1:
             raise ValueError("date_bias_knots is 1; it must be 2 or more, or 0 for no date bias")
 

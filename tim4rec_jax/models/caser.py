@@ -79,6 +79,8 @@ class Caser(SequenceModel):
         The weights depend on `sizes.max_length`, the height of the image.
         """
         width, length = settings.embedding_size, sizes.max_length
+        if length > 1000:  # a convolution for each height of a window, up to the whole history
+            raise ValueError(f"caser takes histories of up to 1000 events, not {length}")
         table = nnx.initializers.normal(1 / width)
         super().__init__(
             settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype, embedding_init=table

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx, struct
+from grain import DatasetIterator
 from jax.sharding import NamedSharding, PartitionSpec
 
 from tim4rec_jax.config import Config
@@ -259,6 +260,7 @@ class HostSteps:
     def __init__(
         self,
         batches: TrainBatches | PackedBatches,
+        iterator: DatasetIterator,
         settings: StepSettings,
         fields: tuple[str, ...],
         placement: Placement,
@@ -268,13 +270,13 @@ class HostSteps:
 
         Args:
           batches: the batches by number.
+          iterator: of `train_iterator`, over the same batches.
           settings: what the steps are compiled for.
           fields: the fields of a batch that the step needs.
           placement: of batches on the devices.
           cumulative: see `update`.
         """
-        self.settings = settings
-        self.iterator = train_iterator(batches)
+        self.settings, self.iterator = settings, iterator
         self._batches, self._fields, self._placement = batches, fields, placement
         self._cumulative = cumulative
 
@@ -409,14 +411,17 @@ class DeviceSteps:
     def __init__(
         self,
         batches: TrainBatches | PackedBatches,
+        iterator: DatasetIterator,
         settings: StepSettings,
         gather: Gather,
         placement: Placement,
         cumulative: jax.Array | None,
     ):
-        """Puts all events on the devices; arguments are those of `train_steps` and `HostSteps`."""
-        self.settings = settings
-        self.iterator = train_iterator(batches, indices_only=True)
+        """Puts all events on the devices.
+
+        The arguments are those of `train_steps` and `HostSteps`; `iterator` yields indices.
+        """
+        self.settings, self.iterator = settings, iterator
         self._log = jax.device_put(batches.dataset.all_events(), placement.replicated)
         self._batches, self._gather, self._cumulative = batches, gather, cumulative
         self._replicated = placement.replicated
@@ -526,8 +531,10 @@ def make_steps(
         counts = cumulative_counts(train_item_counts(batches.dataset))
         cumulative = jax.device_put(counts, placement.replicated)
     fields = (*inputs(model), "targets", "weights")
-    if choose_placement(config.data.placement, batches.dataset) == "host":
-        return HostSteps(batches, settings, fields, placement, cumulative)
+    on_host = choose_placement(config.data.placement, batches.dataset) == "host"
+    iterator = train_iterator(batches, indices_only=not on_host)
+    if on_host:
+        return HostSteps(batches, iterator, settings, fields, placement, cumulative)
     gather = Gather(
         packed=isinstance(batches, PackedBatches),
         buckets=batches.buckets,
@@ -535,4 +542,4 @@ def make_steps(
         convention=config.data.convention,
         fields=fields,
     )
-    return DeviceSteps(batches, settings, gather, placement, cumulative)
+    return DeviceSteps(batches, iterator, settings, gather, placement, cumulative)

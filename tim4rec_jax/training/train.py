@@ -3,11 +3,12 @@
 import fcntl
 import json
 import signal
+import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rich.console import Console
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
+    EvalBatches,
     PackedBatches,
     TrainBatches,
     open_dataset,
@@ -27,12 +29,12 @@ from tim4rec_jax.data import (
     train_item_counts,
 )
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import atomic_write, write_json
-from tim4rec_jax.models import build, model_class
+from tim4rec_jax.models import SequenceModel, build, model_class
 from tim4rec_jax.run import (
     check_same_dataset,
     check_unchanged,
@@ -48,7 +50,9 @@ from tim4rec_jax.training.log import (
     describe_data,
     describe_model,
     duration,
+    waiting_for,
 )
+from tim4rec_jax.training.memory import check_memory
 from tim4rec_jax.training.step import init_state, make_batches, make_steps, start_epoch
 
 # Number of dispatches that the host may be ahead of the device. The device never waits, and a
@@ -64,6 +68,8 @@ def train(config: Config, workdir: Path) -> dict:
     best one. Figures are compared as rounded to 4 decimals, and a tie counts as better, as in the
     published code. At the end the best model is tested, once.
 
+    It works in any thread. Ctrl-C and SIGTERM are asked for a checkpoint in the main thread only.
+
     Args:
       config: the settings; see `tim4rec_jax.config`.
       workdir: the run directory, made if missing.
@@ -75,20 +81,88 @@ def train(config: Config, workdir: Path) -> dict:
       UserError: a setting or the data is wrong, the run is damaged, or the loss is not finite.
       KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint.
     """
-    # All that the settings and the data can get wrong is found before the first write.
-    config = config_lib.resolve(config)
-    data = config.data
-    settings_file, dataset_file = workdir / "config.json", workdir / DATASET_FILE
-    items_file = workdir / ITEMS_FILE
+    return _run(config_lib.resolve(config), Path(workdir))
+
+
+def train_and_report(
+    config: Config, workdir: Path, prepare: Callable[[Config], None] | None = None
+) -> None:
+    """Trains as `train`, with compiled programs kept on disk, and prints what came out.
+
+    Args:
+      config: the settings, resolved.
+      workdir: the run directory, made if missing.
+      prepare: makes the dataset if it is missing. It is called when the settings are known to be
+        those of the run in `workdir`.
+
+    Raises:
+      UserError: as `train`.
+      KeyboardInterrupt: likewise.
+    """
+    enable_compilation_cache()
+    silence_echoes()
+    figures = _run(config, workdir, prepare)
+    dataset = open_dataset(config.dataset)
+    report = {
+        "dataset": dataset.name,
+        "split": "test",
+        "exclude_seen": False,
+        "users": figures["users"],
+        "metrics": figures["test"],
+        "standard_errors": figures["test_standard_errors"],
+    }
+    if "oracle" in dataset.metadata and config.data.split == "leave_one_out":
+        report["oracle"] = dataset.metadata["oracle"]["test"]
+    console = Console()
+    print_report(report, console)
+    console.print(
+        f"best epoch {figures['best_epoch']} of {figures['epochs']}; "
+        f"figures in {workdir / 'metrics.json'}",
+        soft_wrap=True,
+    )
+
+
+def _run(config: Config, workdir: Path, prepare: Callable[[Config], None] | None = None) -> dict:
+    """Finds what settings, data and memory have wrong, and only then writes and trains."""
+    data, settings_file = config.data, workdir / "config.json"
+    dataset_file, items_file = workdir / DATASET_FILE, workdir / ITEMS_FILE
     if settings_file.exists():
         check_unchanged(config, settings_file)
+    check_memory(config)
+    if prepare is not None:
+        prepare(config)
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
     if dataset_file.exists():
         check_same_dataset(dataset.directory, dataset.metadata, dataset_file)
+    date_range = train_dates(dataset) if config.model.date_bias_knots else None
+    counted = model_class(config.model).needs_item_counts
+    make_model = partial(
+        build,
+        config.model,
+        n_items=dataset.n_items,
+        n_users=dataset.n_users,
+        item_counts=train_item_counts(dataset) if counted else None,
+        date_range=date_range,
+        max_length=data.max_length,
+        seed=config.seed,
+    )
+    # Shapes only.
+    try:
+        structure: Any = nnx.eval_shape(make_model)
+    except ValueError as error:
+        raise UserError(f"config.model: {first_line(error)}") from error
+    check_memory(config, nnx.to_pure_dict(nnx.state(structure)))
     batches = make_batches(config, dataset)
+    if config.train.epochs * batches.batches_per_epoch >= 2**31:
+        raise UserError(
+            f"config.train.epochs is {config.train.epochs}, which makes 2^31 steps or more; steps "
+            "are counted in 32 bits, so take fewer epochs"
+        )
+    evaluation = batch_settings(config)
+    for split in ("valid", "test"):
+        EvalBatches(dataset, split, **evaluation)
 
-    workdir.mkdir(parents=True, exist_ok=True)
-    with only_process(workdir):
+    with run_directory(workdir):
         if not settings_file.exists():
             write_settings(config, settings_file)
         if not dataset_file.exists():
@@ -96,60 +170,58 @@ def train(config: Config, workdir: Path) -> dict:
         if not items_file.exists():
             with atomic_write(items_file) as file:
                 file.write((dataset.directory / ITEMS_FILE).read_bytes())
+        if date_range is not None:
+            write_date_range(workdir, date_range)
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return json.loads((workdir / "metrics.json").read_text())
-        return _train(config, workdir, batches)
+        return _train(config, workdir, batches, make_model, structure, evaluation)
 
 
-def _train(config: Config, workdir: Path, batches: TrainBatches | PackedBatches) -> dict:
-    data, max_epochs, dataset = config.data, config.train.epochs, batches.dataset
-    per_epoch = batches.batches_per_epoch
+def _train(
+    config: Config,
+    workdir: Path,
+    batches: TrainBatches | PackedBatches,
+    make_model: Callable[[], SequenceModel],
+    structure: SequenceModel,
+    evaluation: dict[str, Any],
+) -> dict:
+    """Trains from the beginning or from the last checkpoint to the end.
+
+    Args:
+      config: the settings, resolved.
+      workdir: the run directory.
+      batches: what to train on.
+      make_model: draws the initial weights.
+      structure: the same model with shapes for weights.
+      evaluation: the keyword arguments of `evaluate`.
+    """
+    dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
     print(describe_data(batches))
 
-    # The model and its training step. At first there are shapes only.
-    date_range, item_counts = None, None
-    if config.model.date_bias_knots:
-        date_range = train_dates(dataset)
-        write_date_range(workdir, date_range)
-    if model_class(config.model).needs_item_counts:
-        item_counts = train_item_counts(dataset)
-    make_model = partial(
-        build,
-        config.model,
-        n_items=dataset.n_items,
-        n_users=dataset.n_users,
-        item_counts=item_counts,
-        date_range=date_range,
-        max_length=data.max_length,
-        seed=config.seed,
-    )
-    graphdef, shapes = nnx.split(nnx.eval_shape(make_model))
-    placement = data_sharding(config.train.batch_size)
-    steps = make_steps(config, batches, nnx.merge(graphdef, shapes), placement)
-    tx = steps.settings.tx
-    evaluation = batch_settings(config)
-
     # Programs are compiled by threads while the weights are drawn and while the model trains.
+    graphdef, shapes = nnx.split(structure)
+    placement = data_sharding(config.train.batch_size)
+    steps = make_steps(config, batches, structure, placement)
+    make_state = partial(init_state, tx=steps.settings.tx, seed=config.seed)
     pool = ThreadPoolExecutor(2)
-    print("compiling the training step", flush=True)
-    started = time.perf_counter()
-    state_shapes = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement.replicated),
-        jax.eval_shape(partial(init_state, tx=tx, seed=config.seed), shapes),
-    )
-    compiling = [pool.submit(lowered.compile) for lowered in steps.lowered(state_shapes)]
-    untrained = nnx.merge(graphdef, jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
-    compiling_evaluation = pool.submit(
-        compile_evaluation, untrained, dataset, "valid", **evaluation
-    )
-    pool.shutdown(wait=False)
-    print(describe_model(graphdef, shapes, data.max_length), flush=True)
-    state = init_state(nnx.state(make_model()), tx, config.seed)
-    state = jax.device_put(state, placement.replicated)
-    for program in compiling:
-        program.result()
-    print(f"compiled after {time.perf_counter() - started:.0f} s", flush=True)
+    with waiting_for("compiling the training step"):
+        state_shapes = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(
+                leaf.shape, leaf.dtype, sharding=placement.replicated
+            ),
+            jax.eval_shape(make_state, shapes),
+        )
+        compiling = [pool.submit(lowered.compile) for lowered in steps.lowered(state_shapes)]
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+        compiling_evaluation = pool.submit(
+            compile_evaluation, nnx.merge(graphdef, zeros), dataset, "valid", **evaluation
+        )
+        pool.shutdown(wait=False)
+        print(describe_model(graphdef, shapes, batches.max_length), flush=True)
+        state = jax.device_put(make_state(nnx.state(make_model())), placement.replicated)
+        for program in compiling:
+            program.result()
 
     # What earlier starts of this run have done.
     checkpoints = Checkpoints(workdir)
@@ -202,8 +274,11 @@ def _train(config: Config, workdir: Path, batches: TrainBatches | PackedBatches)
                     save()
                     checkpoints.wait()
                     line.clear()
-                    print(f"stopped at step {step:,}, saved; run the same command to go on")
-                    raise KeyboardInterrupt
+                    raise KeyboardInterrupt(
+                        f"stopped at step {step:,}, saved; run the same command to go on"
+                    )
+                if compiling_evaluation.done():
+                    compiling_evaluation.result()  # raises what it has failed with
                 if time.perf_counter() - saved > 60 * config.train.checkpoint_minutes:
                     save()
                     saved = time.perf_counter()
@@ -262,6 +337,33 @@ def _train(config: Config, workdir: Path, batches: TrainBatches | PackedBatches)
 
 
 @contextmanager
+def run_directory(workdir: Path) -> Iterator[None]:
+    """Makes a run directory, in which no other process trains.
+
+    If the block raises before a new run has begun, what the block wrote is removed, so that
+    corrected settings are not refused.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    there = workdir.exists()
+    workdir.mkdir(parents=True, exist_ok=True)
+    with only_process(workdir):
+        new = not (workdir / "config.json").exists()
+        try:
+            yield
+        except BaseException:
+            if new and not (workdir / "log.jsonl").exists():
+                for name in ("config.json", DATASET_FILE, ITEMS_FILE, "date_range.json"):
+                    (workdir / name).unlink(missing_ok=True)
+                if not there:
+                    (workdir / ".lock").unlink()
+                    with suppress(OSError):  # it holds something of somebody else
+                        workdir.rmdir()
+            raise
+
+
+@contextmanager
 def only_process(workdir: Path) -> Iterator[None]:
     """Keeps other processes from training in `workdir`.
 
@@ -290,8 +392,14 @@ class Stop:
 
 @contextmanager
 def stop_on_signal() -> Iterator[Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request. A second one acts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a request. A second one acts at once.
+
+    Python lets only the main thread do this. In another one, nothing is ever requested.
+    """
     stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
     before: dict[Any, Any] = {
         number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
     }
@@ -310,33 +418,3 @@ def stop_on_signal() -> Iterator[Stop]:
         yield stop
     finally:
         restore()
-
-
-def train_and_report(config: Config, workdir: Path) -> None:
-    """Trains as `tim4rec_jax.training.train.train` does and prints what came out.
-
-    Raises:
-      UserError: as `train`.
-    """
-    enable_compilation_cache()
-    silence_echoes()
-    figures = train(config, workdir)
-    dataset = open_dataset(config.dataset)
-    users = figures["users"]
-    report = {
-        "dataset": dataset.name,
-        "split": "test",
-        "exclude_seen": False,
-        "users": users,
-        "metrics": figures["test"],
-        "standard_errors": figures["test_standard_errors"],
-    }
-    if "oracle" in dataset.metadata:
-        report["oracle"] = dataset.metadata["oracle"]["test"]
-    console = Console()
-    print_report(report, console)
-    console.print(
-        f"best epoch {figures['best_epoch']} of {figures['epochs']}; "
-        f"figures in {workdir / 'metrics.json'}",
-        soft_wrap=True,
-    )

@@ -1,0 +1,87 @@
+"""Whether a training fits the memory, found out before anything large is allocated."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tim4rec_jax.config import Config
+from tim4rec_jax.data.pipeline import PREFETCH
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.training.step import num_microbatches
+
+_BYTES = 4  # of a float32 or an int32
+
+
+def check_memory(config: Config, parameters: Any = None) -> None:
+    """Makes sure that a training can fit the memory.
+
+    What is added up is the least that the training needs. It can still be too large, but nothing
+    is refused that could work.
+
+    Args:
+      config: the settings of the run, resolved.
+      parameters: the shapes of the model's parameters, as `nnx.to_pure_dict` returns them. None:
+        they are not known yet, and only the batches are checked.
+
+    Raises:
+      UserError: it does not fit; the message names the settings to lower.
+    """
+    data, train, rows = config.data, config.train, config.eval.batch_size
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    width = 0 if parameters is None else parameters["item_embedding"]["embedding"].shape[-1]
+    events = data.max_length  # of a row
+    together = train.batch_size // num_microbatches(train.batch_size, events, devices=1)
+    waiting = PREFETCH if jax.default_backend() == "cpu" else 1
+    # Items and gaps of a row, and the weight and a dropout seed.
+    row = (2 * events + 2) * _BYTES
+    needs = {
+        # Parameters, their gradient, and the two means that Adam keeps.
+        4 * count * _BYTES: (
+            f"the model's {count:,} parameters with gradient and optimiser",
+            "the sizes in config.model",
+        ),
+        # The batches that wait on the host; a hidden state and its gradient.
+        waiting * train.batch_size * row + 2 * together * events * width * _BYTES: (
+            f"batches of {train.batch_size:,} rows of {events:,} events",
+            "config.train.batch_size or config.data.max_length",
+        ),
+        rows * row + rows * events * width * _BYTES: (
+            f"validation of {rows:,} users at once with {events:,} events each",
+            "config.eval.batch_size or config.data.max_length",
+        ),
+    }
+    if train.loss in ("sampled_softmax", "gbce", "bpr"):
+        targets = together * (events if train.objective == "every_position" else 1)
+        needs[2 * targets * train.negatives * _BYTES] = (
+            f"the scores of {train.negatives:,} negatives",
+            "config.train.negatives or config.train.batch_size",
+        )
+    free = available_memory()
+    for need, (what, remedy) in needs.items():
+        if free is not None and need > free:
+            raise UserError(
+                f"{what} need at least {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB "
+                f"are there; lower {remedy}"
+            )
+
+
+def available_memory() -> int | None:
+    """Bytes that a training can have: of the device, or what the host has left. None: unknown."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # Linux
+        for line in meminfo.read_text().splitlines():
+            if line.startswith(("MemAvailable:", "SwapFree:")):
+                found.append(1024 * int(line.split()[1]))
+        found = [sum(found)]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        found.append(int(text))
+    return min(found, default=None)
