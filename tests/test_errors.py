@@ -30,9 +30,31 @@ def test_long_sentences_lose_their_middle(capsys, letter, length):
     assert shown.count("\n") == 1 and len(shown) <= LONGEST_SENTENCE + 1
 
 
-def test_want_of_memory(capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+        (OSError(28, "No space left on device", "runs/x"), 1, "runs/x: No space left on device\n"),
+        (MemoryError(), 1, "error: the memory does not suffice"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
+)
+def test_one_line_and_an_exit_code(capsys, error, code, words):
     def main():
-        raise MemoryError
+        raise error
 
-    assert run_main(main) == 1
-    assert capsys.readouterr().err.startswith("error: the memory does not suffice")
+    assert run_main(main) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert words in said.err
+    assert said.err.count("\n") == 1
+
+
+def test_a_bug_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        run_main(lambda: 1 // 0)
+
+
+def test_the_code_of_main():
+    assert run_main(lambda: None) == 0
+    assert run_main(lambda: 3) == 3

@@ -66,10 +66,14 @@ FURTHER = {
 }
 RUNS = [
     *((name, *run) for name in ("xla", "tpu") for run in itertools.product(CASES, ["float32"])),
-    *((name, "chunks", "bfloat16") for name in ("xla", "tpu")),
+    *itertools.product(("xla", "tpu"), ("L2", "chunks"), ["bfloat16"]),
     ("xla", "chunks", "float64"),
 ]
-HEAVY = {("xla", "L257", "float32"), ("tpu", "L257", "float32"), ("xla", "groups", "float32")}
+HEAVY = {
+    *(("xla", "L257", "float32"), ("tpu", "L257", "float32"), ("xla", "groups", "float32")),
+    # Chunks are passed over in float32 too, and bfloat16 changes the products alone.
+    *(("xla", "L2", "bfloat16"), ("tpu", "chunks", "bfloat16")),
+}
 
 
 def heavy_ones_slow(runs, heavy):

@@ -1,11 +1,13 @@
 """Checkpoints: what is damaged is passed over, what is half-written goes."""
 
+import errno
 import shutil
 import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
@@ -113,6 +115,37 @@ def test_damage_is_passed_over_with_a_word(tmp_path, capsys, damage):
     # The next checkpoints take the place of the damaged one.
     save(tmp_path, 6, 8)
     assert restore(tmp_path) == (8, 8)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "write failed: No space left on device"),
+        ValueError("UNKNOWN: Error writing file: No space left on device [os_error_code='28']"),
+    ],
+    ids=["of the system", "of Tensorstore"],
+)
+def test_a_full_disk_leaves_the_one_before(tmp_path, monkeypatch, error):
+    save(tmp_path, 5)
+
+    def full(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.CheckpointManager, "save", full)
+        message = rf"cannot be written to {tmp_path} \(No space left on device\); the one before"
+        with pytest.raises(UserError, match=message):
+            save(tmp_path, 8)
+    assert restore(tmp_path) == (5, 5)
+
+
+def test_other_errors_keep_their_traceback(tmp_path, monkeypatch):
+    def wrong(*_, **__):
+        raise ValueError("another: cause")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", wrong)
+    with pytest.raises(ValueError, match="another: cause"):
+        save(tmp_path, 8)
 
 
 def test_nothing_readable_left(tmp_path):

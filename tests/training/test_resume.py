@@ -109,14 +109,35 @@ def calm(folder):
     return calm
 
 
-# Every process takes seconds to start: one kill less, and the other ends show the same faults.
-@pytest.mark.parametrize("kills", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_whatever_ends_the_process_the_bits_stay(folder, calm, kills):
+# Every process takes seconds to start. The ends other than a kill have fast tests of their own:
+# signals in `test_loop.py`, full disks in `test_checkpoints.py`, exit codes in `test_errors.py`.
+@pytest.mark.parametrize("ends", ["one", pytest.param("all", marks=pytest.mark.slow)])
+def test_whatever_ends_the_process_the_bits_stay(folder, calm, ends):
     rng = random.Random(7)
-    hit = Training(folder, f"hit{kills}", **{"train.checkpoint_minutes": 0.002})
+    hit = Training(folder, f"hit {ends}", **{"train.checkpoint_minutes": 0.002})
     code, said = hit.signalled(signal.SIGKILL, rng.randrange(1, 60), rng.uniform(0, 0.3))
     assert code == -signal.SIGKILL, said
+    saved = hit.steps()[-1]
+    if ends == "all":
+        saved = full_disk_kill_and_stop(hit, rng)
 
+    code, said = hit.run()
+    assert code == 0, said
+    assert f"resuming at step {saved}\n" in said
+
+    ours, theirs = hit.arrays(), calm.arrays()
+    assert len(theirs) > 100
+    assert ours.keys() == theirs.keys()
+    assert [name for name in theirs if ours[name] != theirs[name]] == []
+    assert [record["step"] for record in calm.validations()] == [EPOCH, 2 * EPOCH, 2 * EPOCH]
+    assert hit.validations() == calm.validations()
+    figures = [json.loads((run.workdir / "metrics.json").read_text()) for run in (hit, calm)]
+    assert figures[0] | {"seconds": 0} == figures[1] | {"seconds": 0}
+    assert not list(hit.workdir.rglob("*tmp*"))
+
+
+def full_disk_kill_and_stop(hit, rng):
+    """Ends three more processes of the training; returns the step at which the last one stopped."""
     # A disk that takes no file of more than 16 KB: less than the table of items has. Coverage would
     # write a larger file of its own into it, and its complaint would be the last line of output.
     limited = 'unset COVERAGE_PROCESS_START COVERAGE_PROCESS_CONFIG; ulimit -f 32; exec "$@"'
@@ -130,12 +151,11 @@ def test_whatever_ends_the_process_the_bits_stay(folder, calm, kills):
     assert "Traceback" not in said
     assert hit.steps() == before
 
-    if kills == 2:
-        step, delay = rng.randrange(EPOCH, EPOCH + 40), rng.random() / 5
-        code, said = hit.signalled(signal.SIGKILL, step, delay)
-        assert code == -signal.SIGKILL, said
-        assert f"resuming at step {before[-1]}\n" in said
-        before = hit.steps()
+    step, delay = rng.randrange(EPOCH, EPOCH + 40), rng.random() / 5
+    code, said = hit.signalled(signal.SIGKILL, step, delay)
+    assert code == -signal.SIGKILL, said
+    assert f"resuming at step {before[-1]}\n" in said
+    before = hit.steps()
 
     code, said = hit.signalled(signal.SIGTERM, max(before[-1], EPOCH) + 5)
     assert f"resuming at step {before[-1]}\n" in said
@@ -144,17 +164,4 @@ def test_whatever_ends_the_process_the_bits_stay(folder, calm, kills):
     assert f"stopped at step {stopped}, saved; run the same command to go on" in said
     assert said.splitlines()[-1] == "error: interrupted"
     assert EPOCH < stopped < 2 * EPOCH
-
-    code, said = hit.run()
-    assert code == 0, said
-    assert f"resuming at step {stopped}\n" in said
-
-    ours, theirs = hit.arrays(), calm.arrays()
-    assert len(theirs) > 100
-    assert ours.keys() == theirs.keys()
-    assert [name for name in theirs if ours[name] != theirs[name]] == []
-    assert [record["step"] for record in calm.validations()] == [EPOCH, 2 * EPOCH, 2 * EPOCH]
-    assert hit.validations() == calm.validations()
-    figures = [json.loads((run.workdir / "metrics.json").read_text()) for run in (hit, calm)]
-    assert figures[0] | {"seconds": 0} == figures[1] | {"seconds": 0}
-    assert not list(hit.workdir.rglob("*tmp*"))
+    return stopped
