@@ -1,6 +1,7 @@
 """Every mistake on the command line of `train.py`, as a user meets it: one sentence."""
 
 import dataclasses
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -154,19 +155,34 @@ def test_broken_config_files(tmp_path, text, words):
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs train.py in this process; gives its exit code, output and errors."""
+    """Runs a command in this process; gives its exit code, output and errors."""
 
-    def run(*flags):
-        monkeypatch.setattr("sys.argv", ["train.py", *map(str, flags)])
+    def run(*flags, name="train.py"):
+        monkeypatch.setattr("sys.argv", [name, *map(str, flags)])
         # What the command changes of its process stays with it.
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
         monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
         capsys.readouterr()
         with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+            runpy.run_path(str(ROOT / name), run_name="__main__")
         return exit.value.code or 0, *capsys.readouterr()
 
     return run
+
+
+def test_train_then_evaluate(command, tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([9] * 8))
+    # A model that compiles quickly: the commands treat all alike.
+    small = {"model.name": "tests.training.tiny_run:LastItem", "data.max_length": 6}
+    small |= {"data.buckets": "(6,)", "train.batch_size": 8, "train.epochs": 1}
+    small |= {"eval.batch_size": 8, "dataset": dataset}
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    run = tmp_path / "run"
+    code, said, _ = command(CONFIG, f"--workdir={run}", *flags)
+    assert code == 0 and "epoch 1" in said
+    figures = json.loads((run / "metrics.json").read_text())
+    code, said, _ = command(f"--workdir={run}", "--split=test", name="eval.py")
+    assert code == 0 and f"{figures['test']['ndcg@10']:.4f}" in said
 
 
 def test_help(command):

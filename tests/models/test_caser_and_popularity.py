@@ -8,25 +8,28 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models.small_models import jit, small_model
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.models import build, encode_batch
 
 ITEMS, USERS, LENGTH = 20, 5, 9
-jit = functools.partial(
-    jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0}
-)
 
 
 @functools.cache
-def caser(param_dtype=jnp.float32):
+def caser(param_dtype):
     settings = {"name": "caser", "embedding_size": 8, "nh": 24}
     sizes = dict(n_items=ITEMS, n_users=USERS, max_length=LENGTH)
-    return nnx.split(build(settings, **sizes, param_dtype=param_dtype))
+    return small_model(settings, spread=0.3, **sizes, param_dtype=param_dtype)
 
 
 @jit
 def encode(graph, params, batch):
     return encode_batch(nnx.merge(graph, params), batch)
+
+
+@jit
+def encode_alone(graph, params, *arrays):
+    return nnx.merge(graph, params).encode(*arrays)
 
 
 def batch(items, users=(0, 1)):
@@ -38,8 +41,8 @@ def batch(items, users=(0, 1)):
 ROWS = np.array([[3, 1, 4, 0, 0, 0, 0, 0, 0], [1, 5, 9, 2, 0, 0, 0, 0, 0]])
 
 
-def test_caser_by_its_definition():
-    graph, params = caser()
+def test_caser_by_its_definition(x64):
+    graph, params = caser(jnp.float64)
     model = nnx.merge(graph, params)
     table, users = (e.embedding[...] for e in (model.item_embedding, model.user_embedding))
     image = np.asarray(table[ROWS])  # with the vector of padding
@@ -53,7 +56,7 @@ def test_caser_by_its_definition():
         seen.append(np.maximum(response + windows.bias[...], 0).max(1))
     h = np.maximum(model.fc1(jnp.concatenate(seen, 1)), 0)
     expected = np.maximum(model.fc2(jnp.concatenate([h, users[jnp.array([1, 2])]], 1)), 0)
-    np.testing.assert_allclose(encode(graph, params, batch(ROWS)), expected, atol=1e-6)
+    np.testing.assert_allclose(encode(graph, params, batch(ROWS)), expected, rtol=1e-12)
 
 
 def test_caser_in_a_shorter_bucket_is_the_same(x64):
@@ -61,23 +64,21 @@ def test_caser_in_a_shorter_bucket_is_the_same(x64):
     np.testing.assert_allclose(whole, short, rtol=1e-12)
 
 
-def test_caser_sees_the_user_and_takes_unknown_ones():
-    known, other = (encode(*caser(), batch(ROWS, users)) for users in ((0, 1), (3, 1)))
+def test_caser_sees_the_user_and_takes_unknown_ones(x64):
+    model = caser(jnp.float64)
+    known, other = (encode(*model, batch(ROWS, users)) for users in ((0, 1), (3, 1)))
     assert np.abs(known[0] - other[0]).max() > 1e-4
     np.testing.assert_array_equal(known[1], other[1])
-    unknown = encode(*caser(), batch(ROWS, (-1, -1)))
-    rows = batch(ROWS)
-    without = nnx.merge(*caser()).encode(
-        *(jax.device_put(rows[key]) for key in ("items", "lengths", "gaps"))
-    )
-    np.testing.assert_allclose(unknown, without, atol=1e-6)
+    unknown = encode(*model, batch(ROWS, (-1, -1)))
+    without = encode_alone(*model, *(batch(ROWS)[key] for key in ("items", "lengths", "gaps")))
+    np.testing.assert_allclose(unknown, without, rtol=1e-12)
 
 
 def test_caser_has_no_state_for_every_position():
     rows = batch(ROWS)
     arguments = [jax.device_put(rows[key]) for key in ("items", "lengths", "gaps")]
     with pytest.raises(ValueError, match="one state a history"):
-        nnx.merge(*caser())(*arguments)
+        nnx.merge(*caser(jnp.float32))(*arguments)
 
 
 def test_popularity_ranks_by_counts_and_learns_nothing():

@@ -43,17 +43,14 @@ OP = [("", 32, "float32"), ("", 128, "float32")]  # of the 64-d and the 256-d mo
 BLOCK = [("block_", 32, "float32"), ("block_", 32, "bfloat16")]
 
 
+# That the kernels compile is also seen by the test below. A spill makes them slow and not wrong.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "shapes", "kernels"),
     [
-        # What the released 64-d models launch.
-        ("90", ("18", "19"), BLOCK[:1]),
-        pytest.param(
-            *("90", ("0", "1", "6", "7", "18", "19", "20", "21"), [*OP, *BLOCK]),
-            marks=pytest.mark.slow,
-        ),
+        ("90", ("0", "1", "6", "7", "18", "19", "20", "21"), [*OP, *BLOCK]),
         # The tightest; benchmarks/RESULTS.md has all.
-        pytest.param("80", ("20", "21"), BLOCK[1:], marks=pytest.mark.slow),
+        ("80", ("20", "21"), BLOCK[1:]),
     ],
 )
 def test_no_registers_are_spilled(capability, shapes, kernels):

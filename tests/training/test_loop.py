@@ -64,8 +64,7 @@ def finished(dataset, tmp_path_factory):
     return workdir
 
 
-# `test_learns_at_every_position` and `test_whatever_ends_the_process_the_bits_stay` train TiM4Rec
-# in every test run.
+# In every test run, TiM4Rec learns in `test_learns_at_every_position`.
 @pytest.mark.slow
 def test_learns_what_can_be_learnt(dataset, tmp_path):
     figures = train(tiny_config(dataset, epochs=8, learning_rate=0.01), tmp_path)
