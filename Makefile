@@ -3,55 +3,70 @@
 #   make test         lint, types, the fast tests and their coverage
 #   make test-all     the same with the slow tests, before a release; it reads the large golden
 #                     files too where TIM4REC_GOLDEN names their folder
+#   make test-lowest  the fast tests with the lowest versions that pyproject.toml allows
+#
+# VENV names another folder for another Python: make test PYTHON=python3.13 VENV=.venv-3.13
 
 PYTHON ?= python3
-PY := .venv/bin/python
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all test-gpu lint clean
+.PHONY: quickstart test test-all test-lowest test-gpu lint clean
 
-quickstart: .venv/.base
+quickstart: $(VENV)/.base
 	test -f data/synthetic/dataset.json || $(PY) -m data_prep synthetic --out data/synthetic
 	$(PY) train.py --config configs/quickstart.py --workdir runs/quickstart
 	$(PY) eval.py --workdir runs/quickstart --split test
 
-test: lint .venv/.tpu .venv/.cuda
+test: lint $(VENV)/.tpu $(VENV)/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov
 
-test-all: lint .venv/.tpu .venv/.cuda
+test-all: lint $(VENV)/.tpu $(VENV)/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal --cov
 
+# Newer versions may be typed in another way, so that there is no lint here.
+test-lowest: .venv-lowest/lowest.txt
+	PIP_CONSTRAINT=$(CURDIR)/$< $(MAKE) VENV=.venv-lowest .venv-lowest/.tpu .venv-lowest/.cuda
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+
+.venv-lowest/lowest.txt: pyproject.toml
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
+	.venv-lowest/bin/python -m uv pip compile --quiet --resolution lowest-direct --output-file $@ $<
+
 # The kernels on an NVIDIA GPU. The environment needs JAX for CUDA.
-test-gpu: .venv/.dev
+test-gpu: $(VENV)/.dev
 	JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $(PY) -m pytest tests/ssd/test_triton.py tests/ssd/test_block.py -k triton
 
-lint: .venv/.dev
+lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pyright
+	$(PY) -m pyright --pythonpath $(PY)
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .venv-* build *.egg-info
 
 # The stamps make a second run start at once; a changed pyproject.toml installs again.
-.venv/.base: pyproject.toml
-	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable .
+$(VENV)/.base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --editable .
 	touch $@
 
-.venv/.dev: .venv/.base
-	$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[dev,kernels]'
+$(VENV)/.dev: $(VENV)/.base
+	$(PIP) --editable '.[dev,kernels]'
 	touch $@
 
 # The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the
 # way of all other programs, which would print its warnings. Where there is none, they are skipped.
-.venv/.tpu: .venv/.base
-	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/tpu \
+$(VENV)/.tpu: $(VENV)/.base
+	-$(PIP) --no-deps --upgrade --target $(VENV)/tpu \
 	  "$$($(PY) -c 'from importlib.metadata import requires as r; \
 	  print(next(v.split(";")[0] for v in r("jax") if v.startswith("libtpu")))')"
 	touch $@
 
 # Likewise the plugin with which programs are lowered for NVIDIA GPUs.
-.venv/.cuda: .venv/.dev
-	-$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target .venv/cuda \
+$(VENV)/.cuda: $(VENV)/.dev
+	-$(PIP) --no-deps --upgrade --target $(VENV)/cuda \
 	  jax-cuda12-plugin==$$($(PY) -c 'import jax; print(jax.__version__)')
 	touch $@

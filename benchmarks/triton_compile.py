@@ -141,7 +141,7 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
     with tempfile.TemporaryDirectory() as folder:
         ptx, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         ptx.write_text(compiled.asm["ptx"])
-        gpu = re.search(r"^\.target (\w+)", compiled.asm["ptx"], re.M)[1]
+        (gpu,) = re.findall(r"^\.target (\w+)", compiled.asm["ptx"], re.M)
         said = subprocess.run(
             [tools / "ptxas", "-v", f"--gpu-name={gpu}", ptx, "-o", cubin],
             check=True,
@@ -151,12 +151,13 @@ def compile_kernel(launch: Launch, capability: int) -> Report:
         code = subprocess.run(
             [tools / "cuobjdump", "--dump-sass", cubin], check=True, capture_output=True, text=True
         ).stdout
+    (registers,) = re.findall(r"Used (\d+) registers", said)
     spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     operations = re.findall(r"^\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?(\w+)", code, re.M)
     kinds = ("FFMA", "HMMA", "HGMMA", "LDS", "STS", "LDG", "STG", "BAR", "MUFU")
     counts = {kind: sum(o == kind for o in operations) for kind in kinds}
     return Report(
-        int(re.search(r"Used (\d+) registers", said)[1]),
+        int(registers),
         sum(map(int, spills)),
         compiled.metadata.shared,
         {kind: count for kind, count in counts.items() if count} | {"all": len(operations)},

@@ -67,7 +67,7 @@ def seconds(
         return ssd(**inputs, dt_softplus=True, precision=precision, implementation=implementation)
 
     def gradient(inputs):
-        return jax.grad(lambda inputs: jnp.sum(forward(inputs).astype(jnp.float32)))(inputs)
+        return jax.grad(lambda inputs: jnp.sum(forward(inputs), dtype=jnp.float32))(inputs)
 
     function = gradient if kernel.endswith("backward") else forward
     with mock.patch.object(table, "tile_sizes", chosen):

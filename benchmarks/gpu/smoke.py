@@ -1,5 +1,7 @@
 """Whether the kernels run here at all: op and block against XLA, values and gradients."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +16,10 @@ def main() -> None:
     session = Session("smoke", __doc__)
     shape = session.sized(BEAUTY, batch=8)
 
-    def op(inputs, implementation):
+    def op(inputs, implementation) -> Any:
         return ssd(**inputs, dt_softplus=True, implementation=implementation)
 
-    def block(inputs, implementation):
+    def block(inputs, implementation) -> Any:
         settings = {"activation": "hardswish", "state": shape.state}
         return time_aware_ssd_block(**inputs, **settings, implementation=implementation)
 

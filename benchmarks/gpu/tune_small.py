@@ -5,10 +5,14 @@ Among them is "tf32x3", three products on tensor cores that together keep about 
 """
 
 import itertools
+import math
+from functools import partial
+from unittest import mock
 
 from benchmarks.gpu.common import Session
 from benchmarks.tune_triton import seconds
-from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, random_inputs
+from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, Shape, random_inputs
+from tim4rec_jax.ssd.triton import launch
 from tim4rec_jax.ssd.triton.launch import TileSizes
 
 PLAN = [
@@ -20,19 +24,43 @@ PLAN = [
 ]
 
 
+def with_precision(kernel: str, precision: str):
+    """Within it, the kernel of this name computes its products in this precision."""
+    released = launch.launch
+
+    def changed(function, *arguments, specialisation, **options):
+        if function.fn.__name__ == kernel:
+            specialisation = specialisation._replace(PRECISION=precision)
+        return released(function, *arguments, specialisation=specialisation, **options)
+
+    return mock.patch.object(launch, "launch", changed)
+
+
+def time_candidate(
+    session: Session, kernel: str, shape: Shape, tiles: TileSizes, precision: str
+) -> dict[str, float]:
+    """Returns the time of one candidate.
+
+    Raises:
+        RuntimeError: it does not fit this GPU.
+    """
+    block = kernel.startswith("block")
+    inputs = random_inputs(shape.block_inputs() if block else shape.op_inputs(), 0)
+    repeats = 1 if session.rehearse else 20
+    with with_precision(kernel, precision):
+        time = seconds(kernel, tiles, inputs, "ieee", repeats, session.kernel)
+    if math.isinf(time):
+        raise RuntimeError("it does not fit this GPU, see the line above")
+    return {"us": round(time * 1e6, 1)}
+
+
 def main() -> None:
     """Runs the command line."""
     session = Session("tune_small", __doc__)
     for (kernel, shape, tiles), precision in itertools.product(PLAN, ("ieee", "tf32x3", "tf32")):
         shape = session.sized(shape)
-        block = kernel.startswith("block")
-        inputs = random_inputs(shape.block_inputs() if block else shape.op_inputs(), 0)
         session.attempt(
-            lambda k=kernel, t=tiles, p=precision, v=inputs: {
-                "us": round(
-                    seconds(k, t, v, p, 1 if session.rehearse else 20, session.kernel) * 1e6, 1
-                )
-            },
+            partial(time_candidate, session, kernel, shape, tiles, precision),
             kernel=kernel,
             length=shape.length,
             precision=precision,
