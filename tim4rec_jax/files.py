@@ -132,6 +132,8 @@ def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any
       UserError: the file cannot be written (full disk, no permission, no such folder), or a folder,
         a pipe or a device has its name.
     """
+    if "\0" in str(path):
+        raise UserError(f"{path} cannot be written: it holds a null byte; choose another name")
     with _one_sentence(path):
         target = Path(os.path.realpath(path))
         if target.exists() and not target.is_file():
@@ -199,6 +201,8 @@ def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
         folder cannot be made.
     """
     ours = tuple(ours)
+    if "\0" in str(path):
+        raise UserError(f"{path} cannot be written: it holds a null byte; choose another name")
     with _one_sentence(path):
         target = Path(os.path.realpath(path))
         if target.parent == target or os.path.ismount(target):

@@ -1,20 +1,22 @@
 """`python -m data_prep`: the command line."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 from rich.console import Console
 
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data_prep import flags as flags_
-from tim4rec_jax.data_prep import synthetic, writer
+from tim4rec_jax.data_prep import inspect, synthetic, writer
 from tim4rec_jax.data_prep.download import fetch
-from tim4rec_jax.data_prep.inspect import day
 from tim4rec_jax.data_prep.prepare import prepare, print_steps
 from tim4rec_jax.data_prep.sources import MD5, SOURCES
-from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.errors import UserError, first_line, one_line, run_main
 
 
 def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
@@ -22,23 +24,38 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser().parse_args(arguments)
     console = console or Console()
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{argument} is no UTF-8; write or rename it so") from error
     if flags.command == "inspect":
         _inspect(flags, console)
-        return
+    else:
+        with _one_sentence(flags.out):
+            _make(flags, console)
+
+
+@contextlib.contextmanager
+def _one_sentence(out: Path) -> Iterator[None]:
+    """Turns what DuckDB and Arrow say of a disk, of memory and of data into one sentence."""
     try:
-        _make(flags, console)
-    except (duckdb.Error, OSError) as error:
-        message = str(error).splitlines()[0]
-        if "No space left on device" in message:  # DuckDB has several exceptions for it
+        yield
+    except (duckdb.Error, pa.ArrowException, OSError) as error:
+        message = first_line(error)
+        # DuckDB has several exceptions for a full disk; the last two are of quotas.
+        if any(text in str(error) for text in ("No space left", "File too large", "quota")):
             raise UserError(
-                f"the disk that {flags.out} is on is full ({message}); make room there or choose "
+                f"the disk that {out} is on is full ({message}); make room there or choose "
                 "another --out"
             ) from error
         if isinstance(error, duckdb.OutOfMemoryException):
             raise UserError(f"{message}; free memory or pass a higher --memory-limit") from error
-        if isinstance(error, duckdb.IOException):
-            raise UserError(message) from error
-        raise
+        if isinstance(error, duckdb.InterruptException):
+            raise KeyboardInterrupt from error
+        if isinstance(error, OSError):
+            raise
+        raise UserError(f"the source cannot be prepared ({message}); check it") from error
     except RuntimeError as error:
         if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
             raise KeyboardInterrupt from error
@@ -47,14 +64,15 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
 
 def _inspect(flags: argparse.Namespace, console: Console) -> None:
     # Here and not above: drawing takes longer to import than everything else.
-    from tim4rec_jax.data_prep import inspect, plot
+    from tim4rec_jax.data_prep import plot
 
     dataset = open_dataset(flags.directory)
     figures = inspect.statistics(dataset)
     inspect.print_statistics(dataset, figures, console)
+    inspect.print_doubts(dataset, console)
     path = flags.plot or flags.directory / "inspect.png"
     plot.plot(dataset, figures, path)
-    console.print(f"picture: {path}", soft_wrap=True)
+    console.print(one_line(f"picture: {path}"), **inspect.PLAIN)
 
 
 def _make(flags: argparse.Namespace, console: Console) -> None:
@@ -68,9 +86,10 @@ def _make(flags: argparse.Namespace, console: Console) -> None:
         synthetic.print_oracle(metadata, console)
     else:
         print_steps(metadata, console)
+        inspect.print_doubts(open_dataset(flags.out), console)
     counts = ", ".join(f"{metadata[key]:,} {key}" for key in ("users", "items", "events"))
-    days = f"{day(metadata['first_time'])} to {day(metadata['last_time'])}"
-    console.print(f"{flags.out}: {counts}, {days}", highlight=False, soft_wrap=True)
+    days = f"{inspect.day(metadata['first_time'])} to {inspect.day(metadata['last_time'])}"
+    console.print(one_line(f"{flags.out}: {counts}, {days}"), **inspect.PLAIN)
 
 
 def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:

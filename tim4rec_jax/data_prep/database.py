@@ -6,7 +6,9 @@ from pathlib import Path
 
 import duckdb
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, one_line
+
+_SIZE = r"[0-9]+([.][0-9]+)? ?([KMGT]i?)?B"
 
 
 def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConnection:
@@ -19,11 +21,14 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
     con.execute(
         "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = false"
     )
-    if memory_limit:
+    if memory_limit is not None:
         try:
+            if not re.fullmatch(_SIZE, memory_limit):  # DuckDB takes -5 for no limit
+                raise ValueError(memory_limit)
             con.execute("SET memory_limit = ?", [memory_limit])
-        except duckdb.Error as error:
-            raise UserError(f"--memory-limit {memory_limit} is no size; write say 4GB") from error
+        except (duckdb.Error, ValueError) as error:
+            shown = one_line(memory_limit, 40)
+            raise UserError(f"--memory-limit {shown} is no size; write say 4GB") from error
     return con
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, one_line
 
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
@@ -74,7 +74,7 @@ def fetch(
             answered, reason = True, "the connection was cut"
         if not answered or attempt == _ATTEMPTS:
             raise UserError(f"cannot download {path.name} ({reason}): {by_hand}")
-        console.print(f"{path.name}: {reason}; trying again")
+        console.print(one_line(f"{path.name}: {reason}; trying again"), markup=False)
         time.sleep(pause * 2 ** (attempt - 1))
     if md5 is not None:
         with open(partial, "rb") as file:
@@ -122,7 +122,7 @@ def _version_file(partial: Path) -> Path:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),

@@ -12,6 +12,7 @@ import hashlib
 import io
 import os
 import stat
+import threading
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePath
@@ -182,6 +183,10 @@ def check_readable(path: Path, name: str) -> None:
       UserError: it is something else, such as a pipe, which could be waited for without end.
     """
     try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} has a name that is no UTF-8; rename it") from error
+    try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
             raise UserError(
@@ -253,22 +258,28 @@ def damaged_gzip(file: SourceFile) -> UserError:
     return UserError(f"{file} is a truncated or damaged gzip file; fetch it again")
 
 
-def fingerprint(file: SourceFile) -> dict:
+def fingerprint(file: SourceFile, stop: threading.Event) -> dict:
     """Returns the name, the size in bytes and the SHA-256 of a file, for dataset.json.
+
+    Args:
+      file: the file or table.
+      stop: ends the reading early, with a digest of no meaning.
 
     Raises:
       UserError: a gzip file ends too early or fails its checksum, which DuckDB does not check.
     """
     if file.table is not None:
         return {"file": file.name, "bytes": file.table.nbytes}
+    digest = hashlib.sha256()
     with open(file.path, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+        while (block := content.read(1 << 20)) and not stop.is_set():
+            digest.update(block)
     if is_gzip(file.path):
         try:
             with gzip.open(file.path) as content:
-                while content.read(1 << 20):
+                while content.read(1 << 20) and not stop.is_set():
                     pass
         except GZIP_ERRORS as error:
             raise damaged_gzip(file) from error
     name = PurePath(file.name).name
-    return {"file": name, "bytes": file.path.stat().st_size, "sha256": digest}
+    return {"file": name, "bytes": file.path.stat().st_size, "sha256": digest.hexdigest()}

@@ -5,7 +5,7 @@ import datetime
 
 import duckdb
 
-from tim4rec_jax.data_prep.database import quote_name, quote_text
+from tim4rec_jax.data_prep.database import quote_name
 from tim4rec_jax.errors import UserError
 
 
@@ -115,12 +115,13 @@ def _conditions(filters: Filters) -> list[tuple[str, str]]:
         steps.append((f"rating >= {filters.min_rating:g}", f"rating >= {filters.min_rating}"))
     for word, sign, moment in (("since", ">=", filters.since), ("until", "<", filters.until)):
         if moment:
-            steps.append((f"{word} {moment}", f"time {sign} epoch_ns({_moment(moment)})"))
+            steps.append((f"{word} {moment}", f"time {sign} {_nanoseconds(moment)}"))
     return steps
 
 
-def _moment(moment: datetime.datetime) -> str:
-    return f"CAST({quote_text(moment.isoformat())} AS TIMESTAMPTZ)"
+def _nanoseconds(moment: datetime.datetime) -> int:
+    since = moment - datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
+    return since // datetime.timedelta(microseconds=1) * 1000
 
 
 def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:

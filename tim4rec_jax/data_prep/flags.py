@@ -2,11 +2,17 @@
 
 import argparse
 import datetime
+import math
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+from tim4rec_jax.data_prep.read import NUMBER
 from tim4rec_jax.data_prep.sources import MD5
 from tim4rec_jax.data_prep.writer import SHARD_EVENTS
+from tim4rec_jax.errors import one_line
 
 _DESCRIPTION = """\
 Turns event logs (who, what, when) into datasets that `train.py` reads.
@@ -21,9 +27,15 @@ examples:
   python -m data_prep inspect data/shop"""
 
 
-def parser(
-    kind: type[argparse.ArgumentParser] = argparse.ArgumentParser,
-) -> argparse.ArgumentParser:
+class Parser(argparse.ArgumentParser):
+    """Tells each mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with the exit code 2."""
+        super().error(one_line(message))
+
+
+def parser(kind: type[argparse.ArgumentParser] = Parser) -> argparse.ArgumentParser:
     """Builds the parser; `command` of its result is the name of a source, inspect or synthetic.
 
     Args:
@@ -138,7 +150,7 @@ def _own_tables(commands) -> None:
         command.add_argument(
             "--delimiter",
             metavar="TEXT",
-            type=lambda value: value.replace("\\t", "\t"),
+            type=_delimiter,
             help="between fields (default: found out by looking)",
         )
         _where(command, None)
@@ -152,9 +164,14 @@ def _others(commands) -> None:
         "scores that any model and any model blind to time could reach.",
     )
     _output(synthetic)
-    synthetic.add_argument("--users", type=int, default=4000, help="default: %(default)s")
-    synthetic.add_argument("--items", type=int, default=300, help="default: %(default)s")
-    synthetic.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    for name, default in (("users", 4000), ("items", 300), ("seed", 0)):
+        synthetic.add_argument(
+            f"--{name}",
+            type=_whole(0, 10**18),
+            metavar="N",
+            default=default,
+            help="default: %(default)s",
+        )
     inspect = commands.add_parser(
         "inspect",
         help="what is in a prepared dataset",
@@ -181,7 +198,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     machine.add_argument("--memory-limit", metavar="SIZE", help="e.g. 4GB (default: 80 %% of all)")
     machine.add_argument(
         "--shard-events",
-        type=_count,
+        type=_whole(1, 2 * 10**9),
         default=SHARD_EVENTS,
         metavar="N",
         help="start another sequences file after N events (default: %(default)s)",
@@ -224,12 +241,12 @@ def _protocol(group) -> None:
         help="keep one event of the same user, item and time (exact), or the first or last of "
         "each user and item (default: keep all)",
     )
-    group.add_argument("--min-rating", type=float, metavar="X", help="lowest rating to keep")
+    group.add_argument("--min-rating", type=_number, metavar="X", help="lowest rating to keep")
     group.add_argument("--since", type=_date, metavar="DATE", help="first moment to keep (UTC)")
     group.add_argument("--until", type=_date, metavar="DATE", help="first moment to drop (UTC)")
     group.add_argument(
         "--k-core",
-        type=_count,
+        type=_whole(1, 10**18),
         default=5,
         metavar="K",
         help="drop users and items with fewer than K events, again and again until all have K "
@@ -244,15 +261,42 @@ def _protocol(group) -> None:
     )
 
 
-def _count(value: str) -> int:
-    if not value.isdigit() or int(value) < 1:
-        raise argparse.ArgumentTypeError(f"{value!r} is no number of at least 1")
-    return int(value)
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """Returns a function that reads a whole number between two others, of ASCII digits only."""
+
+    def whole(value: str) -> int:
+        if not re.fullmatch("[0-9]{1,30}", value) or not least <= int(value) <= most:
+            limit = f"{most:,}" if most < 10**18 else "10**18"
+            raise argparse.ArgumentTypeError(
+                f"{one_line(value, 40)!r} is no whole number from {least} to {limit}"
+            )
+        return int(value)
+
+    return whole
+
+
+def _number(value: str) -> float:
+    if not re.fullmatch(NUMBER, value) or not math.isfinite(float(value)):
+        raise argparse.ArgumentTypeError(f"{one_line(value, 40)!r} is no number such as 3.5")
+    return float(value)
+
+
+def _delimiter(value: str) -> str:
+    value = value.replace("\\t", "\t")
+    if any(letter in value for letter in '"\r\n\0'):
+        raise argparse.ArgumentTypeError(
+            f"{one_line(value, 40)!r} is no delimiter: quotes, line ends and null bytes cannot be"
+        )
+    return value
 
 
 def _date(value: str) -> datetime.datetime:
     try:
         moment = datetime.datetime.fromisoformat(value)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{value!r} is no date such as 2019-12-31") from error
+        raise argparse.ArgumentTypeError(
+            f"{one_line(value, 40)!r} is no date such as 2019-12-31"
+        ) from error
+    if not 1970 <= moment.year <= 2261:
+        raise argparse.ArgumentTypeError(f"{value!r} is not between the years 1970 and 2261")
     return moment if moment.tzinfo else moment.replace(tzinfo=datetime.UTC)

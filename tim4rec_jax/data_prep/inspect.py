@@ -2,24 +2,31 @@
 
 import datetime
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from tim4rec_jax.data import Dataset
+from tim4rec_jax.errors import one_line
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
 # Gaps are counted in 20 bins for each power of ten, from 1 s to 3,000 years. The first bin holds
 # ties.
 GAP_BINS = np.concatenate([[0], np.logspace(0, 11, 221)])
 _PIECE = 1 << 22  # events read at once
+EARLY = 100_000_000  # seconds: in 1973, before there were logs of this kind
+MANY_EVENTS = 5_000  # of one user
+# For texts that quote what the user named: no markup, no colours of our choice, no line breaks.
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 _SPANS = ((365 * 86_400, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
 def statistics(ds: Dataset) -> dict:
-    """Computes counts and quantiles of a dataset. Reads it twice, piece by piece.
+    """Computes counts and quantiles of a dataset. Reads it piece by piece, three times.
 
     Args:
       ds: an open dataset.
@@ -33,7 +40,8 @@ def statistics(ds: Dataset) -> dict:
         tied: share of gaps that are 0;
         tied_float32: the same after times are rounded to float32;
         first, last: times of the first and the last event in seconds;
-        busy: number of events in each 80th of the time between them.
+        usual: the time from and until which nearly all events are, see `usual_times`;
+        busy: number of events in each 80th of it.
     """
     gap_counts = np.zeros(len(GAP_BINS) - 1, np.int64)
     tied_float32 = 0
@@ -42,9 +50,12 @@ def statistics(ds: Dataset) -> dict:
         first, last = min(first, int(times.min())), max(last, int(times.max()))
         gap_counts += np.histogram(np.diff(times)[same_user], GAP_BINS)[0]
         tied_float32 += int((np.diff(times.astype(np.float32))[same_user] == 0).sum())
+    usual = usual_times(ds)
     busy = np.zeros(80, np.int64)
-    for times, _ in _pieces(ds):
-        busy += np.histogram(times, len(busy), (first, last + 1))[0]
+    for chunk in ds.chunks:
+        for start in range(0, len(chunk.timestamps), _PIECE):
+            part = chunk.timestamps[start : start + _PIECE]
+            busy += np.histogram(part, len(busy), (usual[0], usual[1] + 1))[0]
     n_gaps = max(int(gap_counts.sum()), 1)
     return {
         "density": ds.n_events / (ds.n_users * ds.n_items),
@@ -55,8 +66,70 @@ def statistics(ds: Dataset) -> dict:
         "tied_float32": tied_float32 / n_gaps,
         "first": first,
         "last": last,
+        "usual": usual,
         "busy": busy,
     }
+
+
+def usual_times(ds: Dataset) -> tuple[int, int]:
+    """Returns the times from and until which nearly all events are.
+
+    They are the first and the last of all, but for a few events that lie so far away (one in 2099)
+    that the others would fill less than half of the time between. At most one event in a thousand
+    counts as such at either end. Small datasets have none.
+    """
+    first = min(int(chunk.timestamps.min()) for chunk in ds.chunks)
+    last = max(int(chunk.timestamps.max()) for chunk in ds.chunks)
+    few = ds.n_events // 1000 if ds.n_events >= 1000 else int(ds.n_events >= 20)
+    if not few or first == last:
+        return first, last
+    edges = np.linspace(first, last + 1, (1 << 16) + 1)
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for chunk in ds.chunks:
+        for start in range(0, len(chunk.timestamps), _PIECE):
+            counts += np.histogram(chunk.timestamps[start : start + _PIECE], edges)[0]
+    before = counts.cumsum()
+    low = int(np.searchsorted(before, few, side="right"))
+    high = int(np.searchsorted(before, ds.n_events - few))
+    if high + 1 - low >= len(counts) / 2:
+        return first, last
+    return max(first, int(edges[low])), min(last, int(edges[high + 1]))
+
+
+def doubts(ds: Dataset) -> list[str]:
+    """Returns what is so unusual in a dataset that it may be a mistake, as whole sentences."""
+    found = []
+    last = max(int(chunk.timestamps.max()) for chunk in ds.chunks)
+    if last < EARLY:
+        found.append(
+            f"all events are before {day(EARLY)}, which is right only for a log that counts its "
+            "time from its own start; see --time-unit"
+        )
+    start, end = usual_times(ds)
+    far = sum(
+        int(((chunk.timestamps < start) | (chunk.timestamps > end)).sum()) for chunk in ds.chunks
+    )
+    if far:
+        first = min(int(chunk.timestamps.min()) for chunk in ds.chunks)
+        found.append(
+            f"{far:,} of {ds.n_events:,} events are far from all others, which are from "
+            f"{day(start)} to {day(end)}; the first is of {day(first)} and the last of "
+            f"{day(last)}; --since and --until leave them out"
+        )
+    busy = ds.lengths > max(MANY_EVENTS, 50 * np.median(ds.lengths))
+    if busy.any():
+        found.append(
+            f"{int(busy.sum()):,} users have {ds.lengths[busy].min():,} to {ds.lengths.max():,} "
+            f"events each, {ds.lengths[busy].sum() / ds.n_events:.0%} of all; they may be programs "
+            "and not people"
+        )
+    return found
+
+
+def print_doubts(ds: Dataset, console: Console) -> None:
+    """Prints what `doubts` returns."""
+    for doubt in doubts(ds):
+        console.print(f"warning: {doubt}", style="yellow", **PLAIN)
 
 
 def _pieces(ds: Dataset) -> Iterator[tuple[Int64[np.ndarray, " N"], Bool[np.ndarray, " M"]]]:
@@ -85,7 +158,7 @@ def _binned_quantile(counts: Int64[np.ndarray, " bins"], q: float) -> float:
 
 def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
     """Prints a dataset's figures, as `statistics` returns them."""
-    table = Table(title=ds.name)
+    table = Table(title=Text(one_line(ds.name)))
     table.add_column("")
     for label in QUANTILES:
         table.add_column(label, justify="right")

@@ -1,5 +1,6 @@
 """Draws a prepared dataset as one picture."""
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from tim4rec_jax.data import Dataset
 from tim4rec_jax.data_prep.inspect import GAP_BINS, span
+from tim4rec_jax.errors import one_line
 from tim4rec_jax.files import atomic_write
 
 _FILL, _GREY = "#4c78a8", "#5f6b7a"
@@ -32,7 +34,8 @@ def plot(ds: Dataset, figures: dict, path: Path) -> None:
     figure = Figure(figsize=(10, 6.2), layout=spacing, dpi=150)
     panels = figure.subplots(2, 2).flat
     sizes = f"{ds.n_users:,} users · {ds.n_items:,} items · {ds.n_events:,} events"
-    figure.suptitle(f"{ds.name}    {sizes}", fontsize=13, color="#1f2933")
+    title = f"{one_line(ds.name, 60)}    {sizes}"
+    figure.suptitle(title, fontsize=13, color="#1f2933", parse_math=False)
     for panel, draw in zip(panels, (_lengths, _gaps, _popularity, _activity), strict=True):
         draw(panel, ds, figures)
         panel.spines[["top", "right"]].set_visible(False)
@@ -40,7 +43,8 @@ def plot(ds: Dataset, figures: dict, path: Path) -> None:
         panel.title.set(fontsize=10, color="#1f2933")
         for label in (panel.xaxis.label, panel.yaxis.label):
             label.set(fontsize=8, color=_GREY)
-    with atomic_write(path) as file:
+    with atomic_write(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph", UserWarning)  # the font lacks a letter of a name
         figure.savefig(file, format="png")
 
 
@@ -89,13 +93,18 @@ def _popularity(panel: Axes, ds: Dataset, figures: dict) -> None:
 
 
 def _activity(panel: Axes, ds: Dataset, figures: dict) -> None:
-    edges = np.linspace(figures["first"], figures["last"] + 1, len(figures["busy"]) + 1)
+    start, end = figures["usual"]
+    edges = np.linspace(start, end + 1, len(figures["busy"]) + 1)
     panel.stairs(figures["busy"], edges / 86_400, fill=True, color=_FILL)
     panel.set(title="Events over time", ylabel=f"events in {span(edges[1] - edges[0])}")
     locator = AutoDateLocator()
     panel.xaxis.set_major_locator(locator)
     panel.xaxis.set_major_formatter(ConciseDateFormatter(locator))
     panel.yaxis.set_major_formatter("{x:,.0f}")
+    if far := ds.n_events - int(figures["busy"].sum()):
+        _leave_room(panel)
+        text = f"not drawn: {far:,} far away"
+        panel.annotate(text, (0.98, 0.97), xycoords="axes fraction", ha="right", va="top", **_NOTE)
 
 
 def _mark(panel: Axes, at: float, text: str) -> None:

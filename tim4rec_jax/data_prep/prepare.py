@@ -4,9 +4,9 @@ import argparse
 import concurrent.futures
 import contextlib
 import dataclasses
+import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 from rich.console import Console
@@ -16,11 +16,9 @@ from rich.text import Text
 import tim4rec_jax
 from tim4rec_jax.data_prep import events, files, filters, read, writer
 from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.inspect import PLAIN
 from tim4rec_jax.data_prep.sources import SOURCES, read_titles
 from tim4rec_jax.errors import one_line
-
-# For texts that quote what the user named: no markup, no colours of our choice, no line breaks.
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def prepare(
@@ -57,11 +55,12 @@ def prepare(
         concurrent.futures.ThreadPoolExecutor(1) as pool,
     ):
         # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
-        fingerprints = [pool.submit(files.fingerprint, file) for file in found.events]
+        stop = threading.Event()
+        fingerprints = [pool.submit(files.fingerprint, file, stop) for file in found.events]
         try:
             skipped = events.read_all(con, source, found.events, flags, console)
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()
             raise
         sources = [fingerprint.result() for fingerprint in fingerprints]
         with console.status("filtering") as status:

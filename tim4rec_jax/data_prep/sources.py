@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import sys
+import urllib.parse
 from collections.abc import Callable
 
 from tim4rec_jax.data_prep.files import (
@@ -234,7 +235,7 @@ SOURCES = {
     ),
     "amazon": Source(
         _amazon,
-        lambda flags: _AMAZON[flags.edition].format(flags.category),
+        lambda flags: _AMAZON[flags.edition].format(urllib.parse.quote(flags.category, "")),
         ("ratings_*.csv", "reviews_*.json", "*.jsonl|*.json|*.csv"),
     ),
     "kuairand": Source(

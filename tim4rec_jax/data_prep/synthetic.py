@@ -22,6 +22,7 @@ unix time there would make the gaps vanish. Below 2**24 seconds float32 is exact
 
 import argparse
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -141,12 +142,20 @@ def write(flags: argparse.Namespace, folder: Path) -> dict:
     """Generates the dataset that the flags ask for into the empty `folder`.
 
     Raises:
-      UserError: there are too few users or items.
+      UserError: there are too few users or items, or too many for the memory.
     """
     if flags.users < 1 or flags.items < 2 * ITEMS_PER_INTEREST:
         raise UserError(
             f"--users {flags.users} --items {flags.items}: at least 1 user and "
             f"{2 * ITEMS_PER_INTEREST} items (two interests) are needed"
+        )
+    # Tables of [U, N] events, of [U, V] probabilities, and of [2, C, V] with C in proportion to V.
+    events, tables = 40 * LENGTHS[1] * flags.users, 10 * flags.users * flags.items
+    needed, free = events + tables + 6 * flags.items**2, _free_memory()
+    if needed > free:
+        raise UserError(
+            f"--users {flags.users} --items {flags.items} takes about {needed / 1e9:,.1f} GB of "
+            f"memory and {free / 1e9:,.1f} GB are free; ask for fewer"
         )
     items, times, lengths = generate(flags.users, flags.items, flags.seed)
     keep = np.arange(items.shape[1]) < lengths[:, None]
@@ -173,6 +182,15 @@ def write(flags: argparse.Namespace, folder: Path) -> dict:
             con.register("columns", pa.table(columns))
             con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
         return writer.write(con, folder, metadata, order="exact")
+
+
+def _free_memory() -> int:
+    """Returns the bytes of memory that a program can have, as far as the system tells."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvail"))
+    except (OSError, StopIteration):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _ids(letter: str, count: int) -> list[str]:
