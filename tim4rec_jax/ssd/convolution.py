@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
+
+from tim4rec_jax.ssd.segments import starts
 
 # What may follow the convolution, by the name that settings have for it.
 ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
@@ -14,7 +17,7 @@ def causal_convolution(
     x: Float[Array, "B _ _"],
     kernel: Float[Array, "W C"],
     bias: Float[Array, " C"],
-    segment_ids: Int[Array, "B L"] | None = None,
+    segment_ids: Int[ArrayLike, "B L"] | None = None,
     *,
     channels_first: bool = False,
 ) -> Float[Array, "B _ _"]:
@@ -27,8 +30,9 @@ def causal_convolution(
         x: the input [B,L,C], or [B,C,L] with `channels_first`.
         kernel: the taps of each channel; the last one is for the position itself.
         bias: of each channel.
-        segment_ids: a position sees only those before it that have its own id; None: it sees all.
-            They are not supported with `channels_first`.
+        segment_ids: a position sees only those before it in its own segment, which begins where
+            the id differs from the one before. None: it sees all. They are not supported with
+            `channels_first`.
         channels_first: whether channels come before positions in `x`. This is faster where there
             are few channels.
 
@@ -50,8 +54,10 @@ def causal_convolution(
 
 def _within_segments(shifted, segment_ids, width: int):
     """Zeroes what comes from another segment than that of the position it is shifted to."""
-    length = segment_ids.shape[1]
-    padded = jnp.pad(segment_ids, ((0, 0), (width - 1, 0)), constant_values=-1)
-    for k, x in enumerate(shifted):
-        own = padded[:, k : k + length] == segment_ids
-        yield jnp.where(own[..., None], x, 0)
+    start = starts(segment_ids)
+    own = [jnp.ones_like(start)]
+    for back in range(width - 1):
+        same = jnp.pad(~start, ((0, 0), (back, 0)))[:, : start.shape[1]]
+        own.append(own[-1] & same)
+    for seen, x in zip(reversed(own), shifted, strict=True):
+        yield jnp.where(seen[..., None], x, 0)

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+from jax.export import is_symbolic_dim
+
 from tim4rec_jax.runtime import target
 
 
@@ -44,9 +47,7 @@ def choose(
     platform = target().platform
     if name is None:
         for implementation in implementations.values():
-            if implementation.platform == platform and not implementation.unsupported_reason(
-                arguments
-            ):
+            if implementation.platform == platform and not _reason(implementation, arguments):
                 return implementation
         return implementations[otherwise]
     if name not in implementations:
@@ -60,6 +61,15 @@ def choose(
             f"implementation {name!r} runs on the platform {implementation.platform!r}, "
             f"and this is {platform!r}"
         )
-    if reason := implementation.unsupported_reason(arguments):
+    if reason := _reason(implementation, arguments):
         raise ValueError(f"implementation {name!r} cannot run: {reason}")
     return implementation
+
+
+def _reason(implementation: Implementation, arguments) -> str | None:
+    """Says what keeps the implementation from running on its platform, or None."""
+    if implementation.platform is not None:
+        shapes = (getattr(v, "shape", ()) for v in jax.tree.leaves(arguments))
+        if any(is_symbolic_dim(size) for shape in shapes for size in shape):
+            return "a kernel is made for one shape, and this one is symbolic"
+    return implementation.unsupported_reason(arguments)

@@ -7,11 +7,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.ssd import finite
 from tim4rec_jax.ssd.api import ssd
 from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
 from tim4rec_jax.ssd.dispatch import Implementation, choose
+from tim4rec_jax.ssd.segments import first_positions
 from tim4rec_jax.ssd.tpu import block as tpu_block
 from tim4rec_jax.ssd.triton import block as triton_block
 
@@ -94,20 +97,20 @@ def _choose(name: str | None, arguments: BlockArguments) -> Implementation:
 
 
 def time_aware_ssd_block(
-    projected: Float[Array, "B L E"],
-    time_factor: Float[Array, "B L H"] | None,
+    projected: Float[ArrayLike, "B L E"],
+    time_factor: Float[ArrayLike, "B L H"] | None,
     *,
-    conv_kernel: Float[Array, "W M"],
-    conv_bias: Float[Array, " M"],
-    A: Float[Array, " H"],
-    D: Float[Array, " H"],
-    dt_bias: Float[Array, " H"],
-    norm_scale: Float[Array, " I"],
+    conv_kernel: Float[ArrayLike, "W M"],
+    conv_bias: Float[ArrayLike, " M"],
+    A: Float[ArrayLike, " H"],
+    D: Float[ArrayLike, " H"],
+    dt_bias: Float[ArrayLike, " H"],
+    norm_scale: Float[ArrayLike, " I"],
     activation: str,
     state: int,
     groups: int = 1,
     eps: float = 1e-5,
-    segment_ids: Int[Array, "B L"] | None = None,
+    segment_ids: Int[ArrayLike, "B L"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L I"]:
@@ -118,6 +121,8 @@ def time_aware_ssd_block(
     `y = RMSNorm(ssd(x, softplus(dt time_factor + dt_bias), A, B, C, D) silu(z)) norm_scale`
     (the block of Mamba-2, arXiv 2405.21060, section 7). Computed in float32, or float64 as soon
     as one input is.
+
+    NaN, infinities, forward mode and symbolic shapes are as for `ssd`.
 
     Args:
         projected: what the input projection returns, E = 2 I + 2 G N + H.
@@ -132,8 +137,8 @@ def time_aware_ssd_block(
         state: N.
         groups: G; head `h` uses group `h // (H / G)` of B and C.
         eps: of RMSNorm, which is taken over all I features.
-        segment_ids: convolution and state start afresh where the id differs from the one
-            before; None: one segment.
+        segment_ids: convolution and state start afresh where the id differs from the one before,
+            also where an id comes back. None: one segment.
         chunk_size: as for `ssd`.
         implementation: a name in `BLOCK_IMPLEMENTATIONS`: "reference", "xla", "triton" and "tpu"
             as of `ssd`, the last two one kernel for each direction; "parts", one operation after
@@ -145,29 +150,26 @@ def time_aware_ssd_block(
     Raises:
         ValueError: shapes or settings do not fit, or the implementation cannot run.
     """
+    arrays = (projected, time_factor, conv_kernel, conv_bias, A, D, dt_bias, norm_scale)
     arguments = BlockArguments(
-        projected,
-        time_factor,
-        conv_kernel,
-        conv_bias,
-        A,
-        D,
-        dt_bias,
-        norm_scale,
+        *(None if v is None else jnp.asarray(v) for v in arrays),
         activation,
         state,
         groups,
         eps,
-        segment_ids,
+        None if segment_ids is None else jnp.asarray(segment_ids),
         chunk_size,
     )
     _check(arguments)
+    chosen = _choose(implementation, arguments)
     if segment_ids is not None:
-        # An id that comes back is another segment to the convolution, too.
-        restart = segment_ids[:, 1:] != segment_ids[:, :-1]
-        ordinal = jnp.pad(jnp.cumsum(restart, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
-        arguments = arguments._replace(segment_ids=ordinal)
-    return _choose(implementation, arguments).compute(arguments)
+        # To the convolution of the kernels, an id that comes back would be the same segment.
+        arguments = arguments._replace(segment_ids=first_positions(segment_ids))
+    rows = (arguments.projected, arguments.time_factor)
+    rows, _, mark = finite.guard(rows, arguments.segment_ids)
+    arguments = arguments._replace(projected=rows[0], time_factor=rows[1])
+    with finite.finite_inputs():
+        return mark(chosen.compute(arguments))
 
 
 def _check(v: BlockArguments):

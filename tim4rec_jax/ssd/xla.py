@@ -12,9 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import target
+from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.derivatives import custom_gradient
 
 # Sums of decays need every bit of float32. Float32 results on a GPU or TPU need it as well.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
@@ -39,8 +42,12 @@ def default_chunk_size(length: int) -> int:
     ones are slower. The bound for a TPU follows its compiler and is not measured: for B = 32, L =
     200, with gradient, it counts 1,420 MB moved in chunks of 25, 790 MB in chunks of 50 and 479 MB
     in chunks of 100. A GPU has the rule of the CPU, which is not measured there.
+
+    A symbolic length (`jax.export`) has chunks of the largest size.
     """
     largest = 128 if target().platform == "tpu" else 64
+    if is_symbolic_dim(length):
+        return largest
     return -(-length // -(-length // largest))
 
 
@@ -69,7 +76,9 @@ def ssd_xla(
     """
     batch, length, heads, width = x.shape
     groups, size = B.shape[2:]
-    chunk = min(chunk_size or default_chunk_size(length), length)
+    chunk = chunk_size or default_chunk_size(length)
+    if not is_symbolic_dim(length):
+        chunk = min(chunk, length)
     chunks = -(-length // chunk)
     per_group = heads // groups
 
@@ -88,7 +97,7 @@ def ssd_xla(
         initial_state = initial_state.reshape(batch * groups, per_group, width, size)
         initial_state = jnp.moveaxis(initial_state, -1, 1)
     entering, state = _states(x, dt, log_decay, B, initial_state, chunks)
-    if chunks > 1 or initial_state is not None:
+    if is_symbolic_dim(chunks) or chunks > 1 or initial_state is not None:
         from_start = jnp.exp(matmul(_ones_up_to(chunk, 0, dt), log_decay))
         y += from_start[..., None] * _per_head(C, entering)
 
@@ -114,8 +123,9 @@ def _states(x, dt, log_decay, B, initial_state, chunks):
     if initial_state is None:
         initial_state = jnp.zeros_like(by_chunk(added)[0])
     # A handful of chunks is quicker as straight code than as a loop.
+    unroll = 1 if is_symbolic_dim(chunks) else 8
     state, entering = jax.lax.scan(
-        advance, initial_state, (by_chunk(kept), by_chunk(added)), unroll=8
+        advance, initial_state, (by_chunk(kept), by_chunk(added)), unroll=unroll
     )
     return jnp.moveaxis(entering, 0, 1).reshape(added.shape), state
 
@@ -128,6 +138,8 @@ def _in_blocks(function, *arrays):
     want all the parallel work at once.
     """
     rows, chunk, heads, width = arrays[0].shape
+    if is_symbolic_dim(rows):
+        return function(*arrays)
     fewest = max(1, rows * chunk * heads * (chunk + width) // _BLOCK)
     # Blocks of equal size without filler, which would cost more than blocks gain.
     blocks = next((n for n in range(fewest, 4 * fewest) if rows % n == 0), 1)
@@ -138,23 +150,19 @@ def _in_blocks(function, *arrays):
     return y.reshape(rows, *y.shape[2:])
 
 
-@jax.custom_vjp
-def _within_chunk(x, dt, log_decay, B, C):
-    """Returns the output of chunks [b,q,r,p] as if nothing came before them.
-
-    The gradient is written by hand. It computes the matrices over pairs of positions again instead
-    of storing them, and it consists of products and loops that a CPU compiler makes fast.
-    """
-    return _within_chunk_forward(x, dt, log_decay, B, C)[0]
-
-
 def _within_chunk_forward(x, dt, log_decay, B, C):
+    """Returns the output of chunks [b,q,r,p] as if nothing came before them, and the inputs."""
     mixing = matmul(C, _transpose(B))[:, None] * _decay(log_decay)
     y = _swap(matmul(mixing, _swap(x * dt[..., None])))
     return y, (x, dt, log_decay, B, C)
 
 
 def _within_chunk_backward(residuals, dy):
+    """Returns the gradients of the inputs.
+
+    It computes the matrices over pairs of positions again instead of storing them, and it consists
+    of products and loops that a CPU compiler makes fast.
+    """
     # Here all matrices over pairs of positions are transposed, [k, q], so one set is enough.
     x, dt, log_decay, B, C = residuals
     decay = _decay(log_decay, transposed=True)
@@ -174,7 +182,7 @@ def _within_chunk_backward(residuals, dy):
     return ddtx * dt[..., None], vecdot(x, ddtx), dlog_decay, dB, dC
 
 
-_within_chunk.defvjp(_within_chunk_forward, _within_chunk_backward)
+_within_chunk = custom_gradient(_within_chunk_forward, _within_chunk_backward)
 
 
 def _decay(log_decay, transposed=False):
@@ -239,7 +247,8 @@ def ssd_last(
       B: input maps; head h uses group h // (H // G).
       C: output maps at position `lengths - 1`.
       D: skip weights; None: no skip.
-      lengths: number of events of each row, 1 or more; later positions are ignored.
+      lengths: number of events of each row, 1 or more; later positions are ignored, whatever
+        stands there.
       dt_bias: added to `dt` first.
       dt_softplus: whether softplus is applied to `dt` next.
 
@@ -249,6 +258,9 @@ def ssd_last(
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     length, heads = x.shape[1:3]
     real = jnp.arange(length)[None, :, None] < lengths[:, None, None]
+    if not finite.known():  # a weight of zero takes away a number, but not NaN
+        x, B = (jnp.where(real[..., None], v, jnp.zeros_like(v)) for v in (x, B))
+        dt = jnp.where(real, dt, jnp.zeros_like(dt))
     step = dt.astype(accumulate)
     if dt_bias is not None:
         step = step + dt_bias
