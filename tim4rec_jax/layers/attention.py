@@ -5,9 +5,20 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.export import is_symbolic_dim
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import ALL, NORMAL, Dense, dropout, fold, gelu, layer_norm
+from tim4rec_jax.layers.checks import (
+    check_divides,
+    check_eps,
+    check_rate,
+    check_shape,
+    check_sizes,
+)
+from tim4rec_jax.ssd import finite, finite_inputs
+from tim4rec_jax.ssd.segments import first_positions
 
 # Causal attention cuts the queries into at most 4 blocks of at least 25 positions. Most scores
 # above the diagonal are then not computed. On a CPU this saves a third of the time of attention
@@ -16,7 +27,7 @@ _BLOCKS, _LEAST_BLOCK = 4, 25
 
 
 def causal_mask(
-    length: int, segment_ids: Int[Array, "B L"] | None = None
+    length: Any, segment_ids: Int[ArrayLike, "B L"] | None = None
 ) -> Bool[Array, "#B 1 L L"]:
     """Returns a mask that is true for the keys up to the query's position in the same segment.
 
@@ -24,19 +35,20 @@ def causal_mask(
 
     Args:
       length: L, the number of positions.
-      segment_ids: the segment of each position; None: each row is one segment.
+      segment_ids: a segment begins where the id differs from the one before. None: each row is one
+        segment.
     """
     mask = jnp.tri(length, dtype=bool)[None, None]
     if segment_ids is None:
         return mask
-    return mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    first = first_positions(segment_ids)  # ids may come back
+    return mask & (first[:, None, :, None] == first[:, None, None, :])
 
 
-def segment_positions(segment_ids: Int[Array, "B L"]) -> Int[Array, "B L"]:
+def segment_positions(segment_ids: Int[ArrayLike, "B L"]) -> Int[Array, "B L"]:
     """Returns the position of each event in its segment, counted from 0."""
-    index = jnp.arange(segment_ids.shape[1])
-    starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-    return index - jax.lax.cummax(jnp.where(starts, index, 0), axis=1)
+    first = first_positions(segment_ids)
+    return jnp.arange(first.shape[1]) - first
 
 
 def take_rows(x: Float[Array, "B L D"], positions: Int[Array, "B Q"]) -> Float[Array, "B Q D"]:
@@ -62,11 +74,41 @@ class Relation(Protocol):
 
 
 class Attention(nnx.Module):
-    """softmax(Q K^T / sqrt(P)) V. Each head is a slice of the width, and all maps have a bias."""
+    """softmax(Q K^T / sqrt(P)) V. Each head is a slice of the width, and all maps have a bias.
+
+    A mask says what a query sees: `causal_mask(length, segment_ids)` for rows of one or several
+    segments. There is no `step`, because what attention keeps of the past grows with it.
+
+    What a query does not see never changes its output or a gradient, NaN and infinities included. A
+    query that sees such a number, or has it, has NaN as its output.
+    """
 
     def __init__(
-        self, width: int, heads: int, *, dropout_rate: float, dtype, param_dtype, rngs: nnx.Rngs
+        self,
+        width: int,
+        heads: int,
+        *,
+        dropout_rate: float = 0.0,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
     ):
+        """Initialises all maps with N(0, 0.02^2) and biases of 0.
+
+        Args:
+          width: D, in and out.
+          heads: H; it must divide D.
+          dropout_rate: of the weights of the keys, where there are seeds.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width, heads=heads)
+        check_divides("heads", heads, "width", width)
+        check_rate("dropout_rate", dropout_rate)
         kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.query, self.key = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
         self.value, self.out = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
@@ -75,8 +117,8 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        h: Float[Array, "B L D"],
-        mask: Bool[Array, "#B 1 #L L"],
+        h: Float[ArrayLike, "B L D"],
+        mask: Bool[ArrayLike, "#B 1 #L L"],
         seeds: UInt32[Array, "B"] | None = None,
         relation: Relation | None = None,
         *,
@@ -91,13 +133,25 @@ class Attention(nnx.Module):
           relation: what queries and keys add to each other besides their content; None: nothing.
           causal: whether the mask hides all keys after a query. Then blocks of queries skip them.
         """
+        check_shape("h", h, "B,L", self.query.kernel.shape[0])
+        if finite.known():
+            return self._attend(h, mask, seeds, relation, causal)
+        bad = ~jnp.isfinite(h).all(-1)
+        seen = bad[:, :, None] | (mask & bad[:, None, None, :])[:, 0]
+        h = finite.zero_unless_finite(h)
+        y = self._attend(h, mask, seeds, relation, causal)
+        return jnp.where(seen.any(-1)[..., None], jnp.asarray(jnp.nan, y.dtype), y)
+
+    def _attend(self, h, mask, seeds, relation, causal):
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
         length = h.shape[1]
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))
+        if is_symbolic_dim(length):
+            causal = False  # how many blocks there are would depend on the length
         size = max(_LEAST_BLOCK, -(-length // _BLOCKS)) if causal else length
         blocks = []
-        for number, start in enumerate(range(0, length, size)):
+        for number, start in enumerate(range(0, length, size) if causal else (0,)):
             queries, keys = slice(start, start + size), slice(start + size) if causal else ALL
             part = None if relation is None else relation.block(queries, keys)
             q = query[:, :, queries]
@@ -162,21 +216,44 @@ class Attention(nnx.Module):
 
 
 class EncoderLayer(nnx.Module):
-    """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h) with exact GELU."""
+    """LayerNorm(drop(attention) + h), then LayerNorm(drop(W2 gelu(W1 h)) + h) with exact GELU.
+
+    Inputs are taken to be finite, see `tim4rec_jax.ssd.finite_inputs`.
+    """
 
     def __init__(
         self,
         width: int,
         *,
-        inner: int,
-        heads: int,
-        dropout_rate: float,
-        attention_dropout_rate: float,
-        eps: float,
-        dtype: Any,
-        param_dtype: Any,
+        inner: int | None = None,
+        heads: int = 2,
+        dropout_rate: float = 0.2,
+        attention_dropout_rate: float = 0.2,
+        eps: float = 1e-12,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        """Initialises all maps with N(0, 0.02^2) and biases of 0.
+
+        Args:
+          width: D.
+          inner: width of the feed-forward network; None: 4 D.
+          heads: H; it must divide D.
+          dropout_rate: of both layers' outputs, where there are seeds.
+          attention_dropout_rate: of the weights of the keys, where there are seeds.
+          eps: of both norms.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        inner = 4 * width if inner is None else inner
+        check_sizes(width=width, inner=inner)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.attention = Attention(width, heads, dropout_rate=attention_dropout_rate, **kwargs)
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
@@ -184,6 +261,7 @@ class EncoderLayer(nnx.Module):
         self.out_norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.dropout_rate = dropout_rate
 
+    @finite_inputs()
     def __call__(
         self,
         h: Float[Array, "B L D"],
@@ -224,12 +302,29 @@ class Positions(nnx.Module):
         width: int,
         max_length: int,
         *,
-        dropout_rate: float,
-        eps: float,
-        dtype: Any,
-        param_dtype: Any,
+        dropout_rate: float = 0.2,
+        eps: float = 1e-12,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        """Initialises the vectors with N(0, 0.02^2).
+
+        Args:
+          width: D.
+          max_length: how many positions have a vector.
+          dropout_rate: of the result, where there are seeds.
+          eps: of the norm.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width, max_length=max_length)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
         self.embedding = nnx.Embed(
             max_length,
             width,

@@ -5,8 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
+from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
+from tim4rec_jax.ssd import finite
 from tim4rec_jax.ssd.convolution import causal_convolution
 
 ALL = slice(None)
@@ -65,20 +68,42 @@ class CausalConv(nnx.Module):
     The published code initialises it in one of two ways. With `kaiming`: Kaiming-normal over the
     fan-out, which PyTorch counts as `width * channels` for a depthwise kernel, and zero biases.
     Without: PyTorch's default, uniform within +-1/sqrt(width) for kernel and bias.
+
+    What stands after a position, or in another segment, never changes its output or a gradient,
+    NaN and infinities included. A channel is NaN where its taps reach such a number.
+
+    Attributes:
+      kernel: the taps [W,C], of which the last is for the position itself.
+      bias: of each channel [C].
     """
 
     def __init__(
         self,
         channels: int,
-        width: int,
+        width: int = 4,
         *,
-        kaiming: bool,
-        dtype: Any,
-        param_dtype: Any,
+        kaiming: bool = True,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
         channels_first: bool = False,
     ):
-        """Makes `width` taps and a bias for each channel."""
+        """Makes `width` taps and a bias for each channel.
+
+        Args:
+          channels: C.
+          width: W, how many positions a channel sees: its own and those before it.
+          kaiming: how the weights are initialised, see above.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+          channels_first: whether inputs are [B,C,L], which is faster where there are few channels.
+            Segments are not supported then.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(channels=channels, width=width)
         bound = width**-0.5
 
         def torch_default(key, shape, dtype):
@@ -94,16 +119,37 @@ class CausalConv(nnx.Module):
         self.dtype, self.channels_first = dtype, channels_first
 
     def __call__(
-        self, x: Float[Array, "B L C"], segment_ids: Int[Array, "B L"] | None = None
+        self, x: Float[ArrayLike, "B L C"], segment_ids: Int[ArrayLike, "B L"] | None = None
     ) -> Float[Array, "B L C"]:
-        """Convolves each channel with its own taps, within each segment of each row."""
-        return causal_convolution(
-            x,
-            self.kernel[...].astype(self.dtype),
-            self.bias[...].astype(self.dtype),
-            segment_ids,
-            channels_first=self.channels_first,
-        )
+        """Convolves each channel with its own taps, within each segment of each row.
+
+        Args:
+          x: the input, or [B,C,L] with `channels_first`.
+          segment_ids: a segment begins where the id differs from the one before. None: each row is
+            one segment.
+
+        Raises:
+          ValueError: shapes do not fit, or there are segments with `channels_first`.
+        """
+        if self.channels_first:
+            if segment_ids is not None:
+                raise ValueError("segment_ids must be None for a convolution with channels_first")
+        else:
+            check_shape("x", x, "B,L", self.kernel.shape[1])
+            check_segments(segment_ids, x)
+        kernel, bias = self.kernel[...].astype(self.dtype), self.bias[...].astype(self.dtype)
+
+        def convolve(x, kernel, bias):
+            return causal_convolution(
+                x, kernel, bias, segment_ids, channels_first=self.channels_first
+            )
+
+        if finite.known():
+            return convolve(x, kernel, bias)
+        bad = (~jnp.isfinite(x)).astype(self.dtype)
+        seen = convolve(bad, jnp.ones_like(kernel), jnp.zeros_like(bias))
+        y = convolve(finite.zero_unless_finite(x), kernel, bias)
+        return jnp.where(seen > 0, jnp.asarray(jnp.nan, y.dtype), y)
 
 
 def layer_norm(width: int, eps: float, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):

@@ -1,14 +1,22 @@
-"""Whole layers: a layer that mixes the sequence, then a feed-forward network, each with a norm."""
+"""Whole layers: a layer that mixes the sequence, then a feed-forward network, each with a norm.
 
+Models are made of them, and their inputs are finite: nothing looks for NaN here, see
+`tim4rec_jax.ssd.finite_inputs`.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import Dense, dropout, fold, layer_norm, take_position
+from tim4rec_jax.layers.checks import activation_function, check_eps, check_rate, check_sizes
 from tim4rec_jax.layers.ssd import CausalSSD, LayerState, TimeAwareSSD
 from tim4rec_jax.layers.time import GapModulator, TimeMixer
+from tim4rec_jax.ssd import finite_inputs
 
 
 class FeedForward(nnx.Module):
@@ -18,17 +26,34 @@ class FeedForward(nnx.Module):
         self,
         width: int,
         *,
-        dropout_rate: float,
-        dtype,
-        param_dtype,
+        dropout_rate: float = 0.2,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
-        activation=jax.nn.hard_swish,
+        activation: Callable[[jax.Array], jax.Array] | str = jax.nn.hard_swish,
         eps: float = 1e-12,
     ):
+        """Initialises both maps with N(0, 0.02^2) and biases of 0.
+
+        Args:
+          width: D.
+          dropout_rate: of both dropouts, which run only where `__call__` gets seeds.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+          activation: f, a function or one of "hardswish", "silu", "gelu", "relu" and "tanh".
+          eps: of the norm.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.fc1, self.fc2 = Dense(width, 4 * width, **kwargs), Dense(4 * width, width, **kwargs)
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
-        self.dropout_rate, self.activation = dropout_rate, activation
+        self.dropout_rate, self.activation = dropout_rate, activation_function(activation)
 
     def __call__(
         self, h: Float[Array, "B ... D"], seeds: UInt32[Array, "B"] | None = None
@@ -46,13 +71,31 @@ class ResidualBlock(nnx.Module):
         feed_forward: FeedForward | None,
         *,
         width: int,
-        residual: bool,
-        dropout_rate: float,
-        eps: float,
-        dtype,
-        param_dtype,
+        residual: bool = True,
+        dropout_rate: float = 0.2,
+        eps: float = 1e-12,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        """Makes the norm.
+
+        Args:
+          feed_forward: what follows; None: nothing.
+          width: D.
+          residual: whether h is added to y.
+          dropout_rate: of y, where there are seeds.
+          eps: of the norm.
+          dtype: of the activations.
+          param_dtype: of the parameters.
+          rngs: not used, as a norm starts from constants.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
         self.feed_forward = feed_forward
         self.norm = layer_norm(width, eps, dtype, param_dtype, rngs)
         self.residual, self.dropout_rate = residual, dropout_rate
@@ -70,12 +113,17 @@ class ResidualBlock(nnx.Module):
 
 
 class Block(ResidualBlock):
-    """A layer with the paper's time stream, or without time if it has no `mixer`."""
+    """A layer with the paper's time stream, or without time if it has no `mixer`.
+
+    It takes no `segment_ids` and has no `step`, because the time stream sees whole rows.
+    """
 
     def __init__(self, ssd: TimeAwareSSD, mixer: TimeMixer | None, *args, **kwargs):
+        """Takes the layer, its time stream or None, and the arguments of `ResidualBlock`."""
         super().__init__(*args, **kwargs)
         self.ssd, self.mixer = ssd, mixer
 
+    @finite_inputs()
     def __call__(
         self,
         h: Float[Array, "B L D"],
@@ -105,6 +153,7 @@ class Block(ResidualBlock):
             factor = self.mixer(tau, None, h.shape[1]).swapaxes(1, 2)
         return self.ssd.mask(h, factor)
 
+    @finite_inputs()
     def last(
         self,
         h: Float[Array, "B L D"],
@@ -130,9 +179,11 @@ class CausalBlock(ResidualBlock):
     """A layer that the gaps modulate, or a layer without time if it has no `modulator`."""
 
     def __init__(self, ssd: CausalSSD, modulator: GapModulator | None, *args, **kwargs):
+        """Takes the layer, what gaps do to it or None, and the arguments of `ResidualBlock`."""
         super().__init__(*args, **kwargs)
         self.ssd, self.modulator = ssd, modulator
 
+    @finite_inputs()
     def __call__(
         self,
         h: Float[Array, "B L D"],
@@ -161,6 +212,7 @@ class CausalBlock(ResidualBlock):
         """The time-aware mask of the layer, see `SequenceModel.masks`."""
         return self.ssd.mask(h, self._time(features))
 
+    @finite_inputs()
     def last(
         self,
         h: Float[Array, "B L D"],

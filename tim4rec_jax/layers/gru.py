@@ -6,12 +6,17 @@
 A kernel holds the gates side by side in the order of torch: reset r, update u, candidate n.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
+
+from tim4rec_jax.layers.checks import check_sizes
+from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.derivatives import custom_gradient
 
 
 class Gates(NamedTuple):
@@ -39,7 +44,6 @@ def gru_step(
     return gates.candidate + gates.update * (h - gates.candidate)
 
 
-@jax.custom_vjp
 def gru(
     inputs: Float[Array, "L B G"],
     kernel: Float[Array, "H G"],
@@ -58,7 +62,7 @@ def gru(
     Returns:
       The states, in at least float32.
     """
-    return _forward(inputs, kernel, starts)[0]
+    return _gru(inputs, kernel, starts)
 
 
 def _forward(inputs, kernel, starts):
@@ -110,27 +114,76 @@ def _backward(residuals, d_states):
     return d_inputs, d_kernel.astype(kernel.dtype), None
 
 
-gru.defvjp(_forward, _backward)
+_gru = custom_gradient(_forward, _backward)
 
 
 class GRU(nnx.Module):
-    """One layer of gated recurrent units."""
+    """One layer of gated recurrent units.
 
-    def __init__(self, inputs: int, width: int, *, init, dtype, param_dtype, rngs: nnx.Rngs):
-        """Draws both kernels with `init`, for `inputs` features in and `width` features out."""
+    What stands after a position, or before the last start, never changes its output or a gradient,
+    NaN and infinities included. From the first such number to the next start, outputs are NaN.
+
+    Attributes:
+      input: W, for the gates side by side [I, 3 H].
+      recurrent: R, for the gates side by side [H, 3 H].
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        width: int,
+        *,
+        init: nnx.Initializer | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws both kernels.
+
+        Args:
+          inputs: I, features in.
+          width: H, features out, which are the state.
+          init: of both kernels; None: Glorot's uniform rule.
+          dtype: of the products.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(inputs=inputs, width=width)
+        init = init or nnx.initializers.glorot_uniform()
         self.input = nnx.Param(init(rngs.params(), (inputs, 3 * width), param_dtype))
         self.recurrent = nnx.Param(init(rngs.params(), (width, 3 * width), param_dtype))
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[Array, "L B I"], starts: Bool[Array, "L B"] | None = None
+        self, x: Float[ArrayLike, "L B I"], starts: Bool[ArrayLike, "L B"] | None = None
     ) -> Float[Array, "L B H"]:
-        """Returns the states after every position; `starts` is that of `gru`."""
-        inputs = self._inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-        return gru(inputs, self.recurrent.astype(self.dtype), starts)
+        """Returns the states after every position.
+
+        Args:
+          x: the input, positions first.
+          starts: true where the state is set to zero before the input; None: nowhere. For segment
+            ids [B,L] it is `tim4rec_jax.ssd.segments.starts(ids).T`.
+        """
+
+        def run(x):
+            inputs = self._inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
+            return gru(inputs, self.recurrent.astype(self.dtype), starts)
+
+        if finite.known():
+            return run(x)
+        ids = None if starts is None else jnp.cumsum(jnp.asarray(starts).T, axis=1)
+        rows, _, mark = finite.guard(x.swapaxes(0, 1), ids)
+        return mark(run(rows.swapaxes(0, 1)).swapaxes(0, 1)).swapaxes(0, 1)
+
+    def init_state(self, batch: int) -> Float[Array, "B H"]:
+        """Returns the state of `batch` rows before their first position."""
+        return jnp.zeros((batch, self.recurrent.shape[0]), self.recurrent.dtype)
 
     def step(self, h: Float[Array, "B H"], x: Float[Array, "B I"]) -> Float[Array, "B H"]:
-        """Computes `__call__` for one more event."""
+        """Computes `__call__` for one more position: the state, which is the output too."""
         return gru_step(self._inputs(x), h, self.recurrent.astype(self.dtype))
 
     def _inputs(self, x):

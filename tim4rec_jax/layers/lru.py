@@ -5,16 +5,20 @@ torch does: the real and the imaginary part have moments of their own.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import take_position
 from tim4rec_jax.layers.block import ResidualBlock
+from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
 from tim4rec_jax.runtime import target
+from tim4rec_jax.ssd import finite, segments
+from tim4rec_jax.ssd.derivatives import custom_gradient
 
 
 class Complex(NamedTuple):
@@ -41,7 +45,6 @@ class Complex(NamedTuple):
         return Complex(self.real * factor, self.imag * factor)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def linear_recurrence(
     decay: Complex, inputs: Complex, starts: Bool[Array, "L B"] | None, implementation: str
 ) -> Complex:
@@ -57,7 +60,7 @@ def linear_recurrence(
     Returns:
       The states after every position, [L, B, S].
     """
-    return _run(decay, inputs, starts, implementation)
+    return _differentiable(implementation)(decay, inputs, starts)
 
 
 def _run(decay, inputs, starts, implementation):
@@ -83,7 +86,13 @@ def _run(decay, inputs, starts, implementation):
     return jax.lax.associative_scan(join, (decays, inputs))[1]
 
 
-def _forward(decay, inputs, starts, implementation):
+@functools.cache
+def _differentiable(implementation):
+    forward, backward = (functools.partial(f, implementation) for f in (_forward, _backward))
+    return custom_gradient(forward, backward)
+
+
+def _forward(implementation, decay, inputs, starts):
     states = _run(decay, inputs, starts, implementation)
     return states, (decay, states, starts)
 
@@ -102,9 +111,6 @@ def _backward(implementation, residuals, d_states):
     return d_decay, d_inputs, None
 
 
-linear_recurrence.defvjp(_forward, _backward)
-
-
 def _ring(key, states: int, smallest: float, largest: float, dtype) -> jax.Array:
     """Draws decays uniformly over a ring; returns logarithms of rate, angle and input scale."""
     magnitude, angle = jax.random.split(key)
@@ -115,10 +121,44 @@ def _ring(key, states: int, smallest: float, largest: float, dtype) -> jax.Array
 
 
 class LRU(nnx.Module):
-    """Returns Re(W_out h + b_out), where h[t] = decay h[t-1] + scale (W_in x[t] + b_in)."""
+    """Returns Re(W_out h + b_out), where h[t] = decay h[t-1] + scale (W_in x[t] + b_in).
 
-    def __init__(self, width: int, *, states: int, dtype, param_dtype, rngs: nnx.Rngs):
-        """Draws decays of magnitude 0.8 to 0.99, and both parts of weights from N(0, 0.02^2)."""
+    What stands after a position, or in another segment, never changes its output or a gradient,
+    NaN and infinities included. From the first such number of a segment to the segment's end,
+    outputs are NaN.
+
+    Attributes:
+      params_log: logarithms of the decays' rates and angles, and of the scale [3, S].
+      in_kernel: W_in, real and imaginary part [2, D, S].
+      in_bias: b_in [2, S].
+      out_kernel: W_out [2, S, D].
+      out_bias: b_out [2, D], of which the first part counts.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        states: int | None = None,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Draws decays of magnitude 0.8 to 0.99, and both parts of weights from N(0, 0.02^2).
+
+        Args:
+          width: D.
+          states: S, the number of complex states; None: 2 D, as in LRURec.
+          dtype: of the products with the weights.
+          param_dtype: of the parameters and of the states.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width)
+        states = 2 * width if states is None else states
+        check_sizes(states=states)
         draw = nnx.initializers.normal(0.02)
         self.dtype = dtype
         self.params_log = nnx.Param(_ring(rngs.params(), states, 0.8, 0.99, param_dtype))
@@ -127,18 +167,42 @@ class LRU(nnx.Module):
         self.out_kernel = nnx.Param(draw(rngs.params(), (2, states, width), param_dtype))
         self.out_bias = nnx.Param(draw(rngs.params(), (2, width), param_dtype))
 
+    def __call__(
+        self, x: Float[ArrayLike, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
+    ) -> Float[Array, "B L D"]:
+        """Mixes each segment of each row.
+
+        Args:
+          x: the input.
+          segment_ids: a segment begins where the id differs from the one before. None: each row is
+            one segment.
+
+        Raises:
+          ValueError: shapes do not fit the layer.
+        """
+        check_shape("x", x, "B,L", self.in_kernel.shape[1])
+        check_segments(segment_ids, x)
+
+        def mix(x):
+            return self.output(self.states(x, segment_ids)).swapaxes(0, 1)
+
+        return finite.call_guarded(mix, (x,), segment_ids)
+
     def states(
-        self, x: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+        self, x: Float[Array, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
     ) -> Complex:
-        """Returns the states after every position, [L, B, S]."""
-        starts = None
-        if segment_ids is not None:
-            starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]).T != 0
+        """Returns the states after every position, [L, B, S]; `x` must be finite."""
+        starts = None if segment_ids is None else segments.starts(segment_ids).T
         way = "loop" if target().platform == "cpu" else "associative"
         return linear_recurrence(self._decay(), self._inputs(x.swapaxes(0, 1)), starts, way)
 
+    def init_state(self, batch: int) -> Complex:
+        """Returns the state of `batch` rows before their first position."""
+        zeros = jnp.zeros((batch, self.params_log.shape[1]), self.params_log.dtype)
+        return Complex(zeros, zeros)
+
     def step(self, state: Complex, x: Float[Array, "B D"]) -> Complex:
-        """Returns the states after one more position, [B, S]."""
+        """Returns the states after one more position, [B, S]; `output` makes the output of them."""
         return self._decay().times(state).plus(self._inputs(x))
 
     def output(self, state: Complex) -> Float[Array, "*batch D"]:
@@ -175,8 +239,8 @@ class LRUBlock(ResidualBlock):
         seeds: UInt32[Array, "B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Applies the layer to rows of one or several histories; it does not use the gaps."""
-        y = self.lru.output(self.lru.states(h, segment_ids)).swapaxes(0, 1)
-        return self.finish(y, h, seeds)
+        with finite.finite_inputs():
+            return self.finish(self.lru(h, segment_ids), h, seeds)
 
     def last(
         self,
@@ -192,8 +256,7 @@ class LRUBlock(ResidualBlock):
 
     def init_state(self, batch: int) -> Complex:
         """Returns the state before the first event."""
-        zeros = jnp.zeros((batch, self.lru.params_log.shape[1]), self.lru.params_log.dtype)
-        return Complex(zeros, zeros)
+        return self.lru.init_state(batch)
 
     def step(
         self, state: Complex, h: Float[Array, "B D"], features: None = None

@@ -17,27 +17,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.export import is_symbolic_dim
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
 from tim4rec_jax.layers.block import ResidualBlock
+from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
+from tim4rec_jax.ssd import finite, finite_inputs
+from tim4rec_jax.ssd.derivatives import custom_gradient
+from tim4rec_jax.ssd.segments import starts
 
 
 def selective_scan(
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " D"] | None = None,
+    u: Float[ArrayLike, "B L D"],
+    delta: Float[ArrayLike, "B L D"],
+    A: Float[ArrayLike, "D N"],
+    B: Float[ArrayLike, "B L N"],
+    C: Float[ArrayLike, "B L N"],
+    D: Float[ArrayLike, " D"] | None = None,
     *,
-    z: Float[Array, "B L D"] | None = None,
-    delta_bias: Float[Array, " D"] | None = None,
+    z: Float[ArrayLike, "B L D"] | None = None,
+    delta_bias: Float[ArrayLike, " D"] | None = None,
     delta_softplus: bool = False,
-    initial_state: Float[Array, "B D N"] | None = None,
-    segment_ids: Int[Array, "B L"] | None = None,
+    initial_state: Float[ArrayLike, "B D N"] | None = None,
+    segment_ids: Int[ArrayLike, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """The selective scan over whole rows.
+
+    Inputs must be finite, as those that `Mamba` passes are: NaN would go on into later segments and
+    into the gradients of parameters.
 
     Args:
       u: inputs.
@@ -50,8 +59,8 @@ def selective_scan(
       delta_bias: added to `delta` first.
       delta_softplus: whether softplus is applied to `delta` next.
       initial_state: the state before the first position; None: zeros.
-      segment_ids: the state starts from zeros where the id differs from the one before. None: each
-        row is one segment.
+      segment_ids: the state starts from zeros where the id differs from the one before, also where
+        an id comes back. None: each row is one segment.
 
     Returns:
       y in the dtype of `u`, and the state after the last position, in at least float32.
@@ -61,14 +70,13 @@ def selective_scan(
     x, B, C = dt * u.astype(dtype), B.astype(dtype), C.astype(dtype)
     start = None
     if segment_ids is not None:
-        start = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
-        start = start.astype(dtype)
+        start = starts(segment_ids).astype(dtype)
     chunk = _chunk_size(length)
 
     def in_chunks(array):  # a position with dt = 0 behind the last one changes nothing
         fill = [(0, 0), (0, -length % chunk)] + [(0, 0)] * (array.ndim - 2)
         array = jnp.pad(array, fill).swapaxes(0, 1)
-        return array.reshape(-1, chunk, *array.shape[1:])
+        return array.reshape(-(-length // chunk), chunk, *array.shape[1:])
 
     if initial_state is None:
         h = jnp.zeros((batch, A.shape[1], width), dtype)
@@ -76,7 +84,7 @@ def selective_scan(
         h = initial_state.astype(dtype).swapaxes(1, 2)
     inputs = jax.tree.map(in_chunks, _Inputs(dt, x, B, C, start))
     y, h = _scan(inputs, A.astype(dtype).T, h)
-    y = y.reshape(-1, batch, width)[:length].swapaxes(0, 1)
+    y = y.reshape(-(-length // chunk) * chunk, batch, width)[:length].swapaxes(0, 1)
     return skip_and_gate(y, u, D, z), h.swapaxes(1, 2)
 
 
@@ -179,7 +187,12 @@ class _Inputs(NamedTuple):
 
 
 def _chunk_size(length: int) -> int:
-    """About the square root of the length, which keeps few states, with the least padding."""
+    """About the square root of the length, which keeps few states, with the least padding.
+
+    A symbolic length (`jax.export`) has chunks of 16 positions.
+    """
+    if is_symbolic_dim(length):
+        return 16
     root = math.isqrt(length)
     return min(range(root, 2 * root + 1), key=lambda size: (-length % size, size))
 
@@ -193,13 +206,9 @@ def _advance(h, inputs: _Inputs, A):
     return _decay(inputs, A) * h + inputs.B[..., None] * inputs.x[:, None]
 
 
-@jax.custom_vjp
-def _scan(inputs: _Inputs, A, h):
+def _forward(inputs: _Inputs, A, h):
     """All y [chunks, chunk, B, D] and the last state [B, N, D]; A is [N, D] here."""
-    return _forward(inputs, A, h)[0]
 
-
-def _forward(inputs, A, h):
     def step(h, inputs):
         h = _advance(h, inputs, A)
         return h, (h * inputs.C[..., None]).sum(1)
@@ -245,7 +254,7 @@ def _backward(residuals, gradients):
     return d_inputs._replace(start=start), d_A, d_h
 
 
-_scan.defvjp(_forward, _backward)
+_scan = custom_gradient(_forward, _backward)
 
 
 class MambaState(NamedTuple):
@@ -256,24 +265,51 @@ class MambaState(NamedTuple):
 
 
 class Mamba(nnx.Module):
-    """in_proj -> causal convolution, SiLU -> selective scan, gate -> out_proj."""
+    """in_proj -> causal convolution, SiLU -> selective scan, gate -> out_proj.
+
+    What stands after a position never changes its output or a gradient, NaN and infinities
+    included; nor does what stands in another segment. From the first such number of a segment to
+    the segment's end, the outputs are NaN.
+
+    Attributes:
+      in_proj: D -> 2 I, that is the scan's input and the gate.
+      conv: over the input, followed by SiLU.
+      x_proj: I -> R + 2 N, that is the step size in R = D / 16 numbers, B and C.
+      dt_proj: R -> I, the step sizes before softplus.
+      A_log: log of the rates of decay [I, N].
+      D: weight of the skip connection of each channel [I].
+      out_proj: I -> D.
+    """
 
     def __init__(
         self,
         width: int,
         *,
-        state: int,
-        conv_width: int,
-        expand: int,
-        dtype: Any,
-        param_dtype: Any,
+        state: int = 32,
+        conv_width: int = 4,
+        expand: int = 2,
+        dtype: Any = jnp.float32,
+        param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
         """Initialises the weights as Mamba4Rec does: N(0, 0.02^2) for all projections.
 
         The projection of the step sizes is one of them, and its bias is 0. All step sizes therefore
         start close to softplus(0) = 0.69. Mamba itself makes them start between 0.001 and 0.1.
+
+        Args:
+          width: D.
+          state: N, the states of a channel. Mamba4Rec has 32, Mamba 16.
+          conv_width: taps of the convolution.
+          expand: I / D.
+          dtype: of the activations.
+          param_dtype: of the parameters, step sizes and decays.
+          rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
         """
+        check_sizes(width=width, state=state, conv_width=conv_width, expand=expand)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.inner, self.state, self.rank = expand * width, state, math.ceil(width / 16)
         self.dtype = dtype
@@ -287,9 +323,23 @@ class Mamba(nnx.Module):
         self.out_proj = Dense(self.inner, width, use_bias=False, **kwargs)
 
     def __call__(
-        self, h: Float[Array, "B L D"], segment_ids: Int[Array, "B L"] | None = None
+        self, h: Float[ArrayLike, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
-        """Mixes each segment of each row."""
+        """Mixes each segment of each row.
+
+        Args:
+          h: the input.
+          segment_ids: a segment begins where the id differs from the one before. None: each row is
+            one segment.
+
+        Raises:
+          ValueError: shapes do not fit the layer.
+        """
+        check_shape("h", h, "B,L", self.in_proj.kernel.shape[0])
+        check_segments(segment_ids, h)
+        return finite.call_guarded(lambda h: self._mix(h, segment_ids), (h,), segment_ids)
+
+    def _mix(self, h, segment_ids):
         mixed, z = jnp.split(self.in_proj(h), 2, axis=-1)
         u = jax.nn.silu(self.conv(mixed, segment_ids))
         dt, B, C = self._maps(u)
@@ -298,6 +348,7 @@ class Mamba(nnx.Module):
 
     def last(self, h: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
+        h = finite.zero_behind(lengths, h)
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner, None))
         u = jax.nn.silu(self.conv(self.in_proj(h, slice(self.inner))))
         dt, B, C = self._maps(u)
@@ -314,7 +365,7 @@ class Mamba(nnx.Module):
     def step(
         self, state: MambaState, h: Float[Array, "B D"]
     ) -> tuple[MambaState, Float[Array, "B D"]]:
-        """`__call__` for one more event."""
+        """`__call__` for one more position of each row: the next state, and the output there."""
         mixed, z = jnp.split(self.in_proj(h), 2, axis=-1)
         window = jnp.concatenate([state.window, mixed[:, None]], axis=1)
         u = jax.nn.silu(self.conv(window)[:, -1])
@@ -336,9 +387,11 @@ class MambaBlock(ResidualBlock):
     """A Mamba block, followed by what `ResidualBlock` adds. It does not use the gaps."""
 
     def __init__(self, mamba: Mamba, *args, **kwargs):
+        """Takes the layer and the arguments of `ResidualBlock`."""
         super().__init__(*args, **kwargs)
         self.mamba = mamba
 
+    @finite_inputs()
     def __call__(
         self,
         h: Float[Array, "B L D"],
@@ -349,6 +402,7 @@ class MambaBlock(ResidualBlock):
         """One layer over rows of one or several histories; arguments as `CausalBlock`."""
         return self.finish(self.mamba(h, segment_ids), h, seeds)
 
+    @finite_inputs()
     def last(
         self,
         h: Float[Array, "B L D"],

@@ -5,20 +5,50 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
+from tim4rec_jax.layers.checks import check_activation, check_eps, check_rate, check_sizes
+from tim4rec_jax.ssd import finite
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 # The time stream of the paper (arXiv 2409.16182, section 3.2) turns gaps into a factor on every
 # step size. The stream tau has one row for each head. It is not causal: its norm and its maps see
-# the whole row of T = `max_length` positions.
+# the whole row of T = `max_length` positions. Hence it takes no segments, has no step, and a number
+# that is not finite spoils its whole row.
 
 
 class TimeEncoder(nnx.Module):
-    """Makes the time stream of the first layer from the gaps between events."""
+    """Makes the time stream of the first layer from the gaps between events.
 
-    def __init__(self, length: int, *, dropout_rate: float, eps: float, dtype: Any, rngs: nnx.Rngs):
+    A row must be one history of at most T events, because the norm is taken over the row.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        *,
+        dropout_rate: float = 0.2,
+        eps: float = 1e-12,
+        dtype: Any = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """Makes the norm.
+
+        Args:
+          length: T, the number of positions of a row.
+          dropout_rate: of the gaps, where there are seeds.
+          eps: of the norm.
+          dtype: of parameters and activations.
+          rngs: not used, as a norm starts from constants.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(length=length)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
         self.norm = layer_norm(length, eps, dtype, dtype, rngs)
         self.dropout_rate, self.dtype = dropout_rate, dtype
 
@@ -52,29 +82,39 @@ class TimeMixer(nnx.Module):
         length: int,
         heads: int,
         *,
-        width: int,
-        activation: str,
-        dropout_rate: float,
-        gate_per_position: bool,
-        kaiming: bool,
-        eps: float,
-        dtype: Any,
+        width: int = 4,
+        activation: str | None = None,
+        dropout_rate: float = 0.2,
+        gate_per_position: bool = False,
+        kaiming: bool = True,
+        eps: float = 1e-12,
+        dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """Initialises the weights.
+        """Initialises the weights as the published code does.
 
         Args:
           length: T, the number of positions of a row.
           heads: H, the number of heads of the layer.
           width: taps of both convolutions.
-          activation: after each convolution, "hardswish" or "silu".
-          dropout_rate: of the input of the maps.
+          activation: after each convolution, "hardswish" or "silu". None takes "hardswish", or
+            "silu" where H is a multiple of 8.
+          dropout_rate: of the input of the maps, where there are seeds.
           gate_per_position: whether g is a number for each position, or one for the row.
           kaiming: whether convolutions are initialised by Kaiming's rule.
           eps: of the norm.
           dtype: of parameters and activations.
           rngs: a stream `params`.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
         """
+        check_sizes(length=length, heads=heads, width=width)
+        check_rate("dropout_rate", dropout_rate)
+        check_eps(eps)
+        if activation is None:
+            activation = "hardswish" if heads % 8 else "silu"
+        check_activation(activation)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         def conv() -> CausalConv:
@@ -139,14 +179,14 @@ KNOTS = 24
 _LONGEST = 10 * 365.25 * 86_400.0  # seconds; longer gaps count as this
 
 
-def gap_features(gaps: Float[Array, "*batch"]) -> Float[Array, "*batch K"]:
+def gap_features(gaps: Float[ArrayLike, "*batch"]) -> Float[Array, "*batch K"]:
     """K = `KNOTS` hat functions of log(1 + gap), of which two neighbours are > 0 and add up to 1.
 
     Every piecewise linear function of the logarithm is a linear map of these features. It is exact
     at gap 0 and constant beyond ten years.
 
     Args:
-      gaps: seconds, 0 or more; negative gaps count as 0.
+      gaps: seconds, 0 or more. Negative gaps count as 0. The features of NaN are NaN.
     """
     position = jnp.log1p(jnp.clip(gaps, 0.0, _LONGEST)) * ((KNOTS - 1) / jnp.log1p(_LONGEST))
     return jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(KNOTS)), 0.0)
@@ -163,16 +203,37 @@ class GapModulation(NamedTuple):
 class GapModulator(nnx.Module):
     """Learns functions of the gap: one for each input channel, two for each head (step and decay).
 
-    All functions start at zero, so an untrained layer does not use time.
+    All functions start at zero, so an untrained layer does not use time. Each position stands for
+    itself, so segments and steps need nothing, and a gap that is NaN spoils no other position and
+    no gradient.
+
+    Attributes:
+      kernel: the functions' values at the knots [K, D + 2 H].
     """
 
-    def __init__(self, width: int, heads: int, *, param_dtype: Any):
+    def __init__(self, width: int, heads: int, *, param_dtype: Any = jnp.float32):
+        """Makes the functions for a `CausalSSD`.
+
+        Args:
+          width: D, the width of the layer.
+          heads: H, its number of heads, `layer.heads`.
+          param_dtype: of the functions' values, and of the result.
+
+        Raises:
+          ValueError: an argument does not fit; the message names it.
+        """
+        check_sizes(width=width, heads=heads)
         self.kernel = nnx.Param(jnp.zeros((KNOTS, width + 2 * heads), param_dtype))
         self.cuts = (width, width + heads)
 
     def __call__(self, features: Float[Array, "*batch K"]) -> GapModulation:
         """Evaluates the functions at `gap_features`."""
-        return GapModulation(*jnp.split(features @ self.kernel[...], self.cuts, axis=-1))
+        clean = features if finite.known() else finite.zero_unless_finite(features)
+        values = clean @ self.kernel[...]
+        if not finite.known():
+            good = jnp.isfinite(features).all(-1, keepdims=True)
+            values = jnp.where(good, values, jnp.asarray(jnp.nan, values.dtype))
+        return GapModulation(*jnp.split(values, self.cuts, axis=-1))
 
 
 class NextTime(nnx.Module):

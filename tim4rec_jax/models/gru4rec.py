@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax.layers.basic import Dense, dropout, take_position, uniform
 from tim4rec_jax.layers.gru import GRU
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
+from tim4rec_jax.ssd import finite_inputs, segments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,8 @@ class GRU4Rec(SequenceModel):
         h = dropout(self.item_embedding(items), self.dropout_rate, seeds).swapaxes(0, 1)
         starts = None
         if segment_ids is not None:
-            starts = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]).T != 0
-        for block in self.blocks:
-            h = block(h, starts)
+            starts = segments.starts(segment_ids).T
+        with finite_inputs():
+            for block in self.blocks:
+                h = block(h, starts)
         return h.swapaxes(0, 1)

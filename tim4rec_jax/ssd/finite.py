@@ -10,7 +10,7 @@ segment to the end of the segment.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -22,12 +22,15 @@ from tim4rec_jax.ssd.segments import first_positions
 _inputs_are_finite = jax.make_user_context(False)
 
 
-def finite_inputs() -> contextlib.AbstractContextManager[None]:
+@contextlib.contextmanager
+def finite_inputs() -> Iterator[None]:
     """Promises that inputs are finite: within this context nothing is checked or replaced.
 
-    Models of this package compute within it, because their inputs are rows of tables.
+    Models of this package compute within it, because their inputs are rows of tables. It acts
+    while a program is traced, and works as a decorator too.
     """
-    return _inputs_are_finite(True)
+    with _inputs_are_finite(True):
+        yield
 
 
 def known() -> bool:
@@ -64,6 +67,27 @@ def guard(
         return jnp.where(wide, jnp.asarray(jnp.nan, y.dtype), y)
 
     return jax.tree.map(zero_unless_finite, rows), jax.tree.map(zero_unless_finite, state), mark
+
+
+def call_guarded(
+    function: Callable[..., jax.Array], rows: tuple, segment_ids: Int[Array, "B L"] | None = None
+) -> jax.Array:
+    """Returns `function(*rows)`, an output [B,L,...] of rows [B,L,...], under `guard`."""
+    rows, _, mark = guard(rows, segment_ids)
+    with finite_inputs():
+        return mark(function(*rows))
+
+
+def zero_behind(lengths: Int[Array, " B"], rows: Any) -> Any:
+    """Returns a tree of arrays [B,L,...] with zeros from position `lengths` on."""
+    if known():
+        return rows
+
+    def cut(v):
+        real = jnp.arange(v.shape[1]) < jnp.asarray(lengths)[:, None]
+        return jnp.where(jnp.expand_dims(real, tuple(range(2, v.ndim))), v, jnp.zeros_like(v))
+
+    return jax.tree.map(cut, rows)
 
 
 def zero_unless_finite(v: jax.Array) -> jax.Array:

@@ -165,11 +165,12 @@ def time_aware_ssd_block(
     if segment_ids is not None:
         # To the convolution of the kernels, an id that comes back would be the same segment.
         arguments = arguments._replace(segment_ids=first_positions(segment_ids))
+
+    def compute(projected, time_factor):
+        return chosen.compute(arguments._replace(projected=projected, time_factor=time_factor))
+
     rows = (arguments.projected, arguments.time_factor)
-    rows, _, mark = finite.guard(rows, arguments.segment_ids)
-    arguments = arguments._replace(projected=rows[0], time_factor=rows[1])
-    with finite.finite_inputs():
-        return mark(chosen.compute(arguments))
+    return finite.call_guarded(compute, rows, arguments.segment_ids)
 
 
 def _check(v: BlockArguments):

@@ -258,9 +258,8 @@ def ssd_last(
     accumulate = jnp.promote_types(x.dtype, jnp.float32)
     length, heads = x.shape[1:3]
     real = jnp.arange(length)[None, :, None] < lengths[:, None, None]
-    if not finite.known():  # a weight of zero takes away a number, but not NaN
-        x, B = (jnp.where(real[..., None], v, jnp.zeros_like(v)) for v in (x, B))
-        dt = jnp.where(real, dt, jnp.zeros_like(dt))
+    # A weight of zero takes away a number, but not NaN.
+    x, dt, B = finite.zero_behind(lengths, (x, dt, B))
     step = dt.astype(accumulate)
     if dt_bias is not None:
         step = step + dt_bias
