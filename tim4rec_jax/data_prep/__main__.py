@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None, console: Console | None = None)
     """Runs the command line, or the given arguments, and prints to `console`."""
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser().parse_args(arguments)
+    flags.again = shlex.join(["python", "-m", "data_prep", *arguments])
     console = console or Console()
     for argument in arguments:
         try:
@@ -108,7 +110,7 @@ def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:
         )
     address = url(flags)
     md5 = MD5.get(address.rsplit("/", 1)[-1])
-    command = f"python -m data_prep {flags.command} ..."
+    command = flags.again if len(flags.again) < 100 else f"python -m data_prep {flags.command} ..."
     return [str(fetch(address, flags.cache, md5=md5, command=command, console=console))]
 
 
