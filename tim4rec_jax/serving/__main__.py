@@ -264,15 +264,29 @@ def _add_serve(commands: Any) -> None:
     add("--store", type=Path, metavar="FILE", help="keep users in this SQLite file, not in memory")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
+    add(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="callers must send the first line of this file: Authorization: Bearer ...",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name under which callers reach the service (repeat it for more; default: names of "
+        "this machine for a loopback address, else any name)",
+    )
     _add_approximate_flag(parser)
     parser.set_defaults(run=_serve)
 
 
 def _serve(flags: argparse.Namespace) -> None:
     try:
-        from tim4rec_jax.serving.http.app import serve
+        from tim4rec_jax.serving.http.server import serve
     except ModuleNotFoundError as error:
-        if error.name not in ("fastapi", "uvicorn", "prometheus_client"):
+        if error.name not in ("fastapi", "httptools", "uvicorn", "prometheus_client"):
             raise
         raise UserError(
             f"{error.name} is not installed; pip install 'tim4rec-jax[serve]'"
@@ -286,6 +300,8 @@ def _serve(flags: argparse.Namespace) -> None:
         host=flags.host,
         port=flags.port,
         approximate=flags.approximate,
+        token_file=flags.token_file,
+        allowed_hosts=flags.allowed_host,
     )
 
 

@@ -1,6 +1,7 @@
 """A model behind a few compiled programs, which any number of threads may call.
 
 Rows and lengths are padded to powers of two, so that histories of all lengths share few programs.
+A service pads to even fewer sizes, and compiles all of them before it begins (`compile_ahead`).
 """
 
 from __future__ import annotations
@@ -17,21 +18,40 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int, Int32, Int64
+from jaxtyping import Array, Float, Float32, Int, Int64, UInt8
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import EventLog, collate, days, time_gaps
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch, inputs
-from tim4rec_jax.scoring import HistoryItems
 from tim4rec_jax.serving.history import Events
+from tim4rec_jax.serving.top_items import top_items
 
 MAX_ROWS = 1024  # how many histories are computed at once
 # How many events of each user one call of the compiled loop takes. Each number is a program for
 # each number of users; the loop itself ends after the last event.
 _STEPS = (1, 16, 512)
 _MIN_WIDTH = 8
+
+
+class Sizes(NamedTuple):
+    """The only sizes that anything is padded to once `CompiledModel.compile_ahead` has run.
+
+    Attributes:
+        rows: the numbers of histories computed at once. A CPU gains nothing by more.
+        widths: the numbers of events of a history, the longest of them `max_length`.
+        steps: the numbers of new events of a user that one call takes.
+        ks: the numbers of items looked for.
+    """
+
+    rows: tuple[int, ...]
+    widths: tuple[int, ...]
+    steps: tuple[int, ...]
+    ks: tuple[int, ...]
+
+
+def _at_least(size: int, sizes: Sequence[int]) -> int:
+    return next((candidate for candidate in sizes if candidate >= size), sizes[-1])
 
 
 def power_of_two(size: int, least: int = 1) -> int:
@@ -68,8 +88,8 @@ class CompiledModel:
         supports_step: whether users have a state of fixed size; see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         fingerprint: a digest of everything that a user's state depends on.
-        one_width: whether every history is computed at full length. That is one program per number
-            of rows, for services that cannot wait for a compilation.
+        sizes: the sizes that everything is padded to, or `None` for powers of two; see
+            `compile_ahead`.
     """
 
     def __init__(self, config: Config, model: SequenceModel, item_ids: Sequence[str]):
@@ -87,7 +107,7 @@ class CompiledModel:
         self._inputs = inputs(model)
         self.max_length: int = config.data.max_length
         self.convention = config.data.convention
-        self.one_width = False
+        self.sizes: Sizes | None = None
         self.supports_step, self.knows_next_time = model.supports_step, model.knows_next_time
         self.table: Array = model.item_table()
         self.repeat_bias: Array | None = model.repeat_bias()
@@ -99,6 +119,41 @@ class CompiledModel:
             initial = jax.tree.map(np.asarray, state), np.zeros(hidden.shape, hidden.dtype)
             self._initial, self._carry = jax.tree.flatten(initial)
             [self._no_events] = _pack(initial, 1)
+
+    @property
+    def max_rows(self) -> int:
+        """How many histories are computed at once, at most."""
+        return self.sizes.rows[-1] if self.sizes else MAX_ROWS
+
+    def padded(self, count: int) -> int:
+        """How many rows are computed for `count` histories: R in the shapes below."""
+        return _at_least(count, self.sizes.rows) if self.sizes else power_of_two(count)
+
+    def compile_ahead(self) -> None:
+        """Compiles a few programs, and uses no others from now on.
+
+        Afterwards nothing is compiled any more, whatever the number and the lengths of histories
+        and filters, as long as `k` is at most 1,000 and no call has more than `max_rows` rows.
+        Other sizes would compile a program each, which takes a second and is never freed.
+        """
+        short = (32,) if self.max_length > 48 else ()
+        self.sizes = sizes = Sizes(
+            rows=(1, 4, 16, 64),
+            widths=(*short, self.max_length),
+            steps=(512,),
+            ks=(16, 128, 1024),
+        )
+        for rows in sizes.rows:
+            moments = np.ones(rows, np.int64) if self.knows_next_time else None
+            for width in sizes.widths:
+                items, times = np.ones(rows * width, np.int32), np.zeros(rows * width, np.int64)
+                events = Events(items, times, np.arange(rows + 1) * width)
+                hidden = self.condition(self.encode(events, moments), events, moments)
+                for k in sizes.ks:
+                    self.best(hidden, k, self.marks(rows))
+            for steps in sizes.steps if self.supports_step else ():
+                new = NewEvents(None, None, np.ones(steps, np.int64), np.zeros(steps, np.int64))
+                self.advance([new] * rows)
 
     def encode(
         self,
@@ -121,14 +176,14 @@ class CompiledModel:
             UserError: a moment is before the last event of its history.
         """
         count = len(events.offsets) - 1
-        rows = power_of_two(count)
+        rows = self.padded(count)
         starts, lengths = np.zeros((2, rows), np.int64)
         lengths[:count] = np.minimum(np.diff(events.offsets), self.max_length)
         starts[:count] = events.offsets[1:] - lengths[:count]
         needed = power_of_two(int(lengths.max()), _MIN_WIDTH)
         width = min(max(needed, width or 0), self.max_length)
-        if self.one_width:
-            width = self.max_length
+        if self.sizes:
+            width = _at_least(width, self.sizes.widths)
         # An event that no history holds stands for the one that follows the last history.
         log = EventLog(np.append(events.items, np.int32(0)), np.append(events.timestamps, 0))
         batch = collate(
@@ -166,40 +221,40 @@ class CompiledModel:
             batch["dates"] = _padded(days(events.last_times()), len(hidden))
         if moments is not None:
             batch["time_to_next"] = _padded(_time_to_next(events, moments), len(hidden))
-        return self._programs.condition(self._params, hidden, batch) if batch else hidden
+        # From the host, because arrays of the device would be a program of their own.
+        return (
+            self._programs.condition(self._params, np.asarray(hidden), batch) if batch else hidden
+        )
+
+    def marks(self, count: int) -> UInt8[np.ndarray, "R V_and_1"]:
+        """Marks for `best` that say nothing yet, for `count` histories."""
+        return np.zeros((self.padded(count), len(self.table)), np.uint8)
 
     def best(
         self,
         hidden: Float[Array | np.ndarray, "R D"],
-        table: Float[Array, "C D"],
         k: int,
-        history_items: Int32[np.ndarray, "B S"] | None,
-        exclude: bool,
+        marks: UInt8[np.ndarray, "R V_and_1"],
     ) -> tuple[Float[np.ndarray, "R k"], Int[np.ndarray, "R k"]]:
-        """The scores and the rows of `table` of the `k` best items; see `ranking.top_k`.
+        """The scores and the items of the `k` best; see `top_items`.
 
         Args:
             hidden: the hidden states to score with.
-            table: the item embeddings; row 0 is padding.
             k: how many items.
-            history_items: the rows of the table that the histories hold, 0 for none.
-            exclude: whether these are left out. Otherwise the model's repeat bias is added to
-                their scores.
+            marks: from `marks`. To an item marked as repeated the model's repeat bias is added.
         """
-        options = {}
-        if history_items is not None:
-            width = power_of_two(history_items.shape[1], 16)
-            padded = np.zeros((len(hidden), width), np.int32)
-            padded[: len(history_items), : history_items.shape[1]] = history_items
-            if exclude:
-                options["exclude"] = padded
-            elif self.repeat_bias is not None:
-                options["history"] = HistoryItems(padded, self.repeat_bias)
-        scores, rows = top_k(hidden, table, power_of_two(k, 16), **options)
-        return np.asarray(scores)[:, :k], np.asarray(rows)[:, :k]
+        padded = power_of_two(k, 16)
+        if self.sizes and k <= self.sizes.ks[-1]:
+            padded = _at_least(k, self.sizes.ks)
+        # From the host, because arrays of the device would be a program of their own.
+        hidden = np.asarray(hidden)
+        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, padded)
+        return np.asarray(scores)[:, :k], np.asarray(items)[:, :k]
 
     def advance(self, users: Sequence[NewEvents]) -> list[bytes]:
         """The states of users after new events, of a model that supports steps.
+
+        At most `max_rows` users are computed at once.
 
         Args:
             users: one or more new events of each user, in order of time.
@@ -207,11 +262,14 @@ class CompiledModel:
         Returns:
             A state per user, as bytes: the model's own state and the last hidden state.
         """
-        rows = power_of_two(len(users))
+        if len(users) > self.max_rows:
+            parts = [users[n : n + self.max_rows] for n in range(0, len(users), self.max_rows)]
+            return [state for part in parts for state in self.advance(part)]
+        rows = self.padded(len(users))
         counts = np.zeros(rows, np.int32)
         counts[: len(users)] = [len(user.items) for user in users]
         longest = int(counts.max())
-        width = next((steps for steps in _STEPS if steps >= longest), _STEPS[-1])
+        width = _at_least(longest, self.sizes.steps if self.sizes else _STEPS)
         inside = np.arange(-(-longest // width) * width) < counts[:, None]
         items, gaps = np.zeros(inside.shape, np.int32), np.zeros(inside.shape, np.float32)
         items[inside] = np.concatenate([user.items for user in users])

@@ -11,6 +11,8 @@ from jaxtyping import Int32, Int64
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.catalogue import Catalogue
 
+LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is not in seconds
+
 
 class Events(NamedTuple):
     """The known events of B histories, one history after the other.
@@ -24,6 +26,16 @@ class Events(NamedTuple):
     items: Int32[np.ndarray, " N"]
     timestamps: Int64[np.ndarray, " N"]
     offsets: Int64[np.ndarray, " B_and_1"]
+
+    @classmethod
+    def joined(cls, parts: Sequence[Events]) -> Events:
+        """The histories of all parts, one part after the other."""
+        lengths = np.concatenate([np.diff(part.offsets) for part in parts])
+        return cls(
+            np.concatenate([part.items for part in parts]),
+            np.concatenate([part.timestamps for part in parts]),
+            np.concatenate([[0], np.cumsum(lengths)]),
+        )
 
     def rows(self, first: int, last: int) -> Events:
         """The histories `first` to `last`, the last not included."""
@@ -54,7 +66,8 @@ def check_times(timestamps: Any, where: str = "") -> Int64[np.ndarray, " N"]:
         where: what the message of an error begins with.
 
     Raises:
-        UserError: a time is not a whole number, or is negative.
+        UserError: a time is not a whole number, is negative, or is beyond the year 2261, as
+            milliseconds are.
     """
     try:
         given = np.asarray(timestamps)
@@ -67,6 +80,12 @@ def check_times(timestamps: Any, where: str = "") -> Int64[np.ndarray, " N"]:
     if times.size and times.min() < 0:
         raise UserError(
             f"{where}event {int(np.argmax(times < 0)) + 1} has the negative timestamp {times.min()}"
+        )
+    if times.size and times.max() > LAST_SECOND:
+        raise UserError(
+            f"{where}event {int(np.argmax(times > LAST_SECOND)) + 1} has the timestamp "
+            f"{times.max()}, which is beyond the year 2261 if it is seconds; timestamps are whole "
+            "seconds since 1970, so divide milliseconds by 1,000"
         )
     return times
 

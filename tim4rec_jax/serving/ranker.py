@@ -4,67 +4,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float, Int, Int64, UInt8
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue
-from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel, power_of_two
+from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel
 from tim4rec_jax.serving.history import Events, check_times
+from tim4rec_jax.serving.top_items import BARRED, REPEATED
 
 Times = int | np.integer | Sequence[int] | np.ndarray | None
+_MAX_MARKS = 1 << 27  # bytes: marks of many users times a large catalogue could fill the memory
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The items that may be recommended, with a table of their own.
+class Query(NamedTuple):
+    """What one caller wants to know, checked, so that no query can fail because of its caller.
 
     Attributes:
-        table: the embeddings of the items from row 1 on, then rows that are never recommended.
-        items: the index of each row in the catalogue, rising; the first is the padding, 0.
-        popular: the items, most popular first.
+        events: the known events of one history.
+        k: how many items, at most as many as there are.
+        moment: when they are shown, for a model that knows it, in whole seconds since 1970.
+        exclude_seen: whether the items of the history are left out.
+        barred: whether each index of the catalogue is left out; `None` leaves out none.
+        hidden: the hidden state after the history, if it is known (`CompiledModel.hidden`).
+        unknown: how many events the history has besides.
     """
 
-    table: Float[Array, "rows D"]
-    items: Int32[np.ndarray, " C"]
-    popular: Int32[np.ndarray, " P"]
-
-    @classmethod
-    def build(
-        cls,
-        catalogue: Catalogue,
-        table: Float[Array, "rows D"],
-        allow: frozenset[str] | None,
-        deny: frozenset[str] | None,
-    ) -> Candidates:
-        """All items of the catalogue, or those in `allow`, without those in `deny`."""
-        items = np.arange(1, len(catalogue) + 1, dtype=np.int32)
-        if allow is not None:
-            items = np.intersect1d(items, catalogue.indices(allow))
-        if deny is not None:
-            items = np.setdiff1d(items, catalogue.indices(deny))
-        popular = items[np.argsort(-catalogue.counts[items - 1], kind="stable")]
-        if len(items) < len(catalogue):
-            rows = min(power_of_two(len(items) + 1, 16), len(table))
-            table = _take(table, np.pad(items, (1, rows - len(items) - 1), constant_values=(0, -1)))
-        return cls(table, np.append(np.int32(0), items), popular)
-
-    def rows(self, items: Int32[np.ndarray, "B S"]) -> Int32[np.ndarray, "B S"]:
-        """The rows of items given by their index in the catalogue, 0 for items not in the table."""
-        rows = np.minimum(np.searchsorted(self.items, items), len(self.items) - 1)
-        return np.where(self.items[rows] == items, rows, 0).astype(np.int32)
-
-
-@jax.jit
-def _take(table: Float[Array, "V D"], items: Int32[Array, " rows"]) -> Float[Array, "rows D"]:
-    """The rows of these items; NaN for item -1, because a NaN score is never recommended."""
-    return jnp.where((items >= 0)[:, None], table[items], jnp.nan)
+    events: Events
+    k: int
+    moment: int | None
+    exclude_seen: bool
+    barred: Bool[np.ndarray, " V_and_1"] | None = None
+    hidden: Float[np.ndarray, "1 D"] | None = None
+    unknown: int = 0
 
 
 class Ranker:
@@ -81,9 +56,9 @@ class Ranker:
         self, model: CompiledModel, catalogue: Catalogue, index: ApproximateIndex | None = None
     ):
         self.model, self.catalogue, self.index = model, catalogue, index
-        # The requests of a service, and the batches of a large job, share few filters.
-        build = functools.partial(Candidates.build, catalogue, model.table)
-        self._candidates: Callable[..., Candidates] = functools.lru_cache(maxsize=4)(build)
+        self._by_popularity = np.argsort(-catalogue.counts, kind="stable").astype(np.int32) + 1
+        # The batches of a large job share one filter.
+        self._barred: Callable[..., Any] = functools.lru_cache(maxsize=4)(self._find_barred)
 
     def rank(
         self,
@@ -112,26 +87,101 @@ class Ranker:
             width: the length that histories are padded to, see `CompiledModel.encode`.
 
         Raises:
-            UserError: `k` is below 1, or `at` does not fit the model or the histories.
+            UserError: `k` is below 1, `allow` or `deny` is a single text, or `at` does not fit the
+                model or the histories.
         """
-        count = len(events.offsets) - 1
-        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
-            raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
-        k = min(int(k), len(self.catalogue))
+        count, k = len(events.offsets) - 1, self._number(k)
         moments = self._moments(at, count)
-        candidates = self._candidates(_ids(allow), _ids(deny))
+        barred = self._barred(_ids("allow", allow), _ids("deny", deny))
         scores, items = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
-        for first in range(0, count, MAX_ROWS):
-            part = events.rows(first, first + MAX_ROWS)
-            then = None if moments is None else moments[first : first + MAX_ROWS]
+        most = max(1, min(MAX_ROWS, self.model.max_rows, _MAX_MARKS // len(self.model.table)))
+        for first in range(0, count, most):
+            part = events.rows(first, first + most)
+            then = None if moments is None else moments[first : first + most]
             if hidden is None:
                 states = self.model.encode(part, then, width)
             else:
                 states = self.model.condition(hidden, part, then)
-            best_scores, best_items = self._best(part, states, k, candidates, exclude_seen)
-            scores.append(best_scores)
-            items.append(best_items)
+            rows = len(part.offsets) - 1
+            best = self._best(part, states, k, [barred] * rows, [exclude_seen] * rows)
+            scores.append(best[0])
+            items.append(best[1])
         return np.concatenate(scores), np.concatenate(items)
+
+    def query(
+        self,
+        events: Events,
+        k: int,
+        at: Times,
+        exclude_seen: bool,
+        allow: Iterable[Any] | None,
+        deny: Iterable[Any] | None,
+        unknown: int = 0,
+    ) -> Query:
+        """Checks what one caller asks; the arguments and errors are those of `rank`."""
+        moments = self._moments(at, 1)
+        moment = None if moments is None else int(moments[0])
+        if moment is not None and events.items.size and moment < events.timestamps[-1]:
+            raise UserError("`at` is before the last event of a history")
+        barred = self._find_barred(_ids("allow", allow), _ids("deny", deny))
+        return Query(events, self._number(k), moment, exclude_seen, barred=barred, unknown=unknown)
+
+    def answer(
+        self, queries: Sequence[Query]
+    ) -> list[tuple[Float[np.ndarray, " k"], Int[np.ndarray, " k"]]]:
+        """The scores and the items of each query, however they differ; at most `max_rows`."""
+        groups: dict[Any, list[int]] = {}
+        for number, query in enumerate(queries):
+            # An index cannot search under a filter, and treats all seen items alike.
+            key = (query.barred is None, query.exclude_seen) if self.index else None
+            groups.setdefault(key, []).append(number)
+        answers: list = [None] * len(queries)
+        for numbers in groups.values():
+            group = [queries[number] for number in numbers]
+            scores, items = self._best(
+                Events.joined([query.events for query in group]),
+                self._states(group),
+                max(query.k for query in group),
+                [query.barred for query in group],
+                [query.exclude_seen for query in group],
+            )
+            for row, number in enumerate(numbers):
+                k = queries[number].k
+                answers[number] = scores[row, :k], items[row, :k]
+        return answers
+
+    def _states(self, queries: Sequence[Query]) -> Float[Array | np.ndarray, "R D"]:
+        """The hidden states to score with: of histories, and of users whose state is known."""
+        parts, order = [], []
+        for known in (False, True):
+            numbers = [n for n, query in enumerate(queries) if (query.hidden is not None) == known]
+            if not numbers:
+                continue
+            group = [queries[number] for number in numbers]
+            events = Events.joined([query.events for query in group])
+            moments = None
+            if self.model.knows_next_time:
+                moments = np.array([query.moment for query in group], np.int64)
+            if known:
+                missing = self.model.padded(len(group)) - len(group)
+                hidden = np.concatenate([np.asarray(query.hidden) for query in group])
+                hidden = np.pad(hidden, ((0, missing), (0, 0)))
+                states = self.model.condition(hidden, events, moments)
+            else:
+                states = self.model.encode(events, moments)
+            parts.append(states)
+            order.append(numbers)
+        if len(parts) == 1:
+            return parts[0]
+        mixed = np.zeros((self.model.padded(len(queries)), parts[0].shape[1]), parts[0].dtype)
+        for numbers, states in zip(order, parts, strict=True):
+            mixed[numbers] = np.asarray(states)[: len(numbers)]
+        return mixed
+
+    def _number(self, k: Any) -> int:
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
+        return min(int(k), len(self.catalogue))
 
     def _moments(self, at: Times, count: int) -> Int64[np.ndarray, " B"] | None:
         """The time of each prediction, if the model knows it."""
@@ -151,26 +201,56 @@ class Ranker:
             raise UserError(f"`at` has {len(moments)} times for {count} histories")
         return np.broadcast_to(moments, count)
 
-    def _best(self, events: Events, hidden, k: int, candidates: Candidates, exclude_seen: bool):
-        repeat_bias, history_items = self.model.repeat_bias, None
-        if exclude_seen or repeat_bias is not None:
-            history_items = candidates.rows(events.padded_items())
-        if self.index is not None and len(candidates.items) == len(self.model.table):
-            added = None if exclude_seen or repeat_bias is None else float(repeat_bias)
-            scores, items = self.index.best(hidden, k, history_items, added)
+    def _find_barred(
+        self, allow: frozenset[str] | None, deny: frozenset[str] | None
+    ) -> Bool[np.ndarray, " V_and_1"] | None:
+        if allow is None and deny is None:
+            return None
+        barred = np.full(len(self.catalogue) + 1, allow is not None)
+        if allow is not None:
+            barred[self.catalogue.indices(allow)] = False
+        if deny is not None:
+            barred[self.catalogue.indices(deny)] = True
+        return barred
+
+    def _best(self, events: Events, hidden, k: int, barred: list, exclude_seen: list[bool]):
+        """The best items of histories, each with its own filter and `exclude_seen`."""
+        repeat_bias = self.model.repeat_bias
+        if self.index is not None and barred[0] is None:
+            added = None if exclude_seen[0] or repeat_bias is None else float(repeat_bias)
+            seen = exclude_seen[0] or repeat_bias is not None
+            scores, items = self.index.best(
+                hidden, k, events.padded_items() if seen else None, added
+            )
         else:
-            scores, rows = self.model.best(hidden, candidates.table, k, history_items, exclude_seen)
-            items = candidates.items[rows]
+            marks = self._marks(events, barred, exclude_seen)
+            scores, items = self.model.best(hidden, k, marks)
         empty = np.diff(events.offsets) == 0
         scores, items = scores[: len(empty)], items[: len(empty)]
         if empty.any():
-            popular = candidates.popular[:k]
             scores, items = scores.copy(), items.copy()
             items[empty], scores[empty] = 0, -np.inf
-            items[empty, : len(popular)] = popular
-            scores[empty, : len(popular)] = self.catalogue.counts[popular - 1]
+        for row in np.flatnonzero(empty).tolist():
+            popular = self._by_popularity
+            if barred[row] is not None:
+                popular = popular[~barred[row][popular]]
+            popular = popular[:k]
+            items[row, : len(popular)] = popular
+            scores[row, : len(popular)] = self.catalogue.counts[popular - 1]
         return scores, items
 
+    def _marks(
+        self, events: Events, barred: list, exclude_seen: list[bool]
+    ) -> UInt8[np.ndarray, "R V_and_1"]:
+        marks = self.model.marks(len(barred))
+        for row, (start, stop) in enumerate(zip(events.offsets, events.offsets[1:], strict=False)):
+            marks[row, events.items[start:stop]] = BARRED if exclude_seen[row] else REPEATED
+            if barred[row] is not None:
+                marks[row, barred[row]] = BARRED
+        return marks
 
-def _ids(items: Iterable[Any] | None) -> frozenset[str] | None:
+
+def _ids(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
+    if isinstance(items, str | bytes):
+        raise UserError(f"{name} is the single text {items!r}; give a list of ids")
     return None if items is None else frozenset(map(str, items))

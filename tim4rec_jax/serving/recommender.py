@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 from tim4rec_jax.serving.compiled_model import CompiledModel
-from tim4rec_jax.serving.history import check_times, read_histories
-from tim4rec_jax.serving.ranker import Ranker, Times
+from tim4rec_jax.serving.history import Events, check_times, read_histories
+from tim4rec_jax.serving.ranker import Query, Ranker, Times
 from tim4rec_jax.serving.stores import MemoryStore, Store
-from tim4rec_jax.serving.user_state import Users
+from tim4rec_jax.serving.user_state import Update, Users
 
 Values = Sequence[Any] | np.ndarray
 
@@ -155,6 +156,32 @@ class Recommender:
             self._recommendations(*row) for row in zip(scores, best, unknown, fallback, strict=True)
         ]
 
+    def query(
+        self,
+        items: Values,
+        timestamps: Values,
+        k: int = 10,
+        *,
+        at: Times = None,
+        exclude_seen: bool = True,
+        allow: Iterable[Any] | None = None,
+        deny: Iterable[Any] | None = None,
+        sort: bool = False,
+    ) -> Query:
+        """Checks what `recommend` is asked; the arguments and errors are the same.
+
+        Many callers' queries, however they differ, are answered at once by `answer`.
+        """
+        events, [unknown] = read_histories([(items, timestamps)], self.catalogue, sort=sort)
+        return self.ranker.query(events, k, at, exclude_seen, allow, deny, unknown)
+
+    def answer(self, queries: Sequence[Query]) -> list[Recommendations]:
+        """Answers queries; whoever has made them, none of them can fail."""
+        return [
+            self._recommendations(scores, items, query.unknown, not query.events.items.size)
+            for query, (scores, items) in zip(queries, self.ranker.answer(queries), strict=True)
+        ]
+
     def update(
         self, user: Any, item: Any, timestamp: int | np.integer, *, sort: bool = False
     ) -> bool:
@@ -178,17 +205,76 @@ class Recommender:
     def update_batch(
         self, events: Sequence[tuple[Any, Any, Any]], *, sort: bool = False
     ) -> list[bool]:
-        """Does `update` for many (user, item, timestamp), much faster than one after the other."""
-        indices = self.catalogue.indices(item for _, item, _ in events)
-        times = check_times([time for _, _, time in events])
-        known: dict[str, list[tuple[int, int]]] = {}
-        for (user, *_), index, time in zip(events, indices.tolist(), times.tolist(), strict=True):
-            if index:
-                known.setdefault(str(user), []).append((index, time))
-        self._users.update(known, sort=sort)
-        with self._counting:
-            self.unknown_events += int((indices == 0).sum())
-        return (indices > 0).tolist()
+        """Does `update` for many (user, item, timestamp), much faster than one after the other.
+
+        If it raises, no event is stored, except those of other users where another process stores
+        events of the same users at the same time, or where the store fails midway.
+        """
+        [result] = self.update_many([(events, sort)])
+        if isinstance(result, UserError):
+            raise result
+        return result
+
+    def update_many(
+        self, requests: Sequence[tuple[Sequence[tuple[Any, Any, Any]], bool]]
+    ) -> list[list[bool] | UserError]:
+        """Does `update_batch` for many callers at once; each has its own (events, sort).
+
+        Returns:
+            What `update_batch` returns to each caller, or the error that it raises.
+
+        Raises:
+            StoreError: the store cannot be used.
+        """
+        results: list[list[bool] | UserError] = []
+        updates, numbers = [], []
+        for number, (events, sort) in enumerate(requests):
+            indices = self.catalogue.indices(item for _, item, _ in events)
+            try:
+                times = check_times([time for _, _, time in events])
+            except UserError as error:
+                results.append(error)
+                continue
+            known: dict[str, list[tuple[int, int]]] = {}
+            for (user, *_), index, time in zip(
+                events, indices.tolist(), times.tolist(), strict=True
+            ):
+                if index:
+                    known.setdefault(str(user), []).append((index, time))
+            results.append((indices > 0).tolist())
+            updates.append(Update(known, sort))
+            numbers.append(number)
+        for number, error in zip(numbers, self._users.update(updates), strict=True):
+            result = results[number]
+            if error is not None:
+                results[number] = error
+            elif isinstance(result, list):
+                with self._counting:
+                    self.unknown_events += len(result) - sum(result)
+        return results
+
+    def delete_user(self, user: Any) -> bool:
+        """Forgets a user of the store; see `Store.delete`.
+
+        Returns:
+            Whether the store knew the user.
+        """
+        return self.store.delete(str(user))
+
+    def stored(self, user: Any) -> tuple[Events, bytes | None]:
+        """The known events of a user of the store, and the state after them if it is kept.
+
+        The state is `None` for a model without states, and where it must be computed first
+        (`compute_state`).
+        """
+        # In this order, no item is recommended again whose event the state has taken in.
+        state = self._users.kept_state(str(user)) if self.model.supports_step else None
+        events, _ = self._users.log(str(user))
+        return events, state
+
+    def compute_state(self, user: Any) -> bytes:
+        """The state of a user who has events; it is computed from the log where none is kept."""
+        return self._users.state(str(user))
 
     def recommend_user(
         self,
@@ -205,12 +291,12 @@ class Recommender:
         A model that supports steps uses the user's state, which has taken in all events and is not
         computed again. Other models are given the last `max_length` events.
         """
-        events, _ = self._users.log(str(user))
-        options: dict[str, Any] = dict(at=at, exclude_seen=exclude_seen, allow=allow, deny=deny)
+        events, state = self.stored(user)
+        query = self.ranker.query(events, k, at, exclude_seen, allow, deny)
         if self.model.supports_step and events.items.size:
-            options["hidden"] = self.model.hidden(self._users.state(str(user)))
-        scores, items = self.ranker.rank(events, k, **options)
-        return self._recommendations(scores[0], items[0], 0, not events.items.size)
+            state = self.compute_state(user) if state is None else state
+            query = query._replace(hidden=self.model.hidden(state))
+        return self.answer([query])[0]
 
     def _recommendations(self, scores, items, unknown: int, fallback: bool) -> Recommendations:
         items = items[items > 0]  # 0 fills up where no item was left

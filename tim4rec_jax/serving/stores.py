@@ -22,6 +22,10 @@ from typing import NamedTuple, Protocol, runtime_checkable
 from tim4rec_jax.errors import UserError
 
 
+class StoreError(UserError):
+    """The store cannot be used now. Nothing is wrong with what it was asked, so ask again."""
+
+
 class Snapshot(NamedTuple):
     """What a store holds of a user at one moment.
 
@@ -84,6 +88,14 @@ class Store(Protocol):
         """
         ...
 
+    def delete(self, user: str) -> bool:
+        """Forgets a user: the log, the state, and all that is left of them in files of the store.
+
+        Returns:
+            Whether the store knew the user.
+        """
+        ...
+
     def close(self) -> None:
         """Releases what the store holds open; it cannot be used any more."""
         ...
@@ -140,6 +152,11 @@ class MemoryStore:
         self._users[change.user] = user
         return True
 
+    def delete(self, user: str) -> bool:
+        """See `Store`."""
+        with self._lock:
+            return self._users.pop(user, None) is not None
+
     def close(self) -> None:
         """See `Store`."""
 
@@ -161,7 +178,7 @@ class SQLiteStore:
     completely or not at all. A power cut may lose the last updates.
     """
 
-    def __init__(self, path: str | Path, *, timeout: float = 60.0):
+    def __init__(self, path: str | Path, *, timeout: int | float = 60.0):
         """Opens the file, or makes it.
 
         Args:
@@ -169,23 +186,31 @@ class SQLiteStore:
             timeout: how many seconds to wait for other processes that write.
 
         Raises:
-            UserError: the file cannot be opened, or is not such a store.
+            StoreError: the file cannot be opened.
+            UserError: the file is not such a store.
         """
         self.path = Path(path)
-        # All threads share one connection, because SQLite takes one writer at a time anyway.
-        self._lock = threading.Lock()
+        # All threads share one connection, because SQLite takes one writer at a time anyway. The
+        # histories that recommendations need are read on another one, which waits for no writer.
+        self._lock, self._reading = threading.Lock(), threading.Lock()
         with self._naming_what_fails():
-            self._connection = sqlite3.connect(
-                self.path, timeout=timeout, isolation_level=None, check_same_thread=False
-            )
+            self._connection = self._connect(timeout)
             try:
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
+                # What is deleted or replaced is overwritten, and does not stay in unused pages.
+                self._connection.execute("PRAGMA secure_delete = ON")
                 with self._transaction():
                     self._prepare()
+                self._reader = self._connect(timeout)
             except BaseException:
                 self._connection.close()
                 raise
+
+    def _connect(self, timeout: int | float) -> sqlite3.Connection:
+        return sqlite3.connect(
+            self.path, timeout=timeout, isolation_level=None, check_same_thread=False
+        )
 
     def _prepare(self) -> None:
         [version] = self._connection.execute("PRAGMA user_version").fetchone()
@@ -203,15 +228,15 @@ class SQLiteStore:
     def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
         """See `Store`."""
         select = "SELECT events, last, CASE WHEN model = ? THEN state END FROM users WHERE user = ?"
-        with self._naming_what_fails(), self._lock:
-            rows = [self._connection.execute(select, (model, user)).fetchone() for user in users]
+        with self._naming_what_fails(), self._reading:
+            rows = [self._reader.execute(select, (model, user)).fetchone() for user in users]
         return [Snapshot(*row) if row else Snapshot(0, None, None) for row in rows]
 
     def history(self, user: str) -> tuple[list[str], list[int]]:
         """See `Store`."""
         select = "SELECT item, timestamp FROM events WHERE user = ? ORDER BY timestamp, number"
-        with self._naming_what_fails(), self._lock:
-            rows = self._connection.execute(select, (user,)).fetchall()
+        with self._naming_what_fails(), self._reading:
+            rows = self._reader.execute(select, (user,)).fetchall()
         return [item for item, _ in rows], [timestamp for _, timestamp in rows]
 
     def apply(self, changes: Sequence[Change], model: str) -> list[bool]:
@@ -241,9 +266,35 @@ class SQLiteStore:
         )
         return True
 
+    def delete(self, user: str) -> bool:
+        """See `Store`.
+
+        The user's bytes are overwritten in the file, and the write-ahead log is emptied.
+
+        Raises:
+            StoreError: besides what makes every call fail, another process has been reading for so
+                long that the log could not be emptied. The user is deleted all the same, and a
+                second call tries to empty the log again.
+        """
+        with self._naming_what_fails(), self._lock:
+            with self._transaction():
+                execute = self._connection.execute
+                gone = execute("DELETE FROM events WHERE user = ?", (user,)).rowcount
+                gone += execute("DELETE FROM users WHERE user = ?", (user,)).rowcount
+            with self._reading:  # no reader of this process keeps the log from being emptied
+                checkpoint = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+                [busy, *_] = checkpoint.fetchone()
+        if busy:
+            raise StoreError(
+                f"the user is deleted, but another process reads {self.path}, so that traces are "
+                "left in its write-ahead log; delete the user once more"
+            )
+        return gone > 0
+
     def close(self) -> None:
         """Closes the file."""
-        with self._lock:
+        with self._lock, self._reading:
+            self._reader.close()
             self._connection.close()
 
     @contextmanager
@@ -263,4 +314,4 @@ class SQLiteStore:
         try:
             yield
         except sqlite3.Error as error:
-            raise UserError(f"the store {self.path} cannot be used: {error}") from error
+            raise StoreError(f"the store {self.path} cannot be used: {error}") from error

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,11 +13,30 @@ from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel, NewEvent
 from tim4rec_jax.serving.history import Events
 from tim4rec_jax.serving.stores import Change, Snapshot, Store
 
-Pending = Mapping[str, list[tuple[int, int]]]  # the items (as indices) and times of each user
+NewOnes = list[tuple[int, int]]  # the items (as indices) and times of events of one user
+
+
+class Update(NamedTuple):
+    """New events that one caller sends, in the order in which they are to be stored.
+
+    Attributes:
+        events: the events of each user, whose items the model knows.
+        sort: whether to put events where they belong that are earlier than a user's last one.
+            Otherwise they are refused.
+    """
+
+    events: Mapping[str, NewOnes]
+    sort: bool
 
 
 class Users:
-    """The users of a store as a model sees them: their known events and their states."""
+    """The users of a store as a model sees them: their known events and their states.
+
+    A state is brought up to date when events arrive in order, because that costs one step of the
+    model for each event. It is dropped when an event arrives late, and when another model has made
+    it. It is then computed from the whole log when somebody asks for it. So any number of late
+    events costs one such computation.
+    """
 
     def __init__(self, model: CompiledModel, catalogue: Catalogue, store: Store):
         self.model, self.catalogue, self.store = model, catalogue, store
@@ -29,80 +49,123 @@ class Users:
         times = np.asarray(timestamps, np.int64)[known]
         return Events(items[known], times, np.array([0, len(times)])), len(ids)
 
+    def kept_state(self, user: str) -> bytes | None:
+        """The state of a user, unless it must be computed first; see `state`."""
+        [snapshot] = self.store.snapshots([user], self.model.fingerprint)
+        return snapshot.state
+
     def state(self, user: str) -> bytes:
         """The state of a user who has events, for a model that supports steps.
 
         A state that is missing, or that another model made, is computed from the log and kept.
         """
-        [snapshot] = self.store.snapshots([user], self.model.fingerprint)
-        if snapshot.state is not None:
-            return snapshot.state
+        if (kept := self.kept_state(user)) is not None:
+            return kept
         events, count = self.log(user)
         [state] = self.model.advance([NewEvents(None, None, events.items, events.timestamps)])
-        # The store refuses this state if an event has come meanwhile, with a newer state.
+        # The store refuses this state if an event has come meanwhile.
         self.store.apply([Change(user, count, [], [], state)], self.model.fingerprint)
         return state
 
-    def update(self, events: Pending, *, sort: bool) -> None:
-        """Adds events of many users at once.
+    def update(self, updates: Sequence[Update]) -> list[UserError | None]:
+        """Adds events of many callers at once.
+
+        Returns:
+            For each update its error, `None` if it is stored. An update whose events are out of
+            order is not stored at all, and does not keep the others from being stored.
 
         Raises:
-            UserError: events are out of order, or the store cannot be used. Then none of the users
-                who were updated at the same time (up to `MAX_ROWS`) is changed.
+            StoreError: the store cannot be used. Some updates may be stored.
         """
-        users = list(events)
-        for first in range(0, len(users), MAX_ROWS):
-            pending = {user: events[user] for user in users[first : first + MAX_ROWS]}
-            # The store refuses users who got an event from someone else meanwhile. Of all who
+        errors: list[UserError | None] = [None] * len(updates)
+        users = list({user: None for update in updates for user in update.events})
+        # All events are checked before any is stored. No model has an empty name, so no states are
+        # read.
+        lasts = {
+            user: snapshot.last
+            for user, snapshot in zip(users, self.store.snapshots(users, ""), strict=True)
+        }
+        pending: dict[str, list[tuple[int, NewOnes]]] = {}
+        for number, update in enumerate(updates):
+            try:
+                latest = {
+                    user: _check_order(user, events, lasts[user], update.sort)
+                    for user, events in update.events.items()
+                }
+            except UserError as error:
+                errors[number] = error
+                continue
+            lasts |= latest
+            for user, events in update.events.items():
+                pending.setdefault(user, []).append((number, events))
+        names = list(pending)
+        for first in range(0, len(names), MAX_ROWS):
+            part = {name: pending[name] for name in names[first : first + MAX_ROWS]}
+            # The store refuses users who got an event from another process meanwhile. Of all who
             # compete for a user, one succeeds each time, so the loop ends.
-            while pending:
-                pending = self._try_update(pending, sort)
+            while part:
+                part = self._try_update(part, updates, errors)
+        return errors
 
-    def _try_update(self, pending: Pending, sort: bool) -> Pending:
+    def _try_update(
+        self,
+        pending: dict[str, list[tuple[int, NewOnes]]],
+        updates: Sequence[Update],
+        errors: list[UserError | None],
+    ) -> dict[str, list[tuple[int, NewOnes]]]:
         """Returns the users that must be tried again."""
         snapshots = self.store.snapshots(list(pending), self.model.fingerprint)
-        changes, inputs = [], []
-        for (user, events), snapshot in zip(pending.items(), snapshots, strict=True):
-            events = _in_order(user, events, snapshot, sort)
-            expected = snapshot.events
+        changes, inputs = [], {}
+        for (user, parts), snapshot in zip(pending.items(), snapshots, strict=True):
+            merged: NewOnes = []
+            last = snapshot.last
+            for number, events in parts:
+                try:
+                    last = _check_order(user, events, last, updates[number].sort)
+                except UserError as error:  # another process has stored a later event just now
+                    errors[number] = error
+                    continue
+                merged += events
+            if not merged:
+                continue
+            merged.sort(key=lambda event: event[1])
             if self.model.supports_step:
-                expected, new = self._new_events(user, events, snapshot)
-                inputs.append(new)
-            ids = [self.catalogue.ids[item - 1] for item, _ in events]
-            changes.append(Change(user, expected, ids, [time for _, time in events], None))
-        if self.model.supports_step:
-            states = self.model.advance(inputs)
-            changes = [
-                change._replace(state=state) for change, state in zip(changes, states, strict=True)
-            ]
+                new = _new_events(merged, snapshot)
+                if new is not None:
+                    inputs[user] = new
+            ids = [self.catalogue.ids[item - 1] for item, _ in merged]
+            times = [time for _, time in merged]
+            changes.append(Change(user, snapshot.events, ids, times, None))
+        if inputs:
+            states = dict(zip(inputs, self.model.advance(list(inputs.values())), strict=True))
+            changes = [change._replace(state=states.get(change.user)) for change in changes]
         done = self.store.apply(changes, self.model.fingerprint)
-        return {user: pending[user] for user, ok in zip(pending, done, strict=True) if not ok}
-
-    def _new_events(
-        self, user: str, events: list[tuple[int, int]], snapshot: Snapshot
-    ) -> tuple[int, NewEvents]:
-        """The number of events in the user's log, and what leads to the state after `events`."""
-        items, times = np.array(events, np.int64).T
-        if snapshot.last is None:
-            return snapshot.events, NewEvents(None, None, items, times)
-        if snapshot.state is not None and times[0] >= snapshot.last:
-            return snapshot.events, NewEvents(snapshot.state, snapshot.last, items, times)
-        # There is no state to go on from, or an event belongs before its last one.
-        log, count = self.log(user)
-        items, times = np.append(log.items, items), np.append(log.timestamps, times)
-        order = np.argsort(times, kind="stable")
-        return count, NewEvents(None, None, items[order], times[order])
+        again = [change.user for change, ok in zip(changes, done, strict=True) if not ok]
+        return {user: pending[user] for user in again}
 
 
-def _in_order(user: str, events: list[tuple[int, int]], snapshot: Snapshot, sort: bool):
-    if sort:
-        return sorted(events, key=lambda event: event[1])
-    last = snapshot.last
+def _new_events(events: NewOnes, snapshot: Snapshot) -> NewEvents | None:
+    """What leads from a user's state to the one after `events`; `None`: only the whole log does."""
+    items, times = np.array(events, np.int64).T
+    if snapshot.last is None:
+        return NewEvents(None, None, items, times)
+    if snapshot.state is not None and times[0] >= snapshot.last:
+        return NewEvents(snapshot.state, snapshot.last, items, times)
+    return None
+
+
+def _check_order(user: str, events: NewOnes, last: int | None, sort: bool) -> int | None:
+    """The time of the user's last event after `events`.
+
+    Raises:
+        UserError: an event is earlier than one before it, and they are not to be sorted.
+    """
     for _, time in events:
-        if last is not None and time < last:
+        if last is None or time >= last:
+            last = time
+        elif not sort:
             raise UserError(
                 f"an event of user {user!r} at time {time} is earlier than one at {last} before "
                 "it; send events in order of time, or ask for them to be sorted"
             )
-        last = time
-    return events
+    return last

@@ -1,5 +1,7 @@
 """The counters and histograms that the HTTP service shows to Prometheus."""
 
+import functools
+
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
 from tim4rec_jax.serving.recommender import Recommendations
@@ -30,6 +32,11 @@ class Metrics:
             buckets=_SECONDS,
             registry=self.registry,
         )
+        # To find a counter by its labels takes longer than to count.
+        self._counter = functools.cache(
+            lambda path, status: self._requests.labels(path, str(status))
+        )
+        self._timer = functools.cache(lambda path: self._seconds.labels(path))
         self.batch = Histogram(
             "tim4rec_batch_size",
             "Histories computed at once.",
@@ -52,8 +59,8 @@ class Metrics:
 
     def request(self, path: str, status: int, seconds: float) -> None:
         """Counts a request by path and status, and the seconds it took by path."""
-        self._requests.labels(path, str(status)).inc()
-        self._seconds.labels(path).observe(seconds)
+        self._counter(path, status).inc()
+        self._timer(path).observe(seconds)
 
     def count(self, found: Recommendations) -> None:
         """Counts the unknown events of a request, and whether the answer is a fallback."""

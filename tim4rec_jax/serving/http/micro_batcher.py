@@ -1,77 +1,130 @@
-"""Makes batches of concurrent requests: those that arrive while the model is busy."""
+"""Makes batches of concurrent requests: those that arrive while the previous batch is computed."""
+
+from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
-from tim4rec_jax.errors import UserError
+
+class Overloaded(Exception):
+    """There is more to do than can be done in time."""
+
+
+class ClientLeft(Exception):
+    """Nobody waits for the answer any more."""
+
+
+class _Waiting(NamedTuple):
+    request: Any
+    future: asyncio.Future
+    deadline: float
+    alive: Callable[[], bool]
 
 
 class Batcher:
-    """Gathers the calls of many coroutines into few calls of a blocking function.
+    """Gathers the calls of many coroutines into few calls of a blocking function in one thread.
 
-    There is no waiting time to choose. A request that finds the model idle is a batch of one, and
+    There is no waiting time to choose. A request that finds the thread idle is a batch of one, and
     the requests that arrive while it is computed are the next batch. The event loop is never
     blocked.
+
+    What cannot be done in time is refused at once: a request that finds too many others waiting,
+    and one that has waited too long. What nobody waits for any more is not done. What has been
+    begun is always finished, so a refused request has had no effect.
     """
 
     def __init__(
         self,
-        function: Callable[[list[Any], Any], Sequence[Any]],
+        name: str,
+        function: Callable[[list[Any]], Sequence[Any]],
         *,
         max_batch: int,
-        observe: Callable[[int], None],
+        max_waiting: int,
+        max_seconds: float,
+        observe: Callable[[int], None] = lambda size: None,
     ):
         """Prepares a batcher; `run` must be running for calls to be answered.
 
         Args:
-            function: called in a thread with a list of requests and their common options. It
-                returns a result for each request.
+            name: of the thread.
+            function: called in a thread with a list of requests. It returns for each request a
+                result, or an exception for its caller.
             max_batch: how many requests one call may have.
+            max_waiting: how many requests may wait besides those that are computed.
+            max_seconds: how long a request may wait.
             observe: called with the size of every batch.
         """
         self._function, self._max_batch, self._observe = function, max_batch, observe
-        self._queue: asyncio.Queue = asyncio.Queue()
-        self._thread = ThreadPoolExecutor(1, "recommend")
+        self._max_seconds = max_seconds
+        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(max_waiting)
+        self._thread = ThreadPoolExecutor(1, name)
+
+    @property
+    def full(self) -> bool:
+        """Whether a request would be refused now."""
+        return self._queue.full()
 
     async def run(self) -> None:
         """Serves requests until it is cancelled."""
-        while True:
-            waiting = [await self._queue.get()]
-            while not self._queue.empty() and len(waiting) < self._max_batch:
-                waiting.append(self._queue.get_nowait())
-            groups: dict[Hashable, list] = {}
-            for request, options, future in waiting:
-                if not future.cancelled():  # a cancelled one has no caller any more
-                    groups.setdefault(options, []).append((request, future))
-            for options, group in groups.items():
-                await self._serve(group, options)
-
-    async def _serve(self, group: list, options: Any) -> None:
-        self._observe(len(group))
-        requests = [request for request, _ in group]
         loop = asyncio.get_running_loop()
         try:
-            results = await loop.run_in_executor(self._thread, self._function, requests, options)
-        except UserError as error:
-            if len(group) > 1:  # one request is at fault, and only its caller shall get the error
-                for member in group:
-                    await self._serve([member], options)
-                return
-            results = [error]
+            while True:
+                waiting = [await self._queue.get()]
+                while not self._queue.empty() and len(waiting) < self._max_batch:
+                    waiting.append(self._queue.get_nowait())
+                if batch := [one for one in waiting if _wanted(one, loop.time())]:
+                    await self._serve(batch)
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _serve(self, batch: list[_Waiting]) -> None:
+        self._observe(len(batch))
+        requests = [waiting.request for waiting in batch]
+        loop = asyncio.get_running_loop()
+        try:
+            results = await loop.run_in_executor(self._thread, self._function, requests)
         except Exception as error:
-            results = [error] * len(group)
-        for (_, future), result in zip(group, results, strict=True):
-            if future.done():
+            results = [error] * len(batch)
+        for waiting, result in zip(batch, results, strict=True):
+            if waiting.future.done():
                 continue
             if isinstance(result, Exception):
-                future.set_exception(result)
+                waiting.future.set_exception(result)
             else:
-                future.set_result(result)
+                waiting.future.set_result(result)
 
-    async def __call__(self, request: Any, options: Hashable) -> Any:
-        """Waits for the result of a request; only requests with equal options share a call."""
-        future = asyncio.get_running_loop().create_future()
-        await self._queue.put((request, options, future))
+    async def __call__(self, request: Any, alive: Callable[[], bool] = lambda: True) -> Any:
+        """Waits for the result of a request.
+
+        Args:
+            request: handed to the function.
+            alive: whether the caller's client still waits; asked when the request's turn comes.
+
+        Raises:
+            Overloaded: the request is not done, for want of time.
+            ClientLeft: the request is not done, because nobody waits for it.
+        """
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+        try:
+            self._queue.put_nowait(
+                _Waiting(request, future, loop.time() + self._max_seconds, alive)
+            )
+        except asyncio.QueueFull:
+            raise Overloaded from None
         return await future
+
+
+def _wanted(waiting: _Waiting, now: float) -> bool:
+    """Whether to do it; otherwise its caller is told."""
+    if waiting.future.done():
+        return False
+    if not waiting.alive():
+        waiting.future.set_exception(ClientLeft())
+    elif now > waiting.deadline:
+        waiting.future.set_exception(Overloaded())
+    else:
+        return True
+    return False

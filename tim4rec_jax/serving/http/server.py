@@ -1,0 +1,167 @@
+"""Runs the service: `python -m tim4rec_jax.serving serve --workdir RUN`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import resource
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import FrameType
+
+import uvicorn
+
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.serving.http.app import Service, create_app
+from tim4rec_jax.serving.http.connection import IDLE_SECONDS, MAX_CONNECTIONS, Connection
+from tim4rec_jax.serving.recommender import Recommender
+from tim4rec_jax.serving.stores import SQLiteStore
+
+# How long answers that are being computed may take after SIGTERM, and when the process ends at the
+# latest.
+_DRAIN_SECONDS, _END_SECONDS = 6, 9
+_STORE_SECONDS = 3  # how long to wait for another process that writes to the store
+_LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
+
+
+def serve(
+    workdir: Path,
+    *,
+    dataset: Path | None = None,
+    store: Path | None = None,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    approximate: bool = False,
+    token_file: Path | None = None,
+    allowed_hosts: Collection[str] = (),
+) -> None:
+    """Serves the best model of a run until the process is told to end.
+
+    It prints the address once everything is compiled. SIGTERM lets it finish what it has begun.
+    SIGHUP makes it load the run again, in the background.
+
+    Args:
+        workdir: the run directory.
+        dataset: the prepared dataset, if it has moved since the training.
+        store: an SQLite file that keeps the users; `None` keeps them in memory.
+        host: the address to listen on.
+        port: the port to listen on; 0 takes any that is free.
+        approximate: whether to search an index; see `Recommender.load`.
+        token_file: a file whose first line callers must send as bearer token; `None`: anybody may
+            call.
+        allowed_hosts: the names under which callers reach the service. Without any, a service on a
+            loopback address answers only to names of this machine, and others to all names.
+
+    Raises:
+        UserError: the port cannot be used, or the run, the dataset, the token or the store cannot
+            be read.
+    """
+    token = None if token_file is None else _read_token(token_file)
+    try:
+        listener = socket.create_server((host, port), backlog=2048)
+    except OSError as error:
+        raise UserError(
+            f"cannot listen on {host}:{port}: {error.strerror}; choose another --host or --port"
+        ) from error
+    except OverflowError as error:
+        raise UserError(f"cannot listen on {host}:{port}: {error}") from None
+    enable_compilation_cache()
+    users = SQLiteStore(store, timeout=_STORE_SECONDS) if store else None
+
+    def load() -> Recommender:
+        recommender = Recommender.load(workdir, users, dataset, approximate=approximate)
+        recommender.model.compile_ahead()
+        return recommender
+
+    recommender = load()
+    users = recommender.store
+    host, port = listener.getsockname()[:2]
+    hosts = [*allowed_hosts] or ([*_LOOPBACK, host] if host.startswith("127.") else None)
+    app = create_app(recommender, token=token, hosts=hosts)
+    # A thread that computes in Python gives way to the event loop after this many seconds.
+    sys.setswitchinterval(0.0005)
+    config = uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=IDLE_SECONDS,
+        timeout_graceful_shutdown=_DRAIN_SECONDS,
+    )
+    _allow_open_files(2 * MAX_CONNECTIONS)
+    print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
+    _Server(config, app.state.service, load).run(sockets=[listener])
+
+
+def _read_token(path: Path) -> str:
+    try:
+        lines = path.read_text("ascii").splitlines()
+    except UnicodeDecodeError:
+        lines = []
+    token = lines[0].strip() if lines else ""
+    if len(token) < 16 or " " in token:
+        raise UserError(
+            f"{path}: the first line must be a token of 16 or more ASCII characters without spaces"
+        )
+    return token
+
+
+def _allow_open_files(wanted: int) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+class _Server(uvicorn.Server):
+    """Looks after its connections, loads the run again on SIGHUP, and always ends in time."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, load: Callable[[], Recommender]):
+        super().__init__(config)
+        self._service, self._load, self._loading = service, load, threading.Lock()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to answer."""
+        await super().startup(sockets)
+        thread = functools.partial(threading.Thread, target=self._reload, daemon=True)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: thread().start())
+
+    def _reload(self) -> None:
+        with self._loading:
+            try:
+                self._service.recommender = self._load()
+            except UserError as error:  # the earlier run still answers
+                print(f"error: {error}; the earlier run goes on", file=sys.stderr, flush=True)
+            else:
+                count = len(self._service.recommender.catalogue)
+                print(f"{count:,} items, loaded again", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Is called ten times a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in [*self.server_state.connections]:
+                connection.check_time(now)  # type: ignore[union-attr]
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begins to end the process."""
+        super().handle_exit(sig, frame)
+        timer = threading.Timer(_END_SECONDS, os._exit, (1,))
+        timer.daemon = True
+        timer.start()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Finishes what has been begun."""
+        await super().shutdown(sockets)
+        self._service.recommender.store.close()
