@@ -1,13 +1,20 @@
 """The tables of the comparison: what they say of finished runs, and of runs that failed."""
 
 import csv
+import hashlib
+import json
+import shutil
 
 import numpy as np
 import pytest
 
-from benchmarks.compare import train, write_csv
-from benchmarks.compare_report import METRICS, Run, markdown, p_values, picture, spread
+from tests.serving.tiny_run import tiny_dataset
+from tim4rec_jax.cli import parse
+from tim4rec_jax.commands import compare
+from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
+from tim4rec_jax.commands.compare_report import METRICS, Run, markdown, p_values, picture, spread
 from tim4rec_jax.evaluation.metrics import metrics
+from tim4rec_jax.run import write_settings
 
 RNG = np.random.default_rng(0)
 USERS = 400
@@ -73,7 +80,44 @@ def test_the_published_stand_beside():
 
 
 def test_a_training_that_fails_says_why(tmp_path):
-    problem = train(tmp_path, "ml100k", "tim4rec", 2020, [f"dataset={tmp_path / 'none'}"])
+    missing = [f"dataset={tmp_path / 'none'}"]
+    problem = train(tmp_path, arguments(tmp_path, "ml100k", "tim4rec", 2020, missing))
     assert problem.startswith(f"error: {tmp_path / 'none'} is not a prepared dataset")
     assert problem in (tmp_path / "train.log").read_text()
     assert (tmp_path / "cost.json").exists()
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """The folder of a finished run, and the command line that made it."""
+    dataset = tiny_dataset(tmp_path / "data")
+    words = arguments(tmp_path, "own", "causal", 2020, [f"dataset={dataset}", "train.epochs=3"])
+    config, run = parse(["train.py", *words], usage="")
+    run.mkdir()
+    write_settings(config, run / "config.json")
+    shutil.copyfile(dataset / "dataset.json", run / "dataset.json")
+    (run / "metrics.json").write_text('{"seconds": 1}')
+    return tmp_path, words
+
+
+def test_a_finished_run_is_reused_for_the_same_settings_and_data_only(finished):
+    folder, words = finished
+    assert train(folder, words) == ""
+    other = [word.replace("epochs=3", "epochs=4") for word in words]
+    assert "other settings: train.epochs (3 -> 4)" in train(folder, other)
+    metadata = json.loads((folder / "data" / "dataset.json").read_text())
+    metadata["content"]["sequences"] = "other"
+    (folder / "data" / "dataset.json").write_text(json.dumps(metadata))
+    assert "is not the dataset that the run" in train(folder, words)
+    assert not (folder / "train.log").exists()
+
+
+def test_measurements_of_an_earlier_run_are_not_reused(finished, monkeypatch):
+    folder, _ = finished
+    digest = hashlib.sha256((folder / "run" / "metrics.json").read_bytes()).hexdigest()
+    (folder / "measured.json").write_text(json.dumps({"run": digest, "flops": 7}))
+    assert measure(folder)["flops"] == 7
+    (folder / "run" / "metrics.json").write_text('{"seconds": 2}')
+    monkeypatch.setattr(compare, "load_model", None)
+    with pytest.raises(TypeError):
+        measure(folder)

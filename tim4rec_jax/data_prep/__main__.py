@@ -20,10 +20,14 @@ from tim4rec_jax.data_prep.sources import MD5, SOURCES
 from tim4rec_jax.errors import UserError, first_line, one_line, run_main
 
 
-def main(arguments: Sequence[str] | None = None, console: Console | None = None) -> None:
+def main(
+    arguments: Sequence[str] | None = None,
+    console: Console | None = None,
+    prog: str = "python -m data_prep",
+) -> None:
     """Runs the command line, or the given arguments, and prints to `console`."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    flags = flags_.parser().parse_args(arguments)
+    flags = flags_.parser(prog=prog).parse_args(arguments)
     flags.again = shlex.join(["python", "-m", "data_prep", *arguments])
     console = console or Console()
     for argument in arguments:

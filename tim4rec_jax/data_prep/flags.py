@@ -17,14 +17,14 @@ from tim4rec_jax.errors import one_line
 _DESCRIPTION = """\
 Turns event logs (who, what, when) into datasets that `train.py` reads.
 
-Each NAME reads one kind of source; `python -m data_prep NAME --help` tells its flags."""
+Each NAME reads one kind of source; `%(prog)s NAME --help` tells its flags."""
 _EXAMPLES = """\
 examples:
-  python -m data_prep synthetic --out data/synthetic
-  python -m data_prep movielens ml-1m --out data/ml-1m --order recbole
-  python -m data_prep table 'logs/*.csv.gz' --user uid --item sku --time at --time-unit ms \\
+  %(prog)s synthetic --out data/synthetic
+  %(prog)s movielens ml-1m --out data/ml-1m --order recbole
+  %(prog)s table 'logs/*.csv.gz' --user uid --item sku --time at --time-unit ms \\
       --out data/shop
-  python -m data_prep inspect data/shop"""
+  %(prog)s inspect data/shop"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,14 +35,17 @@ class Parser(argparse.ArgumentParser):
         super().error(one_line(message))
 
 
-def parser(kind: type[argparse.ArgumentParser] = Parser) -> argparse.ArgumentParser:
+def parser(
+    kind: type[argparse.ArgumentParser] = Parser, prog: str = "python -m data_prep"
+) -> argparse.ArgumentParser:
     """Builds the parser; `command` of its result is the name of a source, inspect or synthetic.
 
     Args:
       kind: its class, which says what happens after a mistake.
+      prog: what the command is called.
     """
     top = kind(
-        prog="python -m data_prep",
+        prog=prog,
         description=_DESCRIPTION,
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -60,8 +63,8 @@ def _public_sources(commands) -> None:
         "movielens",
         "MovieLens ratings: ml-100k, 1m, 10m, 20m, 25m, 32m",
         "Reads u.data, ratings.dat or ratings.csv: the file, its folder or the zip as downloaded.",
-        "movielens ml-1m --order recbole --out data/ml-1m",
-        "movielens --source ~/Downloads/ml-25m.zip --min-rating 4 --out data/ml-25m",
+        "ml-1m --order recbole --out data/ml-1m",
+        "--source ~/Downloads/ml-25m.zip --min-rating 4 --out data/ml-25m",
     )
     movielens.add_argument(
         "edition",
@@ -74,8 +77,8 @@ def _public_sources(commands) -> None:
         "amazon",
         "Amazon ratings and reviews of 2014, 2018, 2023",
         "Reads ratings (csv) and reviews (json, jsonl); the edition is found out by looking.",
-        "amazon Beauty --order recbole --out data/beauty",
-        "amazon --source reviews_Beauty_5.json.gz --out data/beauty",
+        "Beauty --order recbole --out data/beauty",
+        "--source reviews_Beauty_5.json.gz --out data/beauty",
     )
     amazon.add_argument(
         "category", nargs="?", help="what to download if there is no --source, e.g. Beauty"
@@ -89,8 +92,8 @@ def _public_sources(commands) -> None:
         "KuaiRand short-video logs: Pure, 1K, 27K",
         "Reads logs (csv, parquet). Of a folder or an archive: the standard policy's log of 8 to "
         "21 April 2022, as in the papers; name other files to read those.",
-        "kuairand Pure --order recbole --out data/kuairand",
-        "kuairand --source 'KuaiRand-1K/data/log_standard_*.csv' --out data/kuairand-1k",
+        "Pure --order recbole --out data/kuairand",
+        "--source 'KuaiRand-1K/data/log_standard_*.csv' --out data/kuairand-1k",
     )
     kuairand.add_argument(
         "edition",
@@ -104,7 +107,7 @@ def _public_sources(commands) -> None:
         "steam",
         "Steam reviews: the original or RecBole's",
         "Reads steam_reviews.json.gz as its owner publishes it, or RecBole's steam.inter.",
-        "steam --source steam_reviews.json.gz --out data/steam",
+        "--source steam_reviews.json.gz --out data/steam",
     )
 
 
@@ -114,15 +117,15 @@ def _own_tables(commands) -> None:
         "recbole",
         "any RecBole .inter file",
         "Reads a file with a typed header: user_id:token item_id:token timestamp:float ...",
-        "recbole --source ml-100k.inter --order recbole --out data/ml-100k",
+        "--source ml-100k.inter --order recbole --out data/ml-100k",
     )
     table = _reader(
         commands,
         "table",
         "your own log: CSV, TSV, JSON lines, Parquet",
         "Reads a table of events, plain or gzip; its format is found out by looking into it.",
-        "table events.parquet --user customer --item sku --time at --time-unit iso --out data/shop",
-        "table --source 'logs/*.csv.gz' --where \"event = 'buy'\" --out data/shop",
+        "events.parquet --user customer --item sku --time at --time-unit iso --out data/shop",
+        "--source 'logs/*.csv.gz' --where \"event = 'buy'\" --out data/shop",
     )
     table.add_argument(
         "--columns", metavar="A,B,C", help="names of all columns, if no first line holds them"
@@ -188,7 +191,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
         name,
         help=short,
         description=long,
-        epilog="\n  ".join(["examples:", *(f"python -m data_prep {line}" for line in examples)]),
+        epilog="\n  ".join(["examples:", *(f"%(prog)s {line}" for line in examples)]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.add_argument("--source", nargs="+", metavar="PATH", help="file, folder, archive, glob")

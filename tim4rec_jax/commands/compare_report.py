@@ -1,4 +1,4 @@
-"""The tables and the picture of `benchmarks.compare`."""
+"""The tables and the picture of `tim4rec compare`."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 METRICS = [f"{name}@{k}" for k in KS for name in ("hit", "ndcg", "mrr")]
-# Published test Hit@10 / NDCG@10 under the protocol of `benchmarks.compare`: full ranking, items of
+# Published test Hit@10 / NDCG@10 under the protocol of `tim4rec compare`: full ranking, items of
 # the history ranked, leave-one-out. Event orders differ. KuaiRand: arXiv 2409.16182, table 3, on a
 # larger slice. Figures of papers that mask the history do not belong here.
 PUBLISHED = {
@@ -44,7 +44,7 @@ class Run:
       model: name of the model or of the config's variant.
       seed: seed of the training.
       problem: why it failed; empty for a finished run.
-      figures: what `benchmarks.compare.measure` returns.
+      figures: what `compare.measure` returns.
       ranks: rank of each user's target in the test; 0 for a user without a target.
     """
 
@@ -162,7 +162,7 @@ def _cost(models: dict[str, list[Run]]) -> list[str]:
     return _table(["model", *costs[0]], rows)
 
 
-def _rounded(value: float) -> str:
+def _rounded(value: float | int) -> str:
     if math.isnan(value):  # a run that was trained elsewhere
         return ""
     digits = 0 if value >= 100 or value == int(value) else 1 if value >= 1 else 2

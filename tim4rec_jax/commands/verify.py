@@ -1,0 +1,26 @@
+"""Checks that a run is whole: `tim4rec verify runs/shop`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs the command line, or the given words; gives the exit code, 1 if something is wrong."""
+    parser = argparse.ArgumentParser(
+        prog="tim4rec verify",
+        description="Checks the settings, the checkpoints and the dataset of a run, part by part.",
+    )
+    parser.add_argument("workdir", type=Path, help="directory of a run")
+    parser.add_argument("--dataset", type=Path, help="the prepared dataset, if it has moved")
+    flags = parser.parse_args(words)
+    from tim4rec_jax.run import verify
+
+    findings = verify(flags.workdir, flags.dataset)
+    for part, problem, note in findings:
+        print(
+            f"{'wrong' if problem else 'whole'}  {problem or ' '.join([str(part), note]).strip()}"
+        )
+    return int(any(finding.problem for finding in findings))
