@@ -203,7 +203,7 @@ def fit(
         diverges.
       KeyboardInterrupt: the training was interrupted, after a checkpoint.
     """
-    from tim4rec_jax.run import check_same_dataset, check_unchanged
+    from tim4rec_jax.run import check_same_dataset
     from tim4rec_jax.training.train import train_and_report
 
     data = _opened(data)
@@ -215,14 +215,14 @@ def fit(
     _change(config, settings)
     # A run keeps data that would go otherwise, so that it can be evaluated and continued.
     config.dataset = str(run / "data" if data.temporary else data.dataset.directory)
-    config = config_lib.resolve(config)
-    if (run / "config.json").exists():
-        check_unchanged(config, run / "config.json")
-    if (run / DATASET_FILE).exists():
-        check_same_dataset(data.dataset.directory, data.dataset.metadata, run / DATASET_FILE)
-    elif data.temporary:
-        _copy(data.dataset.directory, run / "data")
-    train_and_report(config, run)
+
+    def keep(config: Any) -> None:
+        if (run / DATASET_FILE).exists():
+            check_same_dataset(data.dataset.directory, data.dataset.metadata, run / DATASET_FILE)
+        elif data.temporary:
+            _copy(data.dataset.directory, run / "data")
+
+    train_and_report(config_lib.resolve(config), run, keep)
     return Model(run, data.frame, temporary)
 
 

@@ -112,7 +112,9 @@ def p_values(models: dict[str, list[Run]]) -> dict[str, float]:
     raw = {}
     for name, runs in others:
         difference = gains(runs) - gains(first)
-        raw[name] = float(stats.ttest_1samp(difference, 0).pvalue) if difference.any() else 1.0
+        raw[name] = 1.0
+        if difference.any():
+            _, raw[name] = map(float, stats.ttest_1samp(difference, 0))
     corrected, largest = {}, 0.0
     for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
         largest = max(largest, min(1.0, raw[name] * (len(raw) - place)))
@@ -154,12 +156,13 @@ def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
 
 
 def _cost(models: dict[str, list[Run]]) -> list[str]:
-    rows = []
-    for name, runs in models.items():
-        costs = [run.costs() for run in runs]
-        means = {key: statistics.mean(cost[key] for cost in costs) for key in costs[0]}
-        rows.append([name, *map(_rounded, means.values())])
-    return _table(["model", *costs[0]], rows)
+    costs = {name: [run.costs() for run in runs] for name, runs in models.items()}
+    keys = list(next(iter(costs.values()))[0])
+    rows = [
+        [name, *(_rounded(statistics.mean(cost[key] for cost in each)) for key in keys)]
+        for name, each in costs.items()
+    ]
+    return _table(["model", *keys], rows)
 
 
 def _rounded(value: float | int) -> str:
