@@ -33,12 +33,12 @@ from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.step import (
     StepSettings,
     init_state,
-    make_batches,
     make_optimizer,
     make_steps,
     num_microbatches,
     train_step,
 )
+from tim4rec_jax.training.train import make_batches
 
 # name: config file, rows, items, and seconds for a step of the published code: on two cores (torch
 # 2.13 with an allocator that keeps its memory, minimum of 5), and as others measured on an H200.

@@ -10,7 +10,7 @@ import pytest
 # Each part of `tim4rec_jax` with the parts that it may import.
 MAY_IMPORT = {
     "errors": (),
-    "checks": ("errors",),
+    "checks": (),
     "files": ("errors",),
     "runtime": ("errors",),
     "digests": ("files", "errors"),

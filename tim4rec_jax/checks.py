@@ -1,14 +1,9 @@
 """What the value of a setting may be: its kind, its size, its range or its words."""
 
-import importlib
 import math
 import numbers
-import os
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
-
-from tim4rec_jax.errors import first_line
 
 
 class Check(NamedTuple):
@@ -73,29 +68,6 @@ def checked(value: Any, kind: type, check: Check | None = None) -> Any:
     if problem is not None:
         raise ValueError(f"is {_shortened(value)}; {problem}")
     return value
-
-
-def imported(name: str) -> Any:
-    """What a setting names as "module:Class" or "module:function".
-
-    The module is looked for where Python looks for modules, and then in the current folder.
-
-    Raises:
-      ValueError: it cannot be imported. The message can follow the name of the setting.
-    """
-    module, _, attribute = name.partition(":")
-    here = os.getcwd()
-    try:
-        if here not in sys.path:  # as `python -m` has it, but not a script in another folder
-            sys.path.append(here)
-        return getattr(importlib.import_module(module), attribute)
-    # The module belongs to the user, who can correct whatever it raises.
-    except Exception as error:
-        raise ValueError(
-            f"is {name!r}, which cannot be imported ({type(error).__name__}: {first_line(error)}); "
-            f"start the command in the folder that holds the module {module}, or put that folder "
-            "on PYTHONPATH"
-        ) from error
 
 
 def _whole_number(value: Any) -> str | None:

@@ -58,6 +58,14 @@ class Setting(NamedTuple):
         """The type of a value."""
         return self.default if self.optional else type(self.default)
 
+    def checked(self, value: Any) -> Any:
+        """The value as a `kind`, or None where the setting is optional.
+
+        Raises:
+          ValueError: the setting cannot have it; see `tim4rec_jax.checks.checked`.
+        """
+        return None if value is None and self.optional else checked(value, self.kind, self.check)
+
 
 # The defaults are those of the released 64-d configurations.
 SETTINGS: dict[str, Setting] = {
@@ -247,7 +255,7 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: a setting is not known or not possible; the message names it.
     """
-    from tim4rec_jax.models import model_class, model_settings
+    from tim4rec_jax.models import configure
 
     config = config.copy_and_resolve_references()
     check_complete(config)
@@ -257,16 +265,14 @@ def resolve(config: Config) -> Config:
         if name not in SETTINGS:
             raise UserError(f"config.{name} is not a setting")
         setting, (group, key) = SETTINGS[name], _place(config, name)
-        if value is None and setting.optional:
-            continue
         try:
-            value = checked(value, setting.kind, setting.check)
+            value = setting.checked(value)
         except ValueError as error:
             raise UserError(f"config.{name} {error}") from None
         with group.ignore_type():
             group[key] = value  # a whole number has become a float
     try:
-        settings, model = model_settings(config.model), model_class(config.model)
+        model, settings = configure(config.model)
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
     with config.model.unlocked(), config.model.ignore_type():

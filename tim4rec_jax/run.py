@@ -9,9 +9,11 @@
 Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
 """
 
+import fcntl
 import json
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -23,11 +25,12 @@ from annotated_types import Len
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data import format as fmt
-from tim4rec_jax.data import open_dataset
+from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.digests import check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import read_json, write_json
+from tim4rec_jax.files import atomic_write, read_json, write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
 
 _RESTORE = "restore it from a copy, or train anew"
@@ -76,11 +79,14 @@ def check_unchanged(config: config_lib.Config, path: Path) -> None:
 
     Args:
       config: the settings of now, resolved.
-      path: the file with the settings that the run began with.
+      path: the file with the settings that the run began with. If it is not there, no run has
+        begun.
 
     Raises:
       UserError: they differ; the message names the settings that do.
     """
+    if not path.exists():
+        return
     # Through JSON, which makes lists of tuples.
     ours, theirs = (
         json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
@@ -92,6 +98,72 @@ def check_unchanged(config: config_lib.Config, path: Path) -> None:
             f"{path.parent} holds a run with other settings: {listed}; "
             "choose another --workdir, or delete that one to start anew"
         )
+
+
+@contextmanager
+def claim(
+    workdir: Path,
+    config: config_lib.Config,
+    dataset: Dataset,
+    date_range: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Makes a run directory, or takes one that is there, for this process alone.
+
+    If the block raises before a new run has taken a step, what was written is removed, so that
+    corrected settings are not refused.
+
+    Args:
+      workdir: the run directory.
+      config: the settings of the run, resolved.
+      dataset: what it is trained on.
+      date_range: see `read_date_range`.
+
+    Raises:
+      UserError: another process is training there, or it holds a run on another dataset.
+    """
+    settings_file, there = workdir / "config.json", workdir.exists()
+    if (workdir / DATASET_FILE).exists():
+        check_same_dataset(dataset.directory, dataset.metadata, workdir / DATASET_FILE)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with only_process(workdir):
+        new = not settings_file.exists()
+        try:
+            if new:
+                write_settings(config, settings_file)
+            if not (workdir / DATASET_FILE).exists():
+                write_json(workdir / DATASET_FILE, dataset.metadata)
+            if not (workdir / ITEMS_FILE).exists():
+                with atomic_write(workdir / ITEMS_FILE) as file:
+                    file.write((dataset.directory / ITEMS_FILE).read_bytes())
+            if date_range is not None:
+                write_date_range(workdir, date_range)
+            yield
+        except BaseException:
+            if new and not (workdir / "log.jsonl").exists():
+                for name in ("config.json", DATASET_FILE, ITEMS_FILE, "date_range.json"):
+                    (workdir / name).unlink(missing_ok=True)
+                if not there:
+                    (workdir / ".lock").unlink()
+                    with suppress(OSError):  # it holds something of somebody else
+                        workdir.rmdir()
+            raise
+
+
+@contextmanager
+def only_process(workdir: Path) -> Iterator[None]:
+    """Keeps other processes from training in `workdir`.
+
+    The system releases the lock when the process ends, however it ends.
+
+    Raises:
+      UserError: another process is training there.
+    """
+    with (workdir / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"another process is training in {workdir}; wait for it") from error
+        yield
 
 
 def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:

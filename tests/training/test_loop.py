@@ -17,11 +17,11 @@ from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
-from tim4rec_jax.run import read_date_range
+from tim4rec_jax.run import only_process, read_date_range
 from tim4rec_jax.training import step as steps
 from tim4rec_jax.training import train as loop
 from tim4rec_jax.training.step import make_optimizer
-from tim4rec_jax.training.train import only_process, train
+from tim4rec_jax.training.train import train
 
 
 def cycles(n_items=30):

@@ -6,8 +6,9 @@ import signal
 import pytest
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.run import only_process
 from tim4rec_jax.training.log import ProgressLine, RunLog, duration
-from tim4rec_jax.training.train import only_process, stop_on_signal
+from tim4rec_jax.training.train import stop_on_signal
 
 
 def records(workdir):

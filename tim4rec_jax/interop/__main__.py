@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in weights:
         print(f"{name} {shapes[name]} -> {ours[name]}")
     print(f"{len(shapes)} parameters, {model.n_items:,} items, histories of {max_length} events")
-    print(describe_model(*nnx.split(model), max_length))
+    print(describe_model(model))
     flag = "" if flags.dataset else " --dataset DIR"
     print(f"wrote {flags.workdir}; evaluate it: python eval.py --workdir {flags.workdir}{flag}")
 

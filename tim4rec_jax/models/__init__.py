@@ -1,6 +1,9 @@
 """Models, one file each. A new model is one file and one line in `MODELS`."""
 
 import dataclasses
+import importlib
+import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +12,8 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from tim4rec_jax.checks import checked, imported
+from tim4rec_jax.checks import checked
+from tim4rec_jax.errors import first_line
 from tim4rec_jax.models.base import (
     DataSizes,
     ModelSettings,
@@ -72,6 +76,29 @@ def find_model(name: str) -> type[SequenceModel]:
     return found
 
 
+def imported(name: str) -> Any:
+    """What a setting names as "module:Class" or "module:function".
+
+    The module is looked for where Python looks for modules, and then in the current folder.
+
+    Raises:
+      ValueError: it cannot be imported. The message can follow the name of the setting.
+    """
+    module, _, attribute = name.partition(":")
+    here = os.getcwd()
+    try:
+        if here not in sys.path:  # as `python -m` has it, but not a script in another folder
+            sys.path.append(here)
+        return getattr(importlib.import_module(module), attribute)
+    # The module belongs to the user, who can correct whatever it raises.
+    except Exception as error:
+        raise ValueError(
+            f"is {name!r}, which cannot be imported ({type(error).__name__}: {first_line(error)}); "
+            f"start the command in the folder that holds the module {module}, or put that folder "
+            "on PYTHONPATH"
+        ) from error
+
+
 def model_settings(config: Mapping[str, Any] | ConfigDict) -> ModelSettings:
     """The settings of a model as its own dataclass.
 
@@ -97,9 +124,20 @@ def model_settings(config: Mapping[str, Any] | ConfigDict) -> ModelSettings:
     return kind(**settings)
 
 
+def configure(
+    config: Mapping[str, Any] | ConfigDict,
+) -> tuple[type[SequenceModel], ModelSettings]:
+    """The class that `build` makes from these settings, and the settings as its dataclass.
+
+    Arguments and errors are those of `model_settings`.
+    """
+    settings = model_settings(config)
+    return find_model(str(config["name"])).variant(settings), settings
+
+
 def model_class(config: Mapping[str, Any] | ConfigDict) -> type[SequenceModel]:
     """The class that `build` makes from these settings; arguments and errors as there."""
-    return find_model(str(config["name"])).variant(model_settings(config))
+    return configure(config)[0]
 
 
 def build(
@@ -131,8 +169,9 @@ def build(
     """
     sizes = DataSizes(n_items, max_length, n_users, item_counts)
     rngs = nnx.Rngs(params=seed)
-    make: Any = model_class(config)
-    model = make(model_settings(config), sizes, rngs=rngs, param_dtype=param_dtype)
+    make: Any
+    make, settings = configure(config)
+    model = make(settings, sizes, rngs=rngs, param_dtype=param_dtype)
     if model.drift is not None and date_range is not None:
         model.drift.spread_over(*date_range)
     return model
@@ -148,8 +187,10 @@ __all__ = [
     "TiM4Rec",
     "build",
     "condition_on_time",
+    "configure",
     "encode_batch",
     "find_model",
+    "imported",
     "inputs",
     "model_class",
     "model_settings",

@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.files import atomic_write
+from tim4rec_jax.models import SequenceModel
 
 
 def describe_data(batches: TrainBatches | PackedBatches) -> str:
@@ -30,10 +31,14 @@ def describe_data(batches: TrainBatches | PackedBatches) -> str:
     )
 
 
-def describe_model(graphdef: nnx.GraphDef, params: nnx.State, max_length: int) -> str:
-    """Says in one line how many parameters and operations per sample a model has."""
+def describe_model(model: SequenceModel) -> str:
+    """Says in one line how many parameters and operations per sample a model has.
+
+    The weights of the model may be shapes.
+    """
+    graphdef, params = nnx.split(model)
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
-    flops = flops_per_sample(graphdef, params, max_length)
+    flops = flops_per_sample(graphdef, params, model.max_length)
     return f"model: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per sample (forward)"
 
 
@@ -170,10 +175,11 @@ class ProgressLine:
             print(text, flush=True)
 
     def clear(self) -> None:
-        """Makes room for an ordinary line."""
+        """Makes room for an ordinary line, and begins to measure anew after it."""
         if self._live and self._width:
             print(f"\r{'':<{self._width}}\r", end="", flush=True)
             self._width = 0
+        self._marks.clear()  # what stands on the ordinary line has taken its time
 
 
 def duration(seconds: float | int) -> str:

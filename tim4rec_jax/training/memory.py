@@ -2,19 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data.pipeline import PREFETCH
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.training.step import num_microbatches
 
 _BYTES = 4  # of a float32 or an int32
 
 
-def check_memory(config: Config, parameters: Any = None) -> None:
+def check_memory(config: Config, parameters: dict) -> None:
     """Makes sure that a training can fit the memory.
 
     What is added up is the least that the training needs. It can still be too large, but nothing
@@ -22,41 +20,41 @@ def check_memory(config: Config, parameters: Any = None) -> None:
 
     Args:
       config: the settings of the run, resolved.
-      parameters: the shapes of the model's parameters, as `nnx.to_pure_dict` returns them. None:
-        they are not known yet, and only the batches are checked.
+      parameters: the shapes of the model's parameters, as `nnx.to_pure_dict` returns them.
 
     Raises:
       UserError: it does not fit; the message names the settings to lower.
     """
-    data, train, rows = config.data, config.train, config.eval.batch_size
+    events, rows, validated = (
+        config.data.max_length,
+        config.train.batch_size,
+        config.eval.batch_size,
+    )
     count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    width = 0 if parameters is None else parameters["item_embedding"]["embedding"].shape[-1]
-    events = data.max_length  # of a row
-    together = train.batch_size // num_microbatches(train.batch_size, events, devices=1)
+    width = parameters["item_embedding"]["embedding"].shape[-1]
     waiting = PREFETCH if jax.default_backend() == "cpu" else 1
-    # Items and gaps of a row, and the weight and a dropout seed.
+    # Items and gaps of a row, its weight and its dropout seed.
     row = (2 * events + 2) * _BYTES
     needs = {
+        # The batches that wait on the host. A CPU has the hidden states of some rows only.
+        waiting * rows * row + 2 * min(rows, 8) * events * width * _BYTES: (
+            f"batches of {rows:,} rows of {events:,} events",
+            "config.train.batch_size or config.data.max_length",
+        ),
+        validated * (row + events * width * _BYTES): (
+            f"validation of {validated:,} users at once with {events:,} events each",
+            "config.eval.batch_size or config.data.max_length",
+        ),
         # Parameters, their gradient, and the two means that Adam keeps.
         4 * count * _BYTES: (
             f"the model's {count:,} parameters with gradient and optimiser",
-            "the sizes in config.model",
-        ),
-        # The batches that wait on the host; a hidden state and its gradient.
-        waiting * train.batch_size * row + 2 * together * events * width * _BYTES: (
-            f"batches of {train.batch_size:,} rows of {events:,} events",
-            "config.train.batch_size or config.data.max_length",
-        ),
-        rows * row + rows * events * width * _BYTES: (
-            f"validation of {rows:,} users at once with {events:,} events each",
-            "config.eval.batch_size or config.data.max_length",
+            "the sizes in config.model or config.data.max_length",
         ),
     }
-    if train.loss in ("sampled_softmax", "gbce", "bpr"):
-        targets = together * (events if train.objective == "every_position" else 1)
-        needs[2 * targets * train.negatives * _BYTES] = (
-            f"the scores of {train.negatives:,} negatives",
-            "config.train.negatives or config.train.batch_size",
+    if config.train.loss in ("sampled_softmax", "gbce", "bpr"):
+        needs[2 * min(rows, 8) * config.train.negatives * _BYTES] = (
+            f"the scores of {config.train.negatives:,} negatives",
+            "config.train.negatives",
         )
     free = available_memory()
     for need, (what, remedy) in needs.items():

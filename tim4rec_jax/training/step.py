@@ -254,13 +254,11 @@ class HostSteps:
 
     Attributes:
       settings: what the steps are compiled for.
-      iterator: over the batches; its state is saved with the run's.
     """
 
     def __init__(
         self,
         batches: TrainBatches | PackedBatches,
-        iterator: DatasetIterator,
         settings: StepSettings,
         fields: tuple[str, ...],
         placement: Placement,
@@ -270,15 +268,19 @@ class HostSteps:
 
         Args:
           batches: the batches by number.
-          iterator: of `train_iterator`, over the same batches.
           settings: what the steps are compiled for.
           fields: the fields of a batch that the step needs.
           placement: of batches on the devices.
           cumulative: see `update`.
         """
-        self.settings, self.iterator = settings, iterator
+        self.settings = settings
         self._batches, self._fields, self._placement = batches, fields, placement
         self._cumulative = cumulative
+
+    @functools.cached_property
+    def iterator(self) -> DatasetIterator:
+        """Yields the batches; its state is saved with the run's."""
+        return train_iterator(self._batches)
 
     def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
         """Dispatches the next steps.
@@ -402,7 +404,6 @@ class DeviceSteps:
 
     Attributes:
       settings: what the steps are compiled for.
-      iterator: over the indices of the batches; its state is saved with the run's.
     """
 
     # The host has prepared a group long before the device has worked one off.
@@ -411,21 +412,22 @@ class DeviceSteps:
     def __init__(
         self,
         batches: TrainBatches | PackedBatches,
-        iterator: DatasetIterator,
         settings: StepSettings,
         gather: Gather,
         placement: Placement,
         cumulative: jax.Array | None,
     ):
-        """Puts all events on the devices.
-
-        The arguments are those of `train_steps` and `HostSteps`; `iterator` yields indices.
-        """
-        self.settings, self.iterator = settings, iterator
+        """Puts all events on the devices; arguments are those of `train_steps` and `HostSteps`."""
+        self.settings = settings
         self._log = jax.device_put(batches.dataset.all_events(), placement.replicated)
         self._batches, self._gather, self._cumulative = batches, gather, cumulative
         self._replicated = placement.replicated
         self._by_row = NamedSharding(placement.by_row.mesh, PartitionSpec(None, "batch"))
+
+    @functools.cached_property
+    def iterator(self) -> DatasetIterator:
+        """Yields the indices of the batches; its state is saved with the run's."""
+        return train_iterator(self._batches, indices_only=True)
 
     def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
         """See `HostSteps.run`."""
@@ -488,20 +490,6 @@ def choose_placement(asked: str, dataset: Dataset) -> str:
     return "device" if fits else "host"
 
 
-def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
-    """The batches that a run trains on.
-
-    Args:
-      config: the settings of the run, resolved.
-      dataset: the dataset, split as the settings say.
-    """
-    data, train = config.data, config.train
-    settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
-    if train.objective == "every_position":
-        return PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
-    return TrainBatches(dataset, convention=data.convention, buckets=data.buckets, **settings)
-
-
 def make_steps(
     config: Config,
     batches: TrainBatches | PackedBatches,
@@ -512,7 +500,7 @@ def make_steps(
 
     Args:
       config: the settings of the run, resolved.
-      batches: of `make_batches`.
+      batches: of `tim4rec_jax.training.train.make_batches`.
       model: the model to train. Only its structure is used: its arrays may be shapes.
       placement: of batches on the devices.
     """
@@ -531,10 +519,8 @@ def make_steps(
         counts = cumulative_counts(train_item_counts(batches.dataset))
         cumulative = jax.device_put(counts, placement.replicated)
     fields = (*inputs(model), "targets", "weights")
-    on_host = choose_placement(config.data.placement, batches.dataset) == "host"
-    iterator = train_iterator(batches, indices_only=not on_host)
-    if on_host:
-        return HostSteps(batches, iterator, settings, fields, placement, cumulative)
+    if choose_placement(config.data.placement, batches.dataset) == "host":
+        return HostSteps(batches, settings, fields, placement, cumulative)
     gather = Gather(
         packed=isinstance(batches, PackedBatches),
         buckets=batches.buckets,
@@ -542,4 +528,4 @@ def make_steps(
         convention=config.data.convention,
         fields=fields,
     )
-    return DeviceSteps(batches, iterator, settings, gather, placement, cumulative)
+    return DeviceSteps(batches, settings, gather, placement, cumulative)

@@ -1,6 +1,5 @@
 """The training of a run, from its settings to its metrics."""
 
-import fcntl
 import json
 import signal
 import threading
@@ -8,7 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,26 +20,23 @@ from rich.console import Console
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
-    EvalBatches,
+    Dataset,
     PackedBatches,
     TrainBatches,
     open_dataset,
     train_dates,
     train_item_counts,
 )
-from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
 from tim4rec_jax.evaluation.report import print_report
-from tim4rec_jax.files import atomic_write, write_json
-from tim4rec_jax.models import SequenceModel, build, model_class
+from tim4rec_jax.files import write_json
+from tim4rec_jax.models import SequenceModel, build
 from tim4rec_jax.run import (
-    check_same_dataset,
     check_unchanged,
+    claim,
     load_model,
-    write_date_range,
-    write_settings,
 )
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
 from tim4rec_jax.training.checkpoints import Checkpoints, silence_echoes
@@ -53,7 +49,7 @@ from tim4rec_jax.training.log import (
     waiting_for,
 )
 from tim4rec_jax.training.memory import check_memory
-from tim4rec_jax.training.step import init_state, make_batches, make_steps, start_epoch
+from tim4rec_jax.training.step import init_state, make_steps, start_epoch
 
 # Number of dispatches that the host may be ahead of the device. The device never waits, and a
 # training that is asked to stop stops soon.
@@ -124,58 +120,62 @@ def train_and_report(
 
 def _run(config: Config, workdir: Path, prepare: Callable[[Config], None] | None = None) -> dict:
     """Finds what settings, data and memory have wrong, and only then writes and trains."""
-    data, settings_file = config.data, workdir / "config.json"
-    dataset_file, items_file = workdir / DATASET_FILE, workdir / ITEMS_FILE
-    if settings_file.exists():
-        check_unchanged(config, settings_file)
-    check_memory(config)
+    data = config.data
+    check_unchanged(config, workdir / "config.json")
     if prepare is not None:
         prepare(config)
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
-    if dataset_file.exists():
-        check_same_dataset(dataset.directory, dataset.metadata, dataset_file)
-    date_range = train_dates(dataset) if config.model.date_bias_knots else None
-    counted = model_class(config.model).needs_item_counts
     make_model = partial(
         build,
         config.model,
         n_items=dataset.n_items,
         n_users=dataset.n_users,
-        item_counts=train_item_counts(dataset) if counted else None,
-        date_range=date_range,
+        date_range=train_dates(dataset) if config.model.date_bias_knots else None,
         max_length=data.max_length,
         seed=config.seed,
     )
-    # Shapes only.
     try:
         structure: Any = nnx.eval_shape(make_model)
     except ValueError as error:
         raise UserError(f"config.model: {first_line(error)}") from error
+    if structure.needs_item_counts:
+        make_model = partial(make_model, item_counts=train_item_counts(dataset))
     check_memory(config, nnx.to_pure_dict(nnx.state(structure)))
     batches = make_batches(config, dataset)
-    if config.train.epochs * batches.batches_per_epoch >= 2**31:
-        raise UserError(
-            f"config.train.epochs is {config.train.epochs}, which makes 2^31 steps or more; steps "
-            "are counted in 32 bits, so take fewer epochs"
-        )
-    evaluation = batch_settings(config)
-    for split in ("valid", "test"):
-        EvalBatches(dataset, split, **evaluation)
-
-    with run_directory(workdir):
-        if not settings_file.exists():
-            write_settings(config, settings_file)
-        if not dataset_file.exists():
-            write_json(dataset_file, dataset.metadata)
-        if not items_file.exists():
-            with atomic_write(items_file) as file:
-                file.write((dataset.directory / ITEMS_FILE).read_bytes())
-        if date_range is not None:
-            write_date_range(workdir, date_range)
+    with claim(workdir, config, dataset, make_model.keywords["date_range"]):
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return json.loads((workdir / "metrics.json").read_text())
-        return _train(config, workdir, batches, make_model, structure, evaluation)
+        return _train(config, workdir, batches, make_model, structure)
+
+
+def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
+    """The batches that a run trains on.
+
+    Args:
+      config: the settings of the run, resolved.
+      dataset: the dataset, split as the settings say.
+
+    Raises:
+      UserError: there is nothing to train or to validate on, or there are too many batches.
+    """
+    data, train = config.data, config.train
+    for split in ("valid", "test"):
+        if not (getattr(dataset.splits, split) > 0).any():
+            raise UserError(f"{dataset.directory}: no user has events enough for the {split} split")
+    settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
+    if train.objective == "every_position":
+        batches = PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
+    else:
+        batches = TrainBatches(
+            dataset, convention=data.convention, buckets=data.buckets, **settings
+        )
+    if train.epochs * batches.batches_per_epoch >= 2**31:
+        raise UserError(
+            f"config.train.epochs is {train.epochs}, which makes 2^31 steps or more; steps are "
+            "counted in 32 bits, so take fewer epochs"
+        )
+    return batches
 
 
 def _train(
@@ -184,7 +184,6 @@ def _train(
     batches: TrainBatches | PackedBatches,
     make_model: Callable[[], SequenceModel],
     structure: SequenceModel,
-    evaluation: dict[str, Any],
 ) -> dict:
     """Trains from the beginning or from the last checkpoint to the end.
 
@@ -194,14 +193,15 @@ def _train(
       batches: what to train on.
       make_model: draws the initial weights.
       structure: the same model with shapes for weights.
-      evaluation: the keyword arguments of `evaluate`.
     """
     dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
-    print(describe_data(batches))
+    print(describe_data(batches), flush=True)
+    line = ProgressLine(per_epoch, max_epochs, batches.targets_per_step)
 
     # Programs are compiled by threads while the weights are drawn and while the model trains.
     graphdef, shapes = nnx.split(structure)
-    placement = data_sharding(config.train.batch_size)
+    placement, batching = data_sharding(config.train.batch_size), batch_settings(config)
+    rank = partial(evaluate, **batching)
     steps = make_steps(config, batches, structure, placement)
     make_state = partial(init_state, tx=steps.settings.tx, seed=config.seed)
     pool = ThreadPoolExecutor(2)
@@ -215,10 +215,10 @@ def _train(
         compiling = [pool.submit(lowered.compile) for lowered in steps.lowered(state_shapes)]
         zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
         compiling_evaluation = pool.submit(
-            compile_evaluation, nnx.merge(graphdef, zeros), dataset, "valid", **evaluation
+            compile_evaluation, nnx.merge(graphdef, zeros), dataset, "valid", **batching
         )
         pool.shutdown(wait=False)
-        print(describe_model(graphdef, shapes, batches.max_length), flush=True)
+        print(describe_model(structure), flush=True)
         state = jax.device_put(make_state(nnx.state(make_model())), placement.replicated)
         for program in compiling:
             program.result()
@@ -263,7 +263,6 @@ def _train(
         check_finite(int(state.bad_step))
         while step < max_epochs * per_epoch and progress["stale_epochs"] <= config.train.patience:
             # Train to the end of the running epoch.
-            line = ProgressLine(per_epoch, max_epochs, batches.targets_per_step)
             end = (step // per_epoch + 1) * per_epoch
             dispatched: deque = deque()
             saved = time.perf_counter()
@@ -295,7 +294,7 @@ def _train(
             epoch, loss = step // per_epoch, float(state.loss_sum) / float(state.weight_sum)
             state = start_epoch(state)
             compiling_evaluation.result()
-            figures, _ = evaluate(nnx.merge(graphdef, state.params), dataset, "valid", **evaluation)
+            figures, _ = rank(nnx.merge(graphdef, state.params), dataset, "valid")
             best = progress["best"]
             better = best is None or round(figures["ndcg@10"], 4) >= round(best["ndcg@10"], 4)
             if better:
@@ -318,7 +317,7 @@ def _train(
 
         # Test the best parameters.
         _, best_model = load_model(workdir)
-        figures, ranks = evaluate(best_model, dataset, "test", **evaluation)
+        figures, ranks = rank(best_model, dataset, "test")
         result = {
             "test": figures,
             "test_standard_errors": standard_errors(ranks[ranks > 0]),
@@ -334,50 +333,6 @@ def _train(
         write_json(workdir / "metrics.json", result)
         log.write("test", step, **figures)
         return result
-
-
-@contextmanager
-def run_directory(workdir: Path) -> Iterator[None]:
-    """Makes a run directory, in which no other process trains.
-
-    If the block raises before a new run has begun, what the block wrote is removed, so that
-    corrected settings are not refused.
-
-    Raises:
-      UserError: another process is training there.
-    """
-    there = workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
-    with only_process(workdir):
-        new = not (workdir / "config.json").exists()
-        try:
-            yield
-        except BaseException:
-            if new and not (workdir / "log.jsonl").exists():
-                for name in ("config.json", DATASET_FILE, ITEMS_FILE, "date_range.json"):
-                    (workdir / name).unlink(missing_ok=True)
-                if not there:
-                    (workdir / ".lock").unlink()
-                    with suppress(OSError):  # it holds something of somebody else
-                        workdir.rmdir()
-            raise
-
-
-@contextmanager
-def only_process(workdir: Path) -> Iterator[None]:
-    """Keeps other processes from training in `workdir`.
-
-    The system releases the lock when the process ends, however it ends.
-
-    Raises:
-      UserError: another process is training there.
-    """
-    with (workdir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another process is training in {workdir}; wait for it") from error
-        yield
 
 
 class Stop:
