@@ -56,13 +56,13 @@ def check_memory(config: Config, parameters: dict) -> None:
             f"the scores of {config.train.negatives:,} negatives",
             "config.train.negatives",
         )
-    free = available_memory()
-    for need, (what, remedy) in needs.items():
-        if free is not None and need > free:
-            raise UserError(
-                f"{what} need at least {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB "
-                f"are there; lower {remedy}"
-            )
+    need, free = max(needs), available_memory()
+    if free is not None and need > free:
+        what, remedy = needs[need]
+        raise UserError(
+            f"{what} need at least {need / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are "
+            f"there; lower {remedy}"
+        )
 
 
 def available_memory() -> int | None:
