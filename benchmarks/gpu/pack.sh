@@ -9,7 +9,7 @@ HERE=$(cd "$(dirname "$0")" && pwd); ROOT=$(cd "$HERE/../.." && pwd)
 for data in "$@"; do
   [ -f "$data/dataset.json" ] || { echo "$data is no prepared dataset: it has no dataset.json" >&2; exit 1; }
 done
-: "${WHEELS:=array_record beartype grain tensorboardX ml_collections portpicker jax-triton}"
+: "${WHEELS:=array_record beartype grain tensorboardX ml_collections portpicker jax-triton>=0.4.1,<0.5}"
 TO=$(mktemp -d); trap 'rm -rf "$TO"' EXIT
 git -C "$ROOT" archive HEAD | tar -x -C "$TO"
 mkdir -p "$TO/benchmarks/gpu/wheels" "$TO/data"
