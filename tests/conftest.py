@@ -39,6 +39,21 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_device():
+    """Has the package spread batches over one device: for eight, programs compile for longer."""
+    every_device = jax.local_devices
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "local_devices", lambda **which: every_device(**which)[:1])
+        yield every_device
+
+
+@pytest.fixture
+def all_devices(_one_device, monkeypatch):
+    """Has the package spread batches over all eight devices in this test."""
+    monkeypatch.setattr(jax, "local_devices", _one_device)
+
+
 @pytest.fixture
 def golden() -> Path:
     """Folder with the small golden files: what the reference code computes."""

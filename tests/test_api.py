@@ -9,7 +9,6 @@ import threading
 from pathlib import Path
 
 import duckdb
-import jax
 import numpy as np
 import pandas as pd
 import polars as pl
@@ -55,9 +54,7 @@ def data():
 
 @pytest.fixture(scope="module")
 def model(data):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-        return t4r.fit(data, "causal", **QUICK)
+    return t4r.fit(data, "causal", **QUICK)
 
 
 def rows(table):

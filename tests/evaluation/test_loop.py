@@ -66,7 +66,7 @@ def test_all_items_of_the_history_are_offset(dataset, exclude_seen):
     np.testing.assert_array_equal(found[found > 0], expected)
 
 
-def test_devices_share_the_batches(dataset, model):
+def test_devices_share_the_batches(dataset, model, all_devices):
     assert len(jax.local_devices()) == 8
     figures, found = evaluate(model, dataset, "test", **SETTINGS)
     for batch_size in (3, 4, 16):  # 1, 4 and 8 devices

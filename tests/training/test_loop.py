@@ -38,17 +38,6 @@ def dataset(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("data") / "cycles", histories)
 
 
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch, request):
-    """A program for eight devices takes longer to compile."""
-    if "all_devices" not in request.fixturenames:
-        monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-
-
-@pytest.fixture
-def all_devices(): ...
-
-
 def records(workdir, kind):
     lines = (workdir / "log.jsonl").read_text().splitlines()
     return [record for record in map(json.loads, lines) if record["kind"] == kind]
@@ -58,9 +47,7 @@ def records(workdir, kind):
 def finished(dataset, tmp_path_factory):
     """A run directory with a finished run of 8 epochs."""
     workdir = tmp_path_factory.mktemp("runs") / "finished"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-        train(quick_config(dataset, epochs=8, learning_rate=0.01), workdir)
+    train(quick_config(dataset, epochs=8, learning_rate=0.01), workdir)
     return workdir
 
 
@@ -116,9 +103,7 @@ def packed(dataset, tmp_path_factory):
     config = quick_config(dataset, objective="every_position", batch_size=6, schedule="cosine")
     config.model.update(repeat_bias=True, date_bias_knots=4)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
-        train(config, workdir)
+    train(config, workdir)
     return workdir, config
 
 
@@ -288,7 +273,7 @@ def test_other_settings(copied):
 def test_damaged_settings(copied):
     workdir, config = copied
     (workdir / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is damaged"):
+    with pytest.raises(UserError, match=r"config\.json is not valid JSON .*; restore it"):
         train(config, workdir)
 
 
