@@ -27,7 +27,7 @@ LIBRARY = tuple(part for part in MAY_IMPORT if part != "data_prep")
 MAY_IMPORT |= {
     "evaluation": LIBRARY,
     "training": (*LIBRARY, "evaluation"),
-    "serving": (*LIBRARY, "evaluation"),
+    "serving": (*LIBRARY, "evaluation", "data_prep"),
     "interop": LIBRARY,
     "presets": ("config", "models", "errors"),
     "configs": ("presets", "config"),

@@ -1,7 +1,10 @@
 """`python -m tim4rec_jax.serving recommend` and `batch`."""
 
+import fcntl
+import gzip
 import io
 import json
+import os
 import sys
 
 import numpy as np
@@ -12,7 +15,7 @@ import pytest
 from tests.data.small_dataset import random_histories
 from tests.serving.tiny_run import LENGTHS
 from tim4rec_jax.errors import run_main
-from tim4rec_jax.serving import Recommender
+from tim4rec_jax.serving import Recommendations, Recommender
 from tim4rec_jax.serving.__main__ import main
 
 HISTORIES = [
@@ -74,6 +77,25 @@ def test_standard_input_and_filters(run, monkeypatch, tmp_path):
     assert sorted(found[1]) == ["i1", "i2"]
 
 
+def test_ids_with_commas(run, monkeypatch):
+    """A comma separates events only where a time stands before it."""
+    asked = []
+
+    def recommend(self, items, timestamps, **_):
+        asked.append((items, timestamps))
+        return Recommendations([], [])
+
+    monkeypatch.setattr(Recommender, "recommend", recommend)
+    events = ["--event", "a@5,b", "7", "--event", "x y", "8"]
+    for flags in (["--history", "of, old@5,i2@6", "i,3@7"], ["--history", "i1@5,"], events):
+        assert run("recommend", "--workdir=run", *flags)[0] == 0
+    assert asked == [
+        (["of, old", "i2", "i,3"], [5, 6, 7]),
+        (["i1"], [5]),
+        (["a@5,b", "x y"], [7, 8]),
+    ]
+
+
 def test_without_a_known_event(run):
     code, printed, _ = run("recommend", "--workdir=run", "--history", "new@5")
     assert code == 0
@@ -88,6 +110,10 @@ def test_without_a_known_event(run):
         (["recommend", "--workdir=run", "--history", "i1"], "'i1' is not"),
         (["recommend", "--workdir=run", "--history", "i1@5,@7"], "'@7' is not"),
         (["recommend", "--workdir=run", "--history", "i1@noon"], "ITEM@TIME"),
+        (["recommend", "--workdir=run", "--history", "i1@1_000"], "ITEM@TIME"),
+        (["recommend", "--workdir=run", "--history", "i1@1600000000000"], "milliseconds"),
+        (["recommend", "--workdir=run", "--event", "i1", "noon"], "--event takes ITEM TIME"),
+        (["recommend", "--workdir=run", "--event", "i1", "1600000000000"], "milliseconds"),
         (["recommend", "--workdir=run", "--file", "no.csv"], "no file no.csv"),
         (["recommend", "--workdir=run", "--file", "bad.csv"], "columns item and timestamp"),
         (["recommend", "--workdir=run", "--file", "half.csv"], "line 3 has not"),
@@ -98,11 +124,17 @@ def test_without_a_known_event(run):
         (["batch", "--workdir=run", "--events=bad.csv", "--out=o"], "bad.csv"),
         (["batch", "--workdir=run", "--events=e.parquet", "--out=no/o"], "folder no does not"),
         (["batch", "--workdir=run", "--events=e.parquet", "--out=."], "is a folder"),
-        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--user=u"], "no column u"),
-        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--timestamp=item"], "type"),
+        (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--user=u"], "no column 'u'"),
+        (
+            ["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--timestamp=item"],
+            "time is not a number",
+        ),
         (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--memory-limit=x"], "size"),
-        (["batch", "--workdir=run", "--events=null.parquet", "--out=o"], "row 1 has no item"),
-        (["batch", "--workdir=run", "--events=ms.parquet", "--out=o"], "row 0 has the time 16"),
+        (
+            ["batch", "--workdir=run", "--events=null.parquet", "--out=o"],
+            "row 2: the item id",
+        ),
+        (["batch", "--workdir=run", "--events=ms.parquet", "--out=o"], "--time-unit ms"),
         (["batch", "--workdir=run", "--events=none.parquet", "--out=o"], "no events"),
         (["batch", "--workdir=run", "--events=e.parquet", "--out=o", "--on-unknown=error"], "new"),
     ],
@@ -195,6 +227,56 @@ def test_timestamps_of_parquet(run, tmp_path):
         flags = ["--events", tmp_path / f"{name}.parquet", "--out", tmp_path / f"{name}.out"]
         assert run("batch", "--workdir=run", *flags)[0] == 0
     assert pq.read_table(tmp_path / "t.out") == pq.read_table(tmp_path / "s.out")
+
+
+def test_whatever_the_preparation_reads(run, tmp_path):
+    """Formats, units, names of columns and bad rows are those of `data_prep table`."""
+    histories = HISTORIES[:4]
+    rows = [
+        (f"u{user}", item, time)
+        for user, (items, times) in enumerate(histories)
+        for item, time in zip(items, times, strict=True)
+    ]
+    write_events(tmp_path / "old.parquet", rows)
+    write_events(tmp_path / "new.parquet", rows, names=("user_id", "item_id", "timestamp"))
+    with gzip.open(tmp_path / "e.csv.gz", "wt") as file:
+        file.write("who;item_id;timestamp\n")
+        file.writelines(f"{user};{item};{1000 * time}\n" for user, item, time in rows)
+        file.write(";i1;5000\nu1;i2;soon\n")
+    lines = [json.dumps({"user": u, "item": i, "timestamp": f"{t}.75"}) for u, i, t in rows]
+    (tmp_path / "e.jsonl").write_text("\n".join(lines))
+    flags = {
+        "old.parquet": [],
+        "new.parquet": [],
+        "e.csv.gz": ["--user=who", "--time-unit=ms", "--on-bad-row=skip"],
+        "e.jsonl": ["--time=timestamp"],
+    }
+    found = {}
+    for name, more in flags.items():
+        out = tmp_path / f"{name}.out"
+        code, printed, error = run(
+            "batch", "--workdir=run", "--events", tmp_path / name, "--out", out, *more
+        )
+        assert (code, error) == (0, "")
+        found[name] = pq.read_table(out)
+        assert printed.count("skipped 1 rows: the ") == (2 if name == "e.csv.gz" else 0)
+    for table in found.values():
+        assert table == found["old.parquet"]
+
+
+def test_what_a_killed_job_left_is_cleared(run, tmp_path):
+    """What a living job holds, and what is not ours, stays."""
+    write_events(tmp_path / "in.parquet", [("a", "i1", 5)])
+    for name in (".sorting-killed", ".sorting-living", ".sorting"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "work.duckdb").write_text("")
+    living = os.open(tmp_path / ".sorting-living", os.O_RDONLY)
+    fcntl.flock(living, fcntl.LOCK_EX)
+    flags = ["--events", tmp_path / "in.parquet", "--out", tmp_path / "o"]
+    assert run("batch", "--workdir=run", *flags)[0] == 0
+    os.close(living)
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == [".sorting", ".sorting-living", "in.parquet", "o"]
 
 
 def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import argparse
 import csv
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
+# Events of --history. A comma separates two events only behind a time, as ids may hold commas.
+_HISTORY = re.compile(r".+?@[0-9]+(?:,|$)|.+")
 _CSV = "a CSV file with the columns item and timestamp (whole seconds since 1970)"
 
 
@@ -61,6 +64,13 @@ def _add_history_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="ITEM@TIME,...",
         help="events, oldest first; times in whole seconds since 1970",
+    )
+    source.add_argument(
+        "--event",
+        nargs=2,
+        action="append",
+        metavar=("ITEM", "TIME"),
+        help="one event, for ids of any letters; again for each further event",
     )
     source.add_argument("--file", help=f"{_CSV}; - is standard input")
 
@@ -133,17 +143,37 @@ def _print_table(found: Recommendations, recommender: Recommender) -> None:
 def _add_batch(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "batch",
-        help="recommend to all users of a Parquet file",
-        description="Reads events in any order, writes the best items of every user: user, rank, "
-        "item, score, fallback (no event was known: popular items). Larger than memory.",
+        help="recommend to all users of a log",
+        description="Reads what `python -m data_prep table` reads, in any order, and writes the "
+        "best items of every user: user, rank, item, score, fallback (no event was known: popular "
+        "items). Larger than memory.",
     )
     add = parser.add_argument
-    add("--events", required=True, metavar="FILE", help="Parquet; a glob takes several files")
+    add(
+        "--events",
+        nargs="+",
+        required=True,
+        metavar="FILE",
+        help="CSV, TSV, JSON lines or Parquet, plain or gzip; globs",
+    )
     add("--out", type=_file, required=True, metavar="FILE", help="the Parquet file to write")
     _add_run_flags(parser)
     _add_ranking_flags(parser)
-    for column in ("user", "item", "timestamp"):
-        add(f"--{column}", default=column, metavar="COLUMN", help=f"default: {column}")
+    add("--user", metavar="COLUMN", help="who (default: user_id, or user if there is such one)")
+    add("--item", metavar="COLUMN", help="what (default: item_id, or item if there is such one)")
+    add("--time", "--timestamp", metavar="COLUMN", help="when (default: timestamp)")
+    add(
+        "--time-unit",
+        choices=("s", "ms", "us", "ns", "iso"),
+        default="s",
+        help="of the times: since 1970, or iso for dates (default: s)",
+    )
+    add(
+        "--on-bad-row",
+        choices=("error", "skip"),
+        default="error",
+        help="stop at a bad row, or leave it out and count it (default: error)",
+    )
     add(
         "--on-unknown",
         choices=("skip", "error"),
@@ -172,8 +202,9 @@ def _batch(flags: argparse.Namespace) -> None:
         recommender,
         flags.events,
         flags.out,
-        Columns(flags.user, flags.item, flags.timestamp),
+        Columns(flags.user, flags.item, flags.time, flags.time_unit),
         allow_unknown=flags.on_unknown == "skip",
+        on_bad_row=flags.on_bad_row,
         memory_limit=flags.memory_limit,
         **options,
     )
@@ -182,6 +213,8 @@ def _batch(flags: argparse.Namespace) -> None:
         f"wrote {flags.out}: {summary.rows:,} recommendations to {summary.users:,} users in "
         f"{seconds:,.1f} s ({summary.users / seconds:,.0f} users/s)"
     )
+    for reason, count in summary.bad_rows.items():
+        print(f"skipped {count:,} rows: {reason}")
     if summary.unknown:
         print(f"skipped {summary.unknown:,} events: the model does not know their items")
     if summary.fallback:
@@ -332,16 +365,22 @@ def _read_ids(path: Path | None) -> list[str] | None:
 
 def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The items and times of `--history`, of `--file` or of standard input."""
+    rule = "times are whole seconds since 1970"
+    if flags.event:
+        where = [f"{' '.join(event)!r} has another" for event in flags.event]
+        return _parse_events(map(tuple, flags.event), f"--event takes ITEM TIME, {rule}", where)
     if flags.history:
-        events = [event for text in flags.history for event in text.split(",") if event]
-        pairs = (event.rpartition("@")[::2] for event in events)
+        events = [event for text in flags.history for event in _HISTORY.findall(text)]
+        pairs = (event.removesuffix(",").rpartition("@")[::2] for event in events)
         return _parse_events(
             pairs,
-            "--history takes ITEM@TIME, times in whole seconds since 1970",
+            f"--history takes ITEM@TIME, {rule}",
             [f"{event!r} is not" for event in events],
         )
     if flags.file is None and sys.stdin.isatty():
-        raise UserError("name a history: --history ITEM@TIME,ITEM@TIME or --file history.csv")
+        raise UserError(
+            "name a history: --history ITEM@TIME,ITEM@TIME, --event ITEM TIME or --file history.csv"
+        )
     if flags.file in (None, "-"):
         return _read_csv(sys.stdin, "standard input")
     try:
@@ -372,13 +411,10 @@ def _parse_events(
     """Items and whole times; an error quotes the rule, and says where it is broken."""
     items, timestamps = [], []
     for (item, time), place in zip(pairs, where, strict=True):
-        try:
-            timestamps.append(int(time))
-        except (TypeError, ValueError):
-            item = None
-        if not item:
+        if not item or not re.fullmatch("-?[0-9]{1,30}", (time or "").strip()):
             raise UserError(f"{rule}; {place}")
         items.append(item)
+        timestamps.append(int(time))
     return items, timestamps
 
 

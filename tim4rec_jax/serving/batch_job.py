@@ -1,13 +1,17 @@
-"""Recommends to all users of Parquet files, which may be larger than memory."""
+"""Recommends to all users of a log, which may be larger than memory."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
+import shutil
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from argparse import Namespace as Flags
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import duckdb
 import numpy as np
@@ -17,23 +21,36 @@ from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
+from tim4rec_jax.data_prep.sources import SOURCES
+from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import atomic_write
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.history import Events
 from tim4rec_jax.serving.recommender import Recommender
 
 _STREAM_EVENTS = 1 << 17  # how many events are read at once
-_LAST_SECOND = 9_200_000_000  # a later time is not in seconds
-_ROW = "file_row_number"
+_PREFIX = ".sorting-"
+# The columns that are looked for where none is named, the preparation's name first.
+_NAMES = {"user": ("user_id", "user"), "item": ("item_id", "item"), "time": ("timestamp",)}
 
 
 class Columns(NamedTuple):
-    """The names of the columns of the files."""
+    """The columns of the files.
 
-    user: str
-    item: str
-    timestamp: str
+    Attributes:
+        user: the name of the column with the user id; `None` takes `user_id`, or `user` if the
+            file has that.
+        item: likewise, `item_id` or `item`.
+        time: likewise, `timestamp`.
+        time_unit: of the times: since 1970, or iso for dates.
+    """
+
+    user: str | None = None
+    item: str | None = None
+    time: str | None = None
+    time_unit: TimeUnit = "s"
 
 
 @dataclass
@@ -45,37 +62,42 @@ class Summary:
         rows: the number of rows written.
         unknown: the number of events left out because the model does not know their items.
         fallback: the number of users without a known event.
+        bad_rows: the number of rows left out, by reason.
     """
 
     users: int = 0
     rows: int = 0
     unknown: int = 0
     fallback: int = 0
+    bad_rows: dict[str, int] = field(default_factory=dict)
 
 
 def recommend_all(
     recommender: Recommender,
-    events: str,
+    events: Sequence[str],
     out: Path,
     columns: Columns,
     *,
     allow_unknown: bool = True,
+    on_bad_row: Literal["error", "skip"] = "error",
     memory_limit: str = "2GB",
     **options: Any,
 ) -> Summary:
     """Writes the best items of every user, with a progress bar on standard error.
 
-    The file has one row per user and item: `user` (typed as in the events), `rank` (1 is best),
-    `item`, `score`, and `fallback`, which says that no event of the user was known, so that the
-    items are the most popular ones. Users are in rising order.
+    The file has one row per user and item: `user` (whole numbers if the events are a Parquet file
+    with whole numbers, texts otherwise), `rank` (1 is best), `item`, `score`, and `fallback`, which
+    says that no event of the user was known, so that the items are the most popular ones. Users
+    are in rising order.
 
     Args:
         recommender: the model.
-        events: a Parquet file, or a glob of several, with events in any order. Times are whole
-            seconds since 1970, or of the type TIMESTAMP or DATE.
+        events: files with events in any order, as `python -m data_prep table` takes them: CSV,
+            TSV, JSON lines or Parquet, plain or gzip, globs of them.
         out: the Parquet file to write. It appears under its name only when it is complete.
         columns: the names of the columns of the events.
         allow_unknown: whether there may be items that the model does not know; they are left out.
+        on_bad_row: whether a row that cannot be used is an error, or is left out and counted.
         memory_limit: how much memory the sorting of the events may take, as DuckDB reads it.
         options: the arguments of `Ranker.rank`.
 
@@ -92,9 +114,23 @@ def recommend_all(
         transient=True,
         disable=not console.is_terminal,
     )
-    with _one_sentence(events, memory_limit), _connect(out.parent, memory_limit) as con, bar:
+    with (
+        _one_sentence(memory_limit),
+        _workspace(out.parent) as work,
+        contextlib.closing(connect(work, memory_limit)) as con,
+        bar,
+    ):
         task = bar.add_task("sorting", total=None)
-        source = ParquetEvents(con, events, columns, catalogue, allow_unknown=allow_unknown)
+        source = SortedEvents(
+            con,
+            work,
+            events,
+            columns,
+            catalogue,
+            allow_unknown=allow_unknown,
+            on_bad_row=on_bad_row,
+        )
+        summary.bad_rows = source.bad_rows
         schema = pa.schema(
             [
                 pa.field("user", source.user_type),
@@ -112,7 +148,7 @@ def recommend_all(
                 fallback = np.diff(part.events.offsets) == 0
                 row, place = np.nonzero(items)  # item 0 fills up where no item was left
                 arrays = [
-                    part.users.take(pa.array(row)),
+                    part.users.cast(source.user_type).take(pa.array(row)),
                     (place + 1).astype(np.int32),
                     ids.take(pa.array(items[row, place] - 1)),
                     scores[row, place].astype(np.float32),
@@ -157,91 +193,76 @@ class Part(NamedTuple):
     unknown: int
 
 
-class ParquetEvents:
-    """The events of Parquet files, sorted by user and time, part by part.
+class SortedEvents:
+    """The events of files, sorted by user and time, part by part.
 
     Attributes:
         count: the number of events.
-        user_type: the type of the user ids in the files.
+        user_type: the type of the user ids: that of a Parquet file's column, if it holds whole
+            numbers, and texts otherwise.
+        bad_rows: the number of rows left out, by reason.
     """
 
     def __init__(
         self,
         con: duckdb.DuckDBPyConnection,
-        path: str,
+        work: Path,
+        files: Sequence[str],
         columns: Columns,
         catalogue: Catalogue,
         *,
         allow_unknown: bool,
+        on_bad_row: Literal["error", "skip"],
     ):
-        """Checks all events.
+        """Reads and checks all events.
 
         Args:
             con: the database that sorts the events.
-            path: the file, or a glob.
+            work: a folder for temporary files.
+            files: paths and globs, as `python -m data_prep table` takes them.
             columns: the names of the columns.
             catalogue: the items that the model knows.
             allow_unknown: whether there may be other items.
+            on_bad_row: whether a row that cannot be used is an error, or is left out.
 
         Raises:
             UserError: a column is missing, or an event cannot be used; the message names file and
                 row.
         """
         self._con = con
-        user, item, timestamp = map(_name, columns)
-        files = f"read_parquet({_text(path)}, filename = '#file', file_row_number = true)"
-        types = {name: kind for name, kind, *_ in con.sql(f"DESCRIBE FROM {files}").fetchall()}
-        for column in columns:
-            if column not in types:
-                known = ", ".join(name for name in types if name not in ("#file", _ROW))
-                raise UserError(
-                    f"{path} has no column {column}, only {known}; name yours with --user, --item, "
-                    "--timestamp"
-                )
-        seconds = _seconds(timestamp, types[columns.timestamp], path)
-        con.execute(
-            f"CREATE VIEW events AS SELECT {user} AS user, CAST({item} AS VARCHAR) AS item, "
-            f'{seconds} AS time, "#file" AS file, {_ROW} AS number FROM {files}'
+        columns, self.user_type = _look_into(files, columns, work / "first")
+        self.bad_rows = load_events(
+            con,
+            work,
+            files,
+            user=str(columns.user),
+            item=str(columns.item),
+            time=str(columns.time),
+            time_unit=columns.time_unit,
+            on_bad_row=on_bad_row,
         )
         ids = pa.array(catalogue.ids)
         con.register("items", pa.table({"item": ids, "place": np.arange(1, len(ids) + 1)}))
-        self._check(allow_unknown)
-        # RecBole rounds times to float32 before it sorts.
-        rounded = catalogue.metadata["order"] == "recbole"
-        self._order = f"user, time{'::FLOAT' if rounded else ''}, file, number"
-        users = con.sql("SELECT user FROM events LIMIT 0").to_arrow_table()
-        self.user_type = users.schema.field("user").type
-
-    def _check(self, allow_unknown: bool) -> None:
-        """Counts the events, and makes sure that each has what it needs."""
-        [self.count] = self._con.sql("SELECT count(*) FROM events").fetchall()[0]
+        [self.count] = con.sql("SELECT count(*) FROM events").fetchall()[0]
         if not self.count:
             raise UserError("there are no events to recommend from")
-        wrong = (
-            f"user IS NULL OR item IS NULL OR time IS NULL OR time NOT BETWEEN 0 AND {_LAST_SECOND}"
-        )
-        if bad := self._con.sql(f"FROM events WHERE {wrong} LIMIT 1").fetchall():
-            user, item, seconds, file, number = bad[0]
-            fields = {"user": user, "item": item, "time": seconds}
-            empty = [name for name, value in fields.items() if value is None]
-            reason = f"has no {empty[0]}" if empty else f"has the time {seconds}"
+        unknown = "SELECT item FROM events ANTI JOIN items USING (item) LIMIT 1"
+        if not allow_unknown and (found := con.sql(unknown).fetchall()):
             raise UserError(
-                f"{file}: row {number} {reason}; every event needs a user, an item, and a time in "
-                "whole seconds since 1970"
-            )
-        unknown = "FROM events ANTI JOIN items USING (item) LIMIT 1"
-        if not allow_unknown and (bad := self._con.sql(unknown).fetchall()):
-            _, item, _, file, number = bad[0]
-            raise UserError(
-                f"{file}: row {number} has item {item!r}, which the model does not know; pass "
+                f"the events hold the item {found[0][0]!r}, which the model does not know; pass "
                 "--on-unknown skip to leave such events out"
             )
+        # RecBole rounds times to float32 before it sorts.
+        rounded = catalogue.metadata["order"] == "recbole"
+        whole = pa.types.is_integer(self.user_type)
+        self._user = '"user"::HUGEINT' if whole else '"user"'
+        self._order = f'{self._user}, time{"::FLOAT" if rounded else ""}, "row"'
 
     def parts(self) -> Iterator[Part]:
         """Yields all users, some of them at a time."""
         stream = self._con.sql(
-            "SELECT user, coalesce(place, 0)::INTEGER AS item, time FROM events "
-            f"LEFT JOIN items USING (item) ORDER BY {self._order}"
+            'SELECT "user", coalesce(place, 0)::INTEGER AS item, floor(time)::BIGINT AS time '
+            f"FROM events LEFT JOIN items USING (item) ORDER BY {self._order}"
         ).to_arrow_reader(_STREAM_EVENTS)
         held = stream.schema.empty_table()
         for batch in stream:
@@ -253,16 +274,25 @@ class ParquetEvents:
         yield _part(held)
 
 
-def _seconds(column: str, kind: str, path: str) -> str:
-    """The SQL expression for whole seconds since 1970, of a column of this type."""
-    if kind.endswith("INT") or kind in ("INTEGER", "UINTEGER"):
-        return f"TRY_CAST({column} AS BIGINT)"
-    if kind.startswith("TIMESTAMP") or kind == "DATE":
-        return f"CAST(floor(epoch({column})) AS BIGINT)"
-    raise UserError(
-        f"{path}: the column {column} has type {kind}; times must be whole seconds since 1970 or "
-        "timestamps"
+def _look_into(paths: Sequence[str], columns: Columns, work: Path) -> tuple[Columns, pa.DataType]:
+    """The columns by name, and the type of the user ids, as the first file has them."""
+    source = SOURCES["table"]
+    work.mkdir()
+    file = find(paths, source, work).events[0]
+    flags = {name: "" for name in ("user", "item", "time", "time_unit", "delimiter", "columns")}
+    layout = source.layout(file, Flags(**flags, rating=None, where=None))
+    chosen = columns._replace(
+        **{
+            name: next((each for each in names if each in layout.columns), names[0])
+            for name, names in _NAMES.items()
+            if getattr(columns, name) is None
+        }
     )
+    if layout.kind == "parquet" and chosen.user in layout.columns:
+        kind = pq.read_schema(file.path).field(str(chosen.user)).type
+        if pa.types.is_integer(kind):
+            return chosen, kind
+    return chosen, pa.string()
 
 
 def _starts(table: pa.Table) -> np.ndarray:
@@ -281,31 +311,36 @@ def _part(table: pa.Table) -> Part:
     return Part(users, events, int(len(items) - known.sum()))
 
 
-def _name(value: str) -> str:
-    return '"' + value.replace('"', '""') + '"'
-
-
-def _text(value: str) -> str:
-    return "'" + value.replace("'", "''") + "'"
+@contextlib.contextmanager
+def _workspace(folder: Path) -> Iterator[Path]:
+    """A temporary folder inside `folder`. What killed jobs have left there is removed."""
+    for left in folder.glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError), _locked(left):
+            shutil.rmtree(left)
+    with contextlib.ExitStack() as stack:
+        work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
+        stack.callback(shutil.rmtree, work, ignore_errors=True)
+        stack.enter_context(_locked(work))
+        yield work
 
 
 @contextlib.contextmanager
-def _connect(folder: Path, memory_limit: str) -> Iterator[duckdb.DuckDBPyConnection]:
-    """A database that sorts in a temporary folder inside `folder`."""
-    with (
-        tempfile.TemporaryDirectory(prefix=".sorting-", dir=folder) as spill,
-        contextlib.closing(duckdb.connect(config={"temp_directory": spill})) as con,
-    ):
-        con.execute("SET TimeZone = 'UTC'; SET enable_progress_bar = false")
-        try:
-            con.execute("SET memory_limit = ?", [memory_limit])
-        except duckdb.Error as error:
-            raise UserError(f"--memory-limit {memory_limit} is no size; write 4GB") from error
-        yield con
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, which the system releases when the process ends.
+
+    Raises:
+        OSError: a living process holds it, or it is no folder of ours.
+    """
+    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextlib.contextmanager
-def _one_sentence(events: str, memory_limit: str) -> Iterator[None]:
+def _one_sentence(memory_limit: str) -> Iterator[None]:
     """Turns what DuckDB and Arrow raise about the files into one sentence."""
     try:
         yield
@@ -314,7 +349,7 @@ def _one_sentence(events: str, memory_limit: str) -> Iterator[None]:
             f"sorting needs more than {memory_limit}; pass a higher --memory-limit"
         ) from error
     except (duckdb.Error, pa.ArrowException) as error:
-        raise UserError(f"--events {events}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"the events cannot be read: {first_line(error)}") from error
     except RuntimeError as error:
         if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
             raise KeyboardInterrupt from error
