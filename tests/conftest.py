@@ -32,6 +32,7 @@ install_import_hook("tim4rec_jax", "beartype.beartype")
 
 import hypothesis
 import jax
+import jaxtyping
 import pytest
 
 # An example may take its time on a busy machine.
@@ -71,6 +72,14 @@ def x64():
     """Runs the test with 64-bit types enabled."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Lets wrong arguments through to the package, as without the import hook of the tests."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 PROCESS_MEMORY = Path("/proc/self/statm")

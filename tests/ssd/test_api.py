@@ -1,10 +1,11 @@
 """What holds between calls of the op, and what it says of wrong ones."""
 
+import functools
 import itertools
 
 import jax
+import jax.export
 import jax.numpy as jnp
-import jaxtyping
 import numpy as np
 import pytest
 
@@ -27,14 +28,6 @@ implementations = pytest.mark.parametrize("implementation", ANYWHERE)
 def arguments(x64):
     inputs, _, options = make(CASE)
     return to_dtype(inputs, "float64") | options
-
-
-@pytest.fixture
-def no_shape_checks():
-    """Lets wrong arguments through to the op, as in a program without the tests' import hook."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def piece(arguments, positions):
@@ -87,6 +80,41 @@ def test_segments_equal_sequences_run_apart(arguments, implementation):
         y, state = run(**apart, return_final_state=True)
         np.testing.assert_allclose(whole[:, start:end], y, rtol=1e-11, atol=1e-13)
     np.testing.assert_allclose(final, state, rtol=1e-11, atol=1e-13)
+
+
+def test_numpy_arrays_with_segments():
+    inputs, _, _ = make(CASE)
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    ids = np.zeros((2, CASE.length), int)
+    op = functools.partial(ssd, **inputs, segment_ids=ids, dt_softplus=True)
+    assert jax.eval_shape(op).shape == inputs["x"].shape
+    state = inputs.pop("initial_state")
+    _, y = jax.eval_shape(functools.partial(ssd_step, state, **piece(inputs, 0)))
+    assert y.shape == inputs["x"][:, 0].shape
+
+
+def test_symbolic_batch_and_length():
+    """Exported once, called with a length of two chunks and a ragged one."""
+    inputs, _, _ = make(Case("", 70, initial_state=False, segments=True))
+    inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
+    ids = np.repeat([[0, 1, 0]], [3, 60, 7], axis=1).repeat(2, axis=0)
+    rows, length = jax.export.symbolic_shape("rows, length")
+
+    def op(inputs, ids):
+        return ssd(**inputs, segment_ids=ids, dt_softplus=True, return_final_state=True)
+
+    def spec(name, v):
+        lead = (rows, length) if name in (*PER_POSITION, "ids") else v.shape[:2]
+        return jax.ShapeDtypeStruct((*lead, *v.shape[2:]), v.dtype)
+
+    specs = {name: spec(name, v) for name, v in inputs.items()}
+    program = jax.export.export(jax.jit(op))(specs, spec("ids", ids))
+    got = jax.jit(program.call, compiler_options=QUICK)(inputs, ids)
+    for a, b in zip(got, jax.jit(op, compiler_options=QUICK)(inputs, ids), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    kernel = jax.jit(lambda inputs: ssd(**inputs, implementation="tpu"))
+    with compile_for("tpu"), pytest.raises(ValueError, match="made for one shape, and this one is"):
+        jax.export.export(kernel)(specs)
 
 
 def test_the_default_is_an_implementation_by_name(arguments):

@@ -123,6 +123,23 @@ def check(implementation, dtype, **case):
     assert_close(got, wanted, TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_what_is_not_a_number_changes_nothing_before_it(implementation, x64):
+    inputs, weights, options = make(**CASES["chunks"])
+    inputs, weights = to_dtype((inputs, weights), "float32")
+    own = slice(20, 50)
+    ids = np.repeat([1, 0, 1], [20, 30, 15])
+    options["segment_ids"] = jnp.asarray(np.tile(ids, (2, 1)))
+    weights = np.where(ids[:, None] == 0, weights, 0)
+    wanted = run(inputs, weights, **options, implementation=implementation)
+    spoilt = inputs | {name: np.array(inputs[name]) for name in ("projected", "time_factor")}
+    spoilt["projected"][:, 50:], spoilt["time_factor"][:, 19:20] = np.nan, np.inf
+    got = run(spoilt, weights, **options, implementation=implementation)
+    assert np.isnan(got["y"][:, 50:]).all() and not np.isnan(got["y"][:, :19]).any()
+    got["y"], wanted["y"] = got["y"][:, own], wanted["y"][:, own]
+    assert_same(got, wanted)
+
+
 def test_equals_the_block_written_out(x64):
     """The definition once more, one row and one position after the other."""
     inputs, _, options = make(9, batch=1, heads=4, groups=2, segments=True)

@@ -12,8 +12,10 @@ from hypothesis.extra.numpy import arrays
 
 from tests.ssd.cases import (
     ANYWHERE,
+    GROUPS,
     KERNELS,
     LENGTHS,
+    ONE_CHUNK,
     PARAMETERS,
     QUICK,
     RUNS,
@@ -171,6 +173,50 @@ def test_extreme_steps_leave_finite_gradients(implementation):
         dt[:, 1::3] = step
         got = quick(inputs | {"dt": jax.device_put(dt)}, weights, **options)
         assert all(np.isfinite(value).all() for value in got.values()), step
+
+
+@pytest.mark.parametrize("implementation", ["reference", *KERNELS])
+def test_what_is_not_a_number_changes_nothing_before_it_and_in_other_segments(implementation):
+    inputs, weights, options = small(implementation)
+    ids, own = np.repeat([5, 2, 5], [4, 9, 8]), slice(4, 13)
+    options["segment_ids"] = jnp.asarray(np.tile(ids, (len(inputs["x"]), 1)))
+    weights = [np.zeros_like(w) for w in weights]
+    weights[0][:, own] = np.random.default_rng(1).normal(size=weights[0][:, own].shape)
+    wanted = quick(inputs, weights, **options)
+    spoilt = inputs | {name: np.array(inputs[name]) for name in ("x", "dt", "B", "C")}
+    spoilt["initial_state"] = np.full_like(inputs["initial_state"], np.inf)
+    spoilt["x"][:, 13:], spoilt["B"][:, 14:] = np.nan, np.inf
+    spoilt["dt"][:, 1:4], spoilt["C"][:, 13:] = np.nan, -np.inf
+    got = quick(spoilt, weights, **options)
+    y, state = got.pop("y"), got.pop("final_state")
+    assert np.isnan(np.delete(y, np.r_[own], axis=1)).all() and np.isnan(state).all()
+    del wanted["final_state"]
+    assert_same(got | {"y": y[:, own]}, wanted | {"y": wanted["y"][:, own]})
+
+
+def test_minus_infinity_is_a_step_of_zero(x64):
+    inputs, weights, options = make(ONE_CHUNK)
+    inputs["dt"][:, 3] = -np.inf
+    got = quick(*to_dtype((inputs, weights), "float64"), **options, implementation="xla")
+    assert_close(got, exact(inputs, weights, **options), TOLERANCE["float64"])
+
+
+def test_forward_mode_is_the_transpose_of_the_gradient(x64):
+    """<w, J t> = <J^T w, t>, with the gradient of the oracle on the right."""
+    inputs, weights, options = make(GROUPS)
+    changes = jax.tree.map(lambda v: np.random.default_rng(2).normal(size=v.shape), inputs)
+
+    def change(inputs, changes):
+        def op(inputs):
+            return ssd(**inputs, **options, return_final_state=True, implementation="xla")
+
+        return jax.jvp(op, (inputs,), (changes,))[1]
+
+    got = jax.jit(change, compiler_options=QUICK)(*to_dtype((inputs, changes), "float64"))
+    gradients = exact(inputs, weights, **options)
+    wanted = sum(np.sum(gradients[name] * changes[name]) for name in inputs)
+    total = sum(np.sum(w * v) for w, v in zip(weights, got, strict=True))
+    np.testing.assert_allclose(total, wanted, rtol=1e-9)
 
 
 @kernels

@@ -52,7 +52,7 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[Array, "*batch I"], outputs: slice = ALL
+        self, x: Float[ArrayLike, "*batch I"], outputs: slice = ALL
     ) -> Float[Array, "*batch O"]:
         """Computes in `dtype` all outputs, or only `outputs` for their share of the cost."""
         kernel = self.kernel[:, outputs].astype(self.dtype)
@@ -220,7 +220,9 @@ def _mix(bits: jax.Array) -> jax.Array:
     return bits ^ (bits >> 16)
 
 
-def take_position(x: Float[Array, "B L ..."], position: Int[Array, "B"]) -> Float[Array, "B ..."]:
+def take_position(
+    x: Float[ArrayLike, "B L ..."], position: Int[ArrayLike, "B"]
+) -> Float[Array, "B ..."]:
     """x[b, position[b]] for every row b."""
     return jax.vmap(lambda row, p: jax.lax.dynamic_index_in_dim(row, p, keepdims=False))(
         x, position

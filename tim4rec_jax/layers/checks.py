@@ -42,11 +42,23 @@ def check_divides(part: str, divisor: int, whole: str, number: int) -> None:
         raise ValueError(f"{part} must divide {whole} = {number}, got {divisor}")
 
 
-def check_activation(value: Any) -> None:
-    """Raises ValueError unless the argument `activation` is the name of one that kernels have."""
-    if not isinstance(value, str) or value not in ACTIVATIONS:
-        names = " or ".join(repr(name) for name in ACTIVATIONS)
-        raise ValueError(f"activation must be {names}, got {value!r}")
+def activation_name(value: Any, heads: int) -> str:
+    """Returns the name of an activation that kernels have.
+
+    Args:
+      value: a name in `ACTIVATIONS`, its function, or None for what the published code takes.
+      heads: H, which decides what None means.
+
+    Raises:
+      ValueError: the argument `activation` is none of these.
+    """
+    if value is None:
+        return "hardswish" if heads % 8 else "silu"
+    for name, function in ACTIVATIONS.items():
+        if value is function or (isinstance(value, str) and value == name):
+            return name
+    names = " or ".join(repr(name) for name in ACTIVATIONS)
+    raise ValueError(f"activation must be {names}, got {value!r}")
 
 
 def activation_function(value: Any) -> Callable[[jax.Array], jax.Array]:

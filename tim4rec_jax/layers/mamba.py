@@ -119,7 +119,7 @@ def selective_scan_last(
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B N"],
-    lengths: Int[Array, " B"],
+    lengths: Int[ArrayLike, " B"],
 ) -> Float[Array, "B D"]:
     """The output at position `lengths - 1`, without skip and gate.
 
@@ -186,7 +186,7 @@ class _Inputs(NamedTuple):
     start: jax.Array | None  # 1 where the state starts from zeros, else 0, [B]
 
 
-def _chunk_size(length: int) -> int:
+def _chunk_size(length: Any) -> int:
     """About the square root of the length, which keeps few states, with the least padding.
 
     A symbolic length (`jax.export`) has chunks of 16 positions.
@@ -346,7 +346,9 @@ class Mamba(nnx.Module):
         y, _ = selective_scan(u, dt, self._rates(), B, C, self.D[...], z=z, segment_ids=segment_ids)
         return self.out_proj(y)
 
-    def last(self, h: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    def last(
+        self, h: Float[ArrayLike, "B L D"], lengths: Int[ArrayLike, "B"]
+    ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
         h = finite.zero_behind(lengths, h)
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner, None))
@@ -363,7 +365,7 @@ class Mamba(nnx.Module):
         return MambaState(window, jnp.zeros((batch, self.inner, self.state), self.D.dtype))
 
     def step(
-        self, state: MambaState, h: Float[Array, "B D"]
+        self, state: MambaState, h: Float[ArrayLike, "B D"]
     ) -> tuple[MambaState, Float[Array, "B D"]]:
         """`__call__` for one more position of each row: the next state, and the output there."""
         mixed, z = jnp.split(self.in_proj(h), 2, axis=-1)

@@ -4,6 +4,7 @@ Both are the block of Mamba-2 (arXiv 2405.21060, section 7) with one group. They
 time does to the step sizes.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
 from tim4rec_jax.layers.checks import (
-    check_activation,
+    activation_name,
     check_divides,
     check_eps,
     check_segments,
@@ -69,7 +70,7 @@ class SSDLayer(nnx.Module):
         expand: int = 2,
         conv_width: int = 4,
         chunk_size: int | None = None,
-        activation: str | None = None,
+        activation: str | Callable[..., Any] | None = None,
         kaiming: bool = True,
         eps: float = 1e-12,
         dtype: Any = jnp.float32,
@@ -106,10 +107,8 @@ class SSDLayer(nnx.Module):
             check_sizes(chunk_size=chunk_size)
         self.inner, self.state, self.head_width = expand * width, state, head_width
         self.heads = self.inner // head_width
-        if activation is None:
-            activation = "hardswish" if self.heads % 8 else "silu"
-        check_activation(activation)
-        self.chunk_size, self.activation, self.dtype = chunk_size, activation, dtype
+        self.activation = activation_name(activation, self.heads)
+        self.chunk_size, self.dtype = chunk_size, dtype
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         mixed = self.inner + 2 * state
         self.in_proj = Dense(width, self.inner + mixed + self.heads, **kwargs)

@@ -1,5 +1,6 @@
 """Layers that turn time into numbers: the paper's time stream, functions of gaps, the date bias."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
-from tim4rec_jax.layers.checks import check_activation, check_eps, check_rate, check_sizes
+from tim4rec_jax.layers.checks import activation_name, check_eps, check_rate, check_sizes
 from tim4rec_jax.ssd import finite
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
@@ -83,7 +84,7 @@ class TimeMixer(nnx.Module):
         heads: int,
         *,
         width: int = 4,
-        activation: str | None = None,
+        activation: str | Callable[..., Any] | None = None,
         dropout_rate: float = 0.2,
         gate_per_position: bool = False,
         kaiming: bool = True,
@@ -112,9 +113,6 @@ class TimeMixer(nnx.Module):
         check_sizes(length=length, heads=heads, width=width)
         check_rate("dropout_rate", dropout_rate)
         check_eps(eps)
-        if activation is None:
-            activation = "hardswish" if heads % 8 else "silu"
-        check_activation(activation)
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=dtype, rngs=rngs)
 
         def conv() -> CausalConv:
@@ -124,7 +122,8 @@ class TimeMixer(nnx.Module):
         self.conv_1, self.conv_2 = conv(), conv()
         self.gate = Dense(length, length if gate_per_position else 1, **kwargs)
         self.norm = layer_norm(length, eps, dtype, dtype, rngs)
-        self.activation, self.dropout_rate, self.heads = activation, dropout_rate, heads
+        self.activation = activation_name(activation, heads)
+        self.dropout_rate, self.heads = dropout_rate, heads
 
     def __call__(
         self,
@@ -226,7 +225,7 @@ class GapModulator(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((KNOTS, width + 2 * heads), param_dtype))
         self.cuts = (width, width + heads)
 
-    def __call__(self, features: Float[Array, "*batch K"]) -> GapModulation:
+    def __call__(self, features: Float[ArrayLike, "*batch K"]) -> GapModulation:
         """Evaluates the functions at `gap_features`."""
         clean = features if finite.known() else finite.zero_unless_finite(features)
         values = clean @ self.kernel[...]

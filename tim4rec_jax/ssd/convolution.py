@@ -14,7 +14,7 @@ ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
 def causal_convolution(
-    x: Float[Array, "B _ _"],
+    x: Float[ArrayLike, "B _ _"],
     kernel: Float[Array, "W C"],
     bias: Float[Array, " C"],
     segment_ids: Int[ArrayLike, "B L"] | None = None,

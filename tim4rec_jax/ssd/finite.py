@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
 from tim4rec_jax.ssd.segments import first_positions
@@ -39,7 +40,7 @@ def known() -> bool:
 
 
 def guard(
-    rows: Any, segment_ids: Int[Array, "B L"] | None = None, state: Any = None
+    rows: Any, segment_ids: Int[ArrayLike, "B L"] | None = None, state: Any = None
 ) -> tuple[Any, Any, Callable[..., jax.Array]]:
     """Takes numbers that are not finite out of the inputs of a causal function.
 
@@ -53,6 +54,7 @@ def guard(
         into an output [B,L,...] wherever one of them comes before or at the position, in the same
         segment. With `last`, the output is that of the last position alone, [B,1,...].
     """
+    rows, state = jax.tree.map(jnp.asarray, (rows, state))
     if known():
         return rows, state, lambda y, last=False: y
     bad: Any = False
@@ -70,7 +72,9 @@ def guard(
 
 
 def call_guarded(
-    function: Callable[..., jax.Array], rows: tuple, segment_ids: Int[Array, "B L"] | None = None
+    function: Callable[..., jax.Array],
+    rows: tuple,
+    segment_ids: Int[ArrayLike, "B L"] | None = None,
 ) -> jax.Array:
     """Returns `function(*rows)`, an output [B,L,...] of rows [B,L,...], under `guard`."""
     rows, _, mark = guard(rows, segment_ids)
@@ -78,8 +82,9 @@ def call_guarded(
         return mark(function(*rows))
 
 
-def zero_behind(lengths: Int[Array, " B"], rows: Any) -> Any:
+def zero_behind(lengths: Int[ArrayLike, " B"], rows: Any) -> Any:
     """Returns a tree of arrays [B,L,...] with zeros from position `lengths` on."""
+    rows = jax.tree.map(jnp.asarray, rows)
     if known():
         return rows
 
@@ -90,7 +95,7 @@ def zero_behind(lengths: Int[Array, " B"], rows: Any) -> Any:
     return jax.tree.map(cut, rows)
 
 
-def zero_unless_finite(v: jax.Array) -> jax.Array:
+def zero_unless_finite(v: ArrayLike) -> jax.Array:
     """Returns the array with zeros in place of NaN and infinities."""
     return jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
 

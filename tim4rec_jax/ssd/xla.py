@@ -9,10 +9,12 @@ treat groups as rows of the batch, so their letters are b (batch x groups x chun
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import target
@@ -31,7 +33,7 @@ _FORGET_ALL = -1000.0
 _BLOCK = 2**20
 
 
-def default_chunk_size(length: int) -> int:
+def default_chunk_size(length: Any) -> int:
     """Returns the size of the fewest equal chunks of at most 64 positions (128 on a TPU).
 
     Equal chunks need almost no filler, and filler can double the time. Larger chunks have more
@@ -229,7 +231,7 @@ def ssd_last(
     B: Float[Array, "B L G N"],
     C: Float[Array, "B G N"],
     D: Float[Array, " H"] | None,
-    lengths: Int[Array, " B"],
+    lengths: Int[ArrayLike, " B"],
     *,
     dt_bias: Float[Array, " H"] | None = None,
     dt_softplus: bool = True,
