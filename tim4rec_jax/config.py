@@ -242,22 +242,18 @@ def check_complete(config: Config) -> None:
         raise UserError(f"config.model.name is {there['model.name']!r}; it must be a text")
 
 
-def resolve(config: Config) -> Config:
-    """Fills in what follows from other settings, and checks all of them.
+def check_values(config: Config) -> None:
+    """Checks each setting by itself: its kind, its size, its words.
 
     Args:
-      config: not changed.
-
-    Returns:
-      A copy with everything filled in: `data.convention`, and settings of the model that were
-      left out.
+      config: changed in place: `data.convention` and settings of the model that were left out are
+        filled in, and a whole number where a number is asked for becomes a float.
 
     Raises:
-      UserError: a setting is not known or not possible; the message names it.
+      UserError: a setting is missing, not known or not possible; the message names it.
     """
     from tim4rec_jax.models import configure
 
-    config = config.copy_and_resolve_references()
     check_complete(config)
     for name, value in flatten(config).items():
         if name.startswith("model."):
@@ -272,15 +268,34 @@ def resolve(config: Config) -> Config:
         with group.ignore_type():
             group[key] = value  # a whole number has become a float
     try:
-        model, settings = configure(config.model)
+        _, settings = configure(config.model)
     except ValueError as error:
         raise UserError(f"config.model.{error}") from error
     with config.model.unlocked(), config.model.ignore_type():
         config.model.update(dataclasses.asdict(settings))
-    packed = config.train.objective == "every_position"
     if config.data.convention is None:
+        packed = config.train.objective == "every_position"
         config.data.convention = "exact" if packed else settings.convention
-    for problem in _conflicts(config, model):
+
+
+def resolve(config: Config) -> Config:
+    """Fills in what follows from other settings, and checks all of them.
+
+    Args:
+      config: not changed.
+
+    Returns:
+      A copy with everything filled in: `data.convention`, and settings of the model that were
+      left out.
+
+    Raises:
+      UserError: a setting is not known or not possible; the message names it.
+    """
+    from tim4rec_jax.models import model_class
+
+    config = config.copy_and_resolve_references()
+    check_values(config)
+    for problem in _conflicts(config, model_class(config.model)):
         raise UserError(problem)
     return config
 

@@ -10,6 +10,7 @@ Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
 """
 
 import fcntl
+import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from annotated_types import Len
 from flax import nnx
+from typing_extensions import TypedDict
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, open_dataset
@@ -39,9 +41,26 @@ _RESTORE = "restore it from a copy, or train anew"
 logging.set_verbosity(logging.FATAL)
 
 
+# Settings that can be edited in `config.json`: where the data lies, and how fast it is evaluated.
+_FREE = ("dataset", "prepare", "eval.batch_size")
+
+
 def write_settings(config: config_lib.Config, path: Path) -> None:
-    """Writes the settings as JSON, complete or not at all."""
-    write_json(path, config.to_dict())
+    """Writes the settings as JSON, complete or not at all, with a digest under `sha256`."""
+    values = config.to_dict()
+    write_json(path, values | {"sha256": _digest(values)})
+
+
+def _digest(values: dict[str, Any]) -> str:
+    kept = {name: v for name, v in config_lib.flatten(values).items() if name not in _FREE}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _check_digest(values: dict[str, Any], path: Path) -> None:
+    """Takes the digest out of the content of a file, and compares it where there is one."""
+    recorded = values.pop("sha256", None)
+    if recorded is not None and recorded != _digest(values):
+        raise UserError(f"{path} does not hold the values that were written to it; {_RESTORE}")
 
 
 def read_settings(path: Path) -> config_lib.Config:
@@ -53,14 +72,19 @@ def read_settings(path: Path) -> config_lib.Config:
     values: config_lib.Config = config_lib.ConfigDict(_read_settings(path))
     config_lib.rename_settings(values)
     config = config_lib.default()
+    name = values.model.get("name", config.model.name)
+    if not isinstance(name, str):
+        raise UserError(f"{path} is damaged (`model.name` should be a text); {_RESTORE}")
     try:
-        config_lib.use_model(config, values.model.get("name", config.model.name))
+        config_lib.use_model(config, name)
     except ValueError as error:
         raise UserError(f"{path}: model.{error}") from error
     with config.unlocked(), config.ignore_type():
         config.update(values)
-        if config.data.buckets is not None:
-            config.data.buckets = tuple(config.data.buckets)
+    try:
+        config_lib.check_values(config)
+    except UserError as error:
+        raise UserError(f"{path} is damaged ({error}); {_RESTORE}") from error
     return config
 
 
@@ -71,6 +95,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     for group in ("data", "model", "train", "eval"):
         if not isinstance(values.get(group, {}), dict):
             raise UserError(f"{path} is damaged (`{group}` holds no settings); {_RESTORE}")
+    _check_digest(values, path)
     return values
 
 
@@ -199,9 +224,16 @@ def _differences(ours: dict, theirs: dict) -> list[str]:
     return changed + sorted(key for key in keys if ours.get(key) != theirs.get(key))
 
 
+class _DateRange(TypedDict):
+    first: int
+    last: int
+    sha256: str
+
+
 def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
     """Writes what `read_date_range` reads; the arguments are described there."""
-    write_json(workdir / "date_range.json", date_range)
+    values = dict(zip(("first", "last"), date_range, strict=True))
+    write_json(workdir / "date_range.json", values | {"sha256": _digest(values)})
 
 
 def read_date_range(workdir: Path) -> tuple[int, int] | None:
@@ -216,7 +248,12 @@ def read_date_range(workdir: Path) -> tuple[int, int] | None:
     """
     path = workdir / "date_range.json"
     if path.exists():
-        first, last = read_json(path, Annotated[list[int], Len(2, 2)], _RESTORE)
+        # An earlier version wrote a list.
+        values = read_json(path, _DateRange | Annotated[list[int], Len(2, 2)], _RESTORE)
+        if isinstance(values, dict):
+            _check_digest(values, path)
+            values = [values["first"], values["last"]]
+        first, last = values
         return first, last
     return config_lib.old_date_range(_read_settings(workdir / "config.json"))
 

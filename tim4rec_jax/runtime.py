@@ -64,6 +64,23 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def host_memory() -> int | None:
+    """Bytes that the host has left for this process. None: unknown."""
+    found = []
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():  # Linux
+        for line in meminfo.read_text().splitlines():
+            if line.startswith(("MemAvailable:", "SwapFree:")):
+                found.append(1024 * int(line.split()[1]))
+        found = [sum(found)]
+    elif "SC_PHYS_PAGES" in os.sysconf_names:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
+        found.append(int(text))
+    return min(found, default=None)
+
+
 def check_memory(what: str, needed: int, remedy: str) -> None:
     """Makes sure that the host has memory for something, before it is taken.
 
@@ -75,13 +92,10 @@ def check_memory(what: str, needed: int, remedy: str) -> None:
       remedy: what to do about it.
 
     Raises:
-      UserError: less is free. Where the system does not tell, more than 2**40 bytes are refused.
+      UserError: less is free.
     """
-    free = 1 << 40
-    with contextlib.suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvail")))
-    if needed > free:
+    free = host_memory()
+    if free is not None and needed > free:
         raise UserError(
             f"{what} take {needed / 1e9:,.1f} GB, and {free / 1e9:,.1f} GB are free; {remedy}"
         )

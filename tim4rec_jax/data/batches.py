@@ -434,7 +434,8 @@ def default_buckets(
       The widths, rising.
     """
     below = np.cumsum(window_counts(targets, max_length))
-    lengths = [0, *range(multiple, max_length, multiple), max_length]
+    longest = min(max_length, int(targets.max()) + multiple)
+    lengths = [0, *range(multiple, longest, multiple), max_length]
     # best[i] is about the samples of up to lengths[i] events: the fewest positions of `items` that
     # hold them, the number of buckets used, and the buckets.
     best = {0: (0, 0, ())}

@@ -248,8 +248,9 @@ def _score_batches(
 
     pending = deque()
     console = Console(stderr=True)
+    hidden = not (progress and console.is_terminal)
     chosen = range(len(batches)) if numbers is None else numbers
-    for number in track(chosen, "users", console=console, transient=True, disable=not progress):
+    for number in track(chosen, "users", console=console, transient=True, disable=hidden):
         batch = batches[number]
         pending.append((batch, dispatch(batch)))
         if len(pending) > _IN_FLIGHT:
@@ -355,6 +356,12 @@ def evaluate_run(
         check_same_dataset(ds.directory, ds.metadata, workdir / DATASET_FILE)
     options: dict[str, Any] = dict(exclude_seen=exclude_seen, progress=True)
     options |= batch_settings(config)
+    size, length = config.eval.batch_size, data.max_length
+    check_memory(
+        f"batches of {size:,} users with {length:,} events",
+        4 * size * (2 * ranking.BLOCK_SIZE + 4 * length),
+        f"set a smaller eval.batch_size in {workdir / 'config.json'}",
+    )
     figures, ranks = evaluate(model, ds, split, **options)
     report = {
         "workdir": str(workdir),

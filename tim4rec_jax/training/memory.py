@@ -1,13 +1,11 @@
 """Whether a training fits the memory, found out before anything large is allocated."""
 
-import os
-from pathlib import Path
-
 import jax
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data.pipeline import PREFETCH
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.runtime import host_memory
 
 _BYTES = 4  # of a float32 or an int32
 
@@ -70,16 +68,4 @@ def available_memory() -> int | None:
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
-    found = []
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():  # Linux
-        for line in meminfo.read_text().splitlines():
-            if line.startswith(("MemAvailable:", "SwapFree:")):
-                found.append(1024 * int(line.split()[1]))
-        found = [sum(found)]
-    elif "SC_PHYS_PAGES" in os.sysconf_names:
-        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
-    if limit.exists() and (text := limit.read_text().strip()).isdecimal():
-        found.append(int(text))
-    return min(found, default=None)
+    return host_memory()
