@@ -7,12 +7,15 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from annotated_types import Ge
+from typing_extensions import TypedDict
 
 from tim4rec_jax import files
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.files import atomic_directory, atomic_write, write_json
+from tim4rec_jax.files import atomic_directory, atomic_write, read_json, write_json
 
 
 @pytest.mark.parametrize(("mode", "content"), [("wb", b"new"), ("w", "new")])
@@ -34,6 +37,72 @@ def test_no_such_folder(tmp_path):
     path = tmp_path / "nowhere" / "x"
     with pytest.raises(UserError, match="x cannot be written: No such file"), atomic_write(path):
         raise AssertionError
+
+
+def test_a_link_to_a_file_stays(tmp_path):
+    (tmp_path / "far").mkdir()
+    (tmp_path / "link").symlink_to("far/file")
+    write_json(tmp_path / "link", [1])
+    assert (tmp_path / "link").is_symlink()
+    assert json.loads((tmp_path / "far" / "file").read_text()) == [1]
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("/dev/null")])
+def test_what_is_no_file_is_not_replaced(tmp_path, make):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match="x is no file but a folder, a pipe or a device"):
+        write_json(tmp_path / "x", [])
+    assert list(tmp_path.iterdir()) == [tmp_path / "x"]
+    assert not (tmp_path / "x").is_file()
+
+
+def test_a_file_that_looks_temporary_is_kept(tmp_path):
+    mine = tmp_path / f"x.{os.getpid()}.partial"
+    mine.write_text("mine")
+    write_json(tmp_path / "x", [])
+    assert mine.read_text() == "mine"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "x", mine]
+
+
+class Figures(TypedDict):
+    hit: float
+    users: Annotated[int, Ge(1)]
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'{"hit": 0.5, "users": 3}', None),
+        (b'{"hit": 0.5}', "`users` is missing"),
+        (b'{"hit": 0.5, "users": true}', "`users` should be a valid integer"),
+        (b'{"hit": 0.5, "users": 0}', "`users` should be greater than or equal to 1"),
+        (b'{"hit": NaN, "users": 1}', "is not valid JSON"),
+        (b'{"hit": "0.5", "users": 1}', "`hit` should be a valid number"),
+        (b"null", "it should be a valid dictionary"),
+        (b"[" * 10**6, "recursion limit"),
+        (b"", "EOF"),
+        (b'{"\xff": 1}', "invalid unicode"),
+        (b"9" * 10**5, "number out of range"),
+    ],
+)
+def test_json_is_what_its_schema_says(tmp_path, content, says):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    if says is None:
+        assert read_json(path, Figures, "try again") == json.loads(content)
+        return
+    with pytest.raises(UserError) as error:
+        read_json(path, Figures, "try again")
+    assert str(error.value).startswith(f"{path} is ")
+    assert says in str(error.value)
+    assert str(error.value).endswith("; try again")
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda _: None])
+def test_json_in_whose_place_is_something_else(tmp_path, make):
+    make(tmp_path / "x")
+    with pytest.raises(UserError, match=r"x cannot be read \(.*\); try again"):
+        read_json(tmp_path / "x", dict, "try again")
 
 
 def test_no_permission(tmp_path, monkeypatch):

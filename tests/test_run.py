@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.small_dataset import random_histories, write_dataset
+from tests.serving.tiny_run import save_run
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.digests import digests
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
-from tim4rec_jax.run import check_unchanged, load_model, read_date_range, read_settings
+from tim4rec_jax.run import check_unchanged, load_model, read_date_range, read_settings, verify
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.training.train import train
 
@@ -61,6 +64,54 @@ def test_an_old_run_scores_and_goes_on_as_before(old):
     # Means over 47 losses in float32, the last one after two more updates by Adam.
     losses = [record["train_loss"] for record in log]
     np.testing.assert_allclose(losses, expected["resumed_train_loss"], rtol=1e-4)
+
+
+def test_an_old_run_has_no_digests(old, capsys):
+    load_model("run")
+    assert "is of an earlier version, which kept no digests" in capsys.readouterr().err
+    findings = verify("run")
+    assert not [finding for finding in findings if finding.problem]
+    notes = {str(finding.part): finding.note for finding in findings}
+    assert (
+        notes["run/best/2"]
+        == notes["run/checkpoints/4"]
+        == ("of an earlier version, which kept no digests")
+    )
+
+
+def test_a_value_that_has_changed_is_found(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4, 5]))
+    workdir = save_run(tmp_path / "run", dataset)
+    assert not [finding for finding in verify(workdir) if finding.problem]
+    file = workdir / "best" / "1" / "digests" / "arrays.json"
+    recorded = json.loads(file.read_text())
+    name = "item_embedding/embedding"
+    file.write_text(json.dumps(recorded | {name: "0" * 64}))
+    with pytest.raises(UserError, match=f"the values of {name} are not those that were saved"):
+        load_model(workdir)
+    problems = [finding for finding in verify(workdir) if finding.problem]
+    assert problems[0].part == workdir / "best" / "1"
+    assert f"best/1 is damaged: the values of {name}" in problems[0].problem
+
+
+def test_arrays_that_differ_in_anything_have_other_digests():
+    zeros = np.zeros((2, 3), np.float32)
+    others = [zeros.T, zeros.astype(np.int32), zeros[:1], -zeros, zeros.reshape(-1)]
+    found = [digests({"a": [array]})["a/0"] for array in [zeros, *others]]
+    assert len(set(found)) == 6
+    assert digests({"a": [zeros.T.copy().T]})["a/0"] == found[0]  # however it lies in memory
+
+
+def test_settings_that_have_changed_are_found(tmp_path):
+    workdir = save_run(tmp_path / "run", write_dataset(tmp_path / "d", random_histories([3, 4])))
+    path = workdir / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"dataset": "moved"}))  # which is allowed
+    assert read_settings(path).dataset == "moved"
+    values["data"]["max_length"] += 1
+    path.write_text(json.dumps(values))
+    with pytest.raises(UserError, match=r"config\.json does not hold the values that were written"):
+        read_settings(path)
 
 
 def test_no_run_directory(tmp_path):

@@ -110,6 +110,51 @@ def test_another_dataset(folder, command, tmp_path, capsys):
     check_sentence(code, capsys, "was trained on 30 items and")
 
 
+def test_another_dataset_of_the_same_size(folder, command, tmp_path, capsys):
+    other = write_dataset(tmp_path / "other", random_histories(LENGTHS, seed=1))
+    code = command("--workdir", folder / "run", "--dataset", other)
+    check_sentence(code, capsys, "is not the dataset that the run in")
+
+
+def test_a_dataset_that_has_moved(folder, command, tmp_path):
+    shutil.copytree(folder / "data", tmp_path / "moved")
+    assert command("--workdir", folder / "run", "--dataset", tmp_path / "moved") == 0
+
+
+def test_results_name_their_data(folder, command, tmp_path):
+    out, best = tmp_path / "out.json", tmp_path / "best.parquet"
+    flags = ["--json", out, "--predictions", best, "--top-k", 10**30]
+    assert command("--workdir", folder / "run", *flags) == 0
+    content = json.loads((folder / "data" / "dataset.json").read_text())["content"]
+    assert json.loads(out.read_text())["content"] == content
+    schema = pq.read_schema(best)
+    assert json.loads(schema.metadata[b"tim4rec.content"]) == content
+    assert pq.read_table(best)["rank"].to_numpy().max() == 30  # all that there are
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--json", "{out}", "--csv", "{out}"], "two results cannot both be written to"),
+        (["--json", "{run}/config.json"], "belongs to a run or a dataset and is not replaced"),
+        (["--csv", "{data}/items.parquet"], "belongs to a run or a dataset and is not replaced"),
+        (["--predictions", "{run}/best/1/commit_success.txt"], "belongs to a run"),
+    ],
+)
+def test_nothing_of_a_run_or_a_dataset_is_replaced(folder, command, tmp_path, capsys, flags, words):
+    places = dict(run=folder / "run", data=folder / "data", out=tmp_path / "out")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    code = command("--workdir", folder / "run", *(flag.format(**places) for flag in flags))
+    check_sentence(code, capsys, words)
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert not list(tmp_path.iterdir())
+
+
+def test_batches_too_large_for_the_memory(folder, command, capsys, monkeypatch):
+    monkeypatch.setattr("tim4rec_jax.runtime.host_memory", lambda: 1000)
+    check_sentence(command("--workdir", folder / "run"), capsys, "batches of 8 users with 6 events")
+
+
 def test_weights_that_are_not_finite(folder, command, tmp_path, capsys):
     workdir = save_run(tmp_path / "run", folder / "data", lambda leaf: leaf * np.nan)
     check_sentence(command("--workdir", workdir), capsys, "not finite")

@@ -74,6 +74,13 @@ def test_scores_are_those_of_the_model(tmp_path, dataset, model):
     assert row["score"] == pytest.approx((table @ hidden)[1:].max(), rel=1e-5)
 
 
+def test_more_than_the_memory_holds(tmp_path, dataset, model, monkeypatch):
+    monkeypatch.setattr("tim4rec_jax.runtime.host_memory", lambda: 1000)
+    with pytest.raises(UserError, match=r"30 predictions for each of 3 users at once take .* GB"):
+        write_predictions(tmp_path / "top.parquet", model, dataset, "test", 10**12, **SETTINGS)
+    assert not list(tmp_path.iterdir())
+
+
 FULL_DISK = """
 import resource, signal, sys
 from pathlib import Path

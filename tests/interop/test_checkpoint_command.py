@@ -70,6 +70,37 @@ def test_double_precision_weights_are_rounded(tmp_path, golden):
     assert load_model(tmp_path / "run")[1].item_embedding.embedding.dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_items": 10**12}, "makes a model of 16,000"),
+        ({"n_items": "x"}, "n_items is 'x': expected int"),
+        ({"n_items": -5}, "n_items is -5, the padding included"),
+        ({"hidden_size": 16.5}, "hidden_size is 16.5: expected int"),
+        ({"norm_eps": float("nan")}, "norm_eps is nan: expected float"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000"),
+        ({"hidden_size": ["x"] * 9}, "hidden_size is a list: expected int"),
+        ({"model": ["TiM4Rec"]}, "model is a list: readable are"),
+        ({"conv_path": 3}, "conv_path is 3: expected str"),
+    ],
+)
+def test_settings_that_make_no_model(tmp_path, golden, change, message):
+    path = torch_save(recbole_checkpoint(golden.state_dict, golden.config | change), tmp_path / "x")
+    with pytest.raises(UserError, match=message) as error:
+        main([str(path), "--workdir", str(tmp_path / "run")])
+    assert len(str(error.value)) < 400
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, 1e300])
+def test_weights_that_are_not_finite(tmp_path, golden, value):
+    bias = golden.state_dict["layer_norm_time.bias"]
+    weights = golden.state_dict | {"layer_norm_time.bias": np.full(bias.shape, value)}
+    path = torch_save(recbole_checkpoint(weights, golden.config), tmp_path / "x.pth")
+    with pytest.raises(UserError, match=r"layer_norm_time\.bias holds values that are not finite"):
+        main([str(path), "--workdir", str(tmp_path / "run")])
+
+
 def test_a_used_run_directory_is_left_alone(tmp_path, checkpoint):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").touch()
@@ -86,7 +117,14 @@ def test_a_dataset_with_other_items(tmp_path, checkpoint):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(None, "does not exist"), ("a: [1", "is no YAML file"), ("- 1\n- 2\n", "holds no settings")],
+    [
+        (None, "does not exist"),
+        ("a: [1", "is no YAML file"),
+        ("- 1\n- 2\n", "holds no settings"),
+        ("a: " + "[" * 50_000, "is no YAML file"),
+        ("a: 2020-99-99", "is no YAML file"),
+        ("a: 1" + " " * 2**20, "is no YAML file: File too large|is larger"),
+    ],
 )
 def test_a_config_file_that_cannot_be_used(tmp_path, checkpoint, content, message):
     settings = tmp_path / "config.yaml"

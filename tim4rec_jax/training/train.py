@@ -327,6 +327,8 @@ def _train(
             "epochs": step // per_epoch,
             "seconds": time.perf_counter() - begun,
             "seed": config.seed,
+            "dataset": dataset.name,
+            "content": dataset.metadata.get("content", {}),
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
