@@ -278,14 +278,14 @@ def test_damaged_settings(copied):
 
 
 def test_another_dataset_in_the_same_place(tmp_path, monkeypatch):
-    """Another number of items, and the same numbers in another order."""
+    """Another number of items, and as many other events."""
     config = quick_config(tmp_path / "data", epochs=1)
     write_dataset(tmp_path / "data", random_histories([8] * 4))
     scripted(monkeypatch, [0.1])
     train(config, tmp_path / "run")
-    for what, changes in {"items": {"n_items": 31}, "order": {"order": "recbole"}}.items():
+    for what, seed, n_items in (("items", 0, 31), ("items, sequences", 1, 30)):
         shutil.rmtree(tmp_path / "data")
-        write_dataset(tmp_path / "data", random_histories([8] * 4), **changes)
+        write_dataset(tmp_path / "data", random_histories([8] * 4, seed=seed), n_items=n_items)
         with pytest.raises(UserError, match=rf"not the dataset that the run .* \(other {what}\)"):
             train(config, tmp_path / "run")
 
