@@ -32,13 +32,17 @@ MAX_ROWS = 1024  # how many histories are computed at once
 # each number of users; the loop itself ends after the last event.
 _STEPS = (1, 16, 512)
 _MIN_WIDTH = 8
+# The sizes of a service. A CPU gains nothing by more rows, and the step loop ends after the last
+# event of each user, whatever there is room for.
+_SERVICE_ROWS, _SERVICE_WIDTH = (1, 4, 16, 64), 32
+_SERVICE_STEPS, _SERVICE_KS = (512,), (16, 128, 1024)
 
 
 class Sizes(NamedTuple):
     """The only sizes that anything is padded to once `CompiledModel.compile_ahead` has run.
 
     Attributes:
-        rows: the numbers of histories computed at once. A CPU gains nothing by more.
+        rows: the numbers of histories computed at once.
         widths: the numbers of events of a history, the longest of them `max_length`.
         steps: the numbers of new events of a user that one call takes.
         ks: the numbers of items looked for.
@@ -87,6 +91,7 @@ class CompiledModel:
         repeat_bias: what the model adds to the scores of items that the history holds, or `None`.
         supports_step: whether users have a state of fixed size; see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
+        no_events: the state of a user without events, if the model supports steps.
         fingerprint: a digest of everything that a user's state depends on.
         sizes: the sizes that everything is padded to, or `None` for powers of two; see
             `compile_ahead`.
@@ -112,13 +117,14 @@ class CompiledModel:
         self.table: Array = model.item_table()
         self.repeat_bias: Array | None = model.repeat_bias()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
+        self.no_events = b""
         if self.supports_step:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
             state = jax.jit(lambda: model.init_state(1))()
             _, hidden = jax.eval_shape(model.step, state, *one)
             initial = jax.tree.map(np.asarray, state), np.zeros(hidden.shape, hidden.dtype)
             self._initial, self._carry = jax.tree.flatten(initial)
-            [self._no_events] = _pack(initial, 1)
+            [self.no_events] = _pack(initial, 1)
 
     @property
     def max_rows(self) -> int:
@@ -136,13 +142,9 @@ class CompiledModel:
         and filters, as long as `k` is at most 1,000 and no call has more than `max_rows` rows.
         Other sizes would compile a program each, which takes a second and is never freed.
         """
-        short = (32,) if self.max_length > 48 else ()
-        self.sizes = sizes = Sizes(
-            rows=(1, 4, 16, 64),
-            widths=(*short, self.max_length),
-            steps=(512,),
-            ks=(16, 128, 1024),
-        )
+        widths = {min(_SERVICE_WIDTH, self.max_length), self.max_length}
+        sizes = Sizes(_SERVICE_ROWS, tuple(sorted(widths)), _SERVICE_STEPS, _SERVICE_KS)
+        self.sizes = sizes
         for rows in sizes.rows:
             moments = np.ones(rows, np.int64) if self.knows_next_time else None
             for width in sizes.widths:
@@ -307,7 +309,7 @@ class CompiledModel:
         ends = list(itertools.accumulate(leaf.nbytes for leaf in self._initial))
         leaves = [np.zeros((rows, leaf.nbytes), np.uint8) for leaf in self._initial]
         for row, state in enumerate(states):
-            packed = np.frombuffer(state or self._no_events, np.uint8)
+            packed = np.frombuffer(state or self.no_events, np.uint8)
             for leaf, end in zip(leaves, ends, strict=True):
                 leaf[row] = packed[end - leaf.shape[1] : end]
         leaves = [

@@ -259,22 +259,22 @@ class Recommender:
         Returns:
             Whether the store knew the user.
         """
-        return self.store.delete(str(user))
+        return self._users.delete(str(user))
 
     def stored(self, user: Any) -> tuple[Events, bytes | None]:
         """The known events of a user of the store, and the state after them if it is kept.
 
         The state is `None` for a model without states, and where it must be computed first
-        (`compute_state`).
+        (`compute_states`).
         """
         # In this order, no item is recommended again whose event the state has taken in.
         state = self._users.kept_state(str(user)) if self.model.supports_step else None
         events, _ = self._users.log(str(user))
         return events, state
 
-    def compute_state(self, user: Any) -> bytes:
-        """The state of a user who has events; it is computed from the log where none is kept."""
-        return self._users.state(str(user))
+    def compute_states(self, users: Sequence[Any]) -> list[bytes]:
+        """The states of users of the store; they are computed from the log where none is kept."""
+        return self._users.states([str(user) for user in users])
 
     def recommend_user(
         self,
@@ -294,7 +294,7 @@ class Recommender:
         events, state = self.stored(user)
         query = self.ranker.query(events, k, at, exclude_seen, allow, deny)
         if self.model.supports_step and events.items.size:
-            state = self.compute_state(user) if state is None else state
+            [state] = self.compute_states([user]) if state is None else [state]
             query = query._replace(hidden=self.model.hidden(state))
         return self.answer([query])[0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -40,6 +41,7 @@ class Users:
 
     def __init__(self, model: CompiledModel, catalogue: Catalogue, store: Store):
         self.model, self.catalogue, self.store = model, catalogue, store
+        self._deletions, self._deleting = 0, threading.Lock()
 
     def log(self, user: str) -> tuple[Events, int]:
         """All events of a user that the model knows, and the number of all events."""
@@ -50,22 +52,48 @@ class Users:
         return Events(items[known], times, np.array([0, len(times)])), len(ids)
 
     def kept_state(self, user: str) -> bytes | None:
-        """The state of a user, unless it must be computed first; see `state`."""
+        """The state of a user, unless it must be computed first; see `states`."""
         [snapshot] = self.store.snapshots([user], self.model.fingerprint)
         return snapshot.state
 
     def state(self, user: str) -> bytes:
-        """The state of a user who has events, for a model that supports steps.
+        """The state of a user who has events, for a model that supports steps."""
+        return self.states([user])[0]
+
+    def states(self, users: Sequence[str]) -> list[bytes]:
+        """The states of users, for a model that supports steps.
 
         A state that is missing, or that another model made, is computed from the log and kept.
         """
-        if (kept := self.kept_state(user)) is not None:
-            return kept
-        events, count = self.log(user)
-        [state] = self.model.advance([NewEvents(None, None, events.items, events.timestamps)])
-        # The store refuses this state if an event has come meanwhile.
-        self.store.apply([Change(user, count, [], [], state)], self.model.fingerprint)
-        return state
+        deletions = self._deletions
+        snapshots = self.store.snapshots(users, self.model.fingerprint)
+        states = {
+            user: self.model.no_events if snapshot.state is None else snapshot.state
+            for user, snapshot in zip(users, snapshots, strict=True)
+        }
+        missing = {
+            user: self.log(user)
+            for user, snapshot in zip(users, snapshots, strict=True)
+            if snapshot.state is None
+        }
+        logs = {user: log for user, log in missing.items() if log[0].items.size}
+        if logs:
+            new = [NewEvents(None, None, log.items, log.timestamps) for log, _ in logs.values()]
+            computed = dict(zip(logs, self.model.advance(new), strict=True))
+            states |= computed
+            changes = [Change(user, logs[user][1], [], [], computed[user]) for user in logs]
+            with self._deleting:
+                # The store refuses the state of a user who has got an event meanwhile. But it
+                # could not tell the log of somebody who was deleted from a new one.
+                if deletions == self._deletions:
+                    self.store.apply(changes, self.model.fingerprint)
+        return [states[user] for user in users]
+
+    def delete(self, user: str) -> bool:
+        """Forgets a user; see `Store.delete`."""
+        with self._deleting:
+            self._deletions += 1
+            return self.store.delete(user)
 
     def update(self, updates: Sequence[Update]) -> list[UserError | None]:
         """Adds events of many callers at once.
@@ -114,6 +142,7 @@ class Users:
         errors: list[UserError | None],
     ) -> dict[str, list[tuple[int, NewOnes]]]:
         """Returns the users that must be tried again."""
+        deletions = self._deletions
         snapshots = self.store.snapshots(list(pending), self.model.fingerprint)
         changes, inputs = [], {}
         for (user, parts), snapshot in zip(pending.items(), snapshots, strict=True):
@@ -136,10 +165,17 @@ class Users:
             ids = [self.catalogue.ids[item - 1] for item, _ in merged]
             times = [time for _, time in merged]
             changes.append(Change(user, snapshot.events, ids, times, None))
+        if sizes := self.model.sizes:
+            # A service has others waiting, so it leaves long work until the user comes back.
+            inputs = {u: new for u, new in inputs.items() if len(new.items) <= sizes.steps[-1]}
+            inputs = inputs if len(inputs) <= self.model.max_rows else {}
         if inputs:
             states = dict(zip(inputs, self.model.advance(list(inputs.values())), strict=True))
             changes = [change._replace(state=states.get(change.user)) for change in changes]
-        done = self.store.apply(changes, self.model.fingerprint)
+        with self._deleting:
+            if deletions != self._deletions:
+                return pending
+            done = self.store.apply(changes, self.model.fingerprint)
         again = [change.user for change, ok in zip(changes, done, strict=True) if not ok]
         return {user: pending[user] for user in again}
 

@@ -65,7 +65,8 @@ class Service:
         metrics: the counters and histograms.
         answers: answers queries with the model.
         reads: reads users from the store.
-        writes: stores events, deletes users and computes states.
+        states: computes the states of users that the store does not keep.
+        writes: stores events and deletes users.
         checks: reads and checks large requests.
         lookups: searches the catalogue.
     """
@@ -82,6 +83,7 @@ class Service:
             observe=self.metrics.batch.observe,
         )
         self.reads = Batcher("reads", _read, max_batch=16, max_waiting=128, max_seconds=1.0)
+        self.states = Batcher("states", _states, max_batch=16, max_waiting=64, max_seconds=2.0)
         self.writes = Batcher("writes", _write, max_batch=64, max_waiting=256, max_seconds=2.0)
         self.checks = Batcher("checks", _call, max_batch=1, max_waiting=8, max_seconds=2.0)
         self.lookups = Batcher("lookups", _call, max_batch=1, max_waiting=16, max_seconds=1.0)
@@ -90,7 +92,7 @@ class Service:
     async def running(self, app: FastAPI) -> AsyncIterator[None]:
         """Works as long as the application runs."""
         del app
-        batchers = (self.answers, self.reads, self.writes, self.checks, self.lookups)
+        batchers = [part for part in vars(self).values() if isinstance(part, Batcher)]
         tasks = [asyncio.create_task(batcher.run()) for batcher in batchers]
         yield
         for task in tasks:
@@ -134,7 +136,7 @@ class Service:
             )
             if recommender.model.supports_step and events.items.size:
                 if state is None:
-                    state = await self.writes(_ComputeState(recommender, user), alive)
+                    state = await self.states((recommender, user), alive)
                 query = query._replace(hidden=recommender.model.hidden(state))
         found = await self.answers((recommender, query), alive)
         self.metrics.count(found)
@@ -167,28 +169,28 @@ class _Forget(NamedTuple):
         return self.recommender.delete_user(self.user)
 
 
-class _ComputeState(NamedTuple):
-    recommender: Recommender
-    user: str
-
-    def __call__(self) -> bytes:
-        return self.recommender.compute_state(self.user)
-
-
 def _answer(requests: list[tuple[Recommender, RankerQuery]]) -> list[Recommendations]:
     """Answers queries. Where a new run has just been loaded, there are two recommenders."""
-    answers = []
+    return _by_recommender(requests, lambda recommender, queries: recommender.answer(queries))
+
+
+def _states(requests: list[tuple[Recommender, str]]) -> list[bytes]:
+    return _by_recommender(requests, lambda recommender, users: recommender.compute_states(users))
+
+
+def _by_recommender(requests: list[tuple[Recommender, Any]], function: Callable) -> list[Any]:
+    results = []
     for _, group in itertools.groupby(requests, key=lambda request: id(request[0])):
-        recommenders, queries = zip(*group, strict=True)
-        answers += recommenders[0].answer(queries)
-    return answers
+        recommenders, members = zip(*group, strict=True)
+        results += function(recommenders[0], members)
+    return results
 
 
 def _read(requests: list[tuple[Recommender, str]]) -> list[Any]:
     return [_attempt(partial(recommender.stored, user)) for recommender, user in requests]
 
 
-def _write(requests: list[_Tell | _Forget | _ComputeState]) -> list[Any]:
+def _write(requests: list[_Tell | _Forget]) -> list[Any]:
     """Does what is asked in this order; neighbours that tell events are stored together."""
     results: list[Any] = []
     for _, group in itertools.groupby(requests, key=lambda one: (type(one), id(one.recommender))):

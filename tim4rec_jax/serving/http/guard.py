@@ -83,7 +83,11 @@ class Guard:
     def _refusal(self, scope: Scope) -> tuple | None:
         """Status, body and headers of a refusal, if there is a reason for one."""
         headers = dict(scope["headers"])  # of several with one name, the last
-        if self.hosts is not None and _host(headers.get(b"host", b"")) not in self.hosts:
+        host = headers.get(b"host")
+        if host is None:
+            if scope["http_version"] != "1.0":
+                return 400, error_body("invalid_request", "the header Host is missing")
+        elif self.hosts is not None and _host(host) not in self.hosts:
             return 400, error_body("invalid_request", "this service has another host name")
         path = scope["path"]
         if self.expected is not None and path not in _OPEN:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from fastapi import FastAPI
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.runtime import enable_compilation_cache
@@ -86,20 +87,9 @@ def serve(
     app = create_app(recommender, token=token, hosts=hosts)
     # A thread that computes in Python gives way to the event loop after this many seconds.
     sys.setswitchinterval(0.0005)
-    config = uvicorn.Config(
-        app,
-        http=Connection,
-        ws="none",
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_keep_alive=IDLE_SECONDS,
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
-    )
     _allow_open_files(2 * MAX_CONNECTIONS)
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
-    _Server(config, app.state.service, load).run(sockets=[listener])
+    Server(app, load).run(sockets=[listener])
 
 
 def _read_token(path: Path) -> str:
@@ -123,20 +113,41 @@ def _allow_open_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Looks after its connections, loads the run again on SIGHUP, and always ends in time."""
 
-    def __init__(self, config: uvicorn.Config, service: Service, load: Callable[[], Recommender]):
-        super().__init__(config)
-        self._service, self._load, self._loading = service, load, threading.Lock()
+    def __init__(self, app: FastAPI, load: Callable[[], Recommender]):
+        """Prepares a server.
+
+        Args:
+            app: from `create_app`.
+            load: makes the recommender to go on with after SIGHUP.
+        """
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=Connection,
+                ws="none",
+                log_level="error",
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                timeout_keep_alive=IDLE_SECONDS,
+                timeout_graceful_shutdown=_DRAIN_SECONDS,
+            )
+        )
+        self._service: Service = app.state.service
+        self._load, self._loading = load, threading.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begins to answer."""
         await super().startup(sockets)
-        thread = functools.partial(threading.Thread, target=self._reload, daemon=True)
-        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: thread().start())
+        if threading.current_thread() is threading.main_thread():  # no other gets signals
+            thread = functools.partial(threading.Thread, target=self.reload, daemon=True)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: thread().start())
 
-    def _reload(self) -> None:
+    def reload(self) -> None:
+        """Goes on with the recommender that is loaded now; requests are answered meanwhile."""
         with self._loading:
             try:
                 self._service.recommender = self._load()
