@@ -280,6 +280,8 @@ class CompiledModel:
         for first in range(0, inside.shape[1], width):
             part = (array[:, first : first + width] for array in (items, gaps))
             left = np.clip(counts - first, 0, width)
+            # From the host, because arrays of the device would be a program of their own.
+            carry = jax.tree.map(np.asarray, carry)
             carry = self._programs.advance(self._params, carry, *part, left)
         return _pack(carry, len(users))
 

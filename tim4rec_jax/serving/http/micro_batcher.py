@@ -42,7 +42,7 @@ class Batcher:
         *,
         max_batch: int,
         max_waiting: int,
-        max_seconds: float,
+        max_seconds: int | float,
         observe: Callable[[int], None] = lambda size: None,
     ):
         """Prepares a batcher; `run` must be running for calls to be answered.
