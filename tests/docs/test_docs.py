@@ -10,11 +10,27 @@ from pathlib import Path
 
 import pytest
 
+from tests.training.tiny_run import quick_config
+
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCK.search(page.read_text())]
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """The configuration "causal" with a model that compiles in a second."""
+
+    def load(named):
+        assert named == "causal"
+        config = quick_config("")
+        config.train.update(objective="every_position", batch_size=16)
+        return config
+
+    monkeypatch.setattr("tim4rec_jax.api.load_config", load)
+
+
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -34,4 +50,4 @@ def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
 
 
 def test_there_are_pages_with_code():
-    assert {"add-a-model", "layer"} <= {page.stem for page in PAGES}
+    assert {"add-a-model", "get-started", "layer"} <= {page.stem for page in PAGES}
