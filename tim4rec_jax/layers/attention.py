@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.export import is_symbolic_dim
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import ALL, NORMAL, Dense, dropout, fold, gelu, layer_norm
@@ -18,6 +17,7 @@ from tim4rec_jax.layers.checks import (
     check_sizes,
 )
 from tim4rec_jax.ssd import finite, finite_inputs
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.segments import first_positions
 
 # Causal attention cuts the queries into at most 4 blocks of at least 25 positions. Most scores
@@ -27,7 +27,7 @@ _BLOCKS, _LEAST_BLOCK = 4, 25
 
 
 def causal_mask(
-    length: Any, segment_ids: Int[ArrayLike, "B L"] | None = None
+    length: Any, segment_ids: Int[AnyArray, "B L"] | None = None
 ) -> Bool[Array, "#B 1 L L"]:
     """Returns a mask that is true for the keys up to the query's position in the same segment.
 
@@ -45,7 +45,7 @@ def causal_mask(
     return mask & (first[:, None, :, None] == first[:, None, None, :])
 
 
-def segment_positions(segment_ids: Int[ArrayLike, "B L"]) -> Int[Array, "B L"]:
+def segment_positions(segment_ids: Int[AnyArray, "B L"]) -> Int[Array, "B L"]:
     """Returns the position of each event in its segment, counted from 0."""
     first = first_positions(segment_ids)
     return jnp.arange(first.shape[1]) - first
@@ -117,8 +117,8 @@ class Attention(nnx.Module):
 
     def __call__(
         self,
-        h: Float[ArrayLike, "B L D"],
-        mask: Bool[ArrayLike, "#B 1 #L L"],
+        h: Float[AnyArray, "B L D"],
+        mask: Bool[AnyArray, "#B 1 #L L"],
         seeds: UInt32[Array, "B"] | None = None,
         relation: Relation | None = None,
         *,
@@ -145,7 +145,7 @@ class Attention(nnx.Module):
     def _attend(self, h, mask, seeds, relation, causal):
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
-        length = h.shape[1]
+        length: Any = h.shape[1]
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))
         if is_symbolic_dim(length):
             causal = False  # how many blocks there are would depend on the length

@@ -5,11 +5,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
 from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import causal_convolution
 
 ALL = slice(None)
@@ -52,7 +52,7 @@ class Dense(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[ArrayLike, "*batch I"], outputs: slice = ALL
+        self, x: Float[AnyArray, "*batch I"], outputs: slice = ALL
     ) -> Float[Array, "*batch O"]:
         """Computes in `dtype` all outputs, or only `outputs` for their share of the cost."""
         kernel = self.kernel[:, outputs].astype(self.dtype)
@@ -119,7 +119,7 @@ class CausalConv(nnx.Module):
         self.dtype, self.channels_first = dtype, channels_first
 
     def __call__(
-        self, x: Float[ArrayLike, "B L C"], segment_ids: Int[ArrayLike, "B L"] | None = None
+        self, x: Float[AnyArray, "B L C"], segment_ids: Int[AnyArray, "B L"] | None = None
     ) -> Float[Array, "B L C"]:
         """Convolves each channel with its own taps, within each segment of each row.
 
@@ -221,7 +221,7 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def take_position(
-    x: Float[ArrayLike, "B L ..."], position: Int[ArrayLike, "B"]
+    x: Float[AnyArray, "B L ..."], position: Int[AnyArray, "B"]
 ) -> Float[Array, "B ..."]:
     """x[b, position[b]] for every row b."""
     return jax.vmap(lambda row, p: jax.lax.dynamic_index_in_dim(row, p, keepdims=False))(

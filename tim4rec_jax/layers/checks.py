@@ -61,7 +61,7 @@ def activation_name(value: Any, heads: int) -> str:
     raise ValueError(f"activation must be {names}, got {value!r}")
 
 
-def activation_function(value: Any) -> Callable[[jax.Array], jax.Array]:
+def activation_function(value: Any) -> Callable[[jax.Array], Any]:
     """Returns a function by its name, or the function that is given.
 
     Raises:

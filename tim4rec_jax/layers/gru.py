@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
 from tim4rec_jax.layers.checks import check_sizes
 from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.derivatives import custom_gradient
 
 
@@ -158,7 +158,7 @@ class GRU(nnx.Module):
         self.dtype = dtype
 
     def __call__(
-        self, x: Float[ArrayLike, "L B I"], starts: Bool[ArrayLike, "L B"] | None = None
+        self, x: Float[AnyArray, "L B I"], starts: Bool[AnyArray, "L B"] | None = None
     ) -> Float[Array, "L B H"]:
         """Returns the states after every position.
 
@@ -168,13 +168,15 @@ class GRU(nnx.Module):
             ids [B,L] it is `tim4rec_jax.ssd.segments.starts(ids).T`.
         """
 
+        begins = None if starts is None else jnp.asarray(starts)
+
         def run(x):
             inputs = self._inputs(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1)
-            return gru(inputs, self.recurrent.astype(self.dtype), starts)
+            return gru(inputs, self.recurrent.astype(self.dtype), begins)
 
         if finite.known():
             return run(x)
-        ids = None if starts is None else jnp.cumsum(jnp.asarray(starts).T, axis=1)
+        ids = None if begins is None else jnp.cumsum(begins.T, axis=1)
         rows, _, mark = finite.guard(x.swapaxes(0, 1), ids)
         return mark(run(rows.swapaxes(0, 1)).swapaxes(0, 1)).swapaxes(0, 1)
 

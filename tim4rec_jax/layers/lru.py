@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import take_position
@@ -18,6 +17,7 @@ from tim4rec_jax.layers.block import ResidualBlock
 from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
 from tim4rec_jax.runtime import target
 from tim4rec_jax.ssd import finite, segments
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.derivatives import custom_gradient
 
 
@@ -88,8 +88,9 @@ def _run(decay, inputs, starts, implementation):
 
 @functools.cache
 def _differentiable(implementation):
-    forward, backward = (functools.partial(f, implementation) for f in (_forward, _backward))
-    return custom_gradient(forward, backward)
+    return custom_gradient(
+        functools.partial(_forward, implementation), functools.partial(_backward, implementation)
+    )
 
 
 def _forward(implementation, decay, inputs, starts):
@@ -168,7 +169,7 @@ class LRU(nnx.Module):
         self.out_bias = nnx.Param(draw(rngs.params(), (2, width), param_dtype))
 
     def __call__(
-        self, x: Float[ArrayLike, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
+        self, x: Float[AnyArray, "B L D"], segment_ids: Int[AnyArray, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
         """Mixes each segment of each row.
 
@@ -189,7 +190,7 @@ class LRU(nnx.Module):
         return finite.call_guarded(mix, (x,), segment_ids)
 
     def states(
-        self, x: Float[Array, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
+        self, x: Float[Array, "B L D"], segment_ids: Int[AnyArray, "B L"] | None = None
     ) -> Complex:
         """Returns the states after every position, [L, B, S]; `x` must be finite."""
         starts = None if segment_ids is None else segments.starts(segment_ids).T

@@ -18,30 +18,30 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.export import is_symbolic_dim
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
 from tim4rec_jax.layers.block import ResidualBlock
 from tim4rec_jax.layers.checks import check_segments, check_shape, check_sizes
 from tim4rec_jax.ssd import finite, finite_inputs
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.derivatives import custom_gradient
 from tim4rec_jax.ssd.segments import starts
 
 
 def selective_scan(
-    u: Float[ArrayLike, "B L D"],
-    delta: Float[ArrayLike, "B L D"],
-    A: Float[ArrayLike, "D N"],
-    B: Float[ArrayLike, "B L N"],
-    C: Float[ArrayLike, "B L N"],
-    D: Float[ArrayLike, " D"] | None = None,
+    u: Float[Array, "B L D"],
+    delta: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, " D"] | None = None,
     *,
-    z: Float[ArrayLike, "B L D"] | None = None,
-    delta_bias: Float[ArrayLike, " D"] | None = None,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
     delta_softplus: bool = False,
-    initial_state: Float[ArrayLike, "B D N"] | None = None,
-    segment_ids: Int[ArrayLike, "B L"] | None = None,
+    initial_state: Float[Array, "B D N"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """The selective scan over whole rows.
 
@@ -119,7 +119,7 @@ def selective_scan_last(
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B N"],
-    lengths: Int[ArrayLike, " B"],
+    lengths: Int[AnyArray, " B"],
 ) -> Float[Array, "B D"]:
     """The output at position `lengths - 1`, without skip and gate.
 
@@ -323,7 +323,7 @@ class Mamba(nnx.Module):
         self.out_proj = Dense(self.inner, width, use_bias=False, **kwargs)
 
     def __call__(
-        self, h: Float[ArrayLike, "B L D"], segment_ids: Int[ArrayLike, "B L"] | None = None
+        self, h: Float[AnyArray, "B L D"], segment_ids: Int[AnyArray, "B L"] | None = None
     ) -> Float[Array, "B L D"]:
         """Mixes each segment of each row.
 
@@ -346,9 +346,7 @@ class Mamba(nnx.Module):
         y, _ = selective_scan(u, dt, self._rates(), B, C, self.D[...], z=z, segment_ids=segment_ids)
         return self.out_proj(y)
 
-    def last(
-        self, h: Float[ArrayLike, "B L D"], lengths: Int[ArrayLike, "B"]
-    ) -> Float[Array, "B D"]:
+    def last(self, h: Float[AnyArray, "B L D"], lengths: Int[AnyArray, "B"]) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
         h = finite.zero_behind(lengths, h)
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner, None))
@@ -365,7 +363,7 @@ class Mamba(nnx.Module):
         return MambaState(window, jnp.zeros((batch, self.inner, self.state), self.D.dtype))
 
     def step(
-        self, state: MambaState, h: Float[ArrayLike, "B D"]
+        self, state: MambaState, h: Float[AnyArray, "B D"]
     ) -> tuple[MambaState, Float[Array, "B D"]]:
         """`__call__` for one more position of each row: the next state, and the output there."""
         mixed, z = jnp.split(self.in_proj(h), 2, axis=-1)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, take_position
@@ -24,6 +23,7 @@ from tim4rec_jax.layers.checks import (
 )
 from tim4rec_jax.layers.time import GapModulation
 from tim4rec_jax.ssd import ssd, ssd_step, time_aware_ssd_block
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.finite import call_guarded, zero_behind
 from tim4rec_jax.ssd.fused_block import has_kernel
@@ -145,7 +145,7 @@ class SSDLayer(nnx.Module):
         self,
         projected: Float[Array, "B L E"],
         time_factor: Float[Array, "B L H"] | None,
-        segment_ids: Int[ArrayLike, "B L"] | None = None,
+        segment_ids: Int[AnyArray, "B L"] | None = None,
     ) -> dict[str, Any]:
         """Arguments of `time_aware_ssd_block`, which is all between the two projections."""
         return dict(
@@ -213,9 +213,9 @@ class CausalSSD(SSDLayer):
 
     def __call__(
         self,
-        h: Float[ArrayLike, "B L D"],
+        h: Float[AnyArray, "B L D"],
         time: GapModulation | None = None,
-        segment_ids: Int[ArrayLike, "B L"] | None = None,
+        segment_ids: Int[AnyArray, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Mixes each segment of each row.
 
@@ -258,9 +258,9 @@ class CausalSSD(SSDLayer):
 
     def last(
         self,
-        h: Float[ArrayLike, "B L D"],
+        h: Float[AnyArray, "B L D"],
         time: GapModulation | None,
-        lengths: Int[ArrayLike, "B"],
+        lengths: Int[AnyArray, "B"],
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each.
 
@@ -288,7 +288,7 @@ class CausalSSD(SSDLayer):
     def step(
         self,
         state: LayerState,
-        h: Float[ArrayLike, "B D"],
+        h: Float[AnyArray, "B D"],
         time: GapModulation | None = None,
     ) -> tuple[LayerState, Float[Array, "B D"]]:
         """`__call__` for one more position of each row.
@@ -362,9 +362,9 @@ class TimeAwareSSD(SSDLayer):
 
     def __call__(
         self,
-        h: Float[ArrayLike, "B L D"],
-        factor: Float[ArrayLike, "B L H"] | None = None,
-        segment_ids: Int[ArrayLike, "B L"] | None = None,
+        h: Float[AnyArray, "B L D"],
+        factor: Float[AnyArray, "B L H"] | None = None,
+        segment_ids: Int[AnyArray, "B L"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Mixes each segment of each row.
 
@@ -409,9 +409,9 @@ class TimeAwareSSD(SSDLayer):
 
     def last(
         self,
-        h: Float[ArrayLike, "B L D"],
-        factor: Float[ArrayLike, "B L H"] | None,
-        lengths: Int[ArrayLike, "B"],
+        h: Float[AnyArray, "B L D"],
+        factor: Float[AnyArray, "B L H"] | None,
+        lengths: Int[AnyArray, "B"],
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each.
 
@@ -438,8 +438,8 @@ class TimeAwareSSD(SSDLayer):
     def step(
         self,
         state: LayerState,
-        h: Float[ArrayLike, "B D"],
-        factor: Float[ArrayLike, "B H"] | None = None,
+        h: Float[AnyArray, "B D"],
+        factor: Float[AnyArray, "B H"] | None = None,
     ) -> tuple[LayerState, Float[Array, "B D"]]:
         """`__call__` for one more position of each row.
 

@@ -6,12 +6,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
 from tim4rec_jax.layers.checks import activation_name, check_eps, check_rate, check_sizes
 from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 
 # The time stream of the paper (arXiv 2409.16182, section 3.2) turns gaps into a factor on every
@@ -178,7 +178,7 @@ KNOTS = 24
 _LONGEST = 10 * 365.25 * 86_400.0  # seconds; longer gaps count as this
 
 
-def gap_features(gaps: Float[ArrayLike, "*batch"]) -> Float[Array, "*batch K"]:
+def gap_features(gaps: Float[AnyArray, "*batch"]) -> Float[Array, "*batch K"]:
     """K = `KNOTS` hat functions of log(1 + gap), of which two neighbours are > 0 and add up to 1.
 
     Every piecewise linear function of the logarithm is a linear map of these features. It is exact
@@ -225,7 +225,7 @@ class GapModulator(nnx.Module):
         self.kernel = nnx.Param(jnp.zeros((KNOTS, width + 2 * heads), param_dtype))
         self.cuts = (width, width + heads)
 
-    def __call__(self, features: Float[ArrayLike, "*batch K"]) -> GapModulation:
+    def __call__(self, features: Float[AnyArray, "*batch K"]) -> GapModulation:
         """Evaluates the functions at `gap_features`."""
         clean = features if finite.known() else finite.zero_unless_finite(features)
         values = clean @ self.kernel[...]

@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
 from tim4rec_jax.ssd.segments import starts
@@ -72,18 +72,18 @@ IMPLEMENTATIONS = {
 
 
 def ssd(
-    x: Float[ArrayLike, "B L H P"],
-    dt: Float[ArrayLike, "B L H"],
-    A: Float[ArrayLike, " H"],
-    B: Float[ArrayLike, "B L G N"],
-    C: Float[ArrayLike, "B L G N"],
-    D: Float[ArrayLike, " H"] | Float[ArrayLike, "H P"] | None = None,
+    x: Float[AnyArray, "B L H P"],
+    dt: Float[AnyArray, "B L H"],
+    A: Float[AnyArray, " H"],
+    B: Float[AnyArray, "B L G N"],
+    C: Float[AnyArray, "B L G N"],
+    D: Float[AnyArray, " H"] | Float[AnyArray, "H P"] | None = None,
     *,
-    dt_bias: Float[ArrayLike, " H"] | None = None,
+    dt_bias: Float[AnyArray, " H"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[int | float, int | float] = (0.0, float("inf")),
-    initial_state: Float[ArrayLike, "B H P N"] | None = None,
-    segment_ids: Int[ArrayLike, "B L"] | None = None,
+    initial_state: Float[AnyArray, "B H P N"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
     return_final_state: bool = False,
     chunk_size: int | None = None,
     precision: str = "ieee",
@@ -130,25 +130,26 @@ def ssd(
     Raises:
         ValueError: shapes or dtypes do not fit, or the implementation cannot run.
     """
-    arrays = (x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
-    x, dt, A, B, C, D, dt_bias, initial_state, segment_ids = map(_array, arrays)
-    _check_arrays("BL", x, dt, A, B, C, D, dt_bias, initial_state, segment_ids)
+    arrays = _arrays(
+        x=x,
+        dt=dt,
+        A=A,
+        B=B,
+        C=C,
+        D=D,
+        dt_bias=dt_bias,
+        initial_state=initial_state,
+        segment_ids=segment_ids,
+    )
+    _check_arrays("BL", **arrays)
     _check_options(dt_limit, chunk_size, precision)
     arguments = Arguments(
-        x,
-        dt,
-        A,
-        B,
-        C,
-        D,
-        dt_bias,
-        dt_softplus,
-        dt_limit,
-        initial_state,
-        segment_ids,
-        return_final_state,
-        chunk_size,
-        precision,
+        **arrays,
+        dt_softplus=dt_softplus,
+        dt_limit=dt_limit,
+        return_final_state=return_final_state,
+        chunk_size=chunk_size,
+        precision=precision,
     )
     chosen = choose(IMPLEMENTATIONS, implementation, arguments)
     arguments, mark = _without_bad(arguments)
@@ -170,15 +171,15 @@ def _without_bad(v: Arguments):
 
 
 def ssd_step(
-    state: Float[ArrayLike, "B H P N"],
-    x: Float[ArrayLike, "B H P"],
-    dt: Float[ArrayLike, "B H"],
-    A: Float[ArrayLike, " H"],
-    B: Float[ArrayLike, "B G N"],
-    C: Float[ArrayLike, "B G N"],
-    D: Float[ArrayLike, " H"] | Float[ArrayLike, "H P"] | None = None,
+    state: Float[AnyArray, "B H P N"],
+    x: Float[AnyArray, "B H P"],
+    dt: Float[AnyArray, "B H"],
+    A: Float[AnyArray, " H"],
+    B: Float[AnyArray, "B G N"],
+    C: Float[AnyArray, "B G N"],
+    D: Float[AnyArray, " H"] | Float[AnyArray, "H P"] | None = None,
     *,
-    dt_bias: Float[ArrayLike, " H"] | None = None,
+    dt_bias: Float[AnyArray, " H"] | None = None,
     dt_softplus: bool = False,
     dt_limit: tuple[int | float, int | float] = (0.0, float("inf")),
 ) -> tuple[Float[Array, "B H P N"], Float[Array, "B H P"]]:
@@ -202,19 +203,19 @@ def ssd_step(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    arrays = (state, x, dt, A, B, C, D, dt_bias)
-    state, x, dt, A, B, C, D, dt_bias = map(_array, arrays)
-    _check_arrays("B", x, dt, A, B, C, D, dt_bias, state)
+    v = _arrays(x=x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, initial_state=state)
+    _check_arrays("B", **v)
     _check_options(dt_limit)
-    dtype = _accumulator(state, x, dt, A, B, C, D, dt_bias)
-    state, x_, B, C = (v.astype(dtype) for v in (state, x, B, C))
-    dt = _step_size(dt.astype(dtype), dt_bias, dt_softplus, dt_limit)
-    state, y = step(state, x_, dt, dt * A.astype(dtype), B, C)
-    return state, _skip(y, x_, D).astype(x.dtype)
+    dtype = _accumulator(*v.values())
+    now, x_, B_, C_ = (v[name].astype(dtype) for name in ("initial_state", "x", "B", "C"))
+    step_size = _step_size(v["dt"].astype(dtype), v["dt_bias"], dt_softplus, dt_limit)
+    now, y = step(now, x_, step_size, step_size * v["A"].astype(dtype), B_, C_)
+    return now, _skip(y, x_, v["D"]).astype(v["x"].dtype)
 
 
-def _array(v: Any) -> Any:
-    return None if v is None else jnp.asarray(v)
+def _arrays(**arrays: Any) -> dict[str, Any]:
+    """Makes arrays of JAX of those that are given."""
+    return {name: None if v is None else jnp.asarray(v) for name, v in arrays.items()}
 
 
 def _accumulator(*arrays):
@@ -246,7 +247,7 @@ def _check_options(dt_limit, chunk_size=None, precision="ieee"):
         raise ValueError(f"precision must be 'ieee' or 'tf32', got {precision!r}")
 
 
-def _check_arrays(axes, x, dt, A, B, C, D, dt_bias, state, segment_ids=None):
+def _check_arrays(axes, x, dt, A, B, C, D, dt_bias, initial_state, segment_ids=None):
     """Raises ValueError unless all fit `x [*axes,H,P]` and `B [*axes,G,N]`."""
     rank = len(axes) + 2
     if x.ndim != rank or 0 in x.shape:
@@ -265,7 +266,7 @@ def _check_arrays(axes, x, dt, A, B, C, D, dt_bias, state, segment_ids=None):
         ("C", C, (*lead, groups, size)),
         ("D", D, (heads,), (heads, width)),
         ("dt_bias", dt_bias, (heads,)),
-        ("the state", state, (lead[0], heads, width, size)),
+        ("the state", initial_state, (lead[0], heads, width, size)),
         ("segment_ids", segment_ids, tuple(lead)),
     ):
         if array is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.segments import starts
 
 # What may follow the convolution, by the name that settings have for it.
@@ -14,10 +14,10 @@ ACTIVATIONS = {"hardswish": jax.nn.hard_swish, "silu": jax.nn.silu}
 
 
 def causal_convolution(
-    x: Float[ArrayLike, "B _ _"],
+    x: Float[AnyArray, "B _ _"],
     kernel: Float[Array, "W C"],
     bias: Float[Array, " C"],
-    segment_ids: Int[ArrayLike, "B L"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
     *,
     channels_first: bool = False,
 ) -> Float[Array, "B _ _"]:

@@ -15,9 +15,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Int
 
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.segments import first_positions
 
 _inputs_are_finite = jax.make_user_context(False)
@@ -40,7 +40,7 @@ def known() -> bool:
 
 
 def guard(
-    rows: Any, segment_ids: Int[ArrayLike, "B L"] | None = None, state: Any = None
+    rows: Any, segment_ids: Int[AnyArray, "B L"] | None = None, state: Any = None
 ) -> tuple[Any, Any, Callable[..., jax.Array]]:
     """Takes numbers that are not finite out of the inputs of a causal function.
 
@@ -74,7 +74,7 @@ def guard(
 def call_guarded(
     function: Callable[..., jax.Array],
     rows: tuple,
-    segment_ids: Int[ArrayLike, "B L"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
 ) -> jax.Array:
     """Returns `function(*rows)`, an output [B,L,...] of rows [B,L,...], under `guard`."""
     rows, _, mark = guard(rows, segment_ids)
@@ -82,7 +82,7 @@ def call_guarded(
         return mark(function(*rows))
 
 
-def zero_behind(lengths: Int[ArrayLike, " B"], rows: Any) -> Any:
+def zero_behind(lengths: Int[AnyArray, " B"], rows: Any) -> Any:
     """Returns a tree of arrays [B,L,...] with zeros from position `lengths` on."""
     rows = jax.tree.map(jnp.asarray, rows)
     if known():
@@ -95,7 +95,7 @@ def zero_behind(lengths: Int[ArrayLike, " B"], rows: Any) -> Any:
     return jax.tree.map(cut, rows)
 
 
-def zero_unless_finite(v: ArrayLike) -> jax.Array:
+def zero_unless_finite(v: AnyArray) -> jax.Array:
     """Returns the array with zeros in place of NaN and infinities."""
     return jnp.where(jnp.isfinite(v), v, jnp.zeros_like(v))
 

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.ssd import finite
 from tim4rec_jax.ssd.api import ssd
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.segments import first_positions
@@ -97,20 +97,20 @@ def _choose(name: str | None, arguments: BlockArguments) -> Implementation:
 
 
 def time_aware_ssd_block(
-    projected: Float[ArrayLike, "B L E"],
-    time_factor: Float[ArrayLike, "B L H"] | None,
+    projected: Float[AnyArray, "B L E"],
+    time_factor: Float[AnyArray, "B L H"] | None,
     *,
-    conv_kernel: Float[ArrayLike, "W M"],
-    conv_bias: Float[ArrayLike, " M"],
-    A: Float[ArrayLike, " H"],
-    D: Float[ArrayLike, " H"],
-    dt_bias: Float[ArrayLike, " H"],
-    norm_scale: Float[ArrayLike, " I"],
+    conv_kernel: Float[AnyArray, "W M"],
+    conv_bias: Float[AnyArray, " M"],
+    A: Float[AnyArray, " H"],
+    D: Float[AnyArray, " H"],
+    dt_bias: Float[AnyArray, " H"],
+    norm_scale: Float[AnyArray, " I"],
     activation: str,
     state: int,
     groups: int = 1,
     eps: float = 1e-5,
-    segment_ids: Int[ArrayLike, "B L"] | None = None,
+    segment_ids: Int[AnyArray, "B L"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L I"]:
@@ -150,15 +150,24 @@ def time_aware_ssd_block(
     Raises:
         ValueError: shapes or settings do not fit, or the implementation cannot run.
     """
-    arrays = (projected, time_factor, conv_kernel, conv_bias, A, D, dt_bias, norm_scale)
+    arrays: Any = dict(
+        projected=projected,
+        time_factor=time_factor,
+        conv_kernel=conv_kernel,
+        conv_bias=conv_bias,
+        A=A,
+        D=D,
+        dt_bias=dt_bias,
+        norm_scale=norm_scale,
+        segment_ids=segment_ids,
+    )
     arguments = BlockArguments(
-        *(None if v is None else jnp.asarray(v) for v in arrays),
-        activation,
-        state,
-        groups,
-        eps,
-        None if segment_ids is None else jnp.asarray(segment_ids),
-        chunk_size,
+        **jax.tree.map(jnp.asarray, arrays),
+        activation=activation,
+        state=state,
+        groups=groups,
+        eps=eps,
+        chunk_size=chunk_size,
     )
     _check(arguments)
     chosen = _choose(implementation, arguments)

@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.export import is_symbolic_dim
-from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import target
 from tim4rec_jax.ssd import finite
+from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.derivatives import custom_gradient
 
 # Sums of decays need every bit of float32. Float32 results on a GPU or TPU need it as well.
@@ -231,7 +231,7 @@ def ssd_last(
     B: Float[Array, "B L G N"],
     C: Float[Array, "B G N"],
     D: Float[Array, " H"] | None,
-    lengths: Int[ArrayLike, " B"],
+    lengths: Int[AnyArray, " B"],
     *,
     dt_bias: Float[Array, " H"] | None = None,
     dt_softplus: bool = True,
