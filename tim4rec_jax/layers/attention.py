@@ -145,13 +145,13 @@ class Attention(nnx.Module):
     def _attend(self, h, mask, seeds, relation, causal):
         query, key, value = (self._split(f(h)) for f in (self.query, self.key, self.value))
         query = query * self.scale
-        length: Any = h.shape[1]
+        length = h.shape[1]
         mask = jnp.broadcast_to(mask, (*mask.shape[:2], length, length))
         if is_symbolic_dim(length):
             causal = False  # how many blocks there are would depend on the length
         size = max(_LEAST_BLOCK, -(-length // _BLOCKS)) if causal else length
         blocks = []
-        for number, start in enumerate(range(0, length, size) if causal else (0,)):
+        for number, start in enumerate(range(0, int(length), int(size)) if causal else (0,)):
             queries, keys = slice(start, start + size), slice(start + size) if causal else ALL
             part = None if relation is None else relation.block(queries, keys)
             q = query[:, :, queries]

@@ -167,7 +167,6 @@ class GRU(nnx.Module):
           starts: true where the state is set to zero before the input; None: nowhere. For segment
             ids [B,L] it is `tim4rec_jax.ssd.segments.starts(ids).T`.
         """
-
         begins = None if starts is None else jnp.asarray(starts)
 
         def run(x):
