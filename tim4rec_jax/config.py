@@ -5,6 +5,7 @@ The settings of a model stand with the model, as the dataclass `Settings` of its
 """
 
 import dataclasses
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeAlias
@@ -358,9 +359,10 @@ def setting_help(config: Config) -> dict[str, str]:
     lines = {name: setting.help for name, setting in SETTINGS.items()}
     lines["model.name"] = "which model; `configs/FILE.py:NAME` chooses it with its settings"
     for parent in reversed(find_model(config.model.name).Settings.__mro__):
-        attributes = re.split(r"\n *(?:Attributes|Raises):\n", parent.__doc__ or "")
-        for section in attributes[1:2]:
-            for name, text in re.findall(r"^ {6}(\w+): ((?:.|\n {8})*)", section, re.MULTILINE):
+        # Python 3.13 removes the indentation itself.
+        described = inspect.cleandoc(parent.__doc__ or "")
+        for section in re.split(r"\n(?:Attributes|Raises):\n", described)[1:2]:
+            for name, text in re.findall(r"^ {2}(\w+): ((?:.|\n {4})*)", section, re.MULTILINE):
                 lines[f"model.{name}"] = " ".join(text.split())
     return lines
 
