@@ -38,10 +38,16 @@ def quote_text(value: object) -> str:
 
 
 def quote_path(path: Path) -> str:
-    """Quotes a path for the readers of SQL, which take it for a glob otherwise."""
+    """Quotes a path for the readers of SQL, which take it for a glob otherwise.
+
+    Raises:
+      UserError: it holds a backslash beside one of * ? [, which no pattern of DuckDB can match.
+    """
     text = os.path.abspath(path)  # so that `~` and `s3:` mean nothing
     if any(letter in text for letter in "*?["):
-        text = re.sub(r"[*?\[\\]", r"[\g<0>]", text)
+        if "\\" in text:
+            raise UserError(f"{path} has a backslash beside one of * ? [ in its name; rename it")
+        text = re.sub(r"[*?\[]", r"[\g<0>]", text)
     return quote_text(text)
 
 
