@@ -27,6 +27,11 @@ EVENTS = {"u": [("i", 5)], "v": [("j", 6)]}
 FIRST, SECOND = HEADER + "u,i,5\n", HEADER + "v,j,6\n"
 
 
+def slow(*values):
+    """A further case of a kind, which only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def table(*rows):
     columns = zip(*rows, strict=True)
     return pa.table(dict(zip(("user_id", "item_id", "timestamp"), columns, strict=True)))
@@ -144,14 +149,14 @@ def test_dates_are_iso():
     assert found["time"].to_pylist() == [1_577_836_830.0, 0.0, 86_400.0]
 
 
-@pytest.mark.parametrize("rating", ["nan", "", "1_0", "inf"])
+@pytest.mark.parametrize("rating", ["nan", slow(""), slow("1_0"), slow("inf")])
 def test_ratings_that_are_none(run, histories, write, rating):
     content = f"user_id,item_id,timestamp,rating\nu,i,5,5\nu,j,6,{rating}\n"
     ds = run("table", write("a.csv", content), "--min-rating", 3, "--on-bad-row", "skip", *ALL)
     assert histories(ds) == {"u": [("i", 5)]}
 
 
-@pytest.mark.parametrize("unit, tick", [("ms", 1), ("us", 1), ("us", 1000), ("ns", 1000)])
+@pytest.mark.parametrize("unit, tick", [("ms", 1), ("us", 1000), slow("us", 1), slow("ns", 1)])
 def test_times_of_a_coarser_unit_do_not_pass(unit, tick):
     rows = [("u", "i", 1_650_812_741 * tick), ("u", "j", 1_650_812_742 * tick)]
     right = {1: "s", 1000: "ms"}[tick]
@@ -253,8 +258,10 @@ def special(tmp_path, kind):
     return path
 
 
-@pytest.mark.parametrize("inside", [False, True])
-@pytest.mark.parametrize("kind", ["pipe", "socket", "link", "loop", "/dev/zero", "/proc/self/maps"])
+@pytest.mark.parametrize("inside", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["pipe", "link", *map(slow, ("socket", "loop", "/dev/zero", "/proc/self/maps"))]
+)
 def test_what_is_no_file(run, tmp_path, monkeypatch, kind, inside):
     monkeypatch.chdir(tmp_path)
     path = special(tmp_path, kind)
@@ -302,28 +309,37 @@ STEAM = "{u'username': u'a', u'product_id': u'1', u'date': u'2017-01-01'}\n"
     "command, content, sentence",
     [
         ("table", HEADER + f"{'u' * 200_000},i,5\nu,i,soon\n", "line 3: the time is not a number"),
-        ("table", f"{'u' * 200_000},i,5\n", "line 1: no column 'user_id'"),
+        slow("table", f"{'u' * 200_000},i,5\n", "line 1: no column 'user_id'"),
         ("table", "u" * 2_000_000, "line 1: longer than a million bytes"),
         ("table", ",".join(map(str, range(50_000))) + "\n", "no column 'user_id', there are 0, 1"),
         ("table", HEADER + f"u,i,{'9' * 100_000}\n", "line 2: the time is not a number (999"),
-        ("table", HEADER + f"u,{'i' * 2_100_000},5\n", "the line is longer than 2,000,000 bytes"),
+        slow(
+            "table", HEADER + f"u,{'i' * 2_100_000},5\n", "the line is longer than 2,000,000 bytes"
+        ),
         ("table", f'{{"user_id": {DEEP}}}\n', "line 1: not valid JSON"),
-        ("table", JSON + f'{{"user_id": {DEEP}, "item_id": 1, "timestamp": 5}}\n', "line 2: the"),
+        slow(
+            "table", JSON + f'{{"user_id": {DEEP}, "item_id": 1, "timestamp": 5}}\n', "line 2: the"
+        ),
         ("table", JSON + '{"user_id": {"a": 1}, "item_id": 1, "timestamp": 5}\n', "has a list or"),
         ("table", JSON + "[1]\n", "line 2: the line is no JSON object"),
         ("amazon", f'{{"reviewerID": {DEEP}}}\n', "line 1: not valid JSON"),
-        ("steam", f"{{'username': {DEEP}}}\n", "the user id is empty"),
+        slow("steam", f"{{'username': {DEEP}}}\n", "the user id is empty"),
         *(
-            ("steam", STEAM + STEAM.replace("u'a'", f"u'a{escape}'"), "line 2: the user id has a")
-            for escape in (r"\x4", r"\u12", r"\U99999999", r"\N{nope}", r"\ud800")
+            slow(
+                "steam", STEAM + STEAM.replace("u'a'", f"u'a{escape}'"), "line 2: the user id has a"
+            )
+            for escape in (r"\u12", r"\U99999999", r"\N{nope}", r"\ud800")
         ),
+        ("steam", STEAM + STEAM.replace("u'a'", r"u'a\x4'"), "line 2: the user id has a broken"),
         ("table", FIRST.encode("utf-16"), "is UTF-16 text; convert it with `iconv"),
-        ("table", FIRST.encode("utf-16-le"), "line 1: not a text, it holds null bytes"),
-        ("table", "usér_id,item_id\n".encode("latin-1"), "line 1: the line holds bytes that are"),
-        ("table", b"\0" * 2000, "holds no file called"),
-        ("table", b"PK\x03\x04 and more", "is a damaged zip archive"),
+        slow("table", FIRST.encode("utf-16-le"), "line 1: not a text, it holds null bytes"),
+        slow(
+            "table", "usér_id,item_id\n".encode("latin-1"), "line 1: the line holds bytes that are"
+        ),
+        slow("table", b"\0" * 2000, "holds no file called"),
+        slow("table", b"PK\x03\x04 and more", "is a damaged zip archive"),
         ("table", gzip.compress(b"PAR1"), "is a Parquet file, perhaps in gzip"),
-        ("table", gzip.compress(gzip.compress(b"x")), "is packed with gzip twice"),
+        slow("table", gzip.compress(gzip.compress(b"x")), "is packed with gzip twice"),
         ("table", b"\x1f\x8b and more", "is a truncated or damaged gzip file"),
         ("table", '"user_id,item_id\n', "line 1: not a line of column names"),
         ("table", "x\x1b[31m\n\x00", r"there are x\x1b[31m;"),
@@ -333,7 +349,7 @@ def test_texts(run, write, command, content, sentence):
     assert sentence in run(command, "--source", write("a", content), fails=True)
 
 
-@pytest.mark.parametrize("name", ["[/red]", "$x_{1}^", "a\x1b[2J\n", "名前"])
+@pytest.mark.parametrize("name", ["[/red] $x_{1}^ a\x1b[2J\n名前", slow("$x_{1}^")])
 def test_names_are_no_markup(run, write, name, capsys, tmp_path):
     path = write("[/b] $_{1.csv", FIRST)
     ds = run("table", path, "--name", name, "--where", "user_id != '[/red]'", *ALL)
@@ -428,7 +444,7 @@ def test_a_user_of_many_events_is_told(run, write, capsys):
     assert "warning: 1 users have 6,000 to 6,000 events each, 92% of all" in shown(ds, capsys)
 
 
-@pytest.mark.parametrize("size", [1, 2, 19, 20, 21, 999, 1000, 1001])
+@pytest.mark.parametrize("size", [1, 20, *(slow(size) for size in (2, 19, 21, 999, 1000, 1001))])
 def test_usual_times_of_any_size(run, write, size):
     times = np.random.default_rng(size).integers(START, START + 10**7, size)
     ds = run("table", log_of(write, [("u", "i", time) for time in times]), *ALL)

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import HealthCheck, given, note, settings
+from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from tim4rec_jax.data import open_dataset
@@ -448,7 +448,12 @@ def check_log(case) -> None:
 
 # Nothing there waits for a disk.
 MEMORY = "/dev/shm" if os.path.isdir("/dev/shm") else None
-few = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+few = settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.reuse, Phase.generate],  # to make a case smaller takes minutes
+)
 many = settings(few, max_examples=1000)
 
 
