@@ -51,13 +51,14 @@ step check 150 $SHARED $PY -m benchmarks.gpu.check_kernels "${MODE[@]}"
 step time-op 130 $PY -m benchmarks.gpu.time_op "${MODE[@]}"
 step time-step 120 $PY -m benchmarks.gpu.time_step "${MODE[@]}"
 step time-mamba 40 $PY -m benchmarks.gpu.time_mamba "${MODE[@]}"
-TINY=()
+TINY=(); LONGEST=200
 if [ -n "${REHEARSE:-}" ]; then
   [ -e "$OUT/synthetic" ] || $PY -m data_prep synthetic --out "$OUT/synthetic" >>"$LOG" 2>&1
-  TINY=(--config.dataset="$OUT/synthetic" --config.train.epochs=1 --config.train.batch_size=64 --config.data.max_length=20 '--config.data.buckets=(20,)')
+  TINY=(--config.dataset="$OUT/synthetic" --config.train.epochs=1 --config.train.batch_size=64 --config.data.max_length=20)
+  LONGEST=20
 fi
 training ml1m-causal 150 configs/ml1m.py:causal
 # Batches of one width: one program to compile instead of five.
-training ml1m-paper 170 configs/ml1m.py '--config.data.buckets=(200,)' --config.train.checkpoint_minutes=0.5
+training ml1m-paper 170 configs/ml1m.py "--config.data.buckets=($LONGEST,)" --config.train.checkpoint_minutes=0.5
 step tune 70 $PY -m benchmarks.gpu.tune_small "${MODE[@]}"
 say "results are in $OUT"; exit $FAILED
