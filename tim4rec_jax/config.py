@@ -35,6 +35,9 @@ TIME = Check(
 )
 
 
+LOSSES = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
+
+
 class Setting(NamedTuple):
     """One setting.
 
@@ -118,8 +121,13 @@ SETTINGS: dict[str, Setting] = {
     ),
     "train.loss": Setting(
         "cross_entropy",
-        "cross_entropy over all items; sampled_softmax, gbce or bpr for large catalogues",
-        one_of("cross_entropy", "sampled_softmax", "gbce", "bpr"),
+        "cross_entropy over all items; sampled_softmax, gbce or bpr for large catalogues; or a "
+        "function of your own as module:function",
+        Check(
+            lambda value: value in LOSSES or ":" in value,
+            f"it must be one of {', '.join(LOSSES)}, or name a function of your own as "
+            "'module:function'",
+        ),
     ),
     "train.negatives": Setting(512, "items that a sampled loss draws for a batch", POSITIVE),
     "train.calibration": Setting(0.75, "t of gbce (arXiv 2308.07192)", RATE),
@@ -292,10 +300,15 @@ def resolve(config: Config) -> Config:
     Raises:
       UserError: a setting is not known or not possible; the message names it.
     """
-    from tim4rec_jax.models import model_class
+    from tim4rec_jax.models import imported, model_class
 
     config = config.copy_and_resolve_references()
     check_values(config)
+    if ":" in config.train.loss:
+        try:
+            imported(config.train.loss)
+        except ValueError as error:
+            raise UserError(f"config.train.loss {error}") from error
     for problem in _conflicts(config, model_class(config.model)):
         raise UserError(problem)
     return config

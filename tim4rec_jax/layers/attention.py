@@ -348,3 +348,51 @@ class Positions(nnx.Module):
         else:
             vectors = self.embedding(segment_positions(segment_ids))
         return dropout(self.norm(x + vectors), self.dropout_rate, seeds)
+
+
+def positions_and_layers(
+    width: int,
+    max_length: int,
+    *,
+    inner: int,
+    layers: int,
+    heads: int,
+    dropout_rate: float,
+    attention_dropout_rate: float,
+    eps: float,
+    dtype: Any,
+    param_dtype: Any,
+    rngs: nnx.Rngs,
+) -> tuple[Positions, nnx.List]:
+    """What SASRec, BERT4Rec and TiSASRec are made of, behind the item vectors.
+
+    Args:
+      width: D, of the item vectors and of all layers.
+      max_length: number of positions.
+      inner: inner width of the feed-forward networks.
+      layers: number of layers.
+      heads: number of heads of attention; it divides `width`.
+      dropout_rate: of item vectors and of what a layer adds to them.
+      attention_dropout_rate: of the weights of attention.
+      eps: of all norms.
+      dtype: of the activations.
+      param_dtype: of the parameters.
+      rngs: a stream `params`, from which the positions are drawn first.
+
+    Returns:
+      The learned positions, and the layers from the first to the last.
+    """
+    kwargs: dict[str, Any] = dict(
+        dropout_rate=dropout_rate, eps=eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+    )
+    positions = Positions(width, max_length, **kwargs)
+    return positions, nnx.List(
+        EncoderLayer(
+            width,
+            inner=inner,
+            heads=heads,
+            attention_dropout_rate=attention_dropout_rate,
+            **kwargs,
+        )
+        for _ in range(layers)
+    )

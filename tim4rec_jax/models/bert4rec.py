@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers.attention import EncoderLayer, Positions
+from tim4rec_jax.layers.attention import positions_and_layers
 from tim4rec_jax.layers.basic import Dense, fold, gelu, layer_norm
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate, share
 
@@ -79,26 +79,20 @@ class BERT4Rec(SequenceModel):
         """
         width, eps = settings.hidden_size, settings.layer_norm_eps
         super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
-        kwargs: dict[str, Any] = dict(
+        self.mask_ratio, self.ft_ratio = settings.mask_ratio, settings.ft_ratio
+        self.positions, self.layers = positions_and_layers(
+            width,
+            sizes.max_length,
+            inner=settings.inner_size,
+            layers=settings.n_layers,
+            heads=settings.n_heads,
             dropout_rate=settings.hidden_dropout_prob,
+            attention_dropout_rate=settings.attn_dropout_prob,
             eps=eps,
             dtype=self.dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.mask_ratio, self.ft_ratio = settings.mask_ratio, settings.ft_ratio
-        self.positions = Positions(width, sizes.max_length, **kwargs)
-
-        def layer() -> EncoderLayer:
-            return EncoderLayer(
-                width,
-                inner=settings.inner_size,
-                heads=settings.n_heads,
-                attention_dropout_rate=settings.attn_dropout_prob,
-                **kwargs,
-            )
-
-        self.layers = nnx.List([layer() for _ in range(settings.n_layers)])
         self.head = Dense(width, width, dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         self.head_norm = layer_norm(width, eps, self.dtype, param_dtype, rngs)
         self.output_bias = nnx.Param(jnp.zeros(sizes.n_items + 1, param_dtype))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
-from tim4rec_jax.layers.attention import EncoderLayer, Positions, causal_mask
+from tim4rec_jax.layers.attention import causal_mask, positions_and_layers
 from tim4rec_jax.layers.basic import fold
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
@@ -67,25 +67,19 @@ class SASRec(SequenceModel):
         """
         width, eps = settings.hidden_size, settings.layer_norm_eps
         super().__init__(settings, sizes, width=width, rngs=rngs, param_dtype=param_dtype)
-        kwargs: dict[str, Any] = dict(
+        self.positions, self.layers = positions_and_layers(
+            width,
+            sizes.max_length,
+            inner=settings.inner_size,
+            layers=settings.n_layers,
+            heads=settings.n_heads,
             dropout_rate=settings.hidden_dropout_prob,
+            attention_dropout_rate=settings.attn_dropout_prob,
             eps=eps,
             dtype=self.dtype,
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.positions = Positions(width, sizes.max_length, **kwargs)
-
-        def layer() -> EncoderLayer:
-            return EncoderLayer(
-                width,
-                inner=settings.inner_size,
-                heads=settings.n_heads,
-                attention_dropout_rate=settings.attn_dropout_prob,
-                **kwargs,
-            )
-
-        self.layers = nnx.List([layer() for _ in range(settings.n_layers)])
 
     def __call__(
         self,

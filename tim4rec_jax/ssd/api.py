@@ -13,7 +13,6 @@ from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.reference import ssd_reference, step
 from tim4rec_jax.ssd.segments import starts
-from tim4rec_jax.ssd.tpu import op as tpu
 from tim4rec_jax.ssd.triton import op as triton
 from tim4rec_jax.ssd.xla import ssd_xla
 
@@ -60,13 +59,22 @@ def _steps(v: Arguments, dtype):
     return dt, log_decay
 
 
+def _tpu() -> Any:
+    # Late, because Pallas takes a tenth of the time that all imports take.
+    from tim4rec_jax.ssd.tpu import op
+
+    return op
+
+
 # The choice of None: the first that prefers the platform and can run, else "xla".
 IMPLEMENTATIONS = {
     "reference": Implementation(_from_decays(ssd_reference)),
     "xla": Implementation(_from_decays(ssd_xla)),
     "triton": Implementation(triton.ssd_triton, "gpu", triton.unsupported_reason),
     "tpu": Implementation(
-        lambda v: tpu.ssd_tpu(*_steps(v, jnp.float32), v), "tpu", tpu.unsupported_reason
+        lambda v: _tpu().ssd_tpu(*_steps(v, jnp.float32), v),
+        "tpu",
+        lambda v: _tpu().unsupported_reason(v),
     ),
 }
 

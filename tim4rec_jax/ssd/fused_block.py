@@ -15,7 +15,6 @@ from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import ACTIVATIONS, causal_convolution
 from tim4rec_jax.ssd.dispatch import Implementation, choose
 from tim4rec_jax.ssd.segments import first_positions
-from tim4rec_jax.ssd.tpu import block as tpu_block
 from tim4rec_jax.ssd.triton import block as triton_block
 
 
@@ -67,6 +66,13 @@ def _composed(v: BlockArguments, op: str | None) -> jax.Array:
     return y.astype(v.projected.dtype)
 
 
+def _tpu_block() -> Any:
+    # Late; see `tim4rec_jax.ssd.api`.
+    from tim4rec_jax.ssd.tpu import block
+
+    return block
+
+
 # The choice is made as for `ssd`. "parts" puts the convolution, gate and norm around the best
 # implementation of the operator. It runs where no kernel of the whole block can.
 BLOCK_IMPLEMENTATIONS = {
@@ -74,7 +80,9 @@ BLOCK_IMPLEMENTATIONS = {
     "xla": Implementation(functools.partial(_composed, op="xla")),
     "parts": Implementation(functools.partial(_composed, op=None)),
     "triton": Implementation(triton_block.block_triton, "gpu", triton_block.unsupported_reason),
-    "tpu": Implementation(tpu_block.block_tpu, "tpu", tpu_block.unsupported_reason),
+    "tpu": Implementation(
+        lambda v: _tpu_block().block_tpu(v), "tpu", lambda v: _tpu_block().unsupported_reason(v)
+    ),
 }
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int64, UInt32
 
+from tim4rec_jax.models import imported
 from tim4rec_jax.runtime import target
 from tim4rec_jax.scoring import HistoryItems, item_mask
 
@@ -33,13 +34,14 @@ class Loss:
       name: `cross_entropy` goes over all items. The others go over items drawn for the batch.
         `sampled_softmax` draws items by their frequency in training and corrects the scores for
         that (Bengio & Senecal 2008). `gbce` (arXiv 2308.07192) and `bpr` (arXiv 1205.2618) draw
-        all items equally often.
+        all items equally often. "module:function" is a function of the user's with the arguments
+        `hidden`, `table`, `targets` and `weights` of `full_cross_entropy`.
       negatives: number of items to draw.
       calibration: t of gBCE. With 0 it is the plain binary cross-entropy. With 1 the scores are
         probabilities, although most items are never among those drawn.
     """
 
-    name: Literal["cross_entropy", "sampled_softmax", "gbce", "bpr"] = "cross_entropy"
+    name: str = "cross_entropy"
     negatives: int = 512
     calibration: float = 0.75
 
@@ -55,6 +57,8 @@ class Loss:
         """
         if self.name == "cross_entropy":
             return full_cross_entropy
+        if ":" in self.name:
+            return imported(self.name)
         if self.name == "sampled_softmax":
             assert cumulative is not None
             event = jax.random.bits(key, (self.negatives,)) % cumulative[-1]
