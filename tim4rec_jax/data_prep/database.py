@@ -18,9 +18,10 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
       UserError: `memory_limit` is no size.
     """
     con = duckdb.connect(work / "work.duckdb", config={"temp_directory": str(work / "spill")})
-    con.execute(
-        "SET TimeZone = 'UTC'; SET preserve_insertion_order = true; SET enable_progress_bar = false"
-    )
+    con.execute("SET TimeZone = 'UTC'; SET preserve_insertion_order = true")
+    # In a notebook without ipywidgets there is no bar, and DuckDB refuses even to switch it off.
+    if con.execute("SELECT current_setting('enable_progress_bar')").fetchall()[0][0]:
+        con.execute("SET enable_progress_bar = false")
     if memory_limit is not None:
         try:
             if not re.fullmatch(_SIZE, memory_limit):  # DuckDB takes -5 for no limit
