@@ -113,6 +113,17 @@ def read_regular(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
+def check_plain(folder: Path) -> None:
+    """Makes sure that a folder holds files and folders only; a library would wait for a pipe.
+
+    Raises:
+      UserError: it holds something else, or a link that leads nowhere; the message names it.
+    """
+    for path in folder.rglob("*"):
+        if not (path.is_file() or path.is_dir()):
+            raise UserError(f"{path.relative_to(folder)} is neither a file nor a folder")
+
+
 @contextmanager
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`, which takes the place of `path` when the block ends.

@@ -32,7 +32,7 @@ from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.digests import check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import atomic_write, read_json, write_json
+from tim4rec_jax.files import atomic_write, check_plain, read_json, write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
 
 _RESTORE = "restore it from a copy, or train anew"
@@ -273,6 +273,7 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
     checkpoint = best / str(max(steps))
     date_range = read_date_range(workdir)
     try:
+        check_plain(checkpoint)
         recorded = read_digests(checkpoint)
         with ocp.StandardCheckpointer() as checkpointer:
             path = checkpoint.absolute() / "default"
@@ -430,6 +431,7 @@ def _nothing(_: Any) -> str:
 
 
 def _verify_arrays(checkpoint: Path) -> str:
+    check_plain(checkpoint)
     recorded = read_digests(checkpoint)
     item = checkpoint / ("default" if (checkpoint / "default").exists() else "state")
     with ocp.PyTreeCheckpointer() as checkpointer:

@@ -19,6 +19,7 @@ from grain.checkpoint import CheckpointRestore, CheckpointSave
 
 from tim4rec_jax.digests import DIGESTS, check_digests, digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.files import check_plain
 from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
@@ -141,6 +142,7 @@ class Checkpoints:
         steps = sorted(self.latest.all_steps(), reverse=True)
         for step in steps:
             try:
+                check_plain(Path(self.latest.directory) / str(step))
                 restored = self.latest.restore(
                     step,
                     args=ocp.args.Composite(
