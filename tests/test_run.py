@@ -1,6 +1,7 @@
 """A run directory, of this version and of an older one."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -92,6 +93,17 @@ def test_a_value_that_has_changed_is_found(tmp_path):
     problems = [finding for finding in verify(workdir) if finding.problem]
     assert problems[0].part == workdir / "best" / "1"
     assert f"best/1 is damaged: the values of {name}" in problems[0].problem
+
+
+def test_nobody_waits_for_a_pipe(tmp_path):
+    workdir = save_run(tmp_path / "run", write_dataset(tmp_path / "d", random_histories([3, 4])))
+    pipe = next((workdir / "best" / "1" / "default").glob("**/process_0"))
+    pipe.unlink()
+    os.mkfifo(pipe)
+    says = f"{pipe.relative_to(workdir / 'best' / '1')} is neither a file nor a folder"
+    with pytest.raises(UserError, match=says):
+        load_model(workdir)
+    assert says in str([finding.problem for finding in verify(workdir) if finding.problem])
 
 
 def test_arrays_that_differ_in_anything_have_other_digests():

@@ -421,7 +421,8 @@ def _finding(part: Path, check: Callable[[], str]) -> Finding:
     try:
         return Finding(part, None, check())
     except UserError as error:
-        return Finding(part, str(error))
+        says = str(error)
+        return Finding(part, says if str(part) in says else f"{part}: {says}; {_RESTORE}")
     except Exception as error:  # of a damaged checkpoint, Orbax can say anything
         return Finding(part, f"{part} cannot be read ({first_line(error)}); {_RESTORE}")
 
