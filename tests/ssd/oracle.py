@@ -1,7 +1,7 @@
-"""The op and its gradients in float64 NumPy, position by position: the oracle of all tests.
+"""The op and the block in float64 NumPy, with their gradients: the oracle of all tests.
 
-It is compared with the published code, and every implementation is compared with it. Nothing has
-to be compiled for it.
+The op is computed position by position. It is compared with the published code, and every
+implementation is compared with it. Nothing has to be compiled for it.
 """
 
 import numpy as np
@@ -77,3 +77,92 @@ def recurrence(
     results = {"y": y, "final_state": states[-1]}
     magnitudes = {name: np.abs(d).sum((0, 1)) for name, d in terms.items() if name in v}
     return results | {name: gradients[name] for name in v}, magnitudes
+
+
+def block(
+    inputs: dict,
+    weights: np.ndarray,
+    *,
+    activation: str,
+    state: int,
+    groups: int = 1,
+    eps: float = 1e-5,
+    segment_ids=None,
+    **_,
+) -> dict:
+    """Computes what `test_block.outcome` returns: convolution, `recurrence`, gate and norm.
+
+    Args:
+        inputs: arrays by the names of `time_aware_ssd_block`'s arguments.
+        weights: of its result [B,L,I] in the objective.
+        activation: as in `time_aware_ssd_block`.
+        state: as there.
+        groups: as there.
+        eps: as there.
+        segment_ids: as there.
+
+    Returns:
+        `y` and the gradients of the weighted sum.
+    """
+    v = {name: np.asarray(value, np.float64) for name, value in inputs.items()}
+    weights = np.asarray(weights, np.float64)
+    kernel, scale = v["conv_kernel"], v["norm_scale"]
+    rows, length, _ = v["projected"].shape
+    heads, inner, cells = len(v["A"]), len(scale), groups * state
+    z, mixed, dt = np.split(v["projected"], [inner, 2 * inner + 2 * cells], axis=-1)
+    factor = v.get("time_factor", np.ones_like(dt))
+
+    # The input 0, 1, ... positions before each position, 0 where another segment is.
+    run = np.zeros((rows, length), int)
+    if segment_ids is not None:
+        run[:, 1:] = np.cumsum(np.diff(np.asarray(segment_ids), axis=1) != 0, axis=1)
+    seen = []
+    for back in range(min(len(kernel), length)):
+        own = np.zeros((rows, length, 1))
+        own[:, back:, 0] = run[:, back:] == run[:, : length - back]
+        seen.append((own, own * np.roll(mixed, back, axis=1)))
+    u = v["conv_bias"] + sum(kernel[-1 - k] * x for k, (_, x) in enumerate(seen))
+    if activation == "hardswish":
+        part, slope = np.clip(u + 3, 0, 6) / 6, np.where(np.abs(u) < 3, (2 * u + 3) / 6, u > 0)
+    else:
+        part = np.exp(-np.logaddexp(0, -u))
+        slope = part * (1 + u * (1 - part))
+    x, B, C = np.split(u * part, [inner, inner + cells], axis=-1)
+    op_inputs = {
+        "x": x.reshape(rows, length, heads, -1),
+        "B": B.reshape(rows, length, groups, -1),
+        "C": C.reshape(rows, length, groups, -1),
+        "dt": dt * factor,
+        **{name: v[name] for name in ("A", "D", "dt_bias")},
+    }
+    final = np.zeros((rows, heads, inner // heads, state))
+
+    def op(dy):
+        weights = [dy.reshape(op_inputs["x"].shape), final]
+        return recurrence(op_inputs, weights, dt_softplus=True, segment_ids=segment_ids)[0]
+
+    out = op(np.zeros_like(z))["y"].reshape(z.shape)
+    sigmoid = np.exp(-np.logaddexp(0, -z))
+    gated = out * z * sigmoid
+    root = 1 / np.sqrt(np.mean(gated**2, axis=-1, keepdims=True) + eps)
+    y = gated * root * scale
+
+    dnormed = weights * scale
+    share = np.mean(dnormed * gated, axis=-1, keepdims=True)
+    dgated = root * (dnormed - gated * root**2 * share)
+    dz = dgated * out * sigmoid * (1 + z * (1 - sigmoid))
+    d = op(dgated * z * sigmoid)
+    du = slope * np.concatenate([d[name].reshape(rows, length, -1) for name in "xBC"], axis=-1)
+    dkernel, dmixed = np.zeros_like(kernel), np.zeros_like(mixed)
+    for back, (own, x) in enumerate(seen):
+        dkernel[-1 - back] = np.sum(du * x, (0, 1))
+        dmixed += np.roll(own * du * kernel[-1 - back], -back, axis=1)
+    gradients = {
+        "projected": np.concatenate([dz, dmixed, d["dt"] * factor], axis=-1),
+        "time_factor": d["dt"] * dt,
+        "conv_kernel": dkernel,
+        "conv_bias": np.sum(du, (0, 1)),
+        **{name: d[name] for name in ("A", "D", "dt_bias")},
+        "norm_scale": np.sum(weights * gated * root, (0, 1)),
+    }
+    return {"y": y, **{name: gradients[name] for name in v}}

@@ -97,7 +97,7 @@ def test_symbolic_batch_and_length():
     """Exported once, called with a length of two chunks and a ragged one."""
     inputs, _, _ = make(Case("", 70, initial_state=False, segments=True))
     inputs = {name: value.astype(np.float32) for name, value in inputs.items()}
-    ids = np.repeat([[0, 1, 0]], [3, 60, 7], axis=1).repeat(2, axis=0)
+    ids = np.repeat([[0, 1, 0]], [3, 60, 7], axis=1).repeat(2, axis=0).astype(np.int32)
     rows, length = jax.export.symbolic_shape("rows, length")
 
     def op(inputs, ids):
