@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -288,6 +289,30 @@ def test_another_dataset_in_the_same_place(tmp_path, monkeypatch):
         write_dataset(tmp_path / "data", random_histories([8] * 4, seed=seed), n_items=n_items)
         with pytest.raises(UserError, match=rf"not the dataset that the run .* \(other {what}\)"):
             train(config, tmp_path / "run")
+
+
+def test_a_worker_thread_trains_too(dataset, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.2])
+    with ThreadPoolExecutor(1) as pool:
+        figures = pool.submit(train, quick_config(dataset), tmp_path / "run").result()
+    assert figures["epochs"] == 2
+
+
+def test_an_end_before_the_first_step_leaves_nothing_behind(dataset, tmp_path, monkeypatch):
+    def interrupted(*_):
+        assert list(tmp_path.glob("*/config.json"))
+        raise KeyboardInterrupt
+
+    config = quick_config(dataset)
+    monkeypatch.setattr(steps.HostSteps, "lowered", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "notes")
+    assert {path.name for path in (tmp_path / "notes").iterdir()} == {"mine.txt", ".lock"}
 
 
 def test_two_at_once(dataset, tmp_path):
