@@ -42,8 +42,8 @@ def requests(url: str, events: int, count: int = 500) -> list[bytes]:
     return made
 
 
-async def client(url: str, made: list[bytes], until: float, seconds: list[float]) -> None:
-    """Sends one request after the other on one connection.
+async def client(url: str, made: list[bytes], until: float, seconds: list[float | None]) -> None:
+    """Sends one request after the other on one connection; notes `None` where one is refused.
 
     It writes the bytes itself, because a client library would use more of the cores than the
     service.
@@ -55,19 +55,19 @@ async def client(url: str, made: list[bytes], until: float, seconds: list[float]
         start = time.perf_counter()
         writer.write(made[number % len(made)])
         head = (await reader.readuntil(b"\r\n\r\n")).lower()
-        if not head.startswith(b"http/1.1 200"):
+        if not head.startswith((b"http/1.1 200", b"http/1.1 503")):
             raise SystemExit(f"error: {url} answered {head.splitlines()[0].decode()}")
         length = int(head.split(b"content-length:")[1].split(b"\r\n")[0])
         await reader.readexactly(length)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.perf_counter() - start if head[9:12] == b"200" else None)
         number += 1
     writer.close()
     await writer.wait_closed()
 
 
-async def measure(url: str, made: list[bytes], clients: int, length: float) -> list[float]:
-    """Returns the seconds that each request took, from `clients` at once for `length` seconds."""
-    seconds: list[float] = []
+async def measure(url: str, made: list[bytes], clients: int, length: float) -> list[float | None]:
+    """Returns the seconds of each request, from `clients` at once for `length` seconds."""
+    seconds: list[float | None] = []
     until = time.perf_counter() + length
     await asyncio.gather(*(client(url, made, until, seconds) for _ in range(clients)))
     return seconds
@@ -82,15 +82,21 @@ def main() -> None:
     flags = parser.parse_args()
     made = requests(flags.url, flags.events)
     table = Table(title=f"POST /recommend, {flags.events} events, {flags.seconds:g} s a row")
-    for column in ("clients", "requests/s", "p50, ms", "p99, ms", "requests"):
+    for column in ("clients", "requests/s", "p50, ms", "p99, ms", "requests", "refused"):
         table.add_column(column, justify="right")
     for clients in CLIENTS:
-        asyncio.run(measure(flags.url, made, clients, 1.0))  # shapes of the batches compile
-        seconds = asyncio.run(measure(flags.url, made, clients, flags.seconds))
+        everything = asyncio.run(measure(flags.url, made, clients, flags.seconds))
+        seconds = [taken for taken in everything if taken is not None]
+        refused = len(everything) - len(seconds)
         low, high = np.quantile(seconds, (0.5, 0.99)) * 1e3
         rate = len(seconds) / flags.seconds
         table.add_row(
-            str(clients), f"{rate:,.0f}", f"{low:.1f}", f"{high:.1f}", f"{len(seconds):,}"
+            str(clients),
+            f"{rate:,.0f}",
+            f"{low:.1f}",
+            f"{high:.1f}",
+            f"{len(seconds):,}",
+            f"{refused:,}",
         )
     Console().print(table)
 

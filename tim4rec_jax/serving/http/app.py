@@ -78,7 +78,7 @@ class Service:
             "answers",
             _answer,
             max_batch=rows,
-            max_waiting=128,
+            max_waiting=64,
             max_seconds=1.0,
             observe=self.metrics.batch.observe,
         )

@@ -1,0 +1,251 @@
+"""The service as a process: ten thousand strange requests, an overload, and kills."""
+
+import asyncio
+import collections
+import contextlib
+import itertools
+import json
+import os
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("fastapi", reason="needs the extra serve")
+schemathesis = pytest.importorskip("schemathesis", reason="needs the extra dev")
+
+from hypothesis import HealthCheck, given, settings, strategies
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from tests.serving.tiny_run import ONE_DEVICE
+from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
+from tim4rec_jax.serving.stores import Change
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+HISTORY = {"items": ["i7", "i3", "i12"], "timestamps": [880_000_000, 880_000_000, 880_090_000]}
+
+
+class Process:
+    """A service in a process of its own, as the command line starts it."""
+
+    def __init__(self, workdir, *flags):
+        command = [sys.executable, "-m", "tim4rec_jax.serving", "serve", "--port=0"]
+        self.process = subprocess.Popen(
+            [*command, f"--workdir={workdir}", *map(str, flags)],
+            cwd=ROOT,
+            env=ONE_DEVICE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.url = self.process.stdout.readline().split()[-1]
+        self.port = int(self.url.rpartition(":")[2])
+
+    def memory(self):
+        """The resident memory, in bytes."""
+        pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def post(self, path, body):
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+
+    def end(self, which=signal.SIGTERM):
+        self.process.send_signal(which)
+        code = self.process.wait(15)
+        self.process.stdout.close()
+        return code
+
+
+@contextlib.contextmanager
+def running(workdir, *flags):
+    process = Process(workdir, *flags)
+    try:
+        yield process
+    finally:
+        if process.process.poll() is None:
+            process.end()
+
+
+def test_ten_thousand_strange_requests(tiny_workdir, tmp_path):
+    """Made by schemathesis from the schema, valid and invalid; it also checks every answer.
+
+    One check is left out: that all requests which the schema allows are accepted. No schema can say
+    that two lists have the same length, or that times do not fall.
+    """
+    count = collections.Counter()
+    with running(tiny_workdir, "--store", tmp_path / "users.db") as service:
+        schema = schemathesis.openapi.from_url(service.url + "/openapi.json")
+        operations = [result.ok() for result in schema.get_all_operations()]
+
+        @settings(
+            max_examples=-(-10_000 // len(operations)),
+            deadline=None,
+            derandomize=True,
+            database=None,
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(data=strategies.data())
+        def check(data, operation):
+            mode = data.draw(strategies.sampled_from(schemathesis.GenerationMode))
+            case = data.draw(operation.as_strategy(mode))
+            count[operation.label] += 1
+            case.call_and_validate(excluded_checks=[positive_data_acceptance])
+
+        for operation in operations:
+            check(operation=operation)
+        assert service.post("/recommend", HISTORY)["items"]
+        assert service.end() == -signal.SIGTERM
+    assert sum(count.values()) > 5000  # operations with few parameters have fewer requests
+
+
+class Client:
+    """Sends one request after the other on one connection, and notes status and seconds."""
+
+    def __init__(self, port, make):
+        self.port, self.make, self.found = port, make, []
+
+    async def run(self, until, pause=0.0):
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        with contextlib.closing(writer):
+            while time.perf_counter() < until:
+                request, note = self.make()
+                begun = time.perf_counter()
+                writer.write(request)
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r")[0]))
+                self.found.append((int(head[9:12]), time.perf_counter() - begun, note))
+                await asyncio.sleep(pause)
+
+
+def post(path, body):
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    return head.encode() + b"Content-Length: %d\r\n\r\n" % len(content) + content
+
+
+def recommend():
+    return post("/recommend", HISTORY), None
+
+
+def health():
+    return b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", None
+
+
+def tell_of(name):
+    """Makes events that all differ, whose time is their number."""
+    numbers = itertools.count()
+
+    def tell():
+        number = next(numbers)
+        event = {"user": name, "item": f"i{number % 30 + 1}", "timestamp": number}
+        return post("/events", {"events": [event]}), (name, number)
+
+    return tell
+
+
+def run_all(clients, seconds):
+    async def together():
+        until = time.perf_counter() + seconds
+        await asyncio.gather(*(client.run(until, pause) for client, pause in clients))
+
+    asyncio.run(together())
+    return [client.found for client, _ in clients]
+
+
+def high(found):
+    """The 99th percentile of the seconds of the answers that are no refusals."""
+    assert {status for status, *_ in found} <= {200, 503}
+    return float(np.quantile([seconds for status, seconds, _ in found if status == 200], 0.99))
+
+
+def test_an_overload(tiny_workdir, tmp_path):
+    """Ten times the clients for a minute: no answer is slow, nothing is lost, nothing grows."""
+    # Other work on the machine makes everything slower.
+    slower = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    with running(tiny_workdir, "--store", tmp_path / "users.db") as service:
+
+        def clients(count):
+            return [(Client(service.port, recommend), 0.0) for _ in range(count)]
+
+        run_all(clients(64), 3)
+        normal = high(itertools.chain.from_iterable(run_all(clients(64), 10)))
+        told = [(Client(service.port, tell_of(f"u{number}")), 0.0) for number in range(16)]
+        asked = [(Client(service.port, health), 0.1)]
+        run_all(clients(640), 10)
+        before = service.memory()
+        many = clients(640)
+        run_all([*many, *told, *asked], 60)
+        overloaded = high([one for client, _ in many for one in client.found])
+        memory = service.memory()
+        assert service.end() == -signal.SIGTERM
+    assert any(status == 503 for client, _ in many for status, *_ in client.found)
+    assert overloaded < 2 * normal * slower
+    assert {status for status, *_ in asked[0][0].found} == {200}
+    assert high(asked[0][0].found) < 0.1 * slower
+    assert memory < 1.1 * before
+    stored = events_in(tmp_path / "users.db")
+    acknowledged = {note for client, _ in told for status, _, note in client.found if status == 200}
+    assert acknowledged
+    assert acknowledged <= stored.keys()
+    assert set(stored.values()) == {1}
+
+
+def events_in(path):
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return collections.Counter(connection.execute("SELECT user, timestamp FROM events"))
+
+
+def test_twenty_kills(tiny_workdir, tmp_path):
+    """Every event that was acknowledged is there once, and every state is that of its log."""
+    path, drawn = tmp_path / "users.db", random.Random(0)
+    acknowledged = set()
+    for kill in range(20):
+        with running(tiny_workdir, "--store", path) as service:
+            told = [Client(service.port, tell_of(f"u{kill}-{number}")) for number in range(8)]
+            timer = threading.Timer(drawn.uniform(0.05, 0.6), service.end, (signal.SIGKILL,))
+            timer.start()
+
+            async def until_the_kill(told=told):
+                runs = (client.run(float("inf")) for client in told)
+                ends = await asyncio.gather(*runs, return_exceptions=True)
+                assert all(isinstance(end, OSError | EOFError) for end in ends)
+
+            asyncio.run(until_the_kill())
+            timer.join()
+        for client in told:
+            assert {status for status, *_ in client.found} <= {200, 503}
+            acknowledged |= {note for status, _, note in client.found if status == 200}
+    stored = events_in(path)
+    assert len(acknowledged) > 100
+    assert acknowledged <= stored.keys()
+    assert set(stored.values()) == {1}
+    store = SQLiteStore(path)
+    recommender = Recommender.load(tiny_workdir, store)
+    for user in sorted({user for user, _ in stored}):
+        events, kept = recommender.stored(user)
+        [computed] = Recommender(
+            recommender.model, recommender.catalogue, copy_of(store, user)
+        ).compute_states([user])
+        assert len(events.items) == sum(name == user for name, _ in stored)
+        kept, computed = (recommender.model.hidden(state) for state in (kept, computed))
+        np.testing.assert_allclose(kept, computed, rtol=1e-5, atol=1e-5)
+    store.close()
+
+
+def copy_of(store, user):
+    """A store with the log of one user and no state."""
+    copy, (items, times) = MemoryStore(), store.history(user)
+    copy.apply([Change(user, 0, items, times, None)], "")
+    return copy
