@@ -180,7 +180,7 @@ def test_an_overload(tiny_workdir, tmp_path):
             return [(Client(service.port, recommend), 0.0) for _ in range(count)]
 
         run_all(clients(64), 3)
-        normal = high(sum(run_all(clients(64), 10), []))
+        normal = high([*itertools.chain(*run_all(clients(64), 10))])
         told = [(Client(service.port, tell_of(f"u{number}")), 0.0) for number in range(16)]
         asked = [(Client(service.port, health), 0.1)]
         run_all(clients(640), 10)
