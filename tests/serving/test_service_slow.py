@@ -139,8 +139,20 @@ def recommend():
     return post("/recommend", HISTORY), None
 
 
-def health():
-    return b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n", None
+# Asks for /health on new connections until it is interrupted, and prints the seconds.
+PROBE = """
+import json, sys, time, urllib.request
+
+found = []
+try:
+    while True:
+        begun = time.perf_counter()
+        urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/health", timeout=10).read()
+        found.append(time.perf_counter() - begun)
+        time.sleep(0.1)
+except KeyboardInterrupt:
+    print(json.dumps(found))
+"""
 
 
 def tell_of(name):
@@ -182,19 +194,23 @@ def test_an_overload(tiny_workdir, tmp_path):
         run_all(clients(64), 3)
         normal = high([*itertools.chain(*run_all(clients(64), 10))])
         told = [(Client(service.port, tell_of(f"u{number}")), 0.0) for number in range(16)]
-        asked = [(Client(service.port, health), 0.1)]
         run_all(clients(640), 10)
         before = service.memory()
         many = clients(640)
-        run_all([*many, *told, *asked], 60)
+        # In a process of its own: this one is busy with its clients.
+        asking = [sys.executable, "-c", PROBE, str(service.port)]
+        with subprocess.Popen(asking, stdout=subprocess.PIPE, text=True) as probe:
+            run_all([*many, *told], 60)
+            probe.send_signal(signal.SIGINT)
+            health = json.loads(probe.stdout.read())
         overloaded = high([one for client, _ in many for one in client.found])
         memory = service.memory()
         assert service.end() == -signal.SIGTERM
     assert any(status == 503 for client, _ in many for status, *_ in client.found)
     print(f"p99 {normal * 1e3:.0f} ms, overloaded {overloaded * 1e3:.0f} ms")
     assert overloaded < 2 * normal * slower
-    assert {status for status, *_ in asked[0][0].found} == {200}
-    assert high(asked[0][0].found) < 0.1 * slower
+    assert len(health) > 20
+    assert np.quantile(health, 0.99) < 0.1 * slower
     assert memory < 1.1 * before
     stored = events_in(tmp_path / "users.db")
     acknowledged = {note for client, _ in told for status, _, note in client.found if status == 200}
