@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import resource
 import signal
@@ -88,6 +89,9 @@ def serve(
     # A thread that computes in Python gives way to the event loop after this many seconds.
     sys.setswitchinterval(0.0005)
     _allow_open_files(2 * MAX_CONNECTIONS)
+    # What is there now stays, and need not be searched for garbage again and again.
+    gc.collect()
+    gc.freeze()
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
     Server(app, load).run(sockets=[listener])
 
