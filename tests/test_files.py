@@ -1,6 +1,7 @@
 """Files and folders are complete or not there at all, whatever interrupts their writing."""
 
 import errno
+import importlib
 import json
 import os
 import shutil
@@ -290,3 +291,12 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         atomic_directory(tmp_path / "file" / "x"),
     ):
         raise AssertionError
+
+
+@pytest.mark.parametrize("command", ["tim4rec_jax.interop", "tim4rec_jax.serving"])
+def test_an_empty_folder_is_refused(command, monkeypatch, capsys):
+    words = {"tim4rec_jax.interop": ["x.pth"], "tim4rec_jax.serving": ["recommend"]}[command]
+    monkeypatch.setattr("sys.argv", [command, *words, "--workdir", ""])
+    with pytest.raises((SystemExit, UserError)) as error:
+        importlib.import_module(f"{command}.__main__").main()
+    assert "it is empty; name a folder" in str(error.value) + capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import errno
 import fcntl
@@ -18,6 +19,13 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from tim4rec_jax.errors import UserError
+
+
+def named_folder(text: str) -> Path:
+    """A folder on the command line, as a type of `argparse`; "" would be the current one."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty; name a folder")
+    return Path(text)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.errors import UserError, one_line, run_main
-from tim4rec_jax.files import atomic_directory, read_regular, write_json
+from tim4rec_jax.files import atomic_directory, named_folder, read_regular, write_json
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import from_torch, model_config, parameter_names, to_torch
 from tim4rec_jax.models import SequenceModel
@@ -36,7 +36,7 @@ def _flags(arguments: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("checkpoint", type=Path, help="a .pth file RecBole's trainer saved, or a state dict")
-    add("--workdir", type=Path, required=True, help="run directory to write")
+    add("--workdir", type=named_folder, required=True, help="run directory to write")
     add("--dataset", type=Path, help="prepared dataset the run belongs to")
     add(
         "--config",

@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.files import named_folder
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
@@ -53,7 +54,12 @@ class _Parser(argparse.ArgumentParser):
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, help="directory of a run, as train.py wrote it")
+    add(
+        "--workdir",
+        type=named_folder,
+        required=True,
+        help="directory of a run, as train.py wrote it",
+    )
     add("--dataset", type=Path, help="the prepared dataset, if it has moved since the training")
 
 
