@@ -290,7 +290,7 @@ def test_columns_that_are_the_same_for_sql(run, histories, write):
 
 
 def test_names_of_columns_are_only_names(run, histories, write):
-    path = write("a.csv", '"us""er",it\'em,t#,##kept,[red],\nu,i,5,,,\n')
+    path = write("a.csv", '"us""er",it\'em,t#,#user,[red],\nu,i,5,,,\n')
     names = ("--user", 'us"er', "--item", "it'em", "--time", "t#")
     for where in ((), ("--where", '"us""er" = \'u\'')):
         assert histories(run("table", path, *names, *where, *ALL)) == {"u": [("i", 5)]}
@@ -309,7 +309,7 @@ STEAM = "{u'username': u'a', u'product_id': u'1', u'date': u'2017-01-01'}\n"
     "command, content, sentence",
     [
         ("table", HEADER + f"{'u' * 200_000},i,5\nu,i,soon\n", "line 3: the time is not a number"),
-        slow("table", f"{'u' * 200_000},i,5\n", "line 1: no column 'user_id'"),
+        ("table", f"{'u' * 200_000},i,5\n", "line 1: no column 'user_id'"),
         ("table", "u" * 2_000_000, "line 1: longer than a million bytes"),
         ("table", ",".join(map(str, range(50_000))) + "\n", "no column 'user_id', there are 0, 1"),
         ("table", HEADER + f"u,i,{'9' * 100_000}\n", "line 2: the time is not a number (999"),

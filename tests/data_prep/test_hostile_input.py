@@ -147,8 +147,9 @@ def read(kind: str, content: bytes):
     if b"\0" in content or b"\r" in content or len(content) < 4:
         return UNKNOWN
     lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
-    if kind == "jsonl":
-        return [json_fields(line) for line in lines if line]
+    if kind == "jsonl":  # its first line names the columns
+        whole = lines and json_fields(lines[0]) and set(NAMES) <= set(json.loads(lines[0]))
+        return [json_fields(line) for line in lines if line] if whole else UNKNOWN
     header, *lines = lines
     if header != DELIMITERS[kind].join(
         f"{name}:token" if kind == "inter" else name for name in NAMES
@@ -208,15 +209,25 @@ def number(text: str) -> Decimal | None:
 
 
 def iso(text: str) -> int | None:
-    if not re.match(r"\d{4}-\d\d-\d\d", text.strip(" \t"), re.ASCII):
+    found = re.fullmatch(DATE, text.strip(" \t"), re.ASCII)
+    if not found:
         return None
+    year, _, month, day, hour, minute, second, sign, *offset = found.groups()
     with contextlib.suppress(ValueError):
-        moment = datetime.datetime.fromisoformat(text.strip(" \t"))
-        moment = moment.replace(tzinfo=moment.tzinfo or datetime.UTC)
-        return round((moment - EPOCH).total_seconds()) * 10**9
+        clock = (int(part or 0) for part in (hour, minute, second))
+        moment = datetime.datetime(int(year), int(month), int(day), *clock, tzinfo=datetime.UTC)
+        hours, minutes = (int(part or 0) for part in offset)
+        if hours > 15 or minutes > 59:
+            return None
+        shift = datetime.timedelta(hours=hours, minutes=minutes) * (-1 if sign == "-" else 1)
+        return (moment - shift - EPOCH) // datetime.timedelta(seconds=1) * 10**9
     return None
 
 
+DATE = (
+    r"(\d{4})([-/])(\d{1,2})\2(\d{1,2})"
+    r"(?:[ T](\d{1,2}):(\d\d)(?::(\d\d))?(?: ?(?:Z|UTC|([+-])(\d\d)(?::?(\d\d))?))?)?"
+)
 EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 
 
