@@ -106,6 +106,20 @@ def test_nobody_waits_for_a_pipe(tmp_path):
     assert says in str([finding.problem for finding in verify(workdir) if finding.problem])
 
 
+def test_the_dates_of_a_date_bias_are_needed(tmp_path):
+    dataset = write_dataset(tmp_path / "d", random_histories([3, 4]))
+    kind = dict(time_encoding="causal", date_bias_knots=2, date_range=(10**8, 10**9))
+    workdir = save_run(tmp_path / "run", dataset, **kind)
+    path = workdir / "date_range.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(values | {"last": values["last"] + 1}))
+    with pytest.raises(UserError, match=r"date_range\.json does not hold the values"):
+        load_model(workdir)
+    path.unlink()
+    with pytest.raises(UserError, match=r"date_range\.json is missing; restore it"):
+        load_model(workdir)
+
+
 def test_arrays_that_differ_in_anything_have_other_digests():
     zeros = np.zeros((2, 3), np.float32)
     others = [zeros.T, zeros.astype(np.int32), zeros[:1], -zeros, zeros.reshape(-1)]

@@ -272,6 +272,8 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
         raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
     checkpoint = best / str(max(steps))
     date_range = read_date_range(workdir)
+    if config.model.date_bias_knots and date_range is None:
+        raise UserError(f"{workdir / 'date_range.json'} is missing; {_RESTORE}")
     try:
         check_plain(checkpoint)
         recorded = read_digests(checkpoint)
