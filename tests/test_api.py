@@ -329,6 +329,15 @@ def test_settings_that_are_refused(data, config, settings, words):
         t4r.fit(data, config, **settings)
 
 
+def test_settings_that_are_given_stay_as_they_are(data):
+    config = api.load_config("causal").lock()
+    with pytest.raises(UserError, match="must be positive"):
+        t4r.fit(data, config, epochs=7, hidden_size=-1)
+    assert (config.train.epochs, config.model.hidden_size, config.dataset) == (30, 64, "data/own")
+    with pytest.raises(UserError, match="give a name, or settings"):
+        t4r.fit(data, {"a": 1})
+
+
 def test_settings_by_short_names():
     config = api.load_config("causal")
     api._change(config, {"name": "caser", "nv": np.int64(3), "epochs": 7, "eval.batch_size": 5})

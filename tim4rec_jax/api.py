@@ -209,9 +209,11 @@ def fit(
     data = _opened(data)
     temporary = None if workdir else _Temporary()
     run = temporary.path / "run" if temporary else Path(str(workdir))
-    config = (
-        load_config(config) if isinstance(config, str) else config.copy_and_resolve_references()
-    )
+    if isinstance(config, str):
+        config = load_config(config)
+    elif not isinstance(config, config_lib.ConfigDict):
+        raise UserError(f"config is {config!r}; give a name, or settings (ConfigDict)")
+    config = config.copy_and_resolve_references()
     _change(config, settings)
     # A run keeps data that would go otherwise, so that it can be evaluated and continued.
     config.dataset = str(run / "data" if data.temporary else data.dataset.directory)
