@@ -290,7 +290,8 @@ def _foreign(folder: Path, ours: tuple[str, ...]) -> list[Path]:
     return [
         entry
         for entry in (sorted(folder.iterdir()) if folder.exists() else ())
-        if (entry.is_dir() and not entry.is_symlink())
+        if entry.is_symlink()
+        or not entry.is_file()
         or not any(fnmatch.fnmatchcase(entry.name, name) for name in ours)
     ]
 

@@ -26,6 +26,7 @@ GZIP_ERRORS = (EOFError, gzip.BadGzipFile, zlib.error)
 _LONGEST_FIRST_LINE = 1 << 20  # bytes
 # What files begin with that are neither text nor gzip nor Parquet, and what to do with them.
 _OTHERS = {
+    b"\xff\xfe\x00\x00": "is UTF-32 text; convert it with `iconv -f UTF-32 -t UTF-8`",
     b"\xff\xfe": "is UTF-16 text; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"\xfe\xff": "is UTF-16 text; convert it with `iconv -f UTF-16 -t UTF-8`",
     b"\x00\x00\xfe\xff": "is UTF-32 text; convert it with `iconv -f UTF-32 -t UTF-8`",

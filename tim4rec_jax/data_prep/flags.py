@@ -2,6 +2,7 @@
 
 import argparse
 import datetime
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,10 @@ examples:
   %(prog)s table 'logs/*.csv.gz' --user uid --item sku --time at --time-unit ms \\
       --out data/shop
   %(prog)s inspect data/shop"""
+
+
+# DuckDB takes long to find out that one of a thousand brackets is not closed.
+_DEEPEST = 100
 
 
 class Parser(argparse.ArgumentParser):
@@ -180,9 +185,9 @@ def _others(commands) -> None:
         help="what is in a prepared dataset",
         description="Prints a dataset's figures and draws them.",
     )
-    inspect.add_argument("directory", type=Path, metavar="DIR", help="a prepared dataset")
+    inspect.add_argument("directory", type=_path, metavar="DIR", help="a prepared dataset")
     inspect.add_argument(
-        "--plot", type=Path, metavar="PNG", help="the picture (default: DIR/inspect.png)"
+        "--plot", type=_path, metavar="PNG", help="the picture (default: DIR/inspect.png)"
     )
 
 
@@ -208,7 +213,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     )
     machine.add_argument(
         "--cache",
-        type=Path,
+        type=_path,
         metavar="DIR",
         default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tim4rec-jax",
         help="where downloads are kept (default: %(default)s)",
@@ -217,7 +222,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="the new dataset")
+    command.add_argument("--out", type=_path, required=True, metavar="DIR", help="the new dataset")
     command.add_argument("--name", help="the dataset's name (default: that of DIR)")
     command.add_argument("--overwrite", action="store_true", help="replace the dataset in DIR")
 
@@ -226,6 +231,7 @@ def _where(command: argparse.ArgumentParser, default: str | None) -> None:
     command.add_argument(
         "--where",
         metavar="SQL",
+        type=_condition,
         default=default,
         help=f"condition on the source's columns (default: {default or 'none'})",
     )
@@ -276,6 +282,21 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return int(value)
 
     return whole
+
+
+def _path(value: str) -> Path:
+    if not value:
+        raise argparse.ArgumentTypeError("it is empty; name a path")
+    return Path(value)
+
+
+def _condition(value: str) -> str:
+    depths = itertools.accumulate((letter in "([{") - (letter in ")]}") for letter in value)
+    if max(depths, default=0) > _DEEPEST:
+        raise argparse.ArgumentTypeError(
+            f"{one_line(value, 40)!r} has more than {_DEEPEST} brackets inside each other"
+        )
+    return value
 
 
 def _number(value: str) -> float:

@@ -171,7 +171,7 @@ def _checked_rows(file: SourceFile, layout: Layout) -> str:
           WHEN number IS NULL THEN {quote_text(wrong)}
           WHEN {negative} THEN 'the time is negative'
           WHEN ticks IS NULL THEN {quote_text(far)}
-          WHEN {rated} AND stars IS NULL THEN 'the rating is not a number'
+          WHEN {rated} AND isfinite(stars) IS NOT TRUE THEN 'the rating is not a number'
         END AS problem,
         left(CASE WHEN problem LIKE 'the time%' THEN time
           WHEN problem LIKE 'the rating%' THEN rating END, {_SHOWN})

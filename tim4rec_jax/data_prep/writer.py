@@ -14,8 +14,9 @@ from jaxtyping import Int64
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.files import atomic_directory
+from tim4rec_jax.files import atomic_directory, read_regular
 
+_LARGEST_METADATA = 1 << 26  # bytes
 STREAM_EVENTS = 1_000_000  # read from DuckDB at once
 SHARD_EVENTS = 16_000_000  # about 200 MB in each file
 # The files of a dataset, which --overwrite may remove: those of `write`, and `inspect`'s picture.
@@ -53,7 +54,7 @@ def staging(out: Path, *, overwrite: bool) -> Iterator[Path]:
 def _is_dataset(directory: Path) -> bool:
     """Tells whether a folder holds the description of a dataset, of this or another release."""
     try:
-        metadata = json.loads((directory / fmt.DATASET_FILE).read_bytes())
+        metadata = json.loads(read_regular(directory / fmt.DATASET_FILE, _LARGEST_METADATA))
     except (OSError, ValueError, RecursionError):
         return False
     return isinstance(metadata, dict) and "format_version" in metadata
