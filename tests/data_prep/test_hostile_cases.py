@@ -149,7 +149,7 @@ def test_dates_are_iso():
     assert found["time"].to_pylist() == [1_577_836_830.0, 0.0, 86_400.0]
 
 
-@pytest.mark.parametrize("rating", ["nan", slow(""), slow("1_0"), slow("inf")])
+@pytest.mark.parametrize("rating", ["1e400", slow("nan"), slow(""), slow("1_0"), slow("inf")])
 def test_ratings_that_are_none(run, histories, write, rating):
     content = f"user_id,item_id,timestamp,rating\nu,i,5,5\nu,j,6,{rating}\n"
     ds = run("table", write("a.csv", content), "--min-rating", 3, "--on-bad-row", "skip", *ALL)
@@ -332,6 +332,7 @@ STEAM = "{u'username': u'a', u'product_id': u'1', u'date': u'2017-01-01'}\n"
         ),
         ("steam", STEAM + STEAM.replace("u'a'", r"u'a\x4'"), "line 2: the user id has a broken"),
         ("table", FIRST.encode("utf-16"), "is UTF-16 text; convert it with `iconv"),
+        slow("table", FIRST.encode("utf-32"), "is UTF-32 text; convert it with `iconv"),
         slow("table", FIRST.encode("utf-16-le"), "line 1: not a text, it holds null bytes"),
         slow(
             "table", "usér_id,item_id\n".encode("latin-1"), "line 1: the line holds bytes that are"
@@ -391,6 +392,8 @@ def test_flags(run, write, tmp_path, monkeypatch, arguments, sentence):
         *(("--min-rating", value) for value in ("nan", "inf", "1e400", "1_0", "")),
         *(("--since", value) for value in ("0001-01-01", "9999-12-31", "x" * 999, "nan")),
         ("--delimiter", "\n"),
+        ("--where", "(" * 3000),
+        ("--out", ""),
     ],
 )
 def test_flags_that_the_parser_refuses(capsys, flag, value):

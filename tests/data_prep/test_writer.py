@@ -1,6 +1,7 @@
 """A dataset is there whole or not at all."""
 
 import errno
+import os
 import signal
 import subprocess
 import sys
@@ -72,6 +73,17 @@ def test_the_picture_of_a_dataset_does_not_hinder(run, write):
     write("out/inspect.png", "")
     run("table", path, "--out", out, "--overwrite")
     assert not (out / "inspect.png").exists()
+
+
+def test_a_pipe_and_a_link_in_the_place_of_our_files(run, write, tmp_path):
+    path, out = write("a.csv", ROWS), run("table", write("a.csv", ROWS)).directory
+    (out / "inspect.png").symlink_to(path)
+    sentence = run("table", path, "--out", out, "--overwrite", fails=True)
+    assert "holds inspect.png, which this command has not made" in sentence
+    (out / "dataset.json").unlink()
+    os.mkfifo(out / "dataset.json")
+    sentence = run("table", path, "--out", out, "--overwrite", fails=True)
+    assert "exists and is no prepared dataset" in sentence
 
 
 def test_an_empty_folder_is_taken(run, write, tmp_path):
