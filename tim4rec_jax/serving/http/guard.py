@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Callable, Collection
@@ -12,6 +13,7 @@ from tim4rec_jax.serving.http.metrics import Metrics
 from tim4rec_jax.serving.http.schema import error_body
 
 RETRY_AFTER = 1  # seconds
+_BUSY_SECONDS = 0.5  # how long a refusal for want of time is held back
 _OPEN = ("/", "/health", "/ready")  # answered without a token: they tell nothing about users
 
 
@@ -72,6 +74,9 @@ class Guard:
 
         try:
             if refusal := self._refusal(scope):
+                if refusal is BUSY:
+                    # Clients that ask again at once would take the time of all others.
+                    await asyncio.sleep(_BUSY_SECONDS)
                 await _answer(watched, *refusal)
             else:
                 await self.app(scope, limited, watched)

@@ -132,6 +132,8 @@ class Server(uvicorn.Server):
                 app,
                 http=Connection,
                 ws="none",
+                # uvloop accepts one connection in each round, so that new ones wait under load.
+                loop="asyncio",
                 log_level="error",
                 access_log=False,
                 server_header=False,
