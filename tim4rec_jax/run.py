@@ -12,6 +12,7 @@ Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
 import fcntl
 import hashlib
 import json
+import logging as python_logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -296,6 +297,8 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
         if recorded is not None:
             check_digests(stored, recorded)
     except Exception as error:  # of a damaged checkpoint, Orbax can say anything
+        # Tasks of the failed read would be reported again when they are collected.
+        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
         raise UserError(
             f"the best checkpoint {checkpoint} cannot be read ({first_line(error)}); {_RESTORE}"
         ) from error
