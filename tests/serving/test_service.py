@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -431,9 +432,10 @@ def test_another_run_takes_over(recommenders, tiny_data, capsys):
 
         def ask(body):
             keep.sendall(post("/recommend", body))
-            head, _, content = keep.recv(1 << 16).partition(b"\r\n\r\n")
-            assert head.startswith(b"HTTP/1.1 200 ")
-            return [item["item"] for item in json.loads(content)["items"]]
+            with http.client.HTTPResponse(keep) as answer:
+                answer.begin()
+                assert answer.status == 200
+                return [item["item"] for item in json.loads(answer.read())["items"]]
 
         old.update_batch([("u", *event) for event in zip(*HISTORY.values(), strict=True)])
         assert ask(HISTORY) == ask({"user": "u"}) == old.recommend(*HISTORY.values()).items
