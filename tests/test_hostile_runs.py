@@ -29,6 +29,9 @@ from tim4rec_jax.evaluation.evaluate import evaluate_run
 from tim4rec_jax.run import verify
 from tim4rec_jax.serving.catalogue import load_run
 
+# Orbax leaves tasks behind when it fails.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 RUN = Path("run")
 
 

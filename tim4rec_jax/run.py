@@ -14,6 +14,7 @@ import hashlib
 import json
 import logging as python_logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -40,6 +41,23 @@ _RESTORE = "restore it from a copy, or train anew"
 
 # Orbax warns of optional files that are missing. What fails raises an error as well.
 logging.set_verbosity(logging.FATAL)
+
+
+def silence_echoes() -> None:
+    """What fails in the background of Orbax is told once, by the exception it raises.
+
+    A write that fails has every other one of the same checkpoint complain to asyncio and to a
+    loop that is gone, a traceback each, or warn at exit that it was never begun.
+    """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def hook(failure) -> None:
+        if str(failure.exc_value) != "Event loop is closed":
+            show(failure)
+
+    sys.unraisablehook = hook
 
 
 # Settings that can be edited in `config.json`: where the data lies, and how fast it is evaluated.
@@ -297,8 +315,7 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
         if recorded is not None:
             check_digests(stored, recorded)
     except Exception as error:  # of a damaged checkpoint, Orbax can say anything
-        # Tasks of the failed read would be reported again when they are collected.
-        python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
+        silence_echoes()
         raise UserError(
             f"the best checkpoint {checkpoint} cannot be read ({first_line(error)}); {_RESTORE}"
         ) from error

@@ -2,9 +2,6 @@
 
 import dataclasses
 import json
-import logging as python_logging
-import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,23 +21,6 @@ from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
 logging.set_verbosity(logging.FATAL)
-
-
-def silence_echoes() -> None:
-    """For commands: what fails in the background is told once, by the exception it raises.
-
-    A write that fails has every other one of the same checkpoint complain to asyncio and to a
-    loop that is gone, a traceback each, or warn at exit that it was never begun.
-    """
-    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
-    python_logging.getLogger("asyncio").setLevel(python_logging.CRITICAL)
-    show = sys.unraisablehook
-
-    def hook(failure) -> None:
-        if str(failure.exc_value) != "Event loop is closed":
-            show(failure)
-
-    sys.unraisablehook = hook
 
 
 def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:

@@ -37,9 +37,10 @@ from tim4rec_jax.run import (
     check_unchanged,
     claim,
     load_model,
+    silence_echoes,
 )
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
-from tim4rec_jax.training.checkpoints import Checkpoints, silence_echoes
+from tim4rec_jax.training.checkpoints import Checkpoints
 from tim4rec_jax.training.log import (
     ProgressLine,
     RunLog,
