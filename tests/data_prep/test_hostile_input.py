@@ -140,14 +140,13 @@ def read(kind: str, content: bytes):
     if kind == "parquet":
         try:
             table = pq.read_table(pa.BufferReader(content))
-        except (pa.ArrowException, OSError):
+            rows = list(zip(*(column.to_pylist() for column in table.columns), strict=True))
+            same = table.schema.names == list(NAMES) and encoded("parquet", rows) == content
+        except (pa.ArrowException, OSError, TypeError, ValueError):
             return UNKNOWN
-        if table.schema.names != list(NAMES):
-            return UNKNOWN
-        columns = [column.to_pylist() for column in table.columns]
-        if encoded("parquet", list(zip(*columns, strict=True))) != content:
+        if not same:
             return UNKNOWN  # damaged: readers differ in what they forgive
-        return [[None if f is None else str(f) for f in row] for row in zip(*columns, strict=True)]
+        return [list(row) for row in rows]
     if b"\0" in content or b"\r" in content or len(content) < 4:
         return UNKNOWN
     lines = content.decode("utf-8", "surrogateescape").removeprefix("\ufeff").split("\n")
