@@ -1,9 +1,22 @@
 """How mistakes reach the user: as one sentence and an exit code, without a traceback."""
 
+import errno
 import os
 import sys
 from collections.abc import Callable
 
+# Errors of the operating system that another path or other permissions correct.
+_OF_PATHS = {
+    errno.EACCES,
+    errno.EEXIST,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
+}
 LONGEST_SENTENCE = 300  # characters; a longer one loses its middle
 
 
@@ -37,7 +50,8 @@ def run_main(main: Callable[[], int | None]) -> int:
         return _fail("the memory does not suffice; free some, or ask for less")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
+        remedy = "; correct the path or its permissions" if error.errno in _OF_PATHS else ""
+        return _fail(f"{where}{error.strerror or error}{remedy}")
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -185,9 +185,9 @@ def _others(commands) -> None:
         help="what is in a prepared dataset",
         description="Prints a dataset's figures and draws them.",
     )
-    inspect.add_argument("directory", type=_path, metavar="DIR", help="a prepared dataset")
+    inspect.add_argument("directory", type=named_folder, metavar="DIR", help="a prepared dataset")
     inspect.add_argument(
-        "--plot", type=_path, metavar="PNG", help="the picture (default: DIR/inspect.png)"
+        "--plot", type=named_folder, metavar="PNG", help="the picture (default: DIR/inspect.png)"
     )
 
 
@@ -213,7 +213,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     )
     machine.add_argument(
         "--cache",
-        type=_path,
+        type=named_folder,
         metavar="DIR",
         default=Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "tim4rec-jax",
         help="where downloads are kept (default: %(default)s)",
@@ -222,7 +222,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=_path, required=True, metavar="DIR", help="the new dataset")
+    command.add_argument("--out", type=named_folder, required=True, metavar="DIR", help="the new dataset")
     command.add_argument("--name", help="the dataset's name (default: that of DIR)")
     command.add_argument("--overwrite", action="store_true", help="replace the dataset in DIR")
 
@@ -282,12 +282,6 @@ def _whole(least: int, most: int) -> Callable[[str], int]:
         return int(value)
 
     return whole
-
-
-def _path(value: str) -> Path:
-    if not value:
-        raise argparse.ArgumentTypeError("it is empty; name a path")
-    return Path(value)
 
 
 def _condition(value: str) -> str:

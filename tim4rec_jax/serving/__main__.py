@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import re
 import sys
@@ -22,12 +23,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from tim4rec_jax.errors import UserError, run_main
-from tim4rec_jax.files import named_folder
+from tim4rec_jax.files import named_folder, read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
 # Events of --history. A comma separates two events only behind a time, as ids may hold commas.
 _HISTORY = re.compile(r".+?@[0-9]+(?:,|$)|.+")
+_LARGEST_TEXT = 1 << 30  # bytes
 _CSV = "a CSV file with the columns item and timestamp (whole seconds since 1970)"
 
 
@@ -237,7 +239,7 @@ def _add_export(commands: Any) -> None:
         description="Writes a folder that recommends without this package (CPU, CUDA, TPU).",
     )
     _add_run_flags(parser)
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=named_folder, required=True, help="folder to write")
     parser.add_argument(
         "--top-k", type=int, default=100, metavar="K", help="items a call returns (default: 100)"
     )
@@ -267,7 +269,7 @@ def _add_explain(commands: Any) -> None:
     _add_run_flags(parser)
     _add_history_flags(parser)
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="FILE.png", help="the picture")
+    add("--out", type=_file, required=True, metavar="FILE.png", help="the picture")
     add("--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it")
     parser.set_defaults(run=_explain)
 
@@ -363,10 +365,21 @@ def _load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
 def _read_ids(path: Path | None) -> list[str] | None:
     if path is None:
         return None
+    lines = _read_text(path, "a text file with an id per line").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _read_text(path: Path, kind: str) -> str:
+    """The text of a file, which is no pipe or device without end, without the mark at its start."""
     try:
-        return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        return read_regular(path, _LARGEST_TEXT).decode("utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}; name {kind}") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} cannot be read ({reason}); name {kind}") from None
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not a text file with an id per line") from None
+        raise UserError(f"{path} is no UTF-8 text; name {kind}") from None
 
 
 def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
@@ -389,14 +402,12 @@ def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
         )
     if flags.file in (None, "-"):
         return _read_csv(sys.stdin, "standard input")
-    try:
-        with open(flags.file, encoding="utf-8-sig", newline="") as file:
-            return _read_csv(file, flags.file)
-    except FileNotFoundError:
-        raise UserError(f"--file: there is no file {flags.file}") from None
+    text = _read_text(Path(flags.file), _CSV)
+    return _read_csv(io.StringIO(text, newline=""), flags.file)
 
 
 def _read_csv(file: Iterable[str], name: str) -> tuple[list[str], list[int]]:
+    csv.field_size_limit(sys.maxsize)
     try:
         reader = csv.DictReader(file)
         if not {"item", "timestamp"} <= set(reader.fieldnames or ()):

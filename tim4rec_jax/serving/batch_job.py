@@ -32,6 +32,7 @@ from tim4rec_jax.serving.recommender import Recommender
 
 _STREAM_EVENTS = 1 << 17  # how many events are read at once
 _PREFIX = ".sorting-"
+_MARK = ".made-by-tim4rec-jax"  # lies in each folder for sorting that is ours
 # The columns that are looked for where none is named, the preparation's name first.
 _NAMES = {"user": ("user_id", "user"), "item": ("item_id", "item"), "time": ("timestamp",)}
 
@@ -313,14 +314,18 @@ def _part(table: pa.Table) -> Part:
 
 @contextlib.contextmanager
 def _workspace(folder: Path) -> Iterator[Path]:
-    """A temporary folder inside `folder`. What killed jobs have left there is removed."""
+    """A temporary folder inside `folder`. What killed jobs have left there is removed.
+
+    A folder of somebody else with such a name stays.
+    """
     for left in folder.glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError), _locked(left):
-            shutil.rmtree(left)
+            shutil.rmtree(left) if (left / _MARK).is_file() else left.rmdir()
     with contextlib.ExitStack() as stack:
         work = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=folder))
         stack.callback(shutil.rmtree, work, ignore_errors=True)
         stack.enter_context(_locked(work))
+        (work / _MARK).touch()
         yield work
 
 
