@@ -65,8 +65,8 @@ def test_a_history_as_a_table(run, tmp_path, recommenders):
 
 
 def test_standard_input_and_filters(run, monkeypatch, tmp_path):
-    (tmp_path / "some").write_text("i1\ni2\n\ni4\n")
-    (tmp_path / "others").write_text("i4\n")
+    (tmp_path / "some").write_text("\ufeffi1\ni2\n\ni4\n")
+    (tmp_path / "others").write_text("\ufeffi4\n")
     flags = ["recommend", "--workdir=run", "--allow", tmp_path / "some", "--json"]
     flags += ["--deny", tmp_path / "others"]
     found = []
@@ -116,6 +116,10 @@ def test_without_a_known_event(run):
         (["recommend", "--workdir=run", "--event", "i1", "1600000000000"], "milliseconds"),
         (["recommend", "--workdir=run", "--file", "no.csv"], "no file no.csv"),
         (["recommend", "--workdir=run", "--file", "bad.csv"], "columns item and timestamp"),
+        (["recommend", "--workdir=run", "--file", "pipe"], "(it is no file)"),
+        (["recommend", "--workdir=run", "--history", "i1@5", "--allow=pipe"], "(it is no file)"),
+        (["recommend", "--workdir=run", "--history", "i1@5", "--deny=pipe"], "(it is no file)"),
+        (["export", "--workdir=run", "--out="], "argument --out: it is empty"),
         (["recommend", "--workdir=run", "--file", "half.csv"], "line 3 has not"),
         (["recommend", "--workdir=run", "--history", "i1@5", "--allow=no.txt"], "no.txt"),
         (["recommend", "--workdir=run", "--history", "i1@5", "-k0"], "k is 0"),
@@ -141,6 +145,7 @@ def test_without_a_known_event(run):
 )
 def test_mistakes(run, flags, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
     (tmp_path / "bad.csv").write_text("a,b\n1,2\n")
     (tmp_path / "half.csv").write_text("item,timestamp\ni1,5\ni2\n")
     write_events("e.parquet", [("a", "i1", 5), ("a", "new", 6)])
@@ -267,16 +272,18 @@ def test_whatever_the_preparation_reads(run, tmp_path):
 def test_what_a_killed_job_left_is_cleared(run, tmp_path):
     """What a living job holds, and what is not ours, stays."""
     write_events(tmp_path / "in.parquet", [("a", "i1", 5)])
-    for name in (".sorting-killed", ".sorting-living", ".sorting"):
+    for name in (".sorting-killed", ".sorting-living", ".sorting-algorithms", ".sorting"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "work.duckdb").write_text("")
+    for name in (".sorting-killed", ".sorting-living"):
+        (tmp_path / name / ".made-by-tim4rec-jax").touch()
     living = os.open(tmp_path / ".sorting-living", os.O_RDONLY)
     fcntl.flock(living, fcntl.LOCK_EX)
     flags = ["--events", tmp_path / "in.parquet", "--out", tmp_path / "o"]
     assert run("batch", "--workdir=run", *flags)[0] == 0
     os.close(living)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == [".sorting", ".sorting-living", "in.parquet", "o"]
+    assert names == [".sorting", ".sorting-algorithms", ".sorting-living", "in.parquet", "o"]
 
 
 def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):

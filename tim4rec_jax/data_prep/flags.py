@@ -14,6 +14,7 @@ from tim4rec_jax.data_prep.read import NUMBER
 from tim4rec_jax.data_prep.sources import MD5
 from tim4rec_jax.data_prep.writer import SHARD_EVENTS
 from tim4rec_jax.errors import one_line
+from tim4rec_jax.files import named_folder
 
 _DESCRIPTION = """\
 Turns event logs (who, what, when) into datasets that `train.py` reads.
@@ -222,7 +223,9 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
 
 
 def _output(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--out", type=named_folder, required=True, metavar="DIR", help="the new dataset")
+    command.add_argument(
+        "--out", type=named_folder, required=True, metavar="DIR", help="the new dataset"
+    )
     command.add_argument("--name", help="the dataset's name (default: that of DIR)")
     command.add_argument("--overwrite", action="store_true", help="replace the dataset in DIR")
 
