@@ -38,7 +38,7 @@ def digests(tree: Any) -> dict[str, str]:
 
 def _digest(array: np.ndarray) -> str:
     digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
 
 

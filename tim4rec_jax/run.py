@@ -251,7 +251,7 @@ class _DateRange(TypedDict):
 
 def write_date_range(workdir: Path, date_range: tuple[int, int]) -> None:
     """Writes what `read_date_range` reads; the arguments are described there."""
-    values = dict(zip(("first", "last"), date_range, strict=True))
+    values: dict[str, Any] = dict(zip(("first", "last"), date_range, strict=True))
     write_json(workdir / "date_range.json", values | {"sha256": _digest(values)})
 
 

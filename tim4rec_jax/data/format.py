@@ -141,7 +141,7 @@ def read_items(directory: Path, metadata: dict) -> pa.Table:
         )
     if any(table.column(name).null_count for name in ITEMS_SCHEMA.names):
         raise UserError(f"{path} holds a null; {PREPARE_AGAIN}")
-    if pc.count_distinct(table.column("item")).as_py() < len(table):
+    if pc.call_function("count_distinct", [table.column("item")]).as_py() < len(table):
         raise UserError(f"{path} holds an item twice; {PREPARE_AGAIN}")
     check_content(path, items_digests(table), metadata)
     return table
@@ -277,7 +277,7 @@ class SequencesDigest:
         values = (list_values(batch, name) for name in ("items", "timestamps"))
         parts = (*_text(batch.column("user")), events, *values)
         for column, part in zip(self._columns, parts, strict=True):
-            column.update(np.ascontiguousarray(part).view(np.uint8))
+            column.update(np.ascontiguousarray(part).view(np.uint8).data)
 
     def hexdigest(self) -> str:
         """The digest of all batches so far."""
@@ -296,13 +296,15 @@ def items_digests(table: pa.Table) -> dict[str, str]:
     digests = {name: hashlib.sha256() for name in parts}
     for name, arrays in parts.items():
         for array in arrays:
-            digests[name].update(np.ascontiguousarray(array).view(np.uint8))
+            digests[name].update(np.ascontiguousarray(array).view(np.uint8).data)
     return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _text(column: pa.Array | pa.ChunkedArray) -> list[np.ndarray]:
     """The length of each text in bytes (-1 for none), and the bytes of all texts."""
-    lengths = pc.fill_null(pc.binary_length(column), -1).to_numpy(zero_copy_only=False)
+    lengths = pc.fill_null(pc.call_function("binary_length", [column]), -1).to_numpy(
+        zero_copy_only=False
+    )
     filled = pc.fill_null(column, "")
     parts = [np.zeros(0, np.uint8)]
     for chunk in filled.chunks if isinstance(filled, pa.ChunkedArray) else [filled]:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
+from orbax.checkpoint import future
 
 from tim4rec_jax.digests import DIGESTS, check_digests, digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
@@ -49,7 +50,7 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
         async def write():
             (directory / DIGESTS).write_text(json.dumps(digests(arrays)))
 
-        return [ocp.future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
+        return [future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
 
     def save(self, directory, args):
         raise NotImplementedError  # the manager saves in the background
