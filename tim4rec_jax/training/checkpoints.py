@@ -43,17 +43,17 @@ def _storable(state: TrainState) -> dict:
 class _DigestsHandler(ocp.AsyncCheckpointHandler):
     """Writes the digests of arrays, which it computes in the background while they are saved."""
 
-    async def async_save(self, directory, args):
+    async def async_save(self, directory, args) -> list[Any]:
         # The values of now; the next step of the training may overwrite the arrays on the device.
-        arrays = jax.tree.map(np.asarray, args.arrays)
+        copy = _SaveDigests(jax.tree.map(np.asarray, args.arrays))
 
         async def write():
-            (directory / DIGESTS).write_text(json.dumps(digests(arrays)))
+            self.save(directory, copy)
 
         return [future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
 
     def save(self, directory, args):
-        raise NotImplementedError  # the manager saves in the background
+        (directory / DIGESTS).write_text(json.dumps(digests(args.arrays)))
 
     def restore(self, directory, args=None):
         raise NotImplementedError  # `read_digests` does
