@@ -230,6 +230,8 @@ def test_users_and_items_that_nobody_knows(model):
         ({"histories": events(sku=None)}, "row 0 of the table has no 'sku'"),
         ({"histories": events(), "time_unit": "h"}, "time_unit is 'h'"),
         ({"users": [1003], "k": 0}, "k is 0"),
+        ({"users": [1003], "allow": [75, None]}, "allow holds None; ids are"),
+        ({"users": [1003], "at": 10**30}, "no date"),
         ({"users": [1003], "at": FIRST}, "not trained to know"),
         ({"users": [1003], "at": FIRST * 1000}, "time_unit='ms'"),
         ({"users": [1003], "at": "noon"}, "no date"),
@@ -269,6 +271,25 @@ def test_similar_items(model):
     assert found["score"][:3].tolist() == pytest.approx(np.sort(cosine)[-2:-5:-1].tolist())
     with pytest.raises(UserError, match="does not know the item 1"):
         model.similar_items([70, 1])
+    for k in (0, True):
+        with pytest.raises(UserError, match=f"k is {k!r}; it must be a whole number"):
+            model.similar_items([70], k=k)
+
+
+def test_the_empty_path_is_not_the_current_folder(model, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for call in (
+        t4r.load,
+        t4r.fit,
+        model.save,
+        lambda path: t4r.prepare(events(), out=path, **NAMES),
+        lambda path: t4r.fit(data, "causal", workdir=path, **QUICK),
+    ):
+        with pytest.raises(UserError, match="is no path; give "):
+            call("")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="int is no path; give a path"):
+        api._path(5)
 
 
 def test_saved_and_loaded(model, tmp_path):

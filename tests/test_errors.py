@@ -35,6 +35,8 @@ def test_long_sentences_lose_their_middle(capsys, letter, length):
     [
         (KeyboardInterrupt(), 130, "error: interrupted\n"),
         (OSError(28, "No space left on device", "runs/x"), 1, "runs/x: No space left on device\n"),
+        (FileNotFoundError(2, "No such file", "x"), 1, "error: x: No such file; correct the path"),
+        (ValueError("embedded null byte"), 1, "error: a name holds a null byte"),
         (MemoryError(), 1, "error: the memory does not suffice"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",

@@ -15,7 +15,14 @@ from tim4rec_jax.digests import digests
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
-from tim4rec_jax.run import check_unchanged, load_model, read_date_range, read_settings, verify
+from tim4rec_jax.run import (
+    check_unchanged,
+    load_model,
+    read_date_range,
+    read_figures,
+    read_settings,
+    verify,
+)
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.training.train import train
 
@@ -104,6 +111,14 @@ def test_nobody_waits_for_a_pipe(tmp_path):
     with pytest.raises(UserError, match=says):
         load_model(workdir)
     assert says in str([finding.problem for finding in verify(workdir) if finding.problem])
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"users": NaN}', '{"test": 1}'])
+def test_figures_that_cannot_be_read(tmp_path, content):
+    path = tmp_path / "metrics.json"
+    os.mkfifo(path) if content is None else path.write_text(content)
+    with pytest.raises(UserError, match=r"metrics\.json .*; delete it and go on"):
+        read_figures(tmp_path)
 
 
 def test_the_dates_of_a_date_bias_are_needed(tmp_path):

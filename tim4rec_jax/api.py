@@ -117,8 +117,8 @@ def prepare(
                 flags = {"time_unit": "iso"} | flags
             pq.write_table(columns, table)
             paths = [str(table)]
-        temporary = None if out else _Temporary()
-        folder = temporary.path / "events" if temporary else Path(str(out))
+        temporary = _Temporary() if out is None else None
+        folder = temporary.path / "events" if temporary else _path(out)
         named = {"user": user, "item": item, "time": time}
         _data_prep(paths, flags | named | {"out": folder}, table)
     unit = flags.get("time_unit", "s")
@@ -207,8 +207,8 @@ def fit(
     from tim4rec_jax.training.train import train_and_report
 
     data = _opened(data)
-    temporary = None if workdir else _Temporary()
-    run = temporary.path / "run" if temporary else Path(str(workdir))
+    temporary = _Temporary() if workdir is None else None
+    run = temporary.path / "run" if temporary else _path(workdir)
     if isinstance(config, str):
         config = load_config(config)
     elif not isinstance(config, config_lib.ConfigDict):
@@ -229,7 +229,19 @@ def fit(
 
 
 def _opened(data: Data | str | Path) -> Data:
-    return data if isinstance(data, Data) else Data(data)
+    return data if isinstance(data, Data) else Data(_path(data, "what prepare returned, or a"))
+
+
+def _path(value: Any, wanted: str = "a") -> Path:
+    """The path that a user gave; "" would be the current folder.
+
+    Raises:
+      UserError: it is no path.
+    """
+    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
+        given = "''" if value == "" else type(value).__name__
+        raise UserError(f"{given} is no path; give {wanted} path")
+    return Path(value)
 
 
 def _change(config: Any, settings: dict[str, Any]) -> None:
@@ -282,7 +294,7 @@ def load(run: str | Path) -> Model:
     Raises:
       UserError: the run is missing or damaged.
     """
-    model = Model(Path(run))
+    model = Model(_path(run))
     _ = model.recommender
     return model
 
@@ -313,7 +325,9 @@ class Model:
     @property
     def metrics(self) -> dict[str, Any]:
         """What `metrics.json` of the run holds, the test figures among it."""
-        return json.loads((self.run / "metrics.json").read_text())
+        from tim4rec_jax.run import read_figures
+
+        return read_figures(self.run)
 
     def recommend(
         self,
@@ -522,8 +536,8 @@ class Model:
         indices = catalogue.indices(given.to_pylist())
         if not indices.all():
             raise UserError(f"the model does not know the item {given[int(np.argmin(indices))]}")
-        if k < 1:
-            raise UserError(f"k is {k}; it must be a whole number of 1 or more")
+        if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
+            raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
         table = np.asarray(self.recommender.model.table)[1 : len(catalogue) + 1]
         table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
         k = min(k, len(catalogue) - 1)
@@ -546,7 +560,7 @@ class Model:
         Raises:
           UserError: the folder exists and is not empty, or cannot be written.
         """
-        folder = Path(folder)
+        folder = _path(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder; choose another")
         with atomic_directory(folder) as copy:
@@ -560,7 +574,9 @@ class Model:
         """The data of the training, which a run keeps itself if it had no folder of its own."""
         if (self.run / "data").is_dir():
             return open_dataset(self.run / "data")
-        return open_dataset(json.loads((self.run / "config.json").read_text())["dataset"])
+        from tim4rec_jax.run import read_settings
+
+        return open_dataset(read_settings(self.run / "config.json").dataset)
 
     def _remembered(self, what: str) -> dict[str, str]:
         """What `prepare` has noted about the table: the names of `columns`, and their `types`."""
@@ -600,7 +616,7 @@ def _array(values: Any) -> pa.Array | pa.ChunkedArray:
         return values
     try:
         return pa.array(values.to_numpy() if hasattr(values, "to_numpy") else values)
-    except (pa.ArrowException, TypeError) as error:
+    except (pa.ArrowException, TypeError, OverflowError) as error:
         raise UserError(f"the ids cannot be read: {error}") from error
 
 

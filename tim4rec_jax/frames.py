@@ -13,8 +13,9 @@ import narwhals.stable.v2 as nw
 import numpy as np
 import pyarrow as pa
 from jaxtyping import Int64
+from narwhals.exceptions import NarwhalsError
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, first_line
 
 NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 _LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is in a finer unit than seconds
@@ -61,6 +62,8 @@ def to_arrow(table: Any, columns: Sequence[str] | None) -> tuple[pa.Table, str]:
         raise UserError(
             f"a column holds values of several types ({error}); convert it to texts first"
         ) from error
+    except (NarwhalsError, UnicodeError) as error:
+        raise UserError(f"the table cannot be read ({first_line(error)}); correct it") from error
     return arrow.replace_schema_metadata(None), frame.implementation.name.lower()
 
 

@@ -11,6 +11,7 @@ Training adds `checkpoints/`, `log.jsonl`, `tensorboard/` and `metrics.json`.
 
 import fcntl
 import hashlib
+import inspect
 import json
 import logging as python_logging
 import sys
@@ -34,7 +35,7 @@ from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.digests import check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import atomic_write, check_plain, read_json, write_json
+from tim4rec_jax.files import atomic_write, check_plain, check_schema, read_json, write_json
 from tim4rec_jax.models import SequenceModel, build, model_class
 
 _RESTORE = "restore it from a copy, or train anew"
@@ -54,7 +55,8 @@ def silence_echoes() -> None:
     show = sys.unraisablehook
 
     def hook(failure) -> None:
-        if str(failure.exc_value) != "Event loop is closed":
+        of_a_read = inspect.iscoroutine(failure.object)
+        if not of_a_read and str(failure.exc_value) != "Event loop is closed":
             show(failure)
 
     sys.unraisablehook = hook
@@ -241,6 +243,27 @@ def _differences(ours: dict, theirs: dict) -> list[str]:
     # One of the two is of an earlier version, which kept no digests.
     keys = (ours | theirs).keys() - {"content"}
     return changed + sorted(key for key in keys if ours.get(key) != theirs.get(key))
+
+
+class _Figures(TypedDict):
+    test: dict[str, float]
+    test_standard_errors: dict[str, float]
+    users: int
+    best_epoch: int
+    epochs: int
+
+
+def read_figures(workdir: Path) -> dict[str, Any]:
+    """What `metrics.json` of a finished run holds.
+
+    Raises:
+      UserError: the file is missing or damaged.
+    """
+    path = workdir / "metrics.json"
+    remedy = f"delete it and go on with the training of {workdir}, which writes it again"
+    values = read_json(path, dict[str, Any], remedy)
+    check_schema(values, _Figures, path, remedy)
+    return values
 
 
 class _DateRange(TypedDict):
@@ -446,6 +469,7 @@ def _finding(part: Path, check: Callable[[], str]) -> Finding:
         says = str(error)
         return Finding(part, says if str(part) in says else f"{part}: {says}; {_RESTORE}")
     except Exception as error:  # of a damaged checkpoint, Orbax can say anything
+        silence_echoes()
         return Finding(part, f"{part} cannot be read ({first_line(error)}); {_RESTORE}")
 
 

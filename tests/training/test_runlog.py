@@ -1,6 +1,7 @@
 """The log of a run: what was lost is taken back; signals are requests."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -73,3 +74,20 @@ def test_a_run_directory_has_one_owner(tmp_path):
         pass
     with only_process(tmp_path):
         assert (tmp_path / ".lock").exists()
+
+
+@pytest.mark.parametrize(
+    "content", [b"5\n", b"{}\n", b"[" * 9000 + b"\n", b"\xff\n", b'{"step": "x"}\n']
+)
+def test_a_damaged_log(tmp_path, content):
+    whole = b'{"kind": "train", "step": 1}\n'
+    (tmp_path / "log.jsonl").write_bytes(whole + content)
+    with pytest.raises(UserError, match=r"log\.jsonl is damaged at line .*; delete it"):
+        RunLog(tmp_path, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_pipe_in_the_place_of_a_log(tmp_path):
+    os.mkfifo(tmp_path / "log.jsonl")
+    with pytest.raises(UserError, match="it is no file"):
+        RunLog(tmp_path, 0)

@@ -253,4 +253,12 @@ class Ranker:
 def _ids(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
     if isinstance(items, str | bytes):
         raise UserError(f"{name} is the single text {items!r}; give a list of ids")
-    return None if items is None else frozenset(map(str, items))
+    if items is None:
+        return None
+    if not isinstance(items, Iterable):
+        raise UserError(f"{name} is {items!r}; give a list of ids")
+    ids = [item.as_py() if hasattr(item, "as_py") else item for item in items]  # of Arrow
+    for item in ids:
+        if isinstance(item, bool) or not isinstance(item, str | int | np.integer):
+            raise UserError(f"{name} holds {item!r}; ids are texts or whole numbers")
+    return frozenset(map(str, ids))

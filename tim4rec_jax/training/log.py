@@ -15,8 +15,11 @@ from flax import nnx
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.files import atomic_write
+from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.files import atomic_write, read_regular
 from tim4rec_jax.models import SequenceModel
+
+_LARGEST_LOG = 1 << 30  # bytes
 
 
 def describe_data(batches: TrainBatches | PackedBatches) -> str:
@@ -95,7 +98,7 @@ class RunLog:
             that was lost and will be done again.
         """
         path = workdir / "log.jsonl"
-        kept = [line for line in _records(path) if json.loads(line)["step"] <= step]
+        kept = [line for line, done in _records(path) if done <= step]
         with atomic_write(path, "w") as file:
             file.writelines(kept)
         self._file = path.open("a")
@@ -116,12 +119,26 @@ class RunLog:
         self._board.close()
 
 
-def _records(path: Path) -> list[str]:
-    """The complete lines of a log; a line cut short by a crash is dropped."""
+def _records(path: Path) -> list[tuple[str, int]]:
+    """The complete lines of a log with their steps; a line cut short by a crash is dropped.
+
+    Raises:
+      UserError: the log is damaged.
+    """
     if not path.exists():
         return []
-    with path.open() as file:
-        return [line for line in file if line.endswith("\n")]
+    records = []
+    try:
+        lines = read_regular(path, _LARGEST_LOG).decode().splitlines(keepends=True)
+        for line in lines:
+            if line.endswith("\n"):
+                records.append((line, int(json.loads(line)["step"])))
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged at line {len(records) + 1} ({first_line(error)}); delete it: only "
+            "the figures of past epochs are lost, and the training goes on"
+        ) from error
+    return records
 
 
 class ProgressLine:

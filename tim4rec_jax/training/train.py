@@ -1,6 +1,5 @@
 """The training of a run, from its settings to its metrics."""
 
-import json
 import signal
 import threading
 import time
@@ -37,6 +36,7 @@ from tim4rec_jax.run import (
     check_unchanged,
     claim,
     load_model,
+    read_figures,
     silence_echoes,
 )
 from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
@@ -146,7 +146,7 @@ def _run(config: Config, workdir: Path, prepare: Callable[[Config], None] | None
     with claim(workdir, config, dataset, make_model.keywords["date_range"]):
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
-            return json.loads((workdir / "metrics.json").read_text())
+            return read_figures(workdir)
         return _train(config, workdir, batches, make_model, structure)
 
 
