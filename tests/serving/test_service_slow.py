@@ -183,9 +183,10 @@ def high(found):
 
 
 def test_an_overload(tiny_workdir, tmp_path):
-    """Ten times the clients for a minute: no answer is slow, nothing is lost, nothing grows."""
-    # Other work on the machine makes everything slower.
-    slower = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    """Ten times the clients for a minute: no answer is slow, nothing is lost, nothing grows.
+
+    The machine must have nothing else to do: this test compares times.
+    """
     with running(tiny_workdir, "--store", tmp_path / "users.db") as service:
 
         def clients(count):
@@ -208,9 +209,9 @@ def test_an_overload(tiny_workdir, tmp_path):
         assert service.end() == -signal.SIGTERM
     assert any(status == 503 for client, _ in many for status, *_ in client.found)
     print(f"p99 {normal * 1e3:.0f} ms, overloaded {overloaded * 1e3:.0f} ms")
-    assert overloaded < 2 * normal * slower
+    assert overloaded < 2 * normal
     assert len(health) > 20
-    assert np.quantile(health, 0.99) < 0.1 * slower
+    assert np.quantile(health, 0.99) < 0.1
     assert memory < 1.1 * before
     stored = events_in(tmp_path / "users.db")
     acknowledged = {note for client, _ in told for status, _, note in client.found if status == 200}
