@@ -115,6 +115,7 @@ def test_all_libraries_and_files_make_the_same_data(data, tmp_path):
     ("columns", "flags", "words"),
     [
         ({}, {"user": "who"}, "no column 'who', only customer, sku, at; name yours with user="),
+        ({}, {"overwrite": "no"}, "overwrite is 'no'; it must be True or False"),
         ({}, {"kcore": 3}, "kcore is no keyword of prepare; nearest: k_core"),
         ({}, {"k_core": 0}, "k_core: '0' is no whole number"),
         ({}, {"command": "x"}, "command is no keyword"),
@@ -132,6 +133,12 @@ def test_what_cannot_be_prepared(columns, flags, words):
         t4r.prepare(events(**columns), **NAMES | flags)
     assert words in str(raised.value)
     assert "/tmp" not in str(raised.value)
+
+
+def test_columns_of_one_name():
+    table = pd.DataFrame([[1, 2, 3]], columns=["customer", "sku", "sku"])
+    with pytest.raises(UserError, match=r"the table cannot be read .*unique column names"):
+        t4r.prepare(table, **NAMES)
 
 
 def test_flags_of_the_command(tmp_path):
@@ -341,6 +348,7 @@ def test_a_run_directory_that_is_there(model, data, tmp_path):
         ("causal", {"batch_size": 3}, r"may be eval\.batch_size or train\.batch_size"),
         ("causal", {"epochs": "3"}, r"train\.epochs is '3', which is of another type"),
         ("causal", {"epochs": -3}, r"train\.epochs is -3; it must be positive"),
+        ("causal", {"dataset": "x"}, "dataset and prepare are no settings of fit"),
         ("causal", {"model.nv": 3}, "nv is not a setting of this model"),
         ("causal", {"name": "nosuch"}, r"model\.name is 'nosuch'"),
     ],

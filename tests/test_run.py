@@ -18,6 +18,7 @@ from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.run import (
     check_unchanged,
     load_model,
+    only_process,
     read_date_range,
     read_figures,
     read_settings,
@@ -111,6 +112,12 @@ def test_nobody_waits_for_a_pipe(tmp_path):
     with pytest.raises(UserError, match=says):
         load_model(workdir)
     assert says in str([finding.problem for finding in verify(workdir) if finding.problem])
+
+
+def test_a_pipe_in_the_place_of_a_lock(tmp_path):
+    os.mkfifo(tmp_path / ".lock")
+    with only_process(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"users": NaN}', '{"test": 1}'])

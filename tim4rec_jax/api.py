@@ -159,6 +159,8 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
                 )
             flag = "--" + name.replace("_", "-")
             if known[name] is False:  # a flag without a value
+                if not isinstance(value, bool):
+                    raise UserError(f"{name} is {value!r}; it must be True or False")
                 words += [flag] if value else []
             elif value is not None:
                 listed = isinstance(value, list | tuple)
@@ -214,6 +216,8 @@ def fit(
     elif not isinstance(config, config_lib.ConfigDict):
         raise UserError(f"config is {config!r}; give a name, or settings (ConfigDict)")
     config = config.copy_and_resolve_references()
+    if {"dataset", "prepare"} & settings.keys():
+        raise UserError("dataset and prepare are no settings of fit; the data comes first")
     _change(config, settings)
     # A run keeps data that would go otherwise, so that it can be evaluated and continued.
     config.dataset = str(run / "data" if data.temporary else data.dataset.directory)
@@ -239,7 +243,7 @@ def _path(value: Any, wanted: str = "a") -> Path:
       UserError: it is no path.
     """
     if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        given = "''" if value == "" else type(value).__name__
+        given = "''" if isinstance(value, str) else type(value).__name__
         raise UserError(f"{given} is no path; give {wanted} path")
     return Path(value)
 
@@ -370,6 +374,8 @@ class Model:
             raise UserError("recommend takes either users= or histories=")
         if unknown := sorted(columns.keys() - _DEFAULTS.keys()):
             raise UserError(f"{unknown[0]} is no keyword of recommend")
+        if not isinstance(exclude_seen, bool):
+            raise UserError(f"exclude_seen is {exclude_seen!r}; it must be True or False")
         names = _DEFAULTS | self._remembered("columns") | columns
         if users is not None:
             who, user_type, lengths, events_of = self._of_users(users)

@@ -48,14 +48,14 @@ def run_main(main: Callable[[], int | None]) -> int:
         return 0
     except MemoryError:
         return _fail("the memory does not suffice; free some, or ask for less")
-    except ValueError as error:
-        if "null byte" not in str(error):  # what Python says of such a path
-            raise
-        return _fail("a name holds a null byte; choose another")
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         remedy = "; correct the path or its permissions" if error.errno in _OF_PATHS else ""
         return _fail(f"{where}{error.strerror or error}{remedy}")
+    except ValueError as error:
+        if "null byte" not in str(error):  # what Python says of such a path
+            raise
+        return _fail("a name holds a null byte; choose another")
 
 
 def _fail(message: str, code: int = 1) -> int:

@@ -42,6 +42,9 @@ def to_arrow(table: Any, columns: Sequence[str] | None) -> tuple[pa.Table, str]:
     try:
         frame: Any = nw.from_native(table)
         names = frame.collect_schema().names()
+    except NarwhalsError as error:  # two columns of one name, for example
+        reason = " ".join(str(error).split())
+        raise UserError(f"the table cannot be read ({reason}); correct it") from error
     except Exception as error:  # narwhals and the libraries behind it have many
         if is_frame(table):
             raise UserError(f"the table cannot be read: {error}") from error

@@ -204,7 +204,8 @@ def only_process(workdir: Path) -> Iterator[None]:
     Raises:
       UserError: another process is training there.
     """
-    with (workdir / ".lock").open("w") as lock:
+    # For reading too, so that nobody waits if it is a pipe.
+    with (workdir / ".lock").open("a+b", buffering=0) as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -263,6 +264,8 @@ def read_figures(workdir: Path) -> dict[str, Any]:
     remedy = f"delete it and go on with the training of {workdir}, which writes it again"
     values = read_json(path, dict[str, Any], remedy)
     check_schema(values, _Figures, path, remedy)
+    if values["test"].keys() != values["test_standard_errors"].keys():
+        raise UserError(f"{path} is damaged (`test` has other figures than its errors); {remedy}")
     return values
 
 

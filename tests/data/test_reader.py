@@ -130,6 +130,7 @@ SEQUENCES, ITEMS, DATASET = fmt.sequences_file(), fmt.ITEMS_FILE, fmt.DATASET_FI
         (cut(DATASET, -5), r"dataset\.json is not valid JSON"),
         (edit_metadata(format_version=2), r"format version 2, and this release reads version 1"),
         (edit_metadata(format_version=None), r"format version None"),
+        (edit_metadata(oracle={"uest": {}}), r"dataset\.json is damaged \(`oracle\.valid` is"),
         (edit_metadata(order=None), r"dataset\.json is damaged \(`order` is missing\); prepare"),
         (edit_metadata(order="random"), r"`order` should be 'exact' or 'recbole'"),
         (edit_metadata(users="12"), r"`users` should be a valid integer"),

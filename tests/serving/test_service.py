@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import os
 import socket
 import threading
 import time
@@ -24,7 +25,7 @@ from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
 from tim4rec_jax.serving.http import connection
 from tim4rec_jax.serving.http.app import create_app
 from tim4rec_jax.serving.http.micro_batcher import Batcher, ClientLeft, Overloaded
-from tim4rec_jax.serving.http.server import Server
+from tim4rec_jax.serving.http.server import Server, _read_token
 from tim4rec_jax.serving.stores import StoreError
 
 HISTORY = {"items": ["i7", "i3", "i12"], "timestamps": [880_000_000, 880_000_000, 880_090_000]}
@@ -346,6 +347,12 @@ def test_headers_of_errors(client):
         [described] = schema["paths"][path].values()
         assert {"400", "401", "405", "413", "415", "422", "503"} <= set(described["responses"])
     assert "RecommendRequest" in schema["components"]["schemas"]
+
+
+def test_a_pipe_in_the_place_of_a_token(tmp_path):
+    os.mkfifo(tmp_path / "token")
+    with pytest.raises(UserError, match=r"it is no file.*; name another file"):
+        _read_token(tmp_path / "token")
 
 
 def test_token_and_hosts(recommender):

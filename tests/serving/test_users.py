@@ -307,9 +307,13 @@ def test_a_file_that_is_no_store(tmp_path):
     SQLiteStore(tmp_path / "users.db").close()  # opens it again
     other = sqlite3.connect(tmp_path / "other.db")
     other.execute("CREATE TABLE orders (id INTEGER)")
+    for version in (0, 1):
+        other.execute(f"PRAGMA user_version = {version}")
+        before = (tmp_path / "other.db").read_bytes()
+        with pytest.raises(UserError, match="not a store of version 1"):
+            SQLiteStore(tmp_path / "other.db")
+        assert (tmp_path / "other.db").read_bytes() == before
     other.close()
-    with pytest.raises(UserError, match="not a store of version 1"):
-        SQLiteStore(tmp_path / "other.db")
     with pytest.raises(UserError, match="cannot be used: unable to open"):
         SQLiteStore(tmp_path / "no" / "folder.db")
 

@@ -37,11 +37,17 @@ SEQUENCES_GLOB = "sequences*.arrow"
 _Count = Annotated[int, Ge(1), Le(2**62)]
 
 
+class _Oracle(TypedDict):
+    valid: dict[str, dict[str, float]]
+    test: dict[str, dict[str, float]]
+
+
 class Metadata(TypedDict):
     """What readers need of `dataset.json`.
 
     `shards`, `users`, `items` and `events` are numbers of what the other files hold. `content` is
-    what the function of this name returns; datasets of earlier versions have none.
+    what the function of this name returns; datasets of earlier versions have none. `oracle` is what
+    the function of this name in `tim4rec_jax.data_prep.synthetic` returns.
     """
 
     __pydantic_config__ = {"extra": "allow"}  # noqa: RUF012  # pyright: ignore
@@ -54,6 +60,7 @@ class Metadata(TypedDict):
     items: Annotated[int, Ge(1), Le(2**31 - 2)]
     events: _Count
     content: NotRequired[dict[str, str]]
+    oracle: NotRequired[_Oracle]
 
 
 DATASET_KEYS = ("format_version", "name", "order", "shards", "users", "items", "events")

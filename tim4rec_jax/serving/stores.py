@@ -196,12 +196,14 @@ class SQLiteStore:
         with self._naming_what_fails():
             self._connection = self._connect(timeout)
             try:
+                self._is_new()  # refuses another program's file before it is changed
                 self._connection.execute("PRAGMA journal_mode = WAL")
                 self._connection.execute("PRAGMA synchronous = NORMAL")
                 # What is deleted or replaced is overwritten, and does not stay in unused pages.
                 self._connection.execute("PRAGMA secure_delete = ON")
                 with self._transaction():
-                    self._prepare()
+                    for statement in _SCHEMA.split(";") if self._is_new() else ():
+                        self._connection.execute(statement)
                 self._reader = self._connect(timeout)
             except BaseException:
                 self._connection.close()
@@ -212,18 +214,20 @@ class SQLiteStore:
             self.path, timeout=timeout, isolation_level=None, check_same_thread=False
         )
 
-    def _prepare(self) -> None:
+    def _is_new(self) -> bool:
+        """Whether the file is empty yet.
+
+        Raises:
+            UserError: it holds something else than a store.
+        """
         [version] = self._connection.execute("PRAGMA user_version").fetchone()
-        if version == _VERSION:
-            return
-        [tables] = self._connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
-        if version or tables:
+        tables = {name for (name,) in self._connection.execute("SELECT name FROM sqlite_schema")}
+        if (version or tables) and (version != _VERSION or not {"events", "users"} <= tables):
             raise UserError(
                 f"{self.path} is not a store of version {_VERSION} of this package; "
                 "name another file"
             )
-        for statement in _SCHEMA.split(";"):
-            self._connection.execute(statement)
+        return not tables
 
     def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
         """See `Store`."""

@@ -19,6 +19,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.files import read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.http.app import Service, create_app
 from tim4rec_jax.serving.http.connection import IDLE_SECONDS, MAX_CONNECTIONS, Connection
@@ -29,6 +30,7 @@ from tim4rec_jax.serving.stores import SQLiteStore
 # latest.
 _DRAIN_SECONDS, _END_SECONDS = 6, 9
 _STORE_SECONDS = 3  # how long to wait for another process that writes to the store
+_LARGEST_TOKEN = 1 << 20  # bytes
 _LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -98,7 +100,9 @@ def serve(
 
 def _read_token(path: Path) -> str:
     try:
-        lines = path.read_text("ascii").splitlines()
+        lines = read_regular(path, _LARGEST_TOKEN).decode("ascii").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); name another file") from error
     except UnicodeDecodeError:
         lines = []
     token = lines[0].strip() if lines else ""
