@@ -112,6 +112,11 @@ def test_the_same_file_is_not_counted_twice(run, write, tmp_path):
     assert "are the same file, which would count twice; name it once" in sentence
 
 
+def test_a_user_is_no_item(run, write):
+    sentence = run("table", write("a.csv", FIRST), "--user", "item_id", fails=True)
+    assert "'item_id' is named as the user and as the item; name yours with --user" in sentence
+
+
 NUMBERS = [
     "1_000",
     "nan",
@@ -373,6 +378,7 @@ def test_names_are_no_markup(run, write, name, capsys, tmp_path):
         (["table", "--source", "a", "--out", "x" * 300], "x: File name too long"),
         (["table", "--source", "a", "--out", "a\0b"], "it holds a null byte"),
         (["table", "--source", "a", "--out", "/proc/x"], "cannot be written: "),
+        (["table", "--source", "a", "--where", "error('x')"], "the condition --where"),
     ],
 )
 def test_flags(run, write, tmp_path, monkeypatch, arguments, sentence):

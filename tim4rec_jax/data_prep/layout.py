@@ -144,6 +144,8 @@ def check_columns(file: SourceFile, layout: Layout, remedy: str) -> Layout:
             raise UserError(
                 f"{file}, line 1: no column {column!r}{hint}, there are {listed(columns)}; {remedy}"
             )
+    if layout.user == layout.item:
+        raise UserError(f"{file}: {layout.user!r} is named as the user and as the item; {remedy}")
     if layout.kind not in ("arrow", "parquet"):
         return layout
     types = schema(file).types

@@ -119,10 +119,9 @@ def _append(con: duckdb.DuckDBPyConnection, file: SourceFile, layout: Layout, fi
         raise
     except (duckdb.OutOfMemoryException, duckdb.InterruptException):
         raise
-    except duckdb.InvalidInputException as error:
-        raise _damaged(file, layout, error) from error
     except (duckdb.ProgrammingError, duckdb.DataError, duckdb.InternalError) as error:
-        if layout.where is None:
+        of_file = isinstance(error, duckdb.InvalidInputException) and "CSV" in str(error)
+        if layout.where is None or of_file:
             raise _damaged(file, layout, error) from error
         raise UserError(
             f"{file}: the condition --where {one_line(layout.where, 60)!r} fails "

@@ -249,5 +249,5 @@ SOURCES = {
         ("*.inter", "steam_reviews.json", "*.json"),
     ),
     "recbole": Source(_recbole, members=("*.inter",)),
-    "table": Source(_table, members=("*.parquet|*.csv|*.tsv|*.jsonl|*.ndjson|*.json",)),
+    "table": Source(_table, members=("*.parquet|*.pq|*.csv|*.tsv|*.jsonl|*.ndjson|*.json",)),
 }
