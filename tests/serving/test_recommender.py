@@ -16,6 +16,7 @@ from tests.serving.tiny_run import (
     tiny_dataset,
 )
 from tim4rec_jax.data import open_dataset
+from tim4rec_jax.data.format import content
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.evaluate import write_predictions
 from tim4rec_jax.serving import Recommender
@@ -83,11 +84,20 @@ def test_without_a_known_event_the_popular(tiny_data, recommenders, items):
     assert (found.unknown, found.fallback) == (len(items), True)
 
 
+def rename_items(dataset, new):
+    """Gives the items of a dataset other ids, as if it had been prepared with them."""
+    table = pq.read_table(dataset / "items.parquet")
+    ids = new(table["item"].to_pylist())
+    pq.write_table(table.set_column(1, table.schema.field(1), [ids]), dataset / "items.parquet")
+    metadata = json.loads((dataset / "dataset.json").read_text())
+    del metadata["content"]
+    metadata["content"] = content(dataset, metadata)
+    (dataset / "dataset.json").write_text(json.dumps(metadata))
+
+
 def test_numbers_are_ids_too(tmp_path, recommenders):
     dataset = tiny_dataset(tmp_path / "data")
-    table = pq.read_table(dataset / "items.parquet")
-    ids = [item[1:] for item in table["item"].to_pylist()]
-    pq.write_table(table.set_column(1, table.schema.field(1), [ids]), dataset / "items.parquet")
+    rename_items(dataset, lambda ids: [item[1:] for item in ids])
     recommender = Recommender(recommenders("masked").model, Catalogue(dataset))
     by_number = recommender.recommend(np.array([3, 4]), [1, 2])
     assert by_number == recommender.recommend(["3", "4"], [1, 2])
@@ -216,13 +226,12 @@ def test_a_run_with_its_items_needs_no_dataset(tiny_data, tiny_workdir, tmp_path
 def test_another_dataset(tiny_data, tiny_workdir, tmp_path):
     """As many items are not enough: their ids could be in another order."""
     other = tiny_dataset(tmp_path / "other")
-    described = (other / "dataset.json").read_text()
-    (other / "dataset.json").write_text(described.replace('"small"', '"other"'))
-    with pytest.raises(UserError, match=r"not the dataset that the run .* \(other name\)"):
-        Recommender.load(tiny_workdir, dataset=other)
-    (other / "dataset.json").write_text(described)
-    (other / "sequences.arrow").unlink()  # which nobody reads
+    (other / "sequences.arrow").rename(tmp_path / "sequences.arrow")  # which nobody reads
     assert Recommender.load(tiny_workdir, dataset=other).recommend(["i1"], [1]).items
+    (tmp_path / "sequences.arrow").rename(other / "sequences.arrow")
+    rename_items(other, lambda ids: ids[::-1])
+    with pytest.raises(UserError, match=r"not the dataset that the run .* \(other items\)"):
+        Recommender.load(tiny_workdir, dataset=other)
 
 
 def test_many_threads(recommenders):
