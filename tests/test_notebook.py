@@ -91,6 +91,8 @@ def test_where_there_is_no_progress_bar_nobody_switches_it_off(tmp_path, monkeyp
 
         def __init__(self, *args, **kwargs):
             self.con = connect_to(*args, **kwargs)
+            # A worker of xdist looks interactive to DuckDB, and then the bar is on.
+            self.con.execute("SET enable_progress_bar = false")
 
         def execute(self, query, *args):
             assert "SET enable_progress_bar" not in query
