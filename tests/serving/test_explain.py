@@ -77,7 +77,7 @@ def test_bad_flags(tiny_workdir, tmp_path):
     with pytest.raises(UserError, match="'i7@noon'"):
         run("--workdir", tiny_workdir, "--out", tmp_path / "x.png", "--history", "i7@noon")
     history = ["--history", *(f"{item}@{time}" for item, time in zip(ITEMS, TIMES, strict=True))]
-    with pytest.raises(UserError, match="the folder .*no does not exist"):
+    with pytest.raises(UserError, match=r"the folder .*no does not exist"):
         run("--workdir", tiny_workdir, "--out", tmp_path / "no" / "x.png", *history)
 
 
