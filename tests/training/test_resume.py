@@ -54,10 +54,15 @@ class Training:
                 stderr=subprocess.STDOUT,
             )
 
-    def run(self, *before):
-        """Exit code and output of a process left alone."""
+    def run(self, *before, patience=None):
+        """Exit code and output of a process left alone, or killed when patience ends."""
         self.start(*before)
-        return self.process.wait(), self.output.read_text()
+        try:
+            code = self.process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        return code, self.output.read_text()
 
     def steps(self, kind="checkpoints"):
         names = [path.name for path in (self.workdir / kind).glob("*")]
@@ -132,6 +137,30 @@ def test_whatever_ends_the_process_the_bits_stay(folder, calm):
     figures = [json.loads((run.workdir / "metrics.json").read_text()) for run in (hit, calm)]
     assert figures[0] | {"seconds": 0} == figures[1] | {"seconds": 0}
     assert not list(hit.workdir.rglob("*tmp*"))
+
+
+@pytest.mark.slow
+def test_a_hundred_kills(folder, calm):
+    """At random moments of a process: while it starts, compiles, trains, validates or writes."""
+    rng, kills, runs = random.Random(11), 0, 0
+    theirs = calm.arrays()
+    begun = time.monotonic()
+    while kills < 100:
+        hit = Training(folder, f"hit{runs}", **{"train.checkpoint_minutes": 0.002})
+        # The first run is left alone: it tells how long a run takes.
+        patience = rng.uniform(0, 1.2) * seconds if runs else None
+        code, said = hit.run(patience=patience)
+        seconds = seconds if runs else time.monotonic() - begun
+        while code == -signal.SIGKILL:
+            kills += 1
+            # The last one is left alone.
+            patience = rng.uniform(0, 1.2) * seconds if kills < 100 else None
+            code, said = hit.run(patience=patience)
+        assert code == 0, said
+        runs += 1
+        ours = hit.arrays()
+        assert [name for name in theirs if ours[name] != theirs[name]] == []
+        assert hit.validations() == calm.validations()
 
 
 def full_disk_kill_and_stop(hit, rng):
