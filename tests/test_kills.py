@@ -16,7 +16,6 @@ from tests.interop.torch_format import recbole_checkpoint, torch_save
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import ONE_DEVICE, save_run, tiny_dataset
 from tim4rec_jax.data import open_dataset
-from tim4rec_jax.interop.__main__ import main as interop
 from tim4rec_jax.run import load_model, verify
 
 pytestmark = pytest.mark.slow
@@ -120,7 +119,9 @@ def test_recommendations_for_a_log(tmp_path, run):
 
     def check(finished):
         if finished:
-            assert sorted(os.listdir(tmp_path)) == ["best.parquet", "events.csv"]
+            # A killed process may leave its unfinished file, and nothing else.
+            found = {name for name in os.listdir(tmp_path) if not name.endswith(".partial")}
+            assert found == {"best.parquet", "events.csv"}
         if finished or out.exists():
             assert pq.read_table(out).num_rows == 500 * 10
 
@@ -156,17 +157,16 @@ def test_a_run_of_another_program(tmp_path):
     golden, run = read_golden("tiny_notime_1layer_noffn"), tmp_path / "run"
     saved = recbole_checkpoint(golden.state_dict, golden.config)
     checkpoint = torch_save(saved, tmp_path / "TiM4Rec.pth")
-    interop([str(checkpoint), "--workdir", str(tmp_path / "calm")])
-    files = sorted(path.relative_to(tmp_path / "calm") for path in (tmp_path / "calm").rglob("*"))
+    whole = 0
 
     def check(finished):
+        nonlocal whole
         assert finished <= run.exists()
         if run.exists():
             assert load_model(run)[1].n_items == 39
             assert not [finding for finding in verify(run) if finding.problem]
-        if finished:
-            found = sorted(path.relative_to(run) for path in run.rglob("*"))
-            assert len(found) == len(files)
+            whole = whole or len([*run.rglob("*")])
+            assert len([*run.rglob("*")]) == whole
 
     def restart():
         run.rename(tmp_path / f"run-{time.monotonic_ns()}")
