@@ -25,7 +25,7 @@ from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
 from tim4rec_jax.serving.http import connection
 from tim4rec_jax.serving.http.app import create_app
 from tim4rec_jax.serving.http.micro_batcher import Batcher, ClientLeft, Overloaded
-from tim4rec_jax.serving.http.server import Server, _read_token
+from tim4rec_jax.serving.http.server import Server, _read_token, listen
 from tim4rec_jax.serving.stores import StoreError
 
 HISTORY = {"items": ["i7", "i3", "i12"], "timestamps": [880_000_000, 880_000_000, 880_090_000]}
@@ -369,6 +369,14 @@ def test_token_and_hosts(recommender):
         assert "HTTPBearer" in client.get("/openapi.json", headers=headers).text
         assert client.get("/health", headers={"host": "evil.com"}).status_code == 400
         assert client.get("/health", headers={"host": "EXAMPLE.org:80"}).status_code == 200
+
+
+def test_connections_send_without_delay():
+    """Otherwise the body of an answer waits for the receipt of its head."""
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_slow_and_long_requests(recommender, monkeypatch):
