@@ -28,6 +28,16 @@ def named_folder(text: str) -> Path:
     return Path(text)
 
 
+def named_file(text: str) -> Path:
+    """A file to write on the command line, as a type of `argparse`."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
+    return path
+
+
 @contextmanager
 def _one_sentence(path: Path) -> Iterator[None]:
     """Turns what the operating system refuses into an error that names `path`."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.files import named_file
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,15 +20,6 @@ def _folder(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("it is empty; name the directory of a run")
     return Path(text)
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
-    return path
 
 
 def _count(text: str) -> int:
@@ -54,11 +46,11 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
         help="metrics by groups of users: history length, last gap, popularity of the target "
         "(length,gap,popularity)",
     )
-    add("--json", type=_file, metavar="FILE", help="default: WORKDIR/eval_SPLIT.json")
-    add("--csv", type=_file, metavar="FILE", help="the figures as a table too, one per line")
+    add("--json", type=named_file, metavar="FILE", help="default: WORKDIR/eval_SPLIT.json")
+    add("--csv", type=named_file, metavar="FILE", help="the figures as a table too, one per line")
     add(
         "--predictions",
-        type=_file,
+        type=named_file,
         metavar="FILE",
         help="the best items of every user to a Parquet file: user, rank, item, score",
     )

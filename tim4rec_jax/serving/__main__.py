@@ -23,7 +23,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tim4rec_jax.errors import UserError, run_main
-from tim4rec_jax.files import named_folder, read_regular
+from tim4rec_jax.files import named_file, named_folder, read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
@@ -164,7 +164,7 @@ def _add_batch(commands: Any) -> None:
         metavar="FILE",
         help="CSV, TSV, JSON lines or Parquet, plain or gzip; globs",
     )
-    add("--out", type=_file, required=True, metavar="FILE", help="the Parquet file to write")
+    add("--out", type=named_file, required=True, metavar="FILE", help="the Parquet file to write")
     _add_run_flags(parser)
     _add_ranking_flags(parser)
     add("--user", metavar="COLUMN", help="who (default: user_id, or user if there is such one)")
@@ -190,15 +190,6 @@ def _add_batch(commands: Any) -> None:
     )
     add("--memory-limit", default="2GB", metavar="SIZE", help="for sorting (default: 2GB)")
     parser.set_defaults(run=_batch)
-
-
-def _file(text: str) -> Path:
-    path = Path(text)
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"the folder {path.parent} does not exist")
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{path} is a folder, not a file")
-    return path
 
 
 def _batch(flags: argparse.Namespace) -> None:
@@ -269,7 +260,7 @@ def _add_explain(commands: Any) -> None:
     _add_run_flags(parser)
     _add_history_flags(parser)
     add = parser.add_argument
-    add("--out", type=_file, required=True, metavar="FILE.png", help="the picture")
+    add("--out", type=named_file, required=True, metavar="FILE.png", help="the picture")
     add("--at", type=int, metavar="TIME", help="moment of the prediction, for models that know it")
     parser.set_defaults(run=_explain)
 
