@@ -101,10 +101,27 @@ def test_the_last_two_states_and_the_best_parameters_are_kept(tmp_path):
     assert restore(tmp_path) == (8, 8)
 
 
+def replace(name, before, after):
+    """Changes a file so that it can be read as well as before."""
+
+    def damage(folder):
+        content = (folder / name).read_text()
+        assert content.count(before) == 1
+        (folder / name).write_text(content.replace(before, after))
+
+    return damage
+
+
 @pytest.mark.parametrize(
     "damage",
-    [truncate, flip, lambda folder: shutil.rmtree(folder / "state")],
-    ids=["truncated", "flipped", "half deleted"],
+    [
+        truncate,
+        flip,
+        lambda folder: shutil.rmtree(folder / "state"),
+        replace("data/process_0-of-1.json", "8", "9"),
+        replace("progress/metadata", "8", "9"),
+    ],
+    ids=["truncated", "flipped", "half deleted", "another place in the data", "another progress"],
 )
 def test_damage_is_passed_over_with_a_word(tmp_path, capsys, damage):
     save(tmp_path, 5, 8)

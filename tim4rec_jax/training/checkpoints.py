@@ -40,6 +40,15 @@ def _storable(state: TrainState) -> dict:
     }
 
 
+def _as_arrays(iterator, progress: Mapping) -> dict[str, np.ndarray]:
+    """The place in the data and the progress, which are saved as JSON, in a form to digest."""
+    values = {"data": iterator.get_state(), "progress": dict(progress)}
+    return {
+        name: np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
+        for name, value in values.items()
+    }
+
+
 class _DigestsHandler(ocp.AsyncCheckpointHandler):
     """Writes the digests of arrays, which it computes in the background while they are saved."""
 
@@ -92,7 +101,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(arrays),
-                    digests=_SaveDigests(arrays),
+                    digests=_SaveDigests(arrays | _as_arrays(iterator, progress)),
                     data=CheckpointSave(iterator),
                     progress=ocp.args.JsonSave(dict(progress)),
                 ),
@@ -134,7 +143,11 @@ class Checkpoints:
                 )
                 recorded = read_digests(Path(self.latest.directory) / str(step))
                 if recorded is not None:
-                    check_digests(restored["state"], recorded)
+                    found = dict(restored["state"])
+                    # Earlier versions recorded the arrays only.
+                    if "progress" in recorded:
+                        found |= _as_arrays(iterator, restored["progress"])
+                    check_digests(found, recorded)
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
                 where = self.latest.directory / str(step)
