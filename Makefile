@@ -3,6 +3,7 @@
 #   make test         lint, types, the fast tests and their coverage
 #   make test-all     the same with the slow tests, before a release; it reads the large golden
 #                     files too where TIM4REC_GOLDEN names their folder
+#   make docs         the documentation site in docs/_build/html; a warning is an error
 #   make test-lowest  the fast tests with the lowest versions that pyproject.toml allows
 #
 # VENV names another folder for another Python: make test PYTHON=python3.13 VENV=.venv-3.13
@@ -12,7 +13,7 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 
-.PHONY: quickstart test test-all test-lowest test-gpu lint clean
+.PHONY: quickstart test test-all docs test-lowest test-gpu lint clean
 
 quickstart: $(VENV)/.base
 	test -f data/synthetic/dataset.json || $(PY) -m data_prep synthetic --out data/synthetic
@@ -22,8 +23,12 @@ quickstart: $(VENV)/.base
 test: lint $(VENV)/.tpu $(VENV)/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov
 
-test-all: lint $(VENV)/.tpu $(VENV)/.cuda
+test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal --cov
+
+# Everything is read from this folder: the build asks no other machine for anything.
+docs: $(VENV)/.docs
+	$(PY) -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 # Newer versions may be typed in another way, so that there is no lint here.
 test-lowest: .venv-lowest/lowest.txt
@@ -45,7 +50,7 @@ lint: $(VENV)/.dev
 	$(PY) -m pyright --pythonpath $(PY)
 
 clean:
-	rm -rf .venv .venv-* build *.egg-info
+	rm -rf .venv .venv-* build docs/_build *.egg-info
 
 # The stamps make a second run start at once; a changed pyproject.toml installs again.
 $(VENV)/.base: pyproject.toml
@@ -55,6 +60,10 @@ $(VENV)/.base: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.base
 	$(PIP) --editable '.[dev,kernels]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 # The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the

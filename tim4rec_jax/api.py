@@ -362,9 +362,9 @@ class Model:
             what numbers count; the default is what `prepare` was told.
 
         Returns:
-          A table of the kind that came in: the columns of the user and the item, which keep their
-          names and types, `rank` (1 is best), `score`, and `fallback`: no event of the user was
-          known, so that the items are the most popular ones.
+          A table of the kind that came in. It has the columns of the user and the item, which keep
+          their names and types, `rank` (1 is best), `score`, and `fallback`. It is true where no
+          event of the user was known, so that the items are the most popular ones.
 
         Raises:
           UserError: a user is not in the data, a column is missing, a time cannot be right, or
@@ -504,7 +504,7 @@ class Model:
           data: the data, if it has moved since the training.
 
         Returns:
-          The metrics: "hit@10", "ndcg@10", "mrr@10" and so on.
+          The metrics by name, "hit@10", "ndcg@10", "mrr@10" and so on.
 
         Raises:
           UserError: the data is gone, or is not that of the training.

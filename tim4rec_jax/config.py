@@ -294,8 +294,8 @@ def resolve(config: Config) -> Config:
       config: not changed.
 
     Returns:
-      A copy with everything filled in: `data.convention`, and settings of the model that were
-      left out.
+      A copy with everything filled in, such as `data.convention` and the settings of the
+      model that were left out.
 
     Raises:
       UserError: a setting is not known or not possible; the message names it.

@@ -97,7 +97,7 @@ class Attention(nnx.Module):
 
         Args:
           width: D, in and out.
-          heads: H; it must divide D.
+          heads: H, which must divide D.
           dropout_rate: of the weights of the keys, where there are seeds.
           dtype: of the activations.
           param_dtype: of the parameters.
@@ -237,9 +237,9 @@ class EncoderLayer(nnx.Module):
         """Initialises all maps with N(0, 0.02^2) and biases of 0.
 
         Args:
-          width: D.
+          width: D, of inputs and outputs.
           inner: width of the feed-forward network; None: 4 D.
-          heads: H; it must divide D.
+          heads: H, which must divide D.
           dropout_rate: of both layers' outputs, where there are seeds.
           attention_dropout_rate: of the weights of the keys, where there are seeds.
           eps: of both norms.
@@ -311,7 +311,7 @@ class Positions(nnx.Module):
         """Initialises the vectors with N(0, 0.02^2).
 
         Args:
-          width: D.
+          width: D, of inputs and outputs.
           max_length: how many positions have a vector.
           dropout_rate: of the result, where there are seeds.
           eps: of the norm.

@@ -91,7 +91,7 @@ class CausalConv(nnx.Module):
         """Makes `width` taps and a bias for each channel.
 
         Args:
-          channels: C.
+          channels: C, of inputs and outputs.
           width: W, how many positions a channel sees: its own and those before it.
           kaiming: how the weights are initialised, see above.
           dtype: of the activations.

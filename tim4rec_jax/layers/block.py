@@ -36,7 +36,7 @@ class FeedForward(nnx.Module):
         """Initialises both maps with N(0, 0.02^2) and biases of 0.
 
         Args:
-          width: D.
+          width: D, of inputs and outputs.
           dropout_rate: of both dropouts, which run only where `__call__` gets seeds.
           dtype: of the activations.
           param_dtype: of the parameters.
@@ -82,7 +82,7 @@ class ResidualBlock(nnx.Module):
 
         Args:
           feed_forward: what follows; None: nothing.
-          width: D.
+          width: D, of inputs and outputs.
           residual: whether h is added to y.
           dropout_rate: of y, where there are seeds.
           eps: of the norm.

@@ -148,7 +148,7 @@ class LRU(nnx.Module):
         """Draws decays of magnitude 0.8 to 0.99, and both parts of weights from N(0, 0.02^2).
 
         Args:
-          width: D.
+          width: D, of inputs and outputs.
           states: S, the number of complex states; None: 2 D, as in LRURec.
           dtype: of the products with the weights.
           param_dtype: of the parameters and of the states.
@@ -207,7 +207,7 @@ class LRU(nnx.Module):
         return self._decay().times(state).plus(self._inputs(x))
 
     def output(self, state: Complex) -> Float[Array, "*batch D"]:
-        """Returns the output of the layer for states [*batch, S]."""
+        """Returns the output of the layer for states `[*batch, S]`."""
         kernel = jnp.concatenate([self.out_kernel[0], -self.out_kernel[1]]).astype(self.dtype)
         rows = jnp.concatenate(state, axis=-1).astype(self.dtype)
         y = rows.reshape(-1, rows.shape[-1]) @ kernel + self.out_bias[0].astype(self.dtype)

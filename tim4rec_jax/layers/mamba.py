@@ -298,7 +298,7 @@ class Mamba(nnx.Module):
         start close to softplus(0) = 0.69. Mamba itself makes them start between 0.001 and 0.1.
 
         Args:
-          width: D.
+          width: D, of inputs and outputs.
           state: N, the states of a channel. Mamba4Rec has 32, Mamba 16.
           conv_width: taps of the convolution.
           expand: I / D.

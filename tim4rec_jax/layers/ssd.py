@@ -55,10 +55,10 @@ class SSDLayer(nnx.Module):
       D: weight of the skip connection of each head.
       norm: RMSNorm over all I features, after the gate.
       out_proj: I -> D.
-      inner: I.
-      heads: H.
-      head_width: P.
-      state: N.
+      inner: I, the inner width.
+      heads: H, the number of heads.
+      head_width: P, the width of a head.
+      state: N, the width of the state.
     """
 
     def __init__(
@@ -81,9 +81,9 @@ class SSDLayer(nnx.Module):
         """Initialises the weights as the published code does, whose 64-d models have the defaults.
 
         Args:
-          width: D.
-          state: N.
-          head_width: P; it must divide I = `expand` * `width`.
+          width: D, of inputs and outputs.
+          state: N, the width of the state.
+          head_width: P, which must divide I = `expand` * `width`.
           expand: I / D.
           conv_width: taps of the convolution, 1 or more: the position and those before it.
           chunk_size: of the SSD op; None lets the op choose. Results do not depend on it.
@@ -131,7 +131,7 @@ class SSDLayer(nnx.Module):
         return LayerState(window, jnp.zeros(shape, self.dt_bias.dtype))
 
     def op_inputs(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Turns what leaves the convolution into the op's x [*batch,H,P], B and C [*batch,1,N]."""
+        """Makes of the convolution's output the op's `x [*batch,H,P]`, B and C `[*batch,1,N]`."""
         mixed = ACTIVATIONS[self.activation](mixed)
         x, B, C = jnp.split(mixed, [self.inner, self.inner + self.state], axis=-1)
         x = x.reshape(*x.shape[:-1], self.heads, self.head_width)

@@ -85,7 +85,7 @@ class ModelSettings:
 
     @property
     def convention(self) -> str:
-        """How the published model computes gaps: "recbole" or "exact" (see `data.convention`)."""
+        """How the published model computes gaps, "recbole" or "exact" (see `data.convention`)."""
         return "exact"
 
 

@@ -142,8 +142,8 @@ def time_aware_ssd_block(
         dt_bias: added to the step sizes before softplus.
         norm_scale: of RMSNorm.
         activation: after the convolution, "hardswish" or "silu".
-        state: N.
-        groups: G; head `h` uses group `h // (H / G)` of B and C.
+        state: N, the width of the state.
+        groups: G, the number of groups; head `h` uses group `h // (H / G)` of B and C.
         eps: of RMSNorm, which is taken over all I features.
         segment_ids: convolution and state start afresh where the id differs from the one before,
             also where an id comes back. None: one segment.
