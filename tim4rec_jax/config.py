@@ -75,6 +75,9 @@ class Setting(NamedTuple):
 SETTINGS: dict[str, Setting] = {
     "dataset": Setting("", "folder of the prepared dataset"),
     "prepare": Setting("", "command that prepares the dataset; runs if the folder is missing"),
+    "preset": Setting(
+        "", "the configuration that these settings began with, for reports; filled in by itself"
+    ),
     "seed": Setting(2020, "seed of initial weights, shuffling and dropout", NOT_NEGATIVE),
     "data.max_length": Setting(50, "longest history that the model sees, in events", POSITIVE),
     "data.split": Setting(
@@ -152,6 +155,20 @@ SETTINGS: dict[str, Setting] = {
         5.0, "minutes between checkpoints within an epoch; each epoch ends with one", NOT_NEGATIVE
     ),
     "eval.batch_size": Setting(512, "users evaluated at once; changes the speed only", POSITIVE),
+    "eval.ks": Setting(
+        (10, 20, 50),
+        "the cut-offs k of the metrics; training chooses the best epoch by NDCG@10 in any case",
+        Check(
+            lambda ks: bool(ks) and min(ks) > 0,
+            "it must be one or more positive numbers, for example (10, 50)",
+        ),
+    ),
+    "eval.ties": Setting(
+        "optimistic",
+        "a target among items with its very score: optimistic takes the best of their places, "
+        "expected the mean over all orders of them",
+        one_of("optimistic", "expected"),
+    ),
 }
 
 # Names that settings had in older runs, and the names they have now.

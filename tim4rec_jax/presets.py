@@ -47,6 +47,7 @@ def load_config(named: str) -> Config:
         config_lib.check_complete(config)
     except UserError as error:
         raise UserError(f"--config {named}: {error}") from None
+    config.preset = f"{path.stem}:{variant}".removesuffix(":")
     return config
 
 

@@ -62,8 +62,10 @@ def silence_echoes() -> None:
     sys.unraisablehook = hook
 
 
-# Settings that can be edited in `config.json`: where the data lies, and how fast it is evaluated.
-_FREE = ("dataset", "prepare", "eval.batch_size")
+# Settings that can be edited in `config.json`: where the data lies, and how a run is evaluated.
+_FREE = ("dataset", "prepare", "preset", "eval.batch_size", "eval.ks", "eval.ties")
+# Settings that change nothing: how to get the data, and where the settings came from.
+_FOR_PEOPLE = ("prepare", "preset")
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
@@ -137,7 +139,7 @@ def check_unchanged(config: config_lib.Config, path: Path) -> None:
     ours, theirs = (
         json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
     )
-    changed = [name for name in ours if ours[name] != theirs.get(name) and name != "prepare"]
+    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FOR_PEOPLE]
     if changed:
         listed = ", ".join(f"{name} ({theirs.get(name)} -> {ours[name]})" for name in changed)
         raise UserError(
