@@ -23,7 +23,7 @@ quickstart: $(VENV)/.base
 test: lint $(VENV)/.tpu $(VENV)/.cuda
 	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov
 
-test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda
+test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda $(VENV)/.mlflow
 	$(PY) -m pytest -n 2 --dist worksteal --cov
 
 # Everything is read from this folder: the build asks no other machine for anything.
@@ -64,6 +64,11 @@ $(VENV)/.dev: $(VENV)/.base
 
 $(VENV)/.docs: $(VENV)/.base
 	$(PIP) --editable '.[docs]'
+	touch $@
+
+# Large, for a single slow test.
+$(VENV)/.mlflow: $(VENV)/.dev
+	$(PIP) --editable '.[mlflow]'
 	touch $@
 
 # The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the

@@ -185,6 +185,7 @@ def fit(
     config: Any = "causal",
     *,
     workdir: str | Path | None = None,
+    loggers: Sequence[Any] = (),
     **settings: Any,
 ) -> Model:
     """Trains a model, and shows how far it is.
@@ -196,6 +197,8 @@ def fit(
         settings themselves (`tim4rec_jax.config.default()`).
       workdir: the run directory, as train.py makes it. A training that was stopped goes on there,
         and one that is finished is read. `None` takes a temporary folder; see `Model.save`.
+      loggers: objects with the methods of `tim4rec_jax.training.loggers.Logger`, which get the
+        figures while the model trains.
       settings: settings that differ, by their full name, `**{"model.hidden_size": 64}`, or by the
         last word where only one setting has it: `epochs=25`. The command `tim4rec train --help`
         lists them.
@@ -206,6 +209,7 @@ def fit(
       KeyboardInterrupt: the training was interrupted, after a checkpoint.
     """
     from tim4rec_jax.run import check_same_dataset
+    from tim4rec_jax.training.loggers import checked_logger
     from tim4rec_jax.training.train import train_and_report
 
     data = _opened(data)
@@ -228,7 +232,7 @@ def fit(
         elif data.temporary:
             _copy(data.dataset.directory, run / "data")
 
-    train_and_report(config_lib.resolve(config), run, keep)
+    train_and_report(config_lib.resolve(config), run, keep, list(map(checked_logger, loggers)))
     return Model(run, data.frame, temporary)
 
 

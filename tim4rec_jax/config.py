@@ -35,6 +35,7 @@ TIME = Check(
 )
 
 
+LOGGERS = ("tensorboard", "mlflow")
 LOSSES = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
 
 
@@ -153,6 +154,16 @@ SETTINGS: dict[str, Setting] = {
     ),
     "train.checkpoint_minutes": Setting(
         5.0, "minutes between checkpoints within an epoch; each epoch ends with one", NOT_NEGATIVE
+    ),
+    "train.loggers": Setting(
+        "tensorboard",
+        "where figures go besides log.jsonl: tensorboard, mlflow, a class of your own as "
+        "module:Class, several with commas, or ''",
+        Check(
+            lambda value: all(name in LOGGERS or ":" in name for name in value.split(",") if name),
+            f"it must name {' or '.join(LOGGERS)} or a class of your own as 'module:Class', with "
+            "commas between several",
+        ),
     ),
     "eval.batch_size": Setting(512, "users evaluated at once; changes the speed only", POSITIVE),
     "eval.ks": Setting(

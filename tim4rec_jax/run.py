@@ -62,10 +62,11 @@ def silence_echoes() -> None:
     sys.unraisablehook = hook
 
 
-# Settings that can be edited in `config.json`: where the data lies, and how a run is evaluated.
-_FREE = ("dataset", "prepare", "preset", "eval.batch_size", "eval.ks", "eval.ties")
-# Settings that change nothing: how to get the data, and where the settings came from.
-_FOR_PEOPLE = ("prepare", "preset")
+# Settings that can be edited in `config.json`: where the data lies, how a run is evaluated, and where
+# figures go.
+_FREE = ("dataset", "prepare", "preset", "train.loggers", "eval.batch_size", "eval.ks", "eval.ties")
+# Settings that change nothing: how to get the data, where the settings came from, who is told.
+_FOR_PEOPLE = ("prepare", "preset", "train.loggers")
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:

@@ -13,7 +13,14 @@ import pytest
 from flax import nnx
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tests.training.tiny_run import MAX_LENGTH, die_at, parameters, quick_config, tiny_config
+from tests.training.tiny_run import (
+    MAX_LENGTH,
+    Recorder,
+    die_at,
+    parameters,
+    quick_config,
+    tiny_config,
+)
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
@@ -217,6 +224,42 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     scripted(monkeypatch, [0.2])
     assert train(config, tmp_path)["best_epoch"] == 2
     assert [record["ndcg@10"] for record in records(tmp_path, "valid")] == [0.1, 0.3, 0.2]
+
+
+def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(Recorder, "calls", calls := [])
+    config = quick_config(dataset, epochs=2)
+    config.train.loggers = f"tensorboard,{Recorder.__module__}:Recorder"
+    scripted(monkeypatch, [0.1])
+    run = steps.HostSteps.run
+    with monkeypatch.context() as patch:
+
+        def signalled(self, state, left, done):
+            if left == 1:
+                signal.raise_signal(signal.SIGTERM)
+            return run(self, state, left, done)
+
+        patch.setattr(steps.HostSteps, "run", signalled)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path)
+    scripted(monkeypatch, [0.2])
+    config.train.loggers = (
+        f"{Recorder.__module__}:Recorder"  # may change: the training stays the same
+    )
+    result = train(config, tmp_path)
+    named = [call for call in calls if call[0] != "log"]
+    step = named[2][3]
+    assert named == [
+        ("start", 2, tmp_path, 0),
+        ("finish", None),
+        ("start", 2, tmp_path, step),
+        ("finish", result),
+    ]
+    logged = [call for call in calls if call[0] == "log"]
+    valid = [call for call in logged if "valid/ndcg@10" in call[1]]
+    assert [(call[1]["valid/ndcg@10"], call[2]) for call in valid] == [(0.1, step), (0.2, 2 * step)]
+    assert any("test/ndcg@10" in call[1] for call in logged)
+    assert list((tmp_path / "tensorboard").iterdir())
 
 
 def test_batches_are_spread_over_all_devices(dataset, tmp_path, monkeypatch, all_devices):

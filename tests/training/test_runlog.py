@@ -9,6 +9,7 @@ import pytest
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.run import only_process
 from tim4rec_jax.training.log import ProgressLine, RunLog, duration
+from tim4rec_jax.training.loggers import TensorBoard
 from tim4rec_jax.training.train import stop_on_signal
 
 
@@ -17,13 +18,13 @@ def records(workdir):
 
 
 def test_records_after_the_step_resumed_from_are_dropped_and_a_torn_line_too(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, [TensorBoard()])
     for step in (5, 10, 15):
         log.write("train", step, loss=1.0 / step)
     log.close()
     with (tmp_path / "log.jsonl").open("a") as file:
         file.write('{"kind": "train", "step": 7')  # as a crash leaves it
-    log = RunLog(tmp_path, 10)
+    log = RunLog(tmp_path, 10, [TensorBoard()])
     log.write("valid", 12, epoch=1)
     log.close()
     found = records(tmp_path)

@@ -1,6 +1,6 @@
-"""A training that takes seconds: its settings, a model to compile quickly, its sudden end."""
+"""A training that takes seconds: its settings, a quick model, a logger, its sudden end."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -33,6 +33,21 @@ class LastItem(SequenceModel):
     def __call__(self, items, lengths, gaps, *, segment_ids=None, dropout_seeds=None):
         scale = 1 + jnp.log1p(jnp.abs(gaps[:, : items.shape[1]]))
         return dropout(self.item_embedding(items), 0.3, dropout_seeds) * scale[..., None]
+
+
+class Recorder:
+    """A logger that keeps what it is told; `calls` belongs to all of them."""
+
+    calls: ClassVar[list] = []
+
+    def start(self, settings, workdir, step):
+        self.calls.append(("start", settings.get("train.epochs"), workdir, step))
+
+    def log(self, metrics, step):
+        self.calls.append(("log", dict(metrics), step))
+
+    def finish(self, result):
+        self.calls.append(("finish", result))
 
 
 def last_item(n_items=30):

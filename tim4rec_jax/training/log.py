@@ -1,23 +1,24 @@
-"""What a run says: data and model at its start, a line in the terminal, a log, TensorBoard."""
+"""What a run says: data and model at its start, a line in the terminal, a log, loggers."""
 
 import json
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import tensorboardX
 from flax import nnx
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.errors import UserError, first_line, one_line
 from tim4rec_jax.files import atomic_write, read_regular
 from tim4rec_jax.models import SequenceModel
+from tim4rec_jax.training.loggers import Logger
 
 _LARGEST_LOG = 1 << 30  # bytes
 
@@ -84,39 +85,63 @@ def waiting_for(what: str) -> Iterator[None]:
 
 
 class RunLog:
-    """Writes records of a run.
+    """Writes records of a run, and passes their figures on to loggers.
 
-    A run that is resumed removes the records of steps that it will do again.
+    A run that is resumed removes the records of steps that it will do again. A logger that raises
+    is left out from then on, with one sentence: the training is worth more.
+
+    Attributes:
+      result: what the loggers are told at the end: what `metrics.json` holds, None before that.
     """
 
-    def __init__(self, workdir: Path, step: int):
+    def __init__(
+        self,
+        workdir: Path,
+        step: int,
+        loggers: Sequence[Logger] = (),
+        settings: Mapping[str, Any] | None = None,
+    ):
         """Opens the log of a run.
 
         Args:
-          workdir: of the run; holds `log.jsonl` and `tensorboard/`.
+          workdir: of the run; holds `log.jsonl`.
           step: number of steps done. Records of later steps are removed: they belong to work
             that was lost and will be done again.
+          loggers: where figures go besides.
+          settings: of the run, by their full names, for the loggers.
         """
         path = workdir / "log.jsonl"
         kept = [line for line, done in _records(path) if done <= step]
         with atomic_write(path, "w") as file:
             file.writelines(kept)
         self._file = path.open("a")
-        self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        self._loggers = list(loggers)
+        self.result: Mapping[str, Any] | None = None
+        self._tell("start", settings or {}, workdir, step)
 
     def write(self, kind: str, step: int, **values) -> None:
         """Appends one record: `{"kind", "step", "time" (unix seconds), **values}`."""
         record = {"kind": kind, "step": step, "time": round(time.time(), 3), **values}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        figures = {f"{kind}/{k}": v for k, v in values.items() if isinstance(v, int | float)}
+        self._tell("log", figures, step)
 
     def close(self) -> None:
         """Writes what is buffered."""
         self._file.close()
-        self._board.close()
+        self._tell("finish", self.result)
+
+    def _tell(self, method: str, *arguments: Any) -> None:
+        """Calls a method of each logger."""
+        for logger in tuple(self._loggers):
+            try:
+                getattr(logger, method)(*arguments)
+            except Exception as error:
+                self._loggers = [other for other in self._loggers if other is not logger]
+                name = type(logger).__name__
+                text = f"the logger {name} failed ({first_line(error)}); the training goes on"
+                print(one_line(f"warning: {text} without it"), file=sys.stderr, flush=True)
 
 
 def _records(path: Path) -> list[tuple[str, int]]:

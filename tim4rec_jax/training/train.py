@@ -4,7 +4,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from functools import partial
@@ -49,6 +49,7 @@ from tim4rec_jax.training.log import (
     duration,
     waiting_for,
 )
+from tim4rec_jax.training.loggers import Logger, make_loggers
 from tim4rec_jax.training.memory import check_memory
 from tim4rec_jax.training.step import init_state, make_steps, start_epoch
 
@@ -82,7 +83,10 @@ def train(config: Config, workdir: Path) -> dict:
 
 
 def train_and_report(
-    config: Config, workdir: Path, prepare: Callable[[Config], None] | None = None
+    config: Config,
+    workdir: Path,
+    prepare: Callable[[Config], None] | None = None,
+    loggers: Sequence[Logger] = (),
 ) -> None:
     """Trains as `train`, with compiled programs kept on disk, and prints what came out.
 
@@ -91,6 +95,7 @@ def train_and_report(
       workdir: the run directory, made if missing.
       prepare: makes the dataset if it is missing. It is called when the settings are known to be
         those of the run in `workdir`.
+      loggers: where figures go besides those that `config.train.loggers` names.
 
     Raises:
       UserError: as `train`.
@@ -98,7 +103,7 @@ def train_and_report(
     """
     enable_compilation_cache()
     silence_echoes()
-    figures = _run(config, workdir, prepare)
+    figures = _run(config, workdir, prepare, loggers)
     dataset = open_dataset(config.dataset)
     report = {
         "dataset": dataset.name,
@@ -119,7 +124,12 @@ def train_and_report(
     )
 
 
-def _run(config: Config, workdir: Path, prepare: Callable[[Config], None] | None = None) -> dict:
+def _run(
+    config: Config,
+    workdir: Path,
+    prepare: Callable[[Config], None] | None = None,
+    loggers: Sequence[Logger] = (),
+) -> dict:
     """Finds what settings, data and memory have wrong, and only then writes and trains."""
     data = config.data
     check_unchanged(config, workdir / "config.json")
@@ -143,11 +153,12 @@ def _run(config: Config, workdir: Path, prepare: Callable[[Config], None] | None
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
     check_memory(config, nnx.to_pure_dict(nnx.state(structure)))
     batches = make_batches(config, dataset)
+    loggers = [*make_loggers(config.train.loggers), *loggers]
     with claim(workdir, config, dataset, make_model.keywords["date_range"]):
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return read_figures(workdir)
-        return _train(config, workdir, batches, make_model, structure)
+        return _train(config, workdir, batches, make_model, structure, loggers)
 
 
 def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
@@ -185,6 +196,7 @@ def _train(
     batches: TrainBatches | PackedBatches,
     make_model: Callable[[], SequenceModel],
     structure: SequenceModel,
+    loggers: Sequence[Logger],
 ) -> dict:
     """Trains from the beginning or from the last checkpoint to the end.
 
@@ -194,6 +206,7 @@ def _train(
       batches: what to train on.
       make_model: draws the initial weights.
       structure: the same model with shapes for weights.
+      loggers: where figures go besides `log.jsonl`.
     """
     dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
     print(describe_data(batches), flush=True)
@@ -260,7 +273,8 @@ def _train(
         if shown := line.update(step, float(metrics["loss"])):
             log.write("train", step, **shown)
 
-    with closing(checkpoints), closing(RunLog(workdir, step)) as log, stop_on_signal() as stop:
+    open_log = partial(RunLog, workdir, step, loggers, config_lib.flatten(config))
+    with closing(checkpoints), closing(open_log()) as log, stop_on_signal() as stop:
         check_finite(int(state.bad_step))
         while step < max_epochs * per_epoch and progress["stale_epochs"] <= config.train.patience:
             # Train to the end of the running epoch.
@@ -335,6 +349,7 @@ def _train(
         }
         write_json(workdir / "metrics.json", result)
         log.write("test", step, **figures)
+        log.result = result
         return result
 
 
