@@ -62,8 +62,8 @@ def silence_echoes() -> None:
     sys.unraisablehook = hook
 
 
-# Settings that can be edited in `config.json`: where the data lies, how a run is evaluated, and where
-# figures go.
+# Settings that can be edited in `config.json`: where the data lies, where figures go, and how a run
+# is evaluated.
 _FREE = ("dataset", "prepare", "preset", "train.loggers", "eval.batch_size", "eval.ks", "eval.ties")
 # Settings that change nothing: how to get the data, where the settings came from, who is told.
 _FOR_PEOPLE = ("prepare", "preset", "train.loggers")
