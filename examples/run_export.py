@@ -18,9 +18,14 @@ from jax import export
 
 
 def read_metadata(folder: Path) -> dict:
-    """Reads metadata.json, and compares the digests of the other files."""
+    """Reads metadata.json, and compares its digest and those of the other files."""
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
+        rest = {key: value for key, value in metadata.items() if key != "digest"}
+        digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        # Exports of earlier versions do not have it.
+        if metadata.get("digest", digest) != digest:
+            raise ValueError("metadata.json is not what was exported")
         if metadata["gaps"] not in ("exact", "recbole"):
             raise ValueError("gaps of an unknown kind")
         for name, digest in metadata["files"].items():

@@ -5,41 +5,13 @@ import shutil
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
 
-from tests.data.small_dataset import in_memory, random_histories
-from tim4rec_jax.data import TrainBatches
-from tim4rec_jax.data.pipeline import train_iterator
+from tests.training.tiny_run import iterator, state
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.training.checkpoints import Checkpoints
-from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
-
-
-def state(step, value) -> TrainState:
-    params = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Param)
-    fresh = init_state(params, make_optimizer(1e-3, 0.0), seed=value)
-    params, opt_state = jax.tree.map(
-        lambda leaf: jnp.full_like(leaf, value), (params, fresh.opt_state)
-    )
-    return fresh.replace(
-        step=jnp.int32(step), params=params, opt_state=opt_state, loss_sum=jnp.float32(value)
-    )
-
-
-def iterator(position):
-    batches = TrainBatches(
-        in_memory(random_histories([20] * 5)),
-        max_length=6,
-        batch_size=4,
-        seed=0,
-        convention="exact",
-        buckets=(6,),
-    )
-    return train_iterator(batches, start_batch=position, threads=0)
 
 
 def save(workdir, *steps):

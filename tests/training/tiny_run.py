@@ -2,15 +2,20 @@
 
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from tests.data.small_dataset import in_memory, random_histories
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.data import TrainBatches
+from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.layers import dropout
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.models.base import DataSizes, ModelSettings
 from tim4rec_jax.run import load_model
 from tim4rec_jax.training import step as steps
+from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
 
 MAX_LENGTH = 12
 MODEL = dict(hidden_size=16, num_layers=1, head_dim=8, d_state=8)
@@ -71,6 +76,31 @@ def quick_config(dataset, **train):
     config_lib.use_model(config, f"{__name__}:LastItem")
     config.train.update(train)
     return config
+
+
+def state(step, value) -> TrainState:
+    """The state of a training of one small layer; all its arrays hold the value."""
+    params = nnx.state(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Param)
+    fresh = init_state(params, make_optimizer(1e-3, 0.0), seed=value)
+    params, opt_state = jax.tree.map(
+        lambda leaf: jnp.full_like(leaf, value), (params, fresh.opt_state)
+    )
+    return fresh.replace(
+        step=jnp.int32(step), params=params, opt_state=opt_state, loss_sum=jnp.float32(value)
+    )
+
+
+def iterator(position):
+    """Training batches from a position on."""
+    batches = TrainBatches(
+        in_memory(random_histories([20] * 5)),
+        max_length=6,
+        batch_size=4,
+        seed=0,
+        convention="exact",
+        buckets=(6,),
+    )
+    return train_iterator(batches, start_batch=position, threads=0)
 
 
 def parameters(workdir):

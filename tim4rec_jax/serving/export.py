@@ -8,7 +8,7 @@
 - `items.parquet`: the items, with `index` (from 1), `item` (the original id), `count`, and `title`
   where there are titles.
 - `metadata.json`: the other arguments in words, what the model was trained with, digests of the
-  dataset (`content`) and the SHA-256 of the other files (`files`).
+  dataset (`content`), the SHA-256 of the other files (`files`) and its own (`digest`).
 
 The weights are an argument of the program and not constants in it. So the program is small,
 compiles fast, and sets no limit to the catalogue. `examples/run_export.py` shows how to call it.
@@ -17,6 +17,7 @@ compiles fast, and sets no limit to the catalogue. `examples/run_export.py` show
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,8 @@ def export(workdir: Path, out: Path, *, top: int = 100, dataset: Path | None = N
             name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
             for name in (PROGRAM, WEIGHTS, fmt.ITEMS_FILE)
         }
+        rest = json.dumps(metadata, sort_keys=True).encode()
+        metadata["digest"] = hashlib.sha256(rest).hexdigest()
         write_json(folder / METADATA, metadata)
     return metadata
 
