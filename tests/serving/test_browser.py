@@ -79,6 +79,10 @@ def test_history_by_hand(browser, address, tiny_workdir):
         "Title of i12 (i12)",
         "Title of i7 (i7)",
     ]
+    by("item").send_keys("nobody", Keys.ENTER)
+    wait.until(lambda _: "does not know “nobody”" in by("note").text)
+    assert lines("history")[1].text.startswith("nobody unknown")
+    lines("history")[1].find_element(By.TAG_NAME, "button").click()
     by("ask").submit()
     wait.until(lambda _: len(lines("found")) == 10)
     expected = Recommender.load(tiny_workdir).recommend(["i12", "i7"], [1577872800, 1577959200])
@@ -90,5 +94,13 @@ def test_history_by_hand(browser, address, tiny_workdir):
     by("clear").click()
     by("ask").submit()
     wait.until(lambda _: "most popular items" in by("note").text)
+    # A long name fits a telephone's screen. Chromium's windows are no narrower than 500 pixels.
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
+    by("item").send_keys("x" * 200, Keys.ENTER)
+    wait.until(lambda _: len(lines("history")) == 1)
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 400
     complaints = [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
     assert not complaints

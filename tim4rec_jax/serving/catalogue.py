@@ -60,7 +60,9 @@ class Catalogue:
         return self.titles[index - 1] if self.titles and index else None
 
     def search(self, query: str, limit: int) -> list[int]:
-        """The positions of items whose title or id contains a text, most popular first.
+        """The positions of items whose title or id contains a text.
+
+        The item whose id or title is the whole text comes first, then the most popular.
 
         Args:
             query: the text; upper and lower case are the same.
@@ -68,8 +70,13 @@ class Catalogue:
         """
         wanted = query.casefold()
         found = [position for position, name in enumerate(self._names) if wanted in name]
-        found.sort(key=lambda position: -int(self.counts[position]))
-        return found[:limit]
+
+        def key(position: int) -> tuple[bool, int]:
+            item = self.ids[position]
+            whole = wanted in (item.casefold(), (self.title(item) or "").casefold())
+            return not whole, -int(self.counts[position])
+
+        return sorted(found, key=key)[:limit]
 
     @functools.cached_property
     def _names(self) -> list[str]:
