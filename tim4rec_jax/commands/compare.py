@@ -13,7 +13,9 @@ reported.
 Writes OUT.md, OUT.csv and OUT.png. They hold test metrics as mean and standard deviation over seeds
 with a paired test over users against the first model, and parameters, operations, seconds and
 memory. The picture shows quality against cost. Seconds are processor seconds of all threads,
-compilation included, because they depend less than the clock on other programs.
+compilation included, because they depend less than the clock on other programs. `--results FILE`
+also adds a row for each run and protocol to a table of results such as `benchmarks/results.csv`,
+with the items of the history ranked and masked.
 """
 
 import argparse
@@ -34,11 +36,13 @@ from rich.console import Console
 
 from tim4rec_jax.cli import parse
 from tim4rec_jax.commands.compare_report import Run, markdown, picture
+from tim4rec_jax.commands.results import append, rows_of_run
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data.format import DATASET_FILE, read_metadata
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
+from tim4rec_jax.files import named_file
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
 from tim4rec_jax.run import check_same_dataset, check_unchanged, load_model
@@ -200,6 +204,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/compare/table"), help="files to write, no suffix")
+    add("--results", type=named_file, metavar="FILE", help="a table of results to add the runs to")
     add("options", nargs="*", metavar="-- OPTION=VALUE", help="settings for every training")
     flags = parser.parse_args(words)
     for config in flags.datasets:
@@ -212,5 +217,9 @@ def main(words: Sequence[str] | None = None) -> None:
     write_csv(flags.out.with_suffix(".csv"), found)
     picture(found, flags.out.with_suffix(".png"))
     console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)
+    for run in found if flags.results else ():
+        if not run.problem:
+            folder = flags.runs / run.dataset / run.model / str(run.seed)
+            append(flags.results, rows_of_run(folder / "run"))
     if failed := [run for run in found if run.problem]:
         raise UserError(f"{len(failed)} of {len(found)} runs failed; their train.log says why")

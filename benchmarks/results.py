@@ -1,0 +1,424 @@
+"""The tables of results in README.md, docs/results.md and benchmarks/RESULTS.md, and the picture.
+
+    python -m benchmarks.results             # writes them anew from the files below
+    python -m benchmarks.results add RUN...  # first adds the figures of finished runs
+
+`results.csv` has a row for each run and protocol, `quoted.csv` the figures of other people. Only
+what stands between `<!-- table: NAME -->` and `<!-- end -->` is written. A table has one protocol:
+rows of another one cannot get into it.
+"""
+
+import argparse
+import csv
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from tim4rec_jax.commands.results import PROTOCOL, append, read, rows_of_run
+from tim4rec_jax.errors import UserError, run_main
+
+HERE = Path(__file__).parent
+RESULTS, QUOTED = HERE / "results.csv", HERE / "quoted.csv"
+PICTURE = HERE.parent / "docs/pictures/quality_and_cost.svg"
+PAGES = [HERE.parent / page for page in ("README.md", "docs/results.md", "benchmarks/RESULTS.md")]
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+
+Row = dict[str, str]
+NAMES = {
+    "ml-100k": "ml-100k",
+    "ml-1m": "ML-1M",
+    "beauty": "Amazon-Beauty",
+    "beauty-mixed": "Amazon-Beauty, mixed",
+    "kuairand-slice": "KuaiRand, a slice",
+    "synthetic": "synthetic",
+}
+MODELS = {
+    "tim4rec": "TiM4Rec",
+    "ssd4rec": "SSD4Rec*",
+    "mamba4rec": "Mamba4Rec",
+    "lrurec": "LRURec",
+    "gru4rec": "GRU4Rec",
+    "sasrec": "SASRec",
+    "tisasrec": "TiSASRec",
+    "bert4rec": "BERT4Rec",
+    "hstu": "HSTU",
+    "caser": "Caser",
+    "popularity": "Popularity",
+}
+RANKED = {
+    "split": "leave_one_out/test",
+    "order": "recbole",
+    "seen": "ranked",
+    "ties": "optimistic",
+    "knows_next_time": "no",
+}
+MASKED = RANKED | {"seen": "masked"}
+# The settings that `tim4rec compare` gave to every model, by the name of the dataset.
+COMPARED = {
+    "ml-100k": "train.objective=every_position train.batch_size=32 train.schedule=cosine "
+    "train.epochs=30 train.patience=30",
+    "beauty": "train.objective=every_position train.schedule=cosine train.epochs=25 "
+    "train.patience=25 train.batch_size=32 model.repeat_bias=True",
+    "kuairand-slice": "train.objective=every_position train.schedule=cosine train.epochs=25 "
+    "train.patience=25 train.batch_size=64 model.repeat_bias=True model.date_bias_knots=28",
+}
+COMPARED["beauty-mixed"] = COMPARED["beauty"]
+
+
+class Table(NamedTuple):
+    """A table of a page.
+
+    Attributes:
+      protocol: what `PROTOCOL` is in all of its rows.
+      chosen: dataset, variant and settings of each row. Of several rows of the CSV file, the one
+        with most seeds is taken.
+      columns: headings, which are keys of `CELLS`.
+    """
+
+    protocol: dict[str, str]
+    chosen: list[tuple[str, str, str]]
+    columns: Sequence[str] = ("data", "config", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best")
+
+
+def _models(dataset: str, models: str, own: str = "", compared: str = "", alone: str = "") -> list:
+    """Choices of models that were compared.
+
+    Args:
+      dataset: its name.
+      models: variants; "-" is the config itself.
+      own: settings of the causal variant.
+      compared: settings of the others, besides those in `COMPARED`.
+      alone: models that were trained with the settings of their config.
+    """
+    choices = []
+    for model in models.split():
+        variant = "" if model == "-" else model
+        settings = own if variant == "causal" else f"{COMPARED[dataset]} {compared}"
+        choices.append((dataset, variant, "" if model in alone.split() else settings))
+    return choices
+
+
+NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
+MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
+SLICE = "model.date_bias_knots=0 model.output_std=0.02"
+MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"
+COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
+TABLES = {
+    "readme": Table(
+        RANKED,
+        [
+            ("ml-100k", "", ""),
+            ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} {NO_BIAS}"),
+            ("ml-100k", "causal", NO_BIAS),
+            ("ml-100k", "causal", ""),
+            ("ml-1m", "causal", NO_BIAS),
+            ("ml-1m", "causal", ""),
+            ("beauty", "official", ""),
+            ("beauty", "causal", NO_BIAS),
+            ("beauty", "causal", ""),
+            ("kuairand-slice", "", "train.patience=5"),
+            ("kuairand-slice", "causal", ""),
+        ],
+        ("data", "config", "seeds", "Hit@10", "NDCG@10"),
+    ),
+    "time": Table(
+        RANKED,
+        [
+            ("ml-100k", "", ""),
+            ("ml-100k", "", NO_TIME),
+            ("ml-100k", "", "model.time_encoding=masked"),
+            ("ml-100k", "causal", ""),
+            ("ml-100k", "causal", NO_TIME),
+            ("ml-100k", "causal", NO_BIAS),
+            ("ml-100k", "causal", f"{NO_TIME} {NO_BIAS}"),
+            ("ml-1m", "causal", ""),
+            ("ml-1m", "causal", NO_BIAS),
+            ("beauty", "sasrec", "train.patience=10"),
+            ("beauty", "official", ""),
+            ("beauty", "causal", ""),
+            ("beauty", "causal", NO_TIME),
+            ("beauty", "causal", NO_BIAS),
+            ("beauty-mixed", "sasrec", "train.patience=10"),
+            ("beauty-mixed", "official", ""),
+            ("beauty-mixed", "causal", ""),
+            ("beauty-mixed", "causal", MIXED),
+            ("beauty-mixed", "causal", f"{NO_TIME} {MIXED}"),
+            ("beauty-mixed", "causal", f"{NO_BIAS} {MIXED}"),
+            ("kuairand-slice", "", "train.patience=5"),
+            ("kuairand-slice", "causal", ""),
+            ("kuairand-slice", "causal", "model.output_std=0.02"),
+            ("kuairand-slice", "causal", SLICE),
+            ("kuairand-slice", "causal", f"{NO_TIME} {SLICE}"),
+            ("kuairand-slice", "causal", f"{NO_BIAS} {SLICE}"),
+            ("synthetic", "", ""),
+            ("synthetic", "causal", ""),
+        ],
+    ),
+    "ml-100k": Table(
+        RANKED,
+        _models(
+            "ml-100k",
+            f"{MODELS_ML100K} popularity",
+            own=NO_BIAS,
+            compared=NO_BIAS,
+            alone="- bert4rec caser popularity",
+        ),
+        COMPARISON,
+    ),
+    "ml-100k-bias": Table(
+        RANKED,
+        _models("ml-100k", "causal hstu sasrec", compared="model.repeat_bias=True"),
+        COMPARISON,
+    ),
+    "beauty-mixed": Table(
+        RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
+    ),
+    "kuairand-slice": Table(
+        RANKED, _models("kuairand-slice", "mamba4rec sasrec causal ssd4rec"), COMPARISON
+    ),
+    "next-time-unknown": Table(
+        RANKED, [("ml-100k", "causal", ""), ("kuairand-slice", "causal", "")]
+    ),
+    "next-time-known": Table(
+        RANKED | {"knows_next_time": "yes"},
+        [
+            ("ml-100k", "causal", "model.knows_next_time=True"),
+            ("kuairand-slice", "causal", "model.knows_next_time=True"),
+        ],
+    ),
+    "global-time": Table(
+        RANKED | {"split": "global_time/test"},
+        [
+            ("kuairand-slice", "causal", f"data.split=global_time {SLICE}"),
+            ("kuairand-slice", "causal", "data.split=global_time model.output_std=0.02"),
+        ],
+    ),
+}
+
+
+def _decimal(text: str) -> str:
+    """`.1234`, as figures between 0 and 1 are written here."""
+    return f"{float(text):.4f}".removeprefix("0") if text else ""
+
+
+def _figure(metric: str):
+    def cell(row: Row) -> str:
+        deviation = row.get(f"{metric}_sd", "")
+        return _decimal(row[metric]) + (f" ± {_decimal(deviation)}" if deviation else "")
+
+    return cell
+
+
+def _config(row: Row) -> str:
+    name = f"`{row['config']}.py:{row['variant']}`".replace(":`", "`")
+    if not row["config"]:
+        name = row["variant"]
+    settings = row["settings"].split()
+    if "train.objective=every_position" in settings:
+        settings = ["every position", *(s for s in settings if not s.startswith("train."))]
+    return ", ".join([name, *(f"`{s}`" if "=" in s else s for s in settings)])
+
+
+def _best(row: Row) -> str:
+    best, epochs = row["best_epoch"].split(), row["epochs"].split()
+    if len(epochs) == 1:
+        epochs *= max(len(best), 1)
+    return ", ".join(f"{a}/{b}" for a, b in zip(best, epochs, strict=bool(best)))
+
+
+def _model(row: Row) -> str:
+    forms = {"causal": "causal", "official": "as published", "": "as published"}
+    form = forms.get(row["variant"], "") if row["model"] == "tim4rec" else ""
+    return f"{MODELS[row['model']]} {form}".strip()
+
+
+def _p(row: Row) -> str:
+    return f"{float(row['p']):.2g}".removeprefix("0") if row["p"] else ""
+
+
+CELLS = {
+    "data": lambda row: NAMES.get(row["dataset"], row["dataset"]),
+    "model": _model,
+    "config": _config,
+    "seeds": lambda row: row["seed"].removesuffix(" (mean)"),
+    "Hit@10": _figure("hit@10"),
+    "NDCG@10": _figure("ndcg@10"),
+    "MRR@10": _figure("mrr@10"),
+    "best": _best,
+    "p": _p,
+    "cpu s": lambda row: row["train_cpu_s"],
+    "inference s": lambda row: row["inference_cpu_s"],
+    "peak MB": lambda row: row["peak_mb"],
+    "parameters": lambda row: row["parameters"],
+    "MFLOP": lambda row: row["mflop"],
+    "note": lambda row: row["note"],
+}
+HEADINGS = {"best": "best epoch / epochs", "p": "p against causal"}
+
+
+def seeds(row: Row) -> int:
+    """The number of seeds that a row is the mean of: `2020-2022 (mean)` has 3."""
+    first, _, last = row["seed"].removesuffix(" (mean)").partition("-")
+    return int(last or first) - int(first) + 1
+
+
+def protocol_of(rows: Iterable[Row]) -> dict[str, str]:
+    """The protocol of rows.
+
+    Raises:
+      UserError: they have several, so they do not belong in one table.
+    """
+    found = {tuple(row[column] for column in PROTOCOL) for row in rows}
+    if len(found) != 1:
+        raise UserError(f"a table would mix the protocols {sorted(found)}")
+    return dict(zip(PROTOCOL, found.pop(), strict=True))
+
+
+def pick(rows: list[Row], protocol: dict[str, str], choice: tuple[str, str, str]) -> Row:
+    """The row of a choice with the most seeds.
+
+    Raises:
+      UserError: there is none.
+    """
+    dataset, variant, settings = choice
+    wanted = set(settings.split())
+    found = [
+        row
+        for row in rows
+        if (row["dataset"], row["variant"]) == (dataset, variant)
+        and all(row[column] == value for column, value in protocol.items())
+        and set(row["settings"].split()) == wanted
+        and not row["note"].startswith("after epoch")
+    ]
+    if not found:
+        raise UserError(f"{RESULTS.name} has no row for {choice} with {protocol}")
+    return max(found, key=lambda row: (seeds(row), row["p"] != "", row["mrr@10"] != ""))
+
+
+def in_words(protocol: dict[str, str]) -> str:
+    """What readers must know of a protocol to compare its figures, as one line."""
+    split, _, part = protocol["split"].partition("/")
+    words = [
+        f"{split.replace('_', '-')}, {part}",
+        f"items of the history {protocol['seen']}",
+        f"event order {protocol['order']}",
+        f"ties {protocol['ties']}",
+        "time of the target " + ("known" if protocol["knows_next_time"] == "yes" else "not known"),
+    ]
+    return "Protocol: full ranking, " + ", ".join(words) + "."
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Row], cells=None) -> list[str]:
+    cells = cells or CELLS
+    lines = [[HEADINGS.get(column, column) for column in columns], ["---"] * len(columns)]
+    lines += [[cells[column](row) for column in columns] for row in rows]
+    return ["| " + " | ".join(line) + " |" for line in lines]
+
+
+def _origin(rows: Sequence[Row]) -> str:
+    """Machine, versions and dates of the rows, as one line."""
+
+    def several(column: str) -> str:
+        return " or ".join(sorted({row[column] for row in rows if row[column]}))
+
+    dates = sorted({row["date"] for row in rows})
+    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    return f"Machine: {several('hardware')}; jax {several('jax')}; code {several('code')}; {when}."
+
+
+def table(name: str) -> str:
+    """The text of a block: protocol, table and where its figures come from."""
+    if name == "all":
+        return _all(read(RESULTS))
+    if name.startswith("quoted-"):
+        return _quoted(name.removeprefix("quoted-"))
+    if name not in TABLES:
+        raise UserError(f"there is no table {name}; there are {', '.join(TABLES)}")
+    rows, chosen = read(RESULTS), TABLES[name]
+    picked = [pick(rows, chosen.protocol, choice) for choice in chosen.chosen]
+    lines = [in_words(protocol_of(picked)), "", *_markdown(chosen.columns, picked)]
+    return "\n".join([*lines, "", _origin(picked), ""])
+
+
+def _quoted(seen: str) -> str:
+    """Tables of figures of other people, one for each protocol they can be told to have."""
+    with open(QUOTED, newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["seen"] == seen]
+    cells = {**CELLS, "model": lambda row: row["model"], "source": lambda row: row["source"]}
+    lines = []
+    for protocol in dict.fromkeys(tuple(row[column] for column in PROTOCOL) for row in rows):
+        those = [row for row in rows if tuple(row[column] for column in PROTOCOL) == protocol]
+        lines += [in_words(protocol_of(those)), ""]
+        columns = ("data", "model", "Hit@10", "NDCG@10", "source")
+        lines += [*_markdown(columns, those, cells), ""]
+    return "\n".join(lines)
+
+
+def _all(rows: list[Row]) -> str:
+    """Every row of `results.csv`: a table for each dataset and protocol, costs, commands."""
+    runs = {name: number for number, name in enumerate(dict.fromkeys(map(_run, rows)), 1)}
+    cells = {**CELLS, "run": lambda row: str(runs[_run(row)])}
+    lines = []
+    for dataset, name in NAMES.items():
+        those = [row for row in rows if row["dataset"] == dataset]
+        if not those:
+            continue
+        lines += [f"### {name}", ""]
+        for protocol in dict.fromkeys(tuple(row[c] for c in PROTOCOL) for row in those):
+            part = [row for row in those if tuple(row[c] for c in PROTOCOL) == protocol]
+            lines += [in_words(protocol_of(part)), ""]
+            columns = ["config", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "run", "note"]
+            if not any(row["note"] for row in part):
+                columns.remove("note")
+            lines += [*_markdown(columns, part, cells), ""]
+        costs = [row for row in those if row["parameters"] and row["seen"] == "ranked"]
+        costs = [row for row in costs if row["split"].endswith("test")]
+        if costs:
+            lines += ["What these runs cost, in seconds of processor time of all threads:", ""]
+            columns = ("config", "seeds", "cpu s", "inference s", "peak MB", "parameters", "MFLOP")
+            lines += [*_markdown((*columns, "run"), costs, cells), ""]
+    lines += ["### Runs", "", "A `SEED` stands for each of the seeds of the row.", ""]
+    for (command, hardware, jax, code, date), number in runs.items():
+        versions = f"{hardware}; jax {jax}; code {code}; {date}".replace("jax ;", "").strip()
+        lines.append(f"{number}. `{command}` ({versions})")
+    return "\n".join([*lines, ""])
+
+
+def _run(row: Row) -> tuple[str, ...]:
+    return tuple(row[column] for column in ("command", "hardware", "jax", "code", "date"))
+
+
+def rewritten(text: str) -> str:
+    """A page with its tables written anew."""
+    return BLOCK.sub(lambda match: f"{match[1]}{table(match[2])}{match[4]}", text)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Runs the command line, or the given words."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", metavar="add")
+    add = commands.add_parser("add", help="add the figures of finished runs to results.csv")
+    add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    flags = parser.parse_args(words)
+    for run in flags.runs if flags.command else ():
+        rows = rows_of_run(run)
+        append(RESULTS, rows)
+        print(f"added {len(rows)} rows of {run} to {RESULTS}")
+    from benchmarks.results_picture import draw  # late, because matplotlib takes long to import
+
+    draw(read(RESULTS), PICTURE)
+    for page in PAGES:
+        text = rewritten(page.read_text())
+        if text != page.read_text():
+            page.write_text(text)
+            print(f"wrote the tables of {page}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_main(main))
