@@ -48,7 +48,8 @@ MODELS = {
     "popularity": "Popularity",
 }
 RANKED = {
-    "split": "leave_one_out/test",
+    "split": "leave_one_out",
+    "part": "test",
     "order": "recbole",
     "seen": "ranked",
     "ties": "optimistic",
@@ -75,11 +76,16 @@ class Table(NamedTuple):
       chosen: dataset, variant and settings of each row. Of several rows of the CSV file, the one
         with most seeds is taken.
       columns: headings, which are keys of `CELLS`.
+      seed: "" or the seed of all rows.
+      masked: whether to put the figures with the items of the history masked beside, in columns of
+        their own; `protocol` has them ranked.
     """
 
     protocol: dict[str, str]
     chosen: list[tuple[str, str, str]]
     columns: Sequence[str] = ("data", "config", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best")
+    seed: str = ""
+    masked: bool = False
 
 
 def _models(dataset: str, models: str, own: str = "", compared: str = "", alone: str = "") -> list:
@@ -104,6 +110,7 @@ NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
 MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
 SLICE = "model.date_bias_knots=0 model.output_std=0.02"
 MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"
+BOTH = ("data", "config", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10")
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
     "readme": Table(
@@ -179,7 +186,7 @@ TABLES = {
         RANKED, _models("kuairand-slice", "mamba4rec sasrec causal ssd4rec"), COMPARISON
     ),
     "next-time-unknown": Table(
-        RANKED, [("ml-100k", "causal", ""), ("kuairand-slice", "causal", "")]
+        RANKED, [("ml-100k", "causal", ""), ("kuairand-slice", "causal", "")], seed="2020"
     ),
     "next-time-known": Table(
         RANKED | {"knows_next_time": "yes"},
@@ -188,8 +195,23 @@ TABLES = {
             ("kuairand-slice", "causal", "model.knows_next_time=True"),
         ],
     ),
+    "history": Table(
+        RANKED | {"part": "valid"},
+        [
+            ("ml-1m", "causal", NO_BIAS),
+            ("beauty-mixed", "causal", f"{NO_BIAS} {MIXED}"),
+            ("ml-100k", "causal", NO_BIAS),
+            ("ml-100k", "causal", ""),
+            ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} {NO_BIAS}"),
+            ("ml-100k", "hstu", f"{COMPARED['ml-100k']} {NO_BIAS}"),
+            ("ml-100k", "lrurec", f"{COMPARED['ml-100k']} {NO_BIAS}"),
+        ],
+        ("data", "config", "seeds", "NDCG@10", "masked NDCG@10"),
+        seed="2020",
+        masked=True,
+    ),
     "global-time": Table(
-        RANKED | {"split": "global_time/test"},
+        RANKED | {"split": "global_time"},
         [
             ("kuairand-slice", "causal", f"data.split=global_time {SLICE}"),
             ("kuairand-slice", "causal", "data.split=global_time model.output_std=0.02"),
@@ -246,6 +268,8 @@ CELLS = {
     "Hit@10": _figure("hit@10"),
     "NDCG@10": _figure("ndcg@10"),
     "MRR@10": _figure("mrr@10"),
+    "masked Hit@10": _figure("masked hit@10"),
+    "masked NDCG@10": _figure("masked ndcg@10"),
     "best": _best,
     "p": _p,
     "cpu s": lambda row: row["train_cpu_s"],
@@ -276,8 +300,10 @@ def protocol_of(rows: Iterable[Row]) -> dict[str, str]:
     return dict(zip(PROTOCOL, found.pop(), strict=True))
 
 
-def pick(rows: list[Row], protocol: dict[str, str], choice: tuple[str, str, str]) -> Row:
-    """The row of a choice with the most seeds.
+def pick(
+    rows: list[Row], protocol: dict[str, str], choice: tuple[str, str, str], seed: str = ""
+) -> Row:
+    """The row of a choice: that of the seed, or that with the most seeds.
 
     Raises:
       UserError: there is none.
@@ -290,6 +316,7 @@ def pick(rows: list[Row], protocol: dict[str, str], choice: tuple[str, str, str]
         if (row["dataset"], row["variant"]) == (dataset, variant)
         and all(row[column] == value for column, value in protocol.items())
         and set(row["settings"].split()) == wanted
+        and seed in ("", row["seed"])
         and not row["note"].startswith("after epoch")
     ]
     if not found:
@@ -299,9 +326,9 @@ def pick(rows: list[Row], protocol: dict[str, str], choice: tuple[str, str, str]
 
 def in_words(protocol: dict[str, str]) -> str:
     """What readers must know of a protocol to compare its figures, as one line."""
-    split, _, part = protocol["split"].partition("/")
+    parts = {"valid": "validation", "test": "test"}
     words = [
-        f"{split.replace('_', '-')}, {part}",
+        f"{protocol['split'].replace('_', '-')}, {parts[protocol['part']]}",
         f"items of the history {protocol['seen']}",
         f"event order {protocol['order']}",
         f"ties {protocol['ties']}",
@@ -310,9 +337,20 @@ def in_words(protocol: dict[str, str]) -> str:
     return "Protocol: full ranking, " + ", ".join(words) + "."
 
 
+def _heading(column: str, both: bool) -> str:
+    """Of a column; where a table has both protocols, it says which of them the figures follow."""
+    if column.startswith("masked "):
+        return column.removeprefix("masked ") + ", masked"
+    if both and "@" in column:
+        return f"{column}, ranked"
+    return HEADINGS.get(column, column)
+
+
 def _markdown(columns: Sequence[str], rows: Iterable[Row], cells=None) -> list[str]:
     cells = cells or CELLS
-    lines = [[HEADINGS.get(column, column) for column in columns], ["---"] * len(columns)]
+    both = any(column.startswith("masked ") for column in columns)
+    headings = [_heading(column, both) for column in columns]
+    lines = [headings, ["---"] * len(columns)]
     lines += [[cells[column](row) for column in columns] for row in rows]
     return ["| " + " | ".join(line) + " |" for line in lines]
 
@@ -337,8 +375,18 @@ def table(name: str) -> str:
     if name not in TABLES:
         raise UserError(f"there is no table {name}; there are {', '.join(TABLES)}")
     rows, chosen = read(RESULTS), TABLES[name]
-    picked = [pick(rows, chosen.protocol, choice) for choice in chosen.chosen]
-    lines = [in_words(protocol_of(picked)), "", *_markdown(chosen.columns, picked)]
+    picked = [pick(rows, chosen.protocol, choice, chosen.seed) for choice in chosen.chosen]
+    words = in_words(protocol_of(picked))
+    if chosen.masked:
+        beside = chosen.protocol | {"seen": "masked"}
+        others = [pick(rows, beside, choice, chosen.seed) for choice in chosen.chosen]
+        protocol_of(others)
+        words = words.replace("history ranked", "history ranked or masked, as the column says")
+        picked = [
+            row | {f"masked {metric}": other[metric] for metric in METRICS}
+            for row, other in zip(picked, others, strict=True)
+        ]
+    lines = [words, "", *_markdown(chosen.columns, picked)]
     return "\n".join([*lines, "", _origin(picked), ""])
 
 
@@ -369,12 +417,13 @@ def _all(rows: list[Row]) -> str:
         for protocol in dict.fromkeys(tuple(row[c] for c in PROTOCOL) for row in those):
             part = [row for row in those if tuple(row[c] for c in PROTOCOL) == protocol]
             lines += [in_words(protocol_of(part)), ""]
-            columns = ["config", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "run", "note"]
-            if not any(row["note"] for row in part):
-                columns.remove("note")
+            columns = ["config", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p", "run", "note"]
+            for column in ("p", "note"):
+                if not any(row[column] for row in part):
+                    columns.remove(column)
             lines += [*_markdown(columns, part, cells), ""]
         costs = [row for row in those if row["parameters"] and row["seen"] == "ranked"]
-        costs = [row for row in costs if row["split"].endswith("test")]
+        costs = [row for row in costs if row["part"] == "test"]
         if costs:
             lines += ["What these runs cost, in seconds of processor time of all threads:", ""]
             columns = ("config", "seeds", "cpu s", "inference s", "peak MB", "parameters", "MFLOP")

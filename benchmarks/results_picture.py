@@ -4,11 +4,12 @@ import hashlib
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 
 from benchmarks.results import COMPARED, MODELS, NO_BIAS, RANKED, Row, in_words, pick
+from tim4rec_jax.commands.results import PROTOCOL
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -62,11 +63,11 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
             settings = own if variant == "causal" else f"{COMPARED[dataset]} {others}"
             settings = "" if variant in alone.split() else settings
             row = pick(rows, RANKED, (dataset, variant, settings))
-            same = ("dataset", "variant", "settings", "split", "seen")
+            same = ("dataset", "variant", "settings", *PROTOCOL)
             costs = [
                 float(other["train_cpu_s"])
                 for other in rows
-                if other["train_cpu_s"] and all(other[c] == row[c] for c in same)
+                if other["train_cpu_s"] and all(other[column] == row[column] for column in same)
             ]
             if costs:
                 ours = row["model"] == "tim4rec"
@@ -83,7 +84,7 @@ def digest(rows: list[Row]) -> str:
 
 def draw(rows: list[Row], path: Path) -> None:
     """Draws a panel for each data set, with the digest of its points in the file."""
-    settings = {
+    settings: dict[Any, Any] = {
         "svg.hashsalt": "tim4rec",  # the same file whenever it is drawn
         "font.size": 10,
         "text.color": INK,

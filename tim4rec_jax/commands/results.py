@@ -10,18 +10,19 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_write, read_json
 
 METRICS = tuple(f"{name}@{k}" for k in (10, 20, 50) for name in ("hit", "ndcg", "mrr"))
-# The columns that say how a ranking was made. Figures of two rows can be compared only if these
-# are the same in both.
-PROTOCOL = ("split", "order", "seen", "ties", "knows_next_time")
+# The columns that say how a ranking was made, see `tim4rec_jax.evaluation.protocol`. Figures of two
+# rows can be compared only if these are the same in both.
+PROTOCOL = ("split", "part", "order", "seen", "ties", "knows_next_time")
 # What names a figure. A new row replaces the row that has the same values here.
 KEY = ("dataset", "config", "variant", "settings", "model", "seed", *PROTOCOL, "note")
 COLUMNS = (
@@ -33,8 +34,7 @@ COLUMNS = (
     *("hardware", "jax", "code", "command", "date", "note"),
 )
 # Settings that change no figure, or have a column of their own.
-_NOT_NAMED = ("dataset", "prepare", "seed", "eval.batch_size", "data.placement")
-_NOT_NAMED += ("train.checkpoint_minutes",)
+_NOT_NAMED = ("dataset", "prepare", "preset", "seed", "data.placement", "train.checkpoint_minutes")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -85,30 +85,29 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
       workdir: the run directory.
 
     Raises:
-      UserError: the run is missing, damaged or not finished, or its dataset is not there.
+      UserError: the run is missing, damaged or not finished, its dataset is not there, or its
+        settings do not say which configuration they began with.
     """
+    from tim4rec_jax.data import open_dataset
     from tim4rec_jax.evaluation.evaluate import evaluate_run
-    from tim4rec_jax.run import DATASET_FILE, read_figures, read_settings
+    from tim4rec_jax.evaluation.protocol import protocol
+    from tim4rec_jax.run import read_figures, read_settings
 
     config, figures = read_settings(workdir / "config.json"), read_figures(workdir)
+    if not config.preset:
+        raise UserError(
+            f"{workdir / 'config.json'} does not say which configuration its settings began with; "
+            'write it there, for example "preset": "beauty:causal"'
+        )
     masked, trained = workdir / "eval_test_exclude_seen.json", workdir / "metrics.json"
     if not masked.exists() or masked.stat().st_mtime < trained.stat().st_mtime:
         evaluate_run(workdir, exclude_seen=True)
-    name, variant, changes = experiment(config)
-    words = [f"python train.py --config configs/{name}.py:{variant}".removesuffix(":")]
-    words += [f"--config.{change}" for change in (*changes, f"seed={config.seed}")]
-    remedy = f"train {workdir} anew"
-    dataset = read_json(workdir / DATASET_FILE, dict, remedy)
+    settings = changed_settings(config)
+    words = [f"python train.py --config configs/{config.preset.replace(':', '.py:', 1)}"]
+    words[0] += "" if ":" in config.preset else ".py"
+    words += [f"--config.{setting}" for setting in (*settings, f"seed={config.seed}")]
     row = dict.fromkeys(COLUMNS, "") | {
-        "dataset": dataset["name"],
-        "config": name,
-        "variant": variant,
-        "settings": " ".join(changes),
-        "model": config.model.name,
-        "seed": str(config.seed),
-        "order": dataset["order"],
-        "ties": "optimistic",
-        "knows_next_time": "yes" if config.model.get("knows_next_time") else "no",
+        "settings": " ".join(settings),
         "epochs": str(figures["epochs"]),
         "best_epoch": str(figures["best_epoch"]),
         "hardware": f"{_processor()}, {os.cpu_count()} cores, {figures.get('device', '')}",
@@ -118,70 +117,52 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
         "date": datetime.fromtimestamp(trained.stat().st_mtime, UTC).date().isoformat(),
     }
     row |= _costs(workdir.parent)
-    found = [
+    dataset, rows = open_dataset(config.dataset), []
+    results: list[tuple[Split, str, dict]] = [
         ("valid", "ranked", figures["valid"]),
         ("test", "ranked", figures["test"]),
-        ("test", "masked", read_json(masked, dict, remedy)["metrics"]),
+        ("test", "masked", read_json(masked, dict, f"delete {masked}")["metrics"]),
     ]
-    return [
-        row
-        | {"split": f"{config.data.split}/{split}", "seen": seen}
-        | {metric: f"{values[metric]:.6f}" for metric in METRICS if metric in values}
-        for split, seen, values in found
-    ]
+    for part, seen, found in results:
+        followed = protocol(config, dataset, part=part, exclude_seen=seen == "masked")
+        followed["knows_next_time"] = "yes" if followed["knows_next_time"] else "no"
+        rows.append(
+            row
+            | {name: str(value) for name, value in followed.items() if name in COLUMNS}
+            | {metric: f"{found[metric]:.6f}" for metric in METRICS if metric in found}
+        )
+    return rows
 
 
-def experiment(config) -> tuple[str, str, list[str]]:
-    """The configuration by name that settings are nearest to.
+def changed_settings(config) -> list[str]:
+    """The settings of a run that differ from those of its configuration, as KEY=VALUE.
 
     Args:
-      config: the settings of a run, resolved.
+      config: the settings of the run, resolved.
 
-    Returns:
-      The name of the configuration, its variant, and the settings that differ from it, as
-      KEY=VALUE.
+    Raises:
+      UserError: there is no configuration of the name that the settings say.
     """
-    from tim4rec_jax.presets import OWN, load_config, names
+    from tim4rec_jax.presets import load_config
 
-    ours = _comparable(config)
-    known = [(name, variant) for name in names() for variant in _variants(name)]
-    prepared = [each for each in known if load_config(":".join(each)).prepare == config.prepare]
-    found = []
-    for name, variant in prepared or [each for each in known if each[0] == OWN]:
-        loaded = load_config(f"{name}:{variant}".removesuffix(":"))
-        if loaded.model.name == config.model.name:
-            changes = {k: v for k, v in ours.items() if _comparable(loaded).get(k) != v}
-            found.append((name, variant, _without_implied(loaded, changes)))
-    name, variant, changes = min(found, key=lambda each: len(each[2]))
-    return name, variant, [f"{key}={value}" for key, value in changes.items()]
-
-
-def _variants(name: str) -> Iterator[str]:
-    """The variants that a configuration knows."""
-    from tim4rec_jax.presets import baselines, load_config
-
-    for variant in ("", "causal", "official", *baselines()):
-        try:
-            load_config(f"{name}:{variant}".removesuffix(":"))
-        except UserError:
-            continue
-        yield variant
+    ours, theirs = _comparable(config), _comparable(load_config(config.preset))
+    changes = {name: value for name, value in ours.items() if theirs.get(name) != value}
+    if "data.convention" in changes:  # it may follow from the other changes
+        others = {name: value for name, value in changes.items() if name != "data.convention"}
+        changed = load_config(config.preset)
+        with changed.unlocked(), changed.ignore_type():
+            changed.update_from_flattened_dict(others)
+        if _comparable(changed)["data.convention"] == changes["data.convention"]:
+            changes = others
+    return sorted(f"{name}={value}" for name, value in changes.items())
 
 
 def _comparable(config) -> dict[str, object]:
     from tim4rec_jax import config as config_lib
 
     values = json.loads(json.dumps(config_lib.flatten(config_lib.resolve(config))))
-    return {name: value for name, value in values.items() if name not in _NOT_NAMED}
-
-
-def _without_implied(loaded, changes: dict[str, object]) -> dict[str, object]:
-    """Leaves out the convention of gaps where it follows from the other changes."""
-    others = {name: value for name, value in changes.items() if name != "data.convention"}
-    with loaded.unlocked(), loaded.ignore_type():
-        loaded.update_from_flattened_dict(others)
-    implied = _comparable(loaded)["data.convention"] == changes.get("data.convention")
-    return others if implied else changes
+    named = (name for name in values if name not in _NOT_NAMED and not name.startswith("eval."))
+    return {name: values[name] for name in named}
 
 
 def _costs(folder: Path) -> dict[str, str]:
