@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from tim4rec_jax.commands.results import PROTOCOL, append, read, rows_of_run
+from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, read, rows_of_run
 from tim4rec_jax.errors import UserError, run_main
 
 HERE = Path(__file__).parent
@@ -195,6 +195,7 @@ TABLES = {
             ("kuairand-slice", "causal", "model.knows_next_time=True"),
         ],
     ),
+    "both": Table(RANKED, [("ml-100k", "causal", "")], BOTH, seed="2020", masked=True),
     "history": Table(
         RANKED | {"part": "valid"},
         [
@@ -383,17 +384,22 @@ def table(name: str) -> str:
         protocol_of(others)
         words = words.replace("history ranked", "history ranked or masked, as the column says")
         picked = [
-            row | {f"masked {metric}": other[metric] for metric in METRICS}
+            row | {f"masked {column}": other[column] for column in COLUMNS}
             for row, other in zip(picked, others, strict=True)
         ]
     lines = [words, "", *_markdown(chosen.columns, picked)]
     return "\n".join([*lines, "", _origin(picked), ""])
 
 
+def quoted() -> list[Row]:
+    """The figures of other people."""
+    with open(QUOTED, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def _quoted(seen: str) -> str:
     """Tables of figures of other people, one for each protocol they can be told to have."""
-    with open(QUOTED, newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["seen"] == seen]
+    rows = [row for row in quoted() if row["seen"] == seen]
     cells = {**CELLS, "model": lambda row: row["model"], "source": lambda row: row["source"]}
     lines = []
     for protocol in dict.fromkeys(tuple(row[column] for column in PROTOCOL) for row in rows):

@@ -1,0 +1,120 @@
+"""The tables of the pages are those of the CSV files, and none of them mixes two protocols."""
+
+import json
+import re
+
+import pytest
+
+from benchmarks import results
+from benchmarks.results import BLOCK, PAGES, QUOTED, RANKED, RESULTS, TABLES, pick, table
+from tim4rec_jax.commands.results import COLUMNS, KEY, METRICS, PROTOCOL, append, read
+from tim4rec_jax.errors import UserError
+
+# A figure of a table: `.1234`, `.1234 ± .0056`.
+FIGURE = re.compile(r"^\.\d{4}( ± \.\d{4})?$")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_tables_of_a_page_are_those_of_the_files(page):
+    text = page.read_text()
+    blocks = BLOCK.findall(text)
+    assert blocks and text.count("<!-- table:") == len(blocks)
+    for _, name, written, _ in blocks:
+        assert written == table(name), f"run `python -m benchmarks.results`: {page}, {name}"
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_no_table_of_quality_is_written_by_hand(page):
+    for line in BLOCK.sub("", page.read_text()).splitlines():
+        if line.startswith("|"):
+            assert not any(FIGURE.match(cell.strip()) for cell in line.split("|")), line
+
+
+@pytest.mark.parametrize("page", PAGES[:2], ids=lambda page: page.stem)
+def test_figures_in_sentences_are_in_the_files(page):
+    rows = read(RESULTS)
+    known = {f"{float(row[metric]):.4f}"[1:] for row in rows for metric in METRICS if row[metric]}
+    known |= {".8660", ".4969", ".6583", ".3446"}  # the best possible figures of synthetic data
+    prose = re.sub(r"(?m)^\|.*$", "", BLOCK.sub("", page.read_text()))
+    found = re.findall(r"(?<![\d.])\.\d{4}\b", prose)
+    assert [figure for figure in found if figure not in known] == []
+
+
+def test_every_row_says_its_protocol_seed_command_machine_and_date():
+    rows = read(RESULTS)
+    assert len({tuple(row[column] for column in KEY) for row in rows}) == len(rows)
+    for row in rows:
+        needed = ("dataset", "model", "seed", *PROTOCOL, "ndcg@10", "hardware", "code", "command")
+        assert all(row[column] for column in needed), row
+        assert re.fullmatch(r"20\d\d(-20\d\d \(mean\))?", row["seed"]), row
+        assert re.fullmatch(r"\d{4}-\d\d-\d\d", row["date"]), row
+        assert row["seen"] in ("ranked", "masked") and row["order"] in ("exact", "recbole"), row
+        assert row["knows_next_time"] in ("yes", "no"), row
+        assert all(0 <= float(row[metric]) <= 1 for metric in METRICS if row[metric]), row
+    # A model with this setting, and no other one, knows the time of the target.
+    for row in rows:
+        told = "model.knows_next_time=True" in row["settings"].split()
+        assert (row["knows_next_time"] == "yes") == told, row
+
+
+def test_a_table_cannot_mix_protocols(monkeypatch):
+    choice = TABLES["next-time-known"].chosen[0]
+    rows = read(RESULTS)
+    with pytest.raises(UserError, match="no row"):
+        pick(rows, RANKED, choice)
+    monkeypatch.setitem(TABLES, "loose", results.Table({}, [*TABLES["readme"].chosen, choice]))
+    with pytest.raises(UserError, match="would mix the protocols"):
+        table("loose")
+
+
+def test_a_page_with_a_changed_figure_is_noticed():
+    page = PAGES[0].read_text()
+    match = BLOCK.search(page)
+    assert match
+    assert results.rewritten(page.replace(".1347", ".1374")) == page
+
+
+def test_quoted_figures_have_a_source_and_a_protocol():
+    rows = results.quoted()
+    assert {row["seen"] for row in rows} == {"ranked", "masked"}
+    for row in rows:
+        assert all(row[column] for column in ("dataset", "model", *PROTOCOL, "ndcg@10", "source"))
+        masked = re.search(r"HSTU|FuXi|eSASRec|BSARec|cross-entropy|LRURec", row["model"])
+        if masked and "2409.16182" not in row["source"]:
+            assert row["seen"] == "masked", row
+        if re.match(r"HSTU-large|FuXi", row["model"]):
+            assert row["knows_next_time"] == "yes", row
+    assert QUOTED.name == "quoted.csv"
+
+
+def test_the_picture_shows_the_points_of_the_file():
+    from benchmarks.results_picture import digest
+
+    assert digest(read(RESULTS)) in results.PICTURE.read_text()
+
+
+def test_a_row_replaces_the_same_figure_and_no_other(tmp_path):
+    row = dict.fromkeys(COLUMNS, "") | {"dataset": "shop", "seen": "ranked", "ndcg@10": "0.1"}
+    path = tmp_path / "results.csv"
+    append(path, [row, row | {"seen": "masked"}])
+    append(path, [row | {"ndcg@10": "0.2"}])
+    assert [(each["seen"], each["ndcg@10"]) for each in read(path)] == [
+        ("ranked", "0.2"),
+        ("masked", "0.1"),
+    ]
+
+
+def test_a_table_of_something_else_is_not_replaced(tmp_path):
+    path = tmp_path / "table.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="is no table of results"):
+        append(path, [])
+    assert path.read_text() == "a,b\n1,2\n"
+
+
+def test_costs_beside_a_run_are_in_its_rows(tmp_path):
+    from tim4rec_jax.commands.results import _costs
+
+    assert _costs(tmp_path) == {}
+    (tmp_path / "cost.json").write_text(json.dumps({"cpu": 12.6, "memory": 800.2}))
+    assert _costs(tmp_path) == {"train_cpu_s": "13", "peak_mb": "800"}
