@@ -21,6 +21,7 @@ from tests.training.tiny_run import (
     quick_config,
     tiny_config,
 )
+from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
@@ -102,6 +103,13 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
     losses = [record["train_loss"] for record in records(tmp_path / "run", "valid")]
     assert losses[0] > 2.5
     assert losses[-1] < 0.6
+
+
+def test_the_model_that_only_counts(dataset, tmp_path):
+    config = quick_config(dataset)
+    config_lib.use_model(config, "popularity")
+    result = train(config, tmp_path / "run")
+    assert result["epochs"] == 1 and read_date_range(tmp_path / "run") is None
 
 
 @pytest.fixture(scope="module")

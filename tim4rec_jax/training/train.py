@@ -136,12 +136,13 @@ def _run(
     if prepare is not None:
         prepare(config)
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
+    dates = train_dates(dataset) if config.model.date_bias_knots else None
     make_model = partial(
         build,
         config.model,
         n_items=dataset.n_items,
         n_users=dataset.n_users,
-        date_range=train_dates(dataset) if config.model.date_bias_knots else None,
+        date_range=dates,
         max_length=data.max_length,
         seed=config.seed,
     )
@@ -154,7 +155,7 @@ def _run(
     check_memory(config, nnx.to_pure_dict(nnx.state(structure)))
     batches = make_batches(config, dataset)
     loggers = [*make_loggers(config.train.loggers), *loggers]
-    with claim(workdir, config, dataset, make_model.keywords["date_range"]):
+    with claim(workdir, config, dataset, dates):
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return read_figures(workdir)
