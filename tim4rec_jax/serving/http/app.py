@@ -1,33 +1,29 @@
 """The HTTP service as an application: what is asked, and what is answered.
 
 `POST /recommend` takes a history or a user, `POST /events` tells what users did, `DELETE /users/ID`
-forgets a user, `GET /items` looks items up, `GET /health`, `GET /ready` and `GET /metrics`
-(Prometheus) say how the service is, and `/` is a page to try it by hand. `/openapi.json` holds the
-schema of requests and answers.
+forgets a user, `POST /reload` loads the run again, `GET /items` looks items up, `GET /health`,
+`GET /ready` and `GET /metrics` (Prometheus) say how the service is, and `/` is a page to try it by
+hand. `/openapi.json` holds the schema of requests and answers.
 
-The event loop reads and writes only. All work is done by a few threads, one for each kind, which
-take what has arrived in batches (`micro_batcher.py`): so no kind of work can keep another waiting.
+FastAPI describes all requests. Those that take JSON, `/health` and `/ready` are answered by an
+`Endpoint` of the guard.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import itertools
-import logging
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi import Path as PathParameter
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
-from pydantic import ValidationError
+from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
@@ -35,17 +31,15 @@ from starlette.requests import ClientDisconnect
 import tim4rec_jax
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.http import schema
-from tim4rec_jax.serving.http.guard import BUSY, RETRY_AFTER, Guard, TooLarge
-from tim4rec_jax.serving.http.metrics import Metrics
-from tim4rec_jax.serving.http.micro_batcher import Batcher, ClientLeft, Overloaded
-from tim4rec_jax.serving.ranker import Query as RankerQuery
-from tim4rec_jax.serving.recommender import Recommendations, Recommender
-from tim4rec_jax.serving.stores import StoreError
+from tim4rec_jax.serving.http.answers import Answer, TooLarge, answer_to
+from tim4rec_jax.serving.http.guard import Endpoint, Guard
+from tim4rec_jax.serving.http.micro_batcher import ClientLeft, Overloaded
+from tim4rec_jax.serving.http.schema import MAX_BODY
+from tim4rec_jax.serving.http.service import Service
+from tim4rec_jax.serving.recommender import Recommender
 
-MAX_BODY = 1 << 20  # bytes of a request
-# A request of more bytes, or of more ids and events, is read and checked in a thread: the event
-# loop would answer nobody else for so long.
-_LARGE_BODY, _LARGE_REQUEST = 1 << 14, 500
+# A longer body is read and checked in a thread: the event loop would answer nobody else meanwhile.
+_LARGE_BODY = 1 << 14
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -53,207 +47,6 @@ _PAGE_HEADERS = {
     "script-src 'unsafe-inline'; img-src data:; frame-ancestors 'none'",
     "Cache-Control": "no-cache",
 }
-_log = logging.getLogger("uvicorn.error")
-_KINDS = {404: "not_found", 405: "method_not_allowed", 415: "unsupported_media_type"}
-
-
-class Service:
-    """The recommender that answers now, and the threads that work for it.
-
-    Attributes:
-        recommender: may be replaced at any time; what is being answered keeps the earlier one.
-        metrics: the counters and histograms.
-        answers: answers queries with the model.
-        reads: reads users from the store.
-        states: computes the states of users that the store does not keep.
-        writes: stores events and deletes users.
-        checks: reads and checks large requests.
-        lookups: searches the catalogue.
-    """
-
-    def __init__(self, recommender: Recommender):
-        self.recommender, self.metrics = recommender, Metrics()
-        rows = min(64, recommender.model.max_rows)
-        self.answers = Batcher(
-            "answers",
-            _answer,
-            max_batch=rows,
-            max_waiting=64,
-            max_seconds=1.0,
-            observe=self.metrics.batch.observe,
-        )
-        self.reads = Batcher("reads", _read, max_batch=16, max_waiting=128, max_seconds=1.0)
-        self.states = Batcher("states", _states, max_batch=16, max_waiting=64, max_seconds=2.0)
-        self.writes = Batcher("writes", _write, max_batch=64, max_waiting=256, max_seconds=2.0)
-        self.checks = Batcher("checks", _call, max_batch=1, max_waiting=8, max_seconds=2.0)
-        self.lookups = Batcher("lookups", _call, max_batch=1, max_waiting=16, max_seconds=1.0)
-
-    @contextlib.asynccontextmanager
-    async def running(self, app: FastAPI) -> AsyncIterator[None]:
-        """Works as long as the application runs."""
-        del app
-        batchers = [part for part in vars(self).values() if isinstance(part, Batcher)]
-        tasks = [asyncio.create_task(batcher.run()) for batcher in batchers]
-        yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-    def busy(self, path: str) -> bool:
-        """Whether a request to this path would be refused for want of time."""
-        if path == "/recommend":
-            return self.answers.full
-        return path == "/events" and self.writes.full
-
-    async def check(self, size: int, function: Callable[[], Any], alive: Callable[[], bool]) -> Any:
-        """Calls a function, in a thread if `size`, the number of ids and events, is large."""
-        return await self.checks(function, alive) if size > _LARGE_REQUEST else function()
-
-    async def recommend(
-        self, request: schema.RecommendRequest, alive: Callable[[], bool]
-    ) -> tuple[Recommender, Recommendations]:
-        """Answers a request, and says which recommender has answered it."""
-        recommender = self.recommender
-        filters: dict[str, Any] = dict(
-            at=request.at,
-            exclude_seen=request.exclude_seen,
-            allow=request.allow,
-            deny=request.deny,
-        )
-        size = len(request.items or ()) + len(request.allow or ()) + len(request.deny or ())
-        if request.user is None:
-            items, times = request.items or [], request.timestamps or []
-            query = await self.check(
-                size,
-                lambda: recommender.query(items, times, request.k, sort=request.sort, **filters),
-                alive,
-            )
-        else:
-            user = str(request.user)
-            events, state = await self.reads((recommender, user), alive)
-            query = await self.check(
-                size, lambda: recommender.ranker.query(events, request.k, **filters), alive
-            )
-            if recommender.model.supports_step and events.items.size:
-                if state is None:
-                    state = await self.states((recommender, user), alive)
-                query = query._replace(hidden=recommender.model.hidden(state))
-        found = await self.answers((recommender, query), alive)
-        self.metrics.count(found)
-        return recommender, found
-
-    async def tell(self, request: schema.EventsRequest, alive: Callable[[], bool]) -> list[bool]:
-        """Stores events, and says of each whether the model knows its item."""
-        given = [(event.user, event.item, event.timestamp) for event in request.events]
-        known = await self.writes(_Tell(self.recommender, given, request.sort), alive)
-        self.metrics.events.labels("known").inc(sum(known))
-        self.metrics.events.labels("unknown").inc(len(known) - sum(known))
-        return known
-
-    async def forget(self, user: str, alive: Callable[[], bool]) -> bool:
-        """Deletes a user, and says whether there was one."""
-        return await self.writes(_Forget(self.recommender, user), alive)
-
-
-class _Tell(NamedTuple):
-    recommender: Recommender
-    events: list[tuple[Any, Any, int]]
-    sort: bool
-
-
-class _Forget(NamedTuple):
-    recommender: Recommender
-    user: str
-
-    def __call__(self) -> bool:
-        return self.recommender.delete_user(self.user)
-
-
-def _answer(requests: list[tuple[Recommender, RankerQuery]]) -> list[Recommendations]:
-    """Answers queries. Where a new run has just been loaded, there are two recommenders."""
-    return _by_recommender(requests, lambda recommender, queries: recommender.answer(queries))
-
-
-def _states(requests: list[tuple[Recommender, str]]) -> list[bytes]:
-    return _by_recommender(requests, lambda recommender, users: recommender.compute_states(users))
-
-
-def _by_recommender(requests: list[tuple[Recommender, Any]], function: Callable) -> list[Any]:
-    results = []
-    for _, group in itertools.groupby(requests, key=lambda request: id(request[0])):
-        recommenders, members = zip(*group, strict=True)
-        results += function(recommenders[0], members)
-    return results
-
-
-def _read(requests: list[tuple[Recommender, str]]) -> list[Any]:
-    return [_attempt(partial(recommender.stored, user)) for recommender, user in requests]
-
-
-def _write(requests: list[_Tell | _Forget]) -> list[Any]:
-    """Does what is asked in this order; neighbours that tell events are stored together."""
-    results: list[Any] = []
-    for _, group in itertools.groupby(requests, key=lambda one: (type(one), id(one.recommender))):
-        members: list[Any] = [*group]
-        if isinstance(members[0], _Tell):
-            told = [(member.events, member.sort) for member in members]
-            stored = _attempt(partial(members[0].recommender.update_many, told))
-            results += [stored] * len(members) if isinstance(stored, Exception) else stored
-        else:
-            results += [_attempt(member) for member in members]
-    return results
-
-
-def _call(functions: list[Callable[[], Any]]) -> list[Any]:
-    return [_attempt(function) for function in functions]
-
-
-def _attempt(function: Callable[[], Any]) -> Any:
-    """The result of a function, or the exception that it has raised."""
-    try:
-        return function()
-    except Exception as error:
-        return error
-
-
-class _JSONRoute(APIRoute):
-    """Reads and checks a JSON body in a fourth of the time that FastAPI takes.
-
-    FastAPI describes the route: its function takes the body and the request, and returns the JSON
-    of the answer.
-    """
-
-    def get_route_handler(self) -> Callable[[Request], Any]:
-        """See FastAPI's custom routes."""
-        assert self.body_field is not None
-        model, function = self.body_field.field_info.annotation, self.endpoint
-
-        async def handle(request: Request) -> Response:
-            kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            if kind != "application/json":
-                raise HTTPException(415, "send JSON with the header Content-Type: application/json")
-            body = await request.body()
-            read = partial(_read_json, model, body)
-            checks: Batcher = request.app.state.service.checks
-            large = len(body) > _LARGE_BODY
-            checked = await checks(read, _alive(request)) if large else read()
-            content = await function(checked, request)
-            return Response(to_json(content), media_type="application/json")
-
-        return handle
-
-
-def _read_json(model: Any, body: bytes) -> Any:
-    try:
-        content = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
-        raise HTTPException(422, f"the body is no JSON: {error}"[:200]) from None
-    return model.model_validate(content)
-
-
-def _alive(request: Request) -> Callable[[], bool]:
-    """Whether the client still waits; the server knows it (`server.py`)."""
-    return request.scope.get("tim4rec.alive", lambda: True)
 
 
 def create_app(
@@ -292,15 +85,16 @@ def create_app(
         max_body=max_body,
         token=token,
         hosts=hosts,
-        busy=service.busy,
+        endpoints=_add_endpoints(app, service),
     )
-    _add_json_routes(app, service)
     _add_other_routes(app, service)
     _answer_errors(app)
     return app
 
 
-def _add_json_routes(app: FastAPI, service: Service) -> None:
+def _add_endpoints(app: FastAPI, service: Service) -> dict[tuple[str, str], Endpoint]:
+    """Describes the requests that the guard answers, and returns what answers them."""
+
     async def recommend(body: schema.RecommendRequest, request: Request) -> schema.RecommendAnswer:
         recommender, found = await service.recommend(body, _alive(request))
         title = recommender.catalogue.title
@@ -316,8 +110,88 @@ def _add_json_routes(app: FastAPI, service: Service) -> None:
         content: Any = {"known": sum(known), "unknown": len(known) - sum(known)}
         return content
 
-    for path, function in (("/recommend", recommend), ("/events", events)):
-        app.router.add_api_route(path, function, methods=["POST"], route_class_override=_JSONRoute)
+    async def reload(body: schema.ReloadRequest, request: Request) -> schema.ReloadAnswer:
+        del body, request
+        if service.reload is None:
+            raise HTTPException(
+                403,
+                "a service that others can reach loads a run only for callers "
+                "with a token: start it with --token-file, or send it SIGHUP",
+            )
+        try:
+            content: Any = {"items": await asyncio.to_thread(service.reload)}
+        except UserError as error:
+            raise HTTPException(409, f"{error}; the earlier run goes on") from None
+        return content
+
+    async def health() -> schema.Health:
+        catalogue, model = service.recommender.catalogue, service.recommender.model
+        return schema.Health(
+            dataset=catalogue.metadata["name"],
+            items=len(catalogue),
+            max_length=model.max_length,
+            streaming=model.supports_step,
+            knows_next_time=model.knows_next_time,
+        )
+
+    async def ready() -> schema.Ready:
+        if service.overloaded:
+            raise Overloaded
+        return schema.Ready()
+
+    endpoints: dict[tuple[str, str], Endpoint] = {}
+    for path, function, model in (
+        ("/recommend", recommend, schema.RecommendRequest),
+        ("/events", events, schema.EventsRequest),
+        ("/reload", reload, schema.ReloadRequest),
+    ):
+        app.router.add_api_route(path, function, methods=["POST"])
+        endpoints["POST", path] = _takes_json(service, model, function)
+    for path, function in (("/health", health), ("/ready", ready)):
+        app.router.add_api_route(path, function, methods=["GET"])
+        endpoints["GET", path] = _takes_nothing(function)
+    return endpoints
+
+
+def _takes_json(
+    service: Service, model: type[BaseModel], function: Callable[[Any, Request], Awaitable[Any]]
+) -> Endpoint:
+    """Calls a function with the checked body of a request."""
+
+    async def answer(scope: Any, read_body: Callable[[], Awaitable[bytes]]) -> Answer:
+        request = Request(scope)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise HTTPException(415, "send JSON with the header Content-Type: application/json")
+        body = await read_body()
+        read = partial(_read_json, model, body)
+        large = len(body) > _LARGE_BODY
+        checked = await service.checks(read, _alive(request)) if large else read()
+        return Answer(200, to_json(await function(checked, request)))
+
+    return answer
+
+
+def _takes_nothing(function: Callable[[], Awaitable[Any]]) -> Endpoint:
+    async def answer(scope: Any, read_body: Callable[[], Awaitable[bytes]]) -> Answer:
+        del scope, read_body
+        return Answer(200, to_json(await function()))
+
+    return answer
+
+
+def _read_json(model: type[BaseModel], body: bytes) -> Any:
+    try:
+        content = from_json(body, allow_inf_nan=False)
+    except ValueError as error:
+        raise HTTPException(422, f"the body is no JSON: {error}"[:200]) from None
+    return model.model_validate(content)
+
+
+def _alive(request: Request) -> Callable[[], bool]:
+    """Whether the client still waits; its connection knows it."""
+    connection = request.scope.get("tim4rec.connection")
+    return connection.is_alive if connection else lambda: True
 
 
 def _add_other_routes(app: FastAPI, service: Service) -> None:
@@ -344,23 +218,6 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
             for position in found
         ]
 
-    @app.get("/health")
-    async def health() -> schema.Health:
-        catalogue, model = service.recommender.catalogue, service.recommender.model
-        return schema.Health(
-            dataset=catalogue.metadata["name"],
-            items=len(catalogue),
-            max_length=model.max_length,
-            streaming=model.supports_step,
-            knows_next_time=model.knows_next_time,
-        )
-
-    @app.get("/ready")
-    async def ready() -> schema.Ready:
-        if service.answers.full or service.writes.full:
-            raise Overloaded
-        return schema.Ready()
-
     @app.get("/metrics", response_class=Response)
     async def scrape() -> Response:
         content = generate_latest(service.metrics.registry)
@@ -374,65 +231,20 @@ def _add_other_routes(app: FastAPI, service: Service) -> None:
 def _answer_errors(app: FastAPI) -> None:
     """Gives every error the body of `schema.ErrorBody`."""
 
-    def answer(
-        status: int, kind: Any, message: str, field: str | None = None, headers: Any = None
-    ) -> Response:
-        body = schema.error_body(kind, message, field)
-        return Response(body, status, headers, media_type="application/json")
-
-    def wrong(error: Any) -> Response:
-        place = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-        message = error["msg"].removeprefix("Value error, ")
-        return answer(422, "invalid_request", message, ".".join(place) or None)
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid_parameter(request: Request, error: RequestValidationError) -> Response:
+    def handle(request: Request, error: Exception) -> Response:
         del request
-        return wrong(error.errors()[0])
-
-    @app.exception_handler(ValidationError)
-    async def invalid_body(request: Request, error: ValidationError) -> Response:
-        del request
-        return wrong(error.errors(include_url=False, include_input=False, include_context=False)[0])
-
-    @app.exception_handler(TooLarge)
-    async def too_large(request: Request, error: TooLarge) -> Response:
-        del request
-        return answer(413, "too_large", str(error))
-
-    @app.exception_handler(UserError)
-    async def refused(request: Request, error: UserError) -> Response:
-        del request
-        return answer(422, "refused", str(error))
-
-    @app.exception_handler(StoreError)
-    async def store_fails(request: Request, error: StoreError) -> Response:
-        del request
-        # The message has paths of this machine in it, which are the operator's business.
-        _log.error("%s", error)
-        message = "the store of users cannot be used now; nothing is wrong with the request"
-        return answer(503, "unavailable", message, headers={"Retry-After": str(RETRY_AFTER)})
-
-    @app.exception_handler(Overloaded)
-    async def overloaded(request: Request, error: Overloaded) -> Response:
-        del request, error
-        status, body, headers = BUSY
+        status, body, headers = answer_to(error)
         texts = {name.decode(): value.decode() for name, value in headers}
         return Response(body, status, texts, media_type="application/json")
 
-    @app.exception_handler(ClientLeft)
-    @app.exception_handler(ClientDisconnect)
-    async def left(request: Request, error: Exception) -> Response:
-        del request, error
-        return Response(status_code=499)  # which nobody receives
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        del request
-        kind = _KINDS.get(error.status_code, "invalid_request")
-        return answer(error.status_code, kind, error.detail, headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception) -> Response:
-        del request, error  # the server logs the traceback
-        return answer(500, "internal", "the service has failed; its log says why")
+    for kind in (
+        RequestValidationError,
+        TooLarge,
+        UserError,
+        Overloaded,
+        ClientLeft,
+        ClientDisconnect,
+        HTTPException,
+        Exception,
+    ):
+        app.add_exception_handler(kind, handle)

@@ -1,29 +1,45 @@
 """A connection with limits, so that no client can starve the others.
 
 uvicorn trusts clients to be quick and modest. What is added here are limits of time for headers,
-bodies and the reading of answers, limits of length for headers and addresses, and a limit of
-connections.
+bodies and the reading of answers, limits of length, a limit of connections, and the `Admission` of
+requests: the application is called when a request has arrived whole and its turn has come.
 """
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
-from tim4rec_jax.serving.http.guard import RETRY_AFTER
-from tim4rec_jax.serving.http.schema import error_body
+from tim4rec_jax.serving.http.admission import Admission, Room, address_of, greed_after
+from tim4rec_jax.serving.http.answers import BUSY, Answer, refusal
+from tim4rec_jax.serving.http.metrics import Metrics
+from tim4rec_jax.serving.http.schema import MAX_BODY
 
 # In seconds: from the connection or the first byte to the last header, from there to the last byte
 # of the body, from an answer to the next request, and for which a client may not read its answer.
 _HEAD_SECONDS, _BODY_SECONDS, IDLE_SECONDS, _STALLED_SECONDS = 10, 20, 60, 30
+_LAST_SECONDS = 1  # in which the client of a refused request can read why
 _MAX_URL, _MAX_HEAD, _MAX_HEADERS = 8 << 10, 32 << 10, 100  # in bytes, bytes, and number
+_MAX_AHEAD = 32  # requests that a client may send before it has got the first answer
 MAX_CONNECTIONS = 4096
 _LONG_HEAD = 431, "too_large", f"a request may have {_MAX_HEADERS} headers of {_MAX_HEAD:,} bytes"
+_LONG_BODY = 413, "too_large", f"a request may have {MAX_BODY:,} bytes"
+_AHEAD = 503, "unavailable", f"more than {_MAX_AHEAD} requests wait on this connection"
 
 
 class Connection(HttpToolsProtocol):
-    """A connection with limits."""
+    """A connection with limits.
+
+    Attributes:
+        address: what stands for the client among all clients.
+        greed: which share of its time the client waits for answers; see `Admission`.
+    """
 
     # Until when the client must have gone on; `None` while the service has its turn.
     deadline: float | None = None
@@ -33,11 +49,31 @@ class Connection(HttpToolsProtocol):
     excess: tuple[int, str, str] | None = None  # what is too long about the request
     refused = False
     unread_since: float | None = None  # since when the client has not read its answer
+    address, greed = "", 0.5
+    # When the request that is answered had arrived, and when the one before was answered.
+    asked = answered = 0.0
+    # The request to be answered next, and whether only a part of it has arrived.
+    _current: RequestResponseCycle | None = None
+    _incomplete = False
+
+    def __init__(self, admission: Admission, metrics: Metrics, *args: Any, **kwargs: Any):
+        """Prepares a connection.
+
+        Args:
+            admission: decides whose turn it is.
+            metrics: counts the requests that do not get as far as the application.
+            *args: see `HttpToolsProtocol`.
+            **kwargs: likewise.
+        """
+        super().__init__(*args, **kwargs)
+        self.admission, self.metrics = admission, metrics
 
     def connection_made(self, transport: Any) -> None:
         """Waits for a request; where there are too many connections, another one is ended."""
         super().connection_made(transport)
-        self.deadline = self.loop.time() + _HEAD_SECONDS
+        self.address = address_of(self.client[0]) if self.client else ""
+        self.answered = self.loop.time()
+        self.deadline = self.answered + _HEAD_SECONDS
         if len(self.connections) > MAX_CONNECTIONS:
             connections: set[Any] = self.connections
             waiting = [one for one in connections if one.deadline is not None]
@@ -56,6 +92,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """A request begins."""
+        if self.refused:
+            raise ConnectionError  # ends the parsing of what has arrived
         super().on_message_begin()
         self.in_head, self.head_bytes, self.excess = True, 0, None
         self.deadline = self.loop.time() + _HEAD_SECONDS
@@ -74,33 +112,92 @@ class Connection(HttpToolsProtocol):
             self.excess = self.excess or _LONG_HEAD
 
     def on_headers_complete(self) -> None:
-        """All headers have arrived, so the application is called."""
+        """All headers have arrived."""
         self.in_head, self.in_body = False, True
+        if len(self.pipeline) >= _MAX_AHEAD:
+            self.excess = self.excess or _AHEAD
+        length = next((value for name, value in self.headers if name == b"content-length"), b"0")
+        if len(length) > 18 or int(length) > MAX_BODY:
+            self.excess = self.excess or _LONG_BODY
         if self.excess:
             self.refuse(*self.excess)
             return
         self.deadline = self.loop.time() + _BODY_SECONDS
-        self.scope["tim4rec.alive"] = self.is_alive  # type: ignore[typeddict-unknown-key]
         super().on_headers_complete()
+        self.scope["tim4rec.connection"] = self  # type: ignore[typeddict-unknown-key]
+        self.scope["tim4rec.cycle"] = self.cycle  # type: ignore[typeddict-unknown-key]
+        if self.expect_100_continue and not self.pipeline:
+            self.cycle.waiting_for_100_continue = False
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        """Is called when the answers to all earlier requests are written."""
+        del app
+        self._current, self._incomplete = cycle, cycle.more_body
+        if not self._incomplete:
+            self._enter(cycle)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body has arrived."""
         if not self.refused:
-            super().on_body(body)
+            self.cycle.body += body
+            if len(self.cycle.body) > MAX_BODY:
+                self.refuse(*_LONG_BODY)
 
     def on_message_complete(self) -> None:
         """The whole request has arrived."""
         self.in_body, self.deadline = False, None
         if not self.refused:
             super().on_message_complete()
-            if self.cycle.response_complete:  # the answer did not wait for the body
-                self.deadline = self.loop.time() + IDLE_SECONDS
+            if self._incomplete and not self.cycle.more_body:
+                self._incomplete = False
+                self._enter(self.cycle)
+
+    def _enter(self, cycle: RequestResponseCycle) -> None:
+        self.asked = self.loop.time()
+        self.admission.room(cycle.scope["path"]).enter(self, cycle)
+
+    def start(self, cycle: RequestResponseCycle, room: Room) -> None:
+        """Calls the application for a request, whose room is left in the end."""
+
+        def done(task: asyncio.Task) -> None:
+            self.tasks.discard(task)
+            room.leave(self)
+
+        app: Any = self.app
+        task = self.loop.create_task(cycle.run_asgi(app))
+        self.tasks.add(task)
+        task.add_done_callback(done)
+
+    def busy(self, cycle: RequestResponseCycle, room: Room) -> None:
+        """Answers that there is no time for a request."""
+        self.metrics.request(room.name, BUSY.status, self.loop.time() - self.asked)
+        self.respond(cycle, BUSY)
+
+    def respond(self, cycle: RequestResponseCycle, answer: Answer) -> None:
+        """Writes an answer at once, which takes a third of the time of ASGI's two messages."""
+        if cycle.disconnected or self.transport.is_closing():
+            return
+        headers = [*cycle.default_headers]
+        if not cycle.keep_alive:
+            headers.append((b"connection", b"close"))
+        body = b"" if cycle.scope["method"] == "HEAD" else answer.body
+        self.transport.write(_bytes(answer, headers, body))
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
+        cycle.on_response()
 
     def on_response_complete(self) -> None:
         """The answer is written."""
+        now = self.loop.time()
+        self.greed = greed_after(self.greed, now - self.asked, self.asked - self.answered)
+        self.answered = now
         super().on_response_complete()
-        if not (self.in_head or self.in_body):
-            self.deadline = self.loop.time() + IDLE_SECONDS
+        assert self._current is not None
+        if self._current.response_complete and not (self.in_head or self.in_body):
+            self.deadline = now + IDLE_SECONDS
 
     def is_alive(self) -> bool:
         """Whether somebody waits for the answer."""
@@ -109,9 +206,7 @@ class Connection(HttpToolsProtocol):
     def check_time(self, now: float) -> None:
         """Ends the connection if its client is too slow, in writing or in reading."""
         if self.deadline is not None and now > self.deadline:
-            if self.refused:
-                self.transport.abort()
-            elif self.in_head or self.in_body:
+            if self.in_head or self.in_body:
                 self.refuse(408, "too_slow", "the request took too long to arrive")
             else:
                 self.transport.close()
@@ -134,20 +229,24 @@ class Connection(HttpToolsProtocol):
         self.refuse(400, "invalid_request", msg)
 
     def refuse(self, status: int, kind: str, message: str) -> None:
-        """Ends the connection with an error, unless an answer to another request is under way."""
+        """Ends the connection with an error, or after the answers to earlier requests."""
         if self.refused:
             return
-        self.refused, self.deadline = True, self.loop.time() + 1
-        cycle = self.cycle
-        if (
-            cycle is None
-            or cycle.response_complete
-            or (self.in_body and not cycle.response_started)
-        ):
-            body = error_body(kind, message)
-            head = (
-                b"content-type: application/json\r\nx-content-type-options: nosniff\r\n"
-                b"connection: close\r\nretry-after: %d\r\ncontent-length: %d\r\n\r\n"
-            )
-            self.transport.write(STATUS_LINE[status] + head % (RETRY_AFTER, len(body)) + body)
-        self.transport.close()
+        self.refused, self.deadline = True, None
+        if self.pipeline and self.pipeline[0][0].more_body:  # this is what is refused
+            self.pipeline.popleft()
+        last = self.pipeline[0][0] if self.pipeline else self._current
+        if last is not None and not (last.response_complete or self._incomplete):
+            last.keep_alive = False
+            return
+        answer = refusal(status, kind, message)
+        self.transport.write(_bytes(answer, [(b"connection", b"close")], answer.body))
+        # What the client still sends is not read but thrown away. To close at once could make it
+        # lose the answer.
+        self.transport.write_eof()
+        self.loop.call_later(_LAST_SECONDS, self.transport.abort)
+
+
+def _bytes(answer: Answer, headers: list[tuple[bytes, bytes]], body: bytes) -> bytes:
+    lines = [b"%b: %b\r\n" % header for header in (*answer.all_headers(), *headers)]
+    return b"".join([STATUS_LINE[answer.status], *lines, b"\r\n", body])

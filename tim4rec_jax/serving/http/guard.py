@@ -1,27 +1,25 @@
-"""What every request passes first: host, token, load, length of the body; counted and timed."""
+"""What every request passes first: host, token, length of the body. All are counted and timed.
+
+The few requests that make most of the load are answered here, without FastAPI. It describes them,
+but its way to them takes longer than the rest of the work of the event loop.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Mapping
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from tim4rec_jax.serving.http.answers import Answer, TooLarge, answer_to, refusal
 from tim4rec_jax.serving.http.metrics import Metrics
-from tim4rec_jax.serving.http.schema import error_body
+from tim4rec_jax.serving.http.micro_batcher import ClientLeft
 
-RETRY_AFTER = 1  # seconds
-_BUSY_SECONDS = 0.5  # how long a refusal for want of time is held back
 _OPEN = ("/", "/health", "/ready")  # answered without a token: they tell nothing about users
 
-
-class TooLarge(Exception):
-    """The body is longer than the service takes."""
-
-    def __init__(self, max_body: int):
-        super().__init__(f"a request may have {max_body:,} bytes")
+# Answers a request, given its scope and a function that reads its body.
+Endpoint = Callable[[Scope, Callable[[], Awaitable[bytes]]], Awaitable[Answer]]
 
 
 class Guard:
@@ -34,7 +32,7 @@ class Guard:
         max_body: int,
         token: str | None,
         hosts: Collection[str] | None,
-        busy: Callable[[str], bool],
+        endpoints: Mapping[tuple[str, str], Endpoint],
     ):
         """Wraps an application.
 
@@ -44,9 +42,10 @@ class Guard:
             max_body: how many bytes a request may have.
             token: what callers must send as bearer token; `None` asks for none.
             hosts: the names that callers may use for the service, without ports; `None` allows all.
-            busy: whether a request to this path would have to be refused for want of time.
+            endpoints: by method and path, what is answered without the application.
         """
-        self.app, self.metrics, self.max_body, self.busy = app, metrics, max_body, busy
+        self.app, self.metrics, self.max_body = app, metrics, max_body
+        self.endpoints = endpoints
         self.expected = None if token is None else b"Bearer " + token.encode()
         self.hosts = None if hosts is None else frozenset(host.lower() for host in hosts)
 
@@ -56,6 +55,8 @@ class Guard:
             await self.app(scope, receive, send)
             return
         start, received, status = time.perf_counter(), 0, 500
+        path = scope["path"]
+        endpoint = self.endpoints.get((scope["method"], path))
 
         async def limited() -> Message:
             nonlocal received
@@ -73,45 +74,41 @@ class Guard:
             await send(message)
 
         try:
-            if refusal := self._refusal(scope):
-                if refusal is BUSY:
-                    # Clients that ask again at once would take the time of all others.
-                    await asyncio.sleep(_BUSY_SECONDS)
-                await _answer(watched, *refusal)
-            else:
+            answer = self._refusal(scope)
+            if answer is None and endpoint:
+                try:
+                    answer = await endpoint(scope, lambda: _body(limited))
+                except Exception as error:
+                    answer = answer_to(error)
+            if answer is None:
                 await self.app(scope, limited, watched)
+            else:
+                status = answer.status
+                await _send(answer, scope, send)
         finally:
-            # A path that somebody made up would be a metric of its own.
-            path = getattr(scope.get("route"), "path", "other")
+            if not endpoint:  # a path that somebody made up would be a metric of its own
+                path = getattr(scope.get("route"), "path", "other")
             self.metrics.request(path, status, time.perf_counter() - start)
 
-    def _refusal(self, scope: Scope) -> tuple | None:
-        """Status, body and headers of a refusal, if there is a reason for one."""
+    def _refusal(self, scope: Scope) -> Answer | None:
+        """The refusal of a request, if there is a reason for one."""
         headers = dict(scope["headers"])  # of several with one name, the last
         host = headers.get(b"host")
         if host is None:
             if scope["http_version"] != "1.0":
-                return 400, error_body("invalid_request", "the header Host is missing")
+                return refusal(400, "invalid_request", "the header Host is missing")
         elif self.hosts is not None and _host(host) not in self.hosts:
-            return 400, error_body("invalid_request", "this service has another host name")
-        path = scope["path"]
-        if self.expected is not None and path not in _OPEN:
+            return refusal(400, "invalid_request", "this service has another host name")
+        if self.expected is not None and scope["path"] not in _OPEN:
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self.expected):
                 message = "send the header Authorization: Bearer with the token of the service"
-                challenge = [(b"www-authenticate", b"Bearer")]
-                return 401, error_body("unauthorized", message), challenge
-        if self.busy(path):
-            return BUSY
-        if headers.get(b"content-length", b"0").isdigit() and (
-            int(headers.get(b"content-length", b"0")[:20]) > self.max_body
-        ):
-            return 413, error_body("too_large", str(TooLarge(self.max_body)))
+                answer = refusal(401, "unauthorized", message)
+                return answer._replace(headers=[(b"www-authenticate", b"Bearer")])
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.max_body:
+            return answer_to(TooLarge(self.max_body))
         return None
-
-
-_LATER = [(b"retry-after", str(RETRY_AFTER).encode())]
-BUSY = 503, error_body("unavailable", "the service is too busy; try again later"), _LATER
 
 
 def _host(header: bytes) -> str:
@@ -121,8 +118,23 @@ def _host(header: bytes) -> str:
     return name if colon and port.isdigit() else text
 
 
-async def _answer(send: Send, status: int, body: bytes, headers=()) -> None:
-    fixed = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    start = {"type": "http.response.start", "status": status, "headers": [*fixed, *headers]}
-    await send(start)
-    await send({"type": "http.response.body", "body": body})
+async def _body(receive: Receive) -> bytes:
+    message = await receive()
+    parts = [message.get("body", b"")]
+    while message.get("more_body"):
+        message = await receive()
+        parts.append(message.get("body", b""))
+    if message["type"] == "http.disconnect":
+        raise ClientLeft
+    return b"".join(parts)
+
+
+async def _send(answer: Answer, scope: Scope, send: Send) -> None:
+    """Sends an answer, through the connection itself where it is one of ours."""
+    if connection := scope.get("tim4rec.connection"):
+        await connection.flow.drain()
+        connection.respond(scope["tim4rec.cycle"], answer)
+        return
+    headers = answer.all_headers()
+    await send({"type": "http.response.start", "status": answer.status, "headers": headers})
+    await send({"type": "http.response.body", "body": answer.body})

@@ -7,6 +7,7 @@ from pydantic_core import core_schema
 
 from tim4rec_jax.serving.history import LAST_SECOND
 
+MAX_BODY = 1 << 20  # bytes of a request
 MAX_EVENTS = 10_000  # in a history, or in one request to /events
 MAX_IDS = 100_000  # in `allow` and in `deny`
 
@@ -105,6 +106,16 @@ class DeleteAnswer(BaseModel):
     deleted: bool
 
 
+class ReloadRequest(_Request):
+    """Nothing: the run folder is the one that the service was started with."""
+
+
+class ReloadAnswer(BaseModel):
+    """How many items the run has that answers from now on."""
+
+    items: int
+
+
 class Item(BaseModel):
     """An item of the catalogue."""
 
@@ -137,8 +148,10 @@ class Error(BaseModel):
         "invalid_request",
         "refused",
         "unauthorized",
+        "forbidden",
         "not_found",
         "method_not_allowed",
+        "conflict",
         "too_slow",
         "too_large",
         "unsupported_media_type",
@@ -164,8 +177,10 @@ def error_body(kind: Any, message: str, field: str | None = None) -> bytes:
 _DESCRIPTIONS = {
     400: "not HTTP, or for another host",
     401: "without the token that the service was started with",
+    403: "not without a token that the service was started with",
     404: "no such path",
     405: "not with this method; the header Allow names those that there are",
+    409: "the run cannot take the place of the one that is served; the message says why",
     408: "the request took too long to arrive",
     413: "the body is too long",
     414: "the address is too long",

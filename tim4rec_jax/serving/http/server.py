@@ -21,8 +21,10 @@ from fastapi import FastAPI
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.serving.http.app import Service, create_app
+from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.serving.http.app import create_app
 from tim4rec_jax.serving.http.connection import IDLE_SECONDS, MAX_CONNECTIONS, Connection
+from tim4rec_jax.serving.http.service import Service
 from tim4rec_jax.serving.recommender import Recommender
 from tim4rec_jax.serving.stores import SQLiteStore
 
@@ -48,7 +50,7 @@ def serve(
     """Serves the best model of a run until the process is told to end.
 
     It prints the address once everything is compiled. SIGTERM lets it finish what it has begun.
-    SIGHUP makes it load the run again, in the background.
+    SIGHUP and `POST /reload` make it load the run again, in the background.
 
     Args:
         workdir: the run directory.
@@ -88,7 +90,10 @@ def serve(
     gc.collect()
     gc.freeze()
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
-    Server(app, load).run(sockets=[listener])
+    server = Server(app, load)
+    if token or host.startswith("127."):
+        app.state.service.reload = server.load_again
+    server.run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -144,10 +149,13 @@ class Server(uvicorn.Server):
             app: from `create_app`.
             load: makes the recommender to go on with after SIGHUP.
         """
+        service: Service = app.state.service
         super().__init__(
             uvicorn.Config(
                 app,
-                http=Connection,
+                http=functools.partial(  # type: ignore[arg-type]
+                    Connection, service.admission, service.metrics
+                ),
                 ws="none",
                 # uvloop accepts one connection in each round, so that new ones wait under load.
                 loop="asyncio",
@@ -159,7 +167,7 @@ class Server(uvicorn.Server):
                 timeout_graceful_shutdown=_DRAIN_SECONDS,
             )
         )
-        self._service: Service = app.state.service
+        self._service = service
         self._load, self._loading = load, threading.Lock()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -170,15 +178,26 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, lambda: thread().start())
 
     def reload(self) -> None:
-        """Goes on with the recommender that is loaded now; requests are answered meanwhile."""
+        """Does `load_again` and prints what has become of it."""
+        try:
+            print(f"{self.load_again():,} items, loaded again", flush=True)
+        except UserError as error:
+            print(f"error: {error}; the earlier run goes on", file=sys.stderr, flush=True)
+
+    def load_again(self) -> int:
+        """Goes on with the recommender that is loaded now; requests are answered meanwhile.
+
+        Returns:
+            The number of its items.
+
+        Raises:
+            UserError: it cannot be loaded, or is of another log; the earlier one still answers.
+        """
         with self._loading:
-            try:
-                self._service.recommender = self._load()
-            except UserError as error:  # the earlier run still answers
-                print(f"error: {error}; the earlier run goes on", file=sys.stderr, flush=True)
-            else:
-                count = len(self._service.recommender.catalogue)
-                print(f"{count:,} items, loaded again", flush=True)
+            new = self._load()
+            _check_same_log(self._service.recommender.catalogue, new.catalogue)
+            self._service.recommender = new
+            return len(new.catalogue)
 
     async def on_tick(self, counter: int) -> bool:
         """Is called ten times a second."""
@@ -199,3 +218,18 @@ class Server(uvicorn.Server):
         """Finishes what has been begun."""
         await super().shutdown(sockets)
         self._service.recommender.store.close()
+
+
+def _check_same_log(old: Catalogue, new: Catalogue) -> None:
+    """Makes sure that the users of one run are those of the other.
+
+    Raises:
+        UserError: most of the items that are served now are unknown to the new run, so that what
+            users have done would count for nothing.
+    """
+    known = int((new.indices(old.ids) > 0).sum())
+    if known < len(old) / 2:
+        raise UserError(
+            f"{new.directory} knows {known:,} of the {len(old):,} items that are served now, so it "
+            "seems to be of other data; start the service anew if that is what you want"
+        )
