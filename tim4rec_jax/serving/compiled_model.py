@@ -34,7 +34,7 @@ _STEPS = (1, 16, 512)
 _MIN_WIDTH = 8
 # The sizes of a service. A CPU gains nothing by more rows, and the step loop ends after the last
 # event of each user, whatever there is room for.
-_SERVICE_ROWS, _SERVICE_WIDTH = (1, 4, 16, 64), 32
+_SERVICE_ROWS, _SERVICE_WIDTH = (1, 4, 16, 32, 64), 32
 _SERVICE_STEPS, _SERVICE_KS = (512,), (16, 128, 1024)
 
 

@@ -9,6 +9,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 # How much the last request counts in the share of a client's time that is spent waiting.
 _NEWEST = 0.25
+# That share for a new connection: more than a client has that pauses, less than one that does not.
+NEW_CLIENT = 0.6
+USUAL_SECONDS = 0.05  # what an answer under load takes, which a refused client would have waited
 _MAX_SECONDS = 1.0  # how long a request may wait for its turn
 _BUSY_SECONDS = 0.5  # how long a refusal for want of time is held back
 
@@ -154,7 +157,7 @@ def greed_after(greed: float, waited: float, paused: float) -> float:
     """The share of its time that a client waits, after one more request.
 
     Args:
-        greed: the share before; 1/2 of a client that has not asked yet.
+        greed: the share before, at first `NEW_CLIENT`.
         waited: seconds from the request to its answer.
         paused: seconds from the answer before to the request.
     """

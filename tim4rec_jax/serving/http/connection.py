@@ -16,7 +16,14 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from tim4rec_jax.serving.http.admission import Admission, Room, address_of, greed_after
+from tim4rec_jax.serving.http.admission import (
+    NEW_CLIENT,
+    USUAL_SECONDS,
+    Admission,
+    Room,
+    address_of,
+    greed_after,
+)
 from tim4rec_jax.serving.http.answers import BUSY, Answer, refusal
 from tim4rec_jax.serving.http.metrics import Metrics
 from tim4rec_jax.serving.http.schema import MAX_BODY
@@ -49,7 +56,7 @@ class Connection(HttpToolsProtocol):
     excess: tuple[int, str, str] | None = None  # what is too long about the request
     refused = False
     unread_since: float | None = None  # since when the client has not read its answer
-    address, greed = "", 0.5
+    address, greed = "", NEW_CLIENT
     # When the request that is answered had arrived, and when the one before was answered.
     asked = answered = 0.0
     # The request to be answered next, and whether only a part of it has arrived.
@@ -171,7 +178,11 @@ class Connection(HttpToolsProtocol):
 
     def busy(self, cycle: RequestResponseCycle, room: Room) -> None:
         """Answers that there is no time for a request."""
-        self.metrics.request(room.name, BUSY.status, self.loop.time() - self.asked)
+        now = self.loop.time()
+        self.metrics.request(room.name, BUSY.status, now - self.asked)
+        # That the refusal was held back does not make the client greedy.
+        self.greed = greed_after(self.greed, USUAL_SECONDS, self.asked - self.answered)
+        self.asked = now
         self.respond(cycle, BUSY)
 
     def respond(self, cycle: RequestResponseCycle, answer: Answer) -> None:
@@ -192,7 +203,8 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """The answer is written."""
         now = self.loop.time()
-        self.greed = greed_after(self.greed, now - self.asked, self.asked - self.answered)
+        if now > self.asked:
+            self.greed = greed_after(self.greed, now - self.asked, self.asked - self.answered)
         self.answered = now
         super().on_response_complete()
         assert self._current is not None

@@ -27,7 +27,7 @@ from tim4rec_jax.serving.recommender import Recommendations, Recommender
 _LARGE_REQUEST = 500
 # Of each kind, how many requests are worked on at once, and how many may wait.
 _ROOMS = {
-    "/recommend": (96, 64),
+    "/recommend": (64, 64),  # not more at once, or those whose turn it is wait for two batches
     "/events": (128, 128),
     "/health": (32, 512),
     "/ready": (32, 512),
