@@ -3,6 +3,7 @@
     config.json       settings
     dataset.json      metadata of the dataset that the model was trained on
     items.parquet     the items of that dataset: ids, numbers of events, titles
+    item_features.arrow   their features, if there are any
     date_range.json   times of the training events, for models with a date bias
     best/             parameters with the best validation figures
 
@@ -32,11 +33,12 @@ from typing_extensions import TypedDict
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data.features import FEATURES_FILE
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.digests import check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import atomic_write, check_plain, check_schema, read_json, write_json
-from tim4rec_jax.models import SequenceModel, build, model_class
+from tim4rec_jax.models import FeatureArrays, SequenceModel, build, model_class
 
 _RESTORE = "restore it from a copy, or train anew"
 
@@ -181,15 +183,17 @@ def claim(
                 write_settings(config, settings_file)
             if not (workdir / DATASET_FILE).exists():
                 write_json(workdir / DATASET_FILE, dataset.metadata)
-            if not (workdir / ITEMS_FILE).exists():
-                with atomic_write(workdir / ITEMS_FILE) as file:
-                    file.write((dataset.directory / ITEMS_FILE).read_bytes())
+            for name in (ITEMS_FILE, *(FEATURES_FILE,) * (dataset.features is not None)):
+                if not (workdir / name).exists():
+                    with atomic_write(workdir / name) as file:
+                        file.write((dataset.directory / name).read_bytes())
             if date_range is not None:
                 write_date_range(workdir, date_range)
             yield
         except BaseException:
             if new and not (workdir / "log.jsonl").exists():
-                for name in ("config.json", DATASET_FILE, ITEMS_FILE, "date_range.json"):
+                made = ("config.json", DATASET_FILE, ITEMS_FILE, FEATURES_FILE, "date_range.json")
+                for name in made:
                     (workdir / name).unlink(missing_ok=True)
                 if not there:
                     (workdir / ".lock").unlink()
@@ -306,8 +310,15 @@ def read_date_range(workdir: Path) -> tuple[int, int] | None:
     return config_lib.old_date_range(_read_settings(workdir / "config.json"))
 
 
-def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
+def load_model(
+    workdir: str | Path, *, fold: bool = True
+) -> tuple[config_lib.Config, SequenceModel]:
     """The settings of a run, and its model with the parameters that were best on validation.
+
+    Args:
+      workdir: the run directory.
+      fold: whether what the features of items add to their vectors is computed now, once, and
+        written into the item table. The model then looks like one without features.
 
     Raises:
       UserError: the run directory or its best checkpoint is missing or damaged.
@@ -356,6 +367,8 @@ def load_model(workdir: str | Path) -> tuple[config_lib.Config, SequenceModel]:
         )
     nnx.replace_by_pure_dict(params, stored)
     best_model: Any = nnx.merge(graphdef, params)
+    if fold and best_model.feature_maps is not None:
+        best_model.item_embedding.fold()
     return config, best_model
 
 
@@ -384,10 +397,19 @@ def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
 
 
-def _sizes(config: config_lib.Config, stored: Any) -> dict[str, int]:
-    """Numbers of items and users that the stored tables are for."""
-    rows = stored["item_embedding"]["embedding"].shape[0]
-    sizes = {"n_items": rows - model_class(config.model).special_rows}
+def _sizes(config: config_lib.Config, stored: Any) -> dict[str, Any]:
+    """Numbers of items and users that the stored tables are for, and shapes of the features."""
+    table = stored["item_embedding"]
+    rows = table["embedding"].shape[0]
+    sizes: dict[str, Any] = {"n_items": rows - model_class(config.model).special_rows}
+    if "maps" in table:
+        maps = table["maps"]
+        arrays = (
+            np.zeros(maps[name].shape, dtype)
+            for name, dtype in (("codes", np.int32), ("weights", np.float32), ("dense", np.float32))
+        )
+        counts = np.zeros(maps["excluded"].shape, np.int64)
+        sizes["item_features"] = FeatureArrays(*arrays, counts, maps["values"].shape[0])
     if "user_embedding" in stored:
         sizes["n_users"] = stored["user_embedding"]["embedding"].shape[0] - 1
     return sizes
@@ -463,6 +485,12 @@ def _findings(workdir: Path, dataset: str | Path | None) -> Iterator[Finding]:
     if (workdir / fmt.ITEMS_FILE).exists():
         items = workdir / fmt.ITEMS_FILE
         yield _finding(items, lambda: _nothing(fmt.read_items(workdir, fmt.read_metadata(workdir))))
+    if (workdir / FEATURES_FILE).exists():
+        features = workdir / FEATURES_FILE
+        yield _finding(
+            features,
+            lambda: _nothing(fmt.read_item_features(workdir, fmt.read_metadata(workdir))),
+        )
     if (workdir / fmt.DATASET_FILE).exists():
         named = Path(dataset or _read_settings(settings).get("dataset") or "")
         yield _finding(named, lambda: _verify_dataset(workdir, named))

@@ -43,8 +43,8 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
         type=lambda text: text.split(","),
         default=[],
         metavar="SLICE,...",
-        help="metrics by groups of users: history length, last gap, popularity of the target "
-        "(length,gap,popularity)",
+        help="metrics by groups of users: history length, last gap, popularity of the target, "
+        "whether it has training events (length,gap,popularity,known)",
     )
     add("--json", type=named_file, metavar="FILE", help="default: WORKDIR/eval_SPLIT.json")
     add("--csv", type=named_file, metavar="FILE", help="the figures as a table too, one per line")

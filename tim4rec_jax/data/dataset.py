@@ -12,6 +12,7 @@ from jaxtyping import Int, Int32, Int64
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.events import DeviceLog, EventLog, windows
+from tim4rec_jax.data.features import FeatureTable
 from tim4rec_jax.data.splits import Splits, by_time, format_time, leave_one_out, parse_time
 from tim4rec_jax.errors import UserError
 
@@ -44,6 +45,7 @@ class Dataset:
       item_counts: number of events of each item, at the same position.
       offsets: user u has the events `offsets[u]` to `offsets[u + 1]`, the last not included.
       chunks: the events.
+      features: what else is known of the items, or None.
       time_splits: the split by time, or `None` for leave one out; see `split`.
       split_in_words: the split, for people.
     """
@@ -55,6 +57,7 @@ class Dataset:
     item_counts: Int64[np.ndarray, "n_items"]
     offsets: Int64[np.ndarray, "n_users_and_1"]
     chunks: tuple[Chunk, ...]
+    features: FeatureTable | None = None
     time_splits: Splits | None = None
     split_in_words: str = "leave one out"
 
@@ -261,7 +264,10 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     # A dataset of an earlier version records no digests. A run that is trained on it does.
     metadata["content"] = metadata.get("content") or content | fmt.items_digests(catalogue)
     user_ids, item_ids = pa.chunked_array(users, type=pa.string()), catalogue.column("item")
-    return Dataset(directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks))
+    features = fmt.read_item_features(directory, metadata)
+    return Dataset(
+        directory, metadata, user_ids, item_ids, item_counts, offsets, tuple(chunks), features
+    )
 
 
 def train_targets(dataset: Dataset) -> Int64[np.ndarray, "n_users"]:

@@ -1,11 +1,15 @@
 """A prepared dataset on disk: its files, how they are read, and how they are checked.
 
-A dataset is a directory of three parts. `data_prep` writes it and `tim4rec_jax.data` reads it.
+A dataset is a directory of three or four parts. `data_prep` writes it and `tim4rec_jax.data` reads
+it.
 
 - `sequences.arrow` (or `sequences-00000-of-00004.arrow` and so on) holds the events. It is an
   uncompressed Arrow IPC file, so that it can be mapped into memory. It has one row for each user.
   Users are in the order of their first appearance in the filtered source, one file after the other.
-- `items.parquet` has one row for each item. `index` counts from 1, because 0 is padding.
+- `items.parquet` has one row for each item. `index` counts from 1, because 0 is padding. An item
+  without events has the `count` 0.
+- `item_features.arrow` holds what else is known of the items (`tim4rec_jax.data.features`). Most
+  datasets have none.
 - `dataset.json` says where the events come from and what was done to them. Readers need the keys
   of `Metadata` at its top level. All other keys are for people.
 
@@ -25,6 +29,7 @@ import pyarrow.parquet as pq
 from annotated_types import Ge, Le
 from typing_extensions import TypedDict
 
+from tim4rec_jax.data.features import FEATURES_FILE, FeatureTable, read_features
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import check_schema, read_json
 
@@ -152,6 +157,22 @@ def read_items(directory: Path, metadata: dict) -> pa.Table:
         raise UserError(f"{path} holds an item twice; {PREPARE_AGAIN}")
     check_content(path, items_digests(table), metadata)
     return table
+
+
+def read_item_features(directory: Path, metadata: dict) -> FeatureTable | None:
+    """Reads the features of the items, if `metadata` says that there are any.
+
+    Raises:
+      UserError: the file is missing, damaged, or not the one that `metadata` describes.
+    """
+    if "features" not in metadata.get("content", {}):
+        return None
+    path = directory / FEATURES_FILE
+    found = read_features(directory, metadata["items"], PREPARE_AGAIN)
+    if found is None:
+        raise UserError(f"{path} is missing; copy it here too, or {PREPARE_AGAIN}")
+    check_content(path, {"features": found.digest()}, metadata)
+    return found
 
 
 def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
@@ -345,7 +366,10 @@ def content(directory: Path, metadata: dict) -> dict[str, str]:
     sequences = SequencesDigest()
     for batch in map_sequences(directory, metadata):
         sequences.update(batch)
-    return {
+    digests = {
         "sequences": sequences.hexdigest(),
         **items_digests(read_items(directory, metadata)),
     }
+    if features := read_features(directory, metadata["items"], PREPARE_AGAIN):
+        digests["features"] = features.digest()
+    return digests

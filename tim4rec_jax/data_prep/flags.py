@@ -203,6 +203,7 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     command.add_argument("--source", nargs="+", metavar="PATH", help="file, folder, archive, glob")
     _output(command)
     _protocol(command.add_argument_group("what to keep, step by step, and its order"))
+    _features(command.add_argument_group("features of items, from a table of items"))
     machine = command.add_argument_group("resources")
     machine.add_argument("--memory-limit", metavar="SIZE", help="e.g. 4GB (default: 80 %% of all)")
     machine.add_argument(
@@ -271,6 +272,48 @@ def _protocol(group) -> None:
         help="sort a user's events by time, or as RecBole does, by time rounded to 32 bits: most "
         "published numbers, the paper's too, stand on that (default: exact)",
     )
+
+
+def _features(group) -> None:
+    group.add_argument(
+        "--item-features",
+        nargs="+",
+        metavar="PATH",
+        help="a table with a row for each item: its id, under the name that it has in the log "
+        "(item_id for sources that are no tables), and a column for each feature",
+    )
+    group.add_argument(
+        "--feature-columns", type=_names, metavar="A,B", help="the columns to use (default: all)"
+    )
+    group.add_argument(
+        "--dense-features",
+        type=_names,
+        metavar="A,B",
+        default=(),
+        help="columns whose whole numbers are amounts, and not names of something",
+    )
+    group.add_argument(
+        "--feature-separator",
+        metavar="TEXT",
+        help="what stands between several values in one field (default: a field is one value)",
+    )
+    group.add_argument(
+        "--feature-min-count",
+        type=_whole(1, 10**9),
+        metavar="N",
+        default=2,
+        help="values that fewer items have count as unknown (default: %(default)s)",
+    )
+    group.add_argument(
+        "--keep-items",
+        action="store_true",
+        help="items of the table that have no events, or too few, are in the catalogue too, so "
+        "that their features alone can recommend them",
+    )
+
+
+def _names(value: str) -> tuple[str, ...]:
+    return tuple(value.split(","))
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:

@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 import tim4rec_jax
-from tim4rec_jax.data_prep import events, files, filters, read, writer
+from tim4rec_jax.data_prep import events, features, files, filters, read, writer
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.inspect import PLAIN
 from tim4rec_jax.data_prep.sources import SOURCES, read_titles
-from tim4rec_jax.errors import one_line
+from tim4rec_jax.errors import UserError, one_line
 
 
 def prepare(
@@ -44,6 +44,7 @@ def prepare(
       UserError: see `files.find_files`, `events.read_all` and `filters.apply`.
     """
     source, work = SOURCES[name], folder.parent
+    table = _item_table(flags, work)
     found = events.find(inputs, source, work)
     _print_left_out(found, console)
     settings = filters.Filters(
@@ -81,7 +82,36 @@ def prepare(
                 order=flags.order,
                 shard_events=flags.shard_events,
                 titles=read_titles(found.titles),
+                item_table=table,
+                min_count=flags.feature_min_count,
+                keep_items=flags.keep_items,
             )
+
+
+def _item_table(flags: argparse.Namespace, work: Path) -> features.ItemTable | None:
+    """Reads the table of items, if there is one.
+
+    Raises:
+      UserError: it cannot be used, or a flag asks for what only a table has.
+    """
+    if flags.item_features is None:
+        asked = {
+            "--feature-columns": flags.feature_columns,
+            "--dense-features": flags.dense_features,
+            "--feature-separator": flags.feature_separator,
+            "--keep-items": flags.keep_items,
+        }
+        if unused := [flag for flag, value in asked.items() if value]:
+            raise UserError(f"{unused[0]} needs a table of items; name it with --item-features")
+        return None
+    choices = features.Choices(
+        item=getattr(flags, "item", "item_id"),
+        columns=flags.feature_columns,
+        dense=tuple(flags.dense_features),
+        separator=flags.feature_separator,
+        skip=flags.on_bad_row == "skip",
+    )
+    return features.read_items(flags.item_features, choices, work)
 
 
 def _print_left_out(found: files.Found, console: Console) -> None:
@@ -109,3 +139,14 @@ def print_steps(metadata: dict, console: Console) -> None:
     console.print(table)
     for reason, count in metadata["bad_rows"].items():
         console.print(f"skipped {count:,}: {reason}", **PLAIN)
+    if found := metadata.get("item_features"):
+        console.print(
+            f"item features: {one_line(found['features'])}; {found['items']:,} of "
+            f"{metadata['items']:,} items have a row in the table, and {found['unused']:,} of its "
+            "rows are of no item",
+            **PLAIN,
+        )
+        for note in found["notes"]:
+            console.print(f"item features: {note}", **PLAIN)
+        for reason, count in found["bad_rows"].items():
+            console.print(f"item features: skipped {count:,}: {reason}", **PLAIN)

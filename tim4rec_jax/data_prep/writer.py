@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64
 
 from tim4rec_jax.data import format as fmt
+from tim4rec_jax.data.features import FEATURES_FILE
+from tim4rec_jax.data_prep.features import ItemTable, fit
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, read_regular
 
@@ -21,7 +23,14 @@ STREAM_EVENTS = 1_000_000  # read from DuckDB at once
 SHARD_EVENTS = 16_000_000  # about 200 MB in each file
 # The files of a dataset, which --overwrite may remove: those of `write`, and `inspect`'s picture.
 _SHARD = "sequences-{0}-of-{0}.arrow".format("[0-9]" * 5)
-_OURS = (fmt.DATASET_FILE, fmt.ITEMS_FILE, fmt.sequences_file(), _SHARD, "inspect.png")
+_OURS = (
+    fmt.DATASET_FILE,
+    fmt.ITEMS_FILE,
+    FEATURES_FILE,
+    fmt.sequences_file(),
+    _SHARD,
+    "inspect.png",
+)
 # `events.time` is in nanoseconds. A plain `time` would mean the rounded column of the result.
 ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
 
@@ -68,6 +77,9 @@ def write(
     order: str,
     shard_events: int = SHARD_EVENTS,
     titles: dict[str, str] | None = None,
+    item_table: ItemTable | None = None,
+    min_count: int = 2,
+    keep_items: bool = False,
 ) -> dict:
     """Writes the tables `events`, `users` and `items` as a dataset.
 
@@ -78,9 +90,15 @@ def write(
       order: how the events of a user are sorted, `exact` or `recbole`. Ties stay in source order.
       shard_events: a sequences file takes no further user once it holds this many events.
       titles: the title of each original item id.
+      item_table: the features of items.
+      min_count: how many items a value of a feature must have to count.
+      keep_items: whether the items of this table that have no events follow all others.
 
     Returns:
       The content of dataset.json.
+
+    Raises:
+      UserError: the table of items has nothing to say about these items.
     """
     for table in ("user", "item"):
         # The index follows the first appearance among the events that the filters left.
@@ -96,9 +114,12 @@ def write(
     first, last = con.execute(
         "SELECT min(time) // 1000000000, max(time) // 1000000000 FROM events"
     ).fetchall()[0]
-    table = pa.Table.from_arrays(
-        [items.column("index"), items.column("id"), items.column("events")], schema=fmt.ITEMS_SCHEMA
-    )
+    ids, counts = items.column("id").to_pylist(), items.column("events").to_numpy()
+    told = {}
+    if item_table is not None:
+        told = {"item_features": _write_features(directory, item_table, ids, min_count, keep_items)}
+        counts = np.pad(counts, (0, len(ids) - len(counts)))
+    table = pa.table([np.arange(1, len(ids) + 1), ids, counts], schema=fmt.ITEMS_SCHEMA)
     if titles:
         found = [titles.get(item) for item in table.column("item").to_pylist()]
         table = table.append_column("title", pa.array(found, pa.string()))
@@ -114,12 +135,40 @@ def write(
         "time_unit": "s",
         "first_time": first,
         "last_time": last,
-    } | metadata
+        **metadata,
+        **told,
+    }
     metadata["content"] = fmt.content(directory, metadata)
     (directory / fmt.DATASET_FILE).write_text(
         json.dumps(metadata, indent=2, default=str) + "\n", "utf-8"
     )
     return metadata
+
+
+def _write_features(
+    directory: Path, item_table: ItemTable, ids: list[str], min_count: int, keep_items: bool
+) -> dict:
+    """Writes the features of the items, to which others are added if all are kept.
+
+    Returns:
+      What there is to say about them.
+    """
+    item_table.of(ids)  # refuses the table of another log before its items are added
+    if keep_items:
+        known = set(ids)
+        ids += [item for item in item_table.ids if item not in known]
+    columns, found = item_table.of(ids)
+    features, notes = fit(columns, min_count)
+    features.write(directory / FEATURES_FILE)
+    return {
+        "features": repr(features),
+        "items": found,
+        "unused": len(item_table.ids) - found,
+        "min_count": min_count,
+        "keep_items": keep_items,
+        "notes": notes,
+        "bad_rows": item_table.bad,
+    }
 
 
 def _index(con: duckdb.DuckDBPyConnection, table: str) -> pa.Table:

@@ -14,7 +14,7 @@ from tim4rec_jax.data import Dataset, train_item_counts
 from tim4rec_jax.data.splits import Split
 
 KS = (10, 20, 50)
-SLICES = ("length", "gap", "popularity")
+SLICES = ("length", "gap", "popularity", "known")
 _UNITS = ((86400, " d"), (3600, " h"), (60, " min"), (1, " s"))
 
 
@@ -70,7 +70,8 @@ def sliced_metrics(
         by: what users are grouped by. `"length"` is the number of events in the whole history
             before the target. `"gap"` is the time between the last two events before the target,
             in seconds, which is the last gap that the model sees. `"popularity"` is the number of
-            training events of the target.
+            training events of the target. `"known"` is whether the target has any: an item
+            without training events is new to the model.
         ks: the cut-offs k.
         bins: the largest number of groups; there are fewer where many users share a value.
 
@@ -81,7 +82,8 @@ def sliced_metrics(
     """
     users = np.flatnonzero(ranks)
     ranks = ranks[users]
-    values = {"length": _lengths, "gap": _gaps, "popularity": _popularities}[by](ds, split, users)
+    slices = {"length": _lengths, "gap": _gaps, "popularity": _popularities, "known": _known}
+    values = slices[by](ds, split, users)
     groups = [("no gap", np.isnan(values))] if np.isnan(values).any() else []
     known = values[~np.isnan(values)]
     if known.size:
@@ -103,6 +105,8 @@ def sliced_metrics(
 
 
 def _label(low: float, high: float, by: str) -> str:
+    if by == "known":
+        return "yes" if low else "no"
     text = _duration if by == "gap" else lambda value: (f"{value:,.0f}", "")
     (low_number, low_unit), (high_number, high_unit) = text(low), text(high)
     if (low_number, low_unit) == (high_number, high_unit):
@@ -127,6 +131,10 @@ def _gaps(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]) -> Float64[
 
 def _popularities(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):
     return train_item_counts(ds)[_targets(ds, split, users) - 1].astype(np.float64)
+
+
+def _known(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):
+    return (_popularities(ds, split, users) > 0).astype(np.float64)
 
 
 def _targets(ds: Dataset, split: Split, users: Int64[np.ndarray, " U"]):

@@ -18,6 +18,7 @@ _SLICES = {
     "length": "events before the target",
     "gap": "last gap the model sees",
     "popularity": "training events of the target",
+    "known": "whether the target has training events",
 }
 
 

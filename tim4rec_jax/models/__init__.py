@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from tim4rec_jax.checks import checked
 from tim4rec_jax.errors import first_line
+from tim4rec_jax.layers.items import FeatureArrays
 from tim4rec_jax.models.base import (
     DataSizes,
     ModelSettings,
@@ -147,6 +148,7 @@ def build(
     max_length: int,
     n_users: int = 0,
     item_counts: np.ndarray | None = None,
+    item_features: FeatureArrays | None = None,
     date_range: tuple[int, int] | None = None,
     seed: int = 0,
     param_dtype: Any = jnp.float32,
@@ -159,6 +161,7 @@ def build(
       max_length: length of the longest history, in events.
       n_users: number of users, for models that have a vector for each.
       item_counts: int [n_items], training events of each item, for `popularity`.
+      item_features: of the items, for models with the setting of this name.
       date_range: times of the first and the last training event, in seconds since 1970, for models
         with `date_bias_knots`. Such a model cannot score anything without it.
       seed: of the initial weights.
@@ -167,7 +170,7 @@ def build(
     Raises:
       ValueError: the name or a setting is not known, or a setting is out of its range.
     """
-    sizes = DataSizes(n_items, max_length, n_users, item_counts)
+    sizes = DataSizes(n_items, max_length, n_users, item_counts, item_features)
     rngs = nnx.Rngs(params=seed)
     make: Any
     make, settings = configure(config)
@@ -182,6 +185,7 @@ __all__ = [
     "MODELS",
     "CausalTiM4Rec",
     "DataSizes",
+    "FeatureArrays",
     "ModelSettings",
     "SequenceModel",
     "TiM4Rec",

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax import checks
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm, take_position
+from tim4rec_jax.layers.items import FeatureArrays, FeatureMaps, ItemEmbedding
 from tim4rec_jax.layers.time import DateBias
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -63,6 +64,9 @@ class ModelSettings:
         the user just had. No model of TiM4Rec's comparison has one.
       date_bias_knots: number of dates between which the model interpolates learned changes of the
         scores. The dates are spread evenly over the time of the training events. 0: no changes.
+      item_features: whether the features of items add to their vectors, if the dataset has any.
+      id_dropout: share of the items whose own rows a training step leaves out, so that their
+        features learn to stand alone. Used with item features only.
 
     Raises:
       ValueError: a setting is out of its range; the message begins with the setting's name.
@@ -71,6 +75,8 @@ class ModelSettings:
     dtype: str = one_of("float32", "bfloat16")
     repeat_bias: bool = False
     date_bias_knots: int = not_negative(0)
+    item_features: bool = True
+    id_dropout: float = rate(0.1)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -99,20 +105,22 @@ class DataSizes:
       n_users: number of users, without the unknown user. Only for models that `need_users`.
       item_counts: int [n_items], training events of each item. Only for models that
         `need_item_counts`; None: the counts are loaded later, with the other weights.
+      item_features: what is known of the items besides; None: nothing.
     """
 
     n_items: int
     max_length: int
     n_users: int = 0
     item_counts: np.ndarray | None = None
+    item_features: FeatureArrays | None = None
 
 
 class SequenceModel(nnx.Module):
     """A model that turns histories into hidden states.
 
     Attributes:
-      item_embedding: `nnx.Embed`. Row 0 is padding, rows 1 to `n_items` are the items, and the
-        other `special_rows` follow.
+      item_embedding: gives the vectors of items. Row 0 is padding, rows 1 to `n_items` are the
+        items, and the other `special_rows` follow.
       n_items: number of items, without padding.
       max_length: length of the longest history, in events.
       dtype: of the activations.
@@ -133,7 +141,7 @@ class SequenceModel(nnx.Module):
     default_patience = 10  # epochs without improvement before training stops
     default_epochs: int | None = None  # None: as the configuration says
 
-    item_embedding: nnx.Embed
+    item_embedding: Any  # an `ItemEmbedding`, or an `nnx.Embed` of a model that takes no features
     n_items: int
     max_length: int
     offset: nnx.Param | None = None
@@ -168,9 +176,11 @@ class SequenceModel(nnx.Module):
         """
         self.n_items, self.max_length = sizes.n_items, sizes.max_length
         self.dtype = jnp.dtype(settings.dtype) if param_dtype == jnp.float32 else param_dtype
-        self.item_embedding = nnx.Embed(
+        self.item_embedding = ItemEmbedding(
             sizes.n_items + self.special_rows,
             width,
+            features=sizes.item_features if settings.item_features else None,
+            dropout_rate=settings.id_dropout,
             embedding_init=embedding_init,
             dtype=self.dtype,
             param_dtype=param_dtype,
@@ -219,8 +229,18 @@ class SequenceModel(nnx.Module):
         return take_position(self(items, lengths, gaps, dropout_seeds=dropout_seeds), lengths - 1)
 
     def item_table(self) -> Float[Array, "V D"]:
-        """The vector of each item, row 0 for padding, V >= `n_items` + 1."""
-        return self.item_embedding.embedding[...]
+        """What the score of each item is computed with, row 0 for padding, V >= `n_items` + 1."""
+        return self.item_vectors()
+
+    def item_vectors(self) -> Float[Array, "V D"]:
+        """The vector of each row of `item_embedding`, with what the features add to it."""
+        table = self.item_embedding
+        return table.vectors() if isinstance(table, ItemEmbedding) else table.embedding[...]
+
+    @property
+    def feature_maps(self) -> FeatureMaps | None:
+        """The maps of the items' features; None: the model has none."""
+        return getattr(self.item_embedding, "maps", None)
 
     def repeat_bias(self) -> Float[Array, ""] | None:
         """What is added to the score of each item that the history holds. None: nothing."""

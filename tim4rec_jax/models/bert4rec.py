@@ -157,7 +157,7 @@ class BERT4Rec(SequenceModel):
 
     def item_table(self) -> Float[Array, "V D"]:
         """The vectors of the items, without the mask, and their biases in the last column."""
-        vectors = self.item_embedding.embedding[: self.n_items + 1]
+        vectors = self.item_vectors()[: self.n_items + 1]
         return jnp.concatenate([vectors, self.output_bias[...][:, None]], axis=1)
 
     def _head(self, h):

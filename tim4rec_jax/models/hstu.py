@@ -207,7 +207,7 @@ class HSTU(SequenceModel):
 
     def item_table(self) -> Float[Array, "V D"]:
         """The vector of each item, of length 1."""
-        return unit(self.item_embedding.embedding[...])
+        return unit(self.item_vectors())
 
     def _embed(self, items, gaps, segment_ids, seeds):
         length = items.shape[1]

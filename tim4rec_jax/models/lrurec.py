@@ -83,16 +83,19 @@ class LRURec(CausalBlocks):
         drawn = [
             param
             for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param))
-            if "norm" not in path and "params_log" not in path
+            if not {"norm", "params_log", "maps"} & set(path)
         ]
         shapes = tuple(param.shape for param in drawn)
         values = _truncated_normal(rngs.params(), shapes, param_dtype)
         for param, value in zip(drawn, values, strict=True):
             param[...] = value
+        if self.feature_maps is not None:
+            self.item_embedding.clear_untrained()
+            self.score_bias[...] *= self.item_embedding.trained()[: sizes.n_items + 1]
 
     def item_table(self) -> Float[Array, "V E"]:
         """The vector of each item and, as the last column, its bias."""
-        table = self.item_embedding.embedding[...]
+        table = self.item_vectors()
         return jnp.concatenate([table, self.score_bias[...][:, None]], axis=1)
 
     def __call__(

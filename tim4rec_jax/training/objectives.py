@@ -37,7 +37,7 @@ def prefix_loss(
     history = {}
     if (repeat_bias := model.repeat_bias()) is not None:
         history["history"] = HistoryItems(batch["items"], repeat_bias)
-    total = loss(hidden, model.item_table(), batch["targets"], weights, **history)
+    total = loss(*_scored(model, hidden), batch["targets"], weights, **history)
     return total + weights.sum() * model.penalty()
 
 
@@ -66,8 +66,7 @@ def every_position_loss(
         first = last - segment_positions(segment_ids)
         history["history"] = HistoryItems(items, repeat_bias, first.reshape(-1), last.reshape(-1))
     return loss(
-        hidden.reshape(-1, hidden.shape[-1]),
-        model.item_table(),
+        *_scored(model, hidden.reshape(-1, hidden.shape[-1])),
         batch["targets"].reshape(-1),
         batch["weights"].reshape(-1),
         **history,
@@ -93,7 +92,23 @@ def cloze_loss(
     targets, weights = batch["targets"].reshape(-1), batch["weights"].reshape(-1)
     # Most places for targets are empty. At the end of the list they cost no scores.
     order = jnp.argsort(weights == 0, stable=True)
-    return loss(hidden[order], model.item_table(), targets[order], weights[order])
+    return loss(*_scored(model, hidden[order]), targets[order], weights[order])
+
+
+def _scored(
+    model: SequenceModel, hidden: Float[Array, "N D"]
+) -> tuple[Float[Array, "N E"], Float[Array, "V E"]]:
+    """Hidden states and item table, whose products are the scores in a loss.
+
+    With item features, items without training events take no part in the loss. One more column
+    lowers their scores by so much that they count for nothing.
+    """
+    table = model.item_table()
+    if model.feature_maps is None:
+        return hidden, table
+    excluded = model.feature_maps.excluded[...].astype(table.dtype)
+    one = jnp.ones_like(hidden[:, :1])
+    return jnp.concatenate([hidden, one], 1), jnp.concatenate([table, excluded[:, None]], 1)
 
 
 def mask_batch(model: BERT4Rec, batch: Batch, key: jax.Array) -> Batch:

@@ -42,7 +42,8 @@ class TrainState:
 
     Attributes:
       step: number of updates made, int32.
-      params: the model's parameters, an `nnx.State`.
+      params: the model's parameters, an `nnx.State`. What it knows of the items' features is
+        among them, and stays as it is.
       opt_state: the state of the optimizer.
       rng: the key from which the random numbers of every step are derived.
       loss_sum: sum over the running epoch of weight times loss, float32.
@@ -88,12 +89,18 @@ def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(params),
+        opt_state=tx.init(trained(params)[0]),
         rng=jax.random.key(seed),
         loss_sum=jnp.zeros((), jnp.float32),
         weight_sum=jnp.zeros((), jnp.float32),
         bad_step=jnp.full((), -1, jnp.int32),
     )
+
+
+def trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
+    """The parameters that training changes, and the arrays that it does not."""
+    changed, fixed = nnx.split_state(params, nnx.Param, ...)
+    return changed, fixed
 
 
 def start_epoch(state: TrainState) -> TrainState:
@@ -154,6 +161,7 @@ def loss_and_gradients(
     microbatches: int,
     objective: str = "prefix",
     loss: SummedLoss = full_cross_entropy,
+    row_key: jax.Array | None = None,
 ) -> tuple[jax.Array, nnx.State]:
     """The mean loss of a batch and its gradient, one micro-batch after the other.
 
@@ -169,11 +177,15 @@ def loss_and_gradients(
       microbatches: number of micro-batches; it divides the number of rows.
       objective: a key of `tim4rec_jax.training.objectives.OBJECTIVES`.
       loss: of `tim4rec_jax.training.losses`.
+      row_key: chooses the items whose own rows are left out, of a model with item features.
     """
     total = jnp.maximum(batch["weights"].sum(), 1.0)
+    params, fixed = trained(params)
 
     def mean_loss(params, batch, seeds):
-        model = nnx.merge(graphdef, params)
+        model: Any = nnx.merge(graphdef, params, fixed)
+        if row_key is not None and model.feature_maps is not None:
+            model.item_embedding.drop_rows(row_key)
         return OBJECTIVES[objective].loss(model, batch, seeds, loss) / total
 
     if microbatches == 1:
@@ -221,17 +233,20 @@ def update(
         settings.num_microbatches or num_microbatches(rows, length, settings.devices),
         settings.objective,
         loss,
+        jax.random.fold_in(key, 3),
     )
-    updates, opt_state = settings.tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    before, fixed = trained(state.params)
+    updates, opt_state = settings.tx.update(grads, state.opt_state, before)
+    params = optax.apply_updates(before, updates)
 
     # The largest magnitude of an array is finite if all of the array is. One test of all these
     # compiles faster than a test of each: XLA would repeat every test for every parameter below.
     largest = jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves((value, grads))])
     finite = jnp.isfinite(largest).all()
     good = finite & (state.bad_step < 0)
-    new, old = (params, opt_state), (state.params, state.opt_state)
+    new, old = (params, opt_state), (before, state.opt_state)
     params, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    params = nnx.merge_state(params, fixed)
     weight = batch["weights"].sum()
     state = dataclasses.replace(
         state,

@@ -31,7 +31,7 @@ from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import write_json
-from tim4rec_jax.models import SequenceModel, build
+from tim4rec_jax.models import FeatureArrays, SequenceModel, build
 from tim4rec_jax.run import (
     check_unchanged,
     claim,
@@ -145,6 +145,7 @@ def _run(
         date_range=dates,
         max_length=data.max_length,
         seed=config.seed,
+        item_features=feature_arrays(dataset) if config.model.item_features else None,
     )
     try:
         structure: Any = nnx.eval_shape(make_model)
@@ -152,7 +153,7 @@ def _run(
         raise UserError(f"config.model: {first_line(error)}") from error
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
-    check_memory(config, nnx.to_pure_dict(nnx.state(structure)))
+    check_memory(config, nnx.to_pure_dict(nnx.state(structure, nnx.Param)))
     batches = make_batches(config, dataset)
     loggers = [*make_loggers(config.train.loggers), *loggers]
     with claim(workdir, config, dataset, dates):
@@ -160,6 +161,15 @@ def _run(
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return read_figures(workdir)
         return _train(config, workdir, batches, make_model, structure, loggers)
+
+
+def feature_arrays(dataset: Dataset) -> FeatureArrays | None:
+    """The features of a dataset's items with their training events; None if there are none."""
+    if dataset.features is None:
+        return None
+    codes, weights, dense, values = dataset.features.arrays()
+    counts = np.append(1, train_item_counts(dataset))  # padding is no item that nobody wants
+    return FeatureArrays(codes, weights, dense, counts, values)
 
 
 def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
@@ -211,6 +221,8 @@ def _train(
     """
     dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
     print(describe_data(batches), flush=True)
+    if structure.feature_maps is not None:
+        print(f"item features: {dataset.features}", flush=True)
     line = ProgressLine(per_epoch, max_epochs, batches.targets_per_step)
 
     # Programs are compiled by threads while the weights are drawn and while the model trains.

@@ -1,0 +1,185 @@
+"""The vectors of items: a row of their own, and what learned maps make of their features."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
+
+from tim4rec_jax.layers.basic import NORMAL
+
+# The score of an item that takes no part in the loss. Its exponential is 0 in every dtype.
+EXCLUDED = -1e4
+
+
+class FixedArray(nnx.Variable):
+    """An array of a model that no training changes."""
+
+
+class FeatureArrays(NamedTuple):
+    """The features of items as arrays, one row for each item; row 0 is padding.
+
+    Attributes:
+      codes: numbers of an item's values among the values of all categorical features, 0 for none.
+      weights: weight of each value, 0 for none.
+      dense: standardised numbers.
+      counts: training events of each item.
+      values: number of values of all categorical features, number 0 among them.
+    """
+
+    codes: Int32[np.ndarray, "rows S"]
+    weights: Float32[np.ndarray, "rows S"]
+    dense: Float32[np.ndarray, "rows F"]
+    counts: Int[np.ndarray, " rows"]
+    values: int
+
+
+class FeatureMaps(nnx.Module):
+    """What the features of an item add to its vector.
+
+    Each value of a categorical feature has a row, and the rows of an item's values are added with
+    their weights. The dense features go through a linear map. A bias stands for what all items have
+    in common. Rows and map begin with 0, so that a value that no training item has adds nothing.
+
+    Attributes:
+      values: the rows [values, D].
+      kernel: the linear map [F, D].
+      bias: [D].
+      codes: see `FeatureArrays`, and so are the next two.
+      weights: of the codes.
+      dense: numbers.
+      excluded: what training adds to each item's score: 0, or `EXCLUDED` for an item without
+        training events. Such an item is unknown at that time. As one of the wrong answers of
+        every sample, it would teach its features that nobody wants it.
+      dropout_rate: share of the items whose own rows a training step leaves out.
+    """
+
+    def __init__(
+        self,
+        features: FeatureArrays,
+        width: int,
+        *,
+        dropout_rate: float,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        """Begins with a bias of N(0, 0.02^2) and maps that add nothing."""
+        shapes = features.values, features.dense.shape[1]
+        self.values, self.kernel = (nnx.Param(jnp.zeros((n, width), param_dtype)) for n in shapes)
+        # HSTU divides by the length of a vector, so even one without a row must not be 0.
+        self.bias = nnx.Param(NORMAL(rngs.params(), (width,), param_dtype))
+        self.codes = FixedArray(jnp.asarray(features.codes))
+        self.weights = FixedArray(jnp.asarray(features.weights, param_dtype))
+        self.dense = FixedArray(jnp.asarray(features.dense, param_dtype))
+        known = jnp.asarray(features.counts) > 0
+        self.excluded = FixedArray(jnp.where(known, 0.0, EXCLUDED).astype(param_dtype))
+        self.dropout_rate = dropout_rate
+
+    def __call__(self, items: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """What is added to the vectors of these items."""
+        codes, weights = self.codes[items], self.weights[items]
+
+        # One value of each item at a time: all at once would take S times the memory.
+        def add(total, value):
+            code, weight = value
+            return total + weight[..., None] * self.values[code], None
+
+        start = self.dense[items] @ self.kernel[...] + self.bias[...]
+        slots = jnp.moveaxis(codes, -1, 0), jnp.moveaxis(weights, -1, 0)
+        added, _ = jax.lax.scan(add, start, slots)
+        # Padding and other rows that are no items have no features.
+        return added * (self.excluded.shape[0] > items)[..., None] * (items > 0)[..., None]
+
+
+class ItemEmbedding(nnx.Embed):
+    """A table with a row for each item, to which features may add.
+
+    Attributes:
+      maps: what the features add, or None.
+    """
+
+    def __init__(
+        self,
+        rows: int,
+        width: int,
+        *,
+        features: FeatureArrays | None = None,
+        dropout_rate: float = 0.0,
+        embedding_init: nnx.Initializer,
+        dtype: Any,
+        param_dtype: Any,
+        rngs: nnx.Rngs,
+    ):
+        """Draws the rows. With features, those of items without training events are 0.
+
+        Args:
+          rows: number of rows: padding, the items, and others that are no items.
+          width: D, of the vectors.
+          features: of padding and items. None: the table is all there is.
+          dropout_rate: see `FeatureMaps`.
+          embedding_init: initialiser of the rows.
+          dtype: of the vectors that `__call__` returns.
+          param_dtype: of the parameters.
+          rngs: a stream `params`.
+        """
+        super().__init__(
+            rows,
+            width,
+            embedding_init=embedding_init,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=rngs,
+        )
+        self.maps: FeatureMaps | None = nnx.data(None)
+        if features is not None:
+            self.maps = FeatureMaps(
+                features, width, dropout_rate=dropout_rate, param_dtype=param_dtype, rngs=rngs
+            )
+            self.clear_untrained()
+
+    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+        """The vectors of items."""
+        if self.maps is None:
+            return super().__call__(inputs)
+        return (self.embedding[inputs] + self.maps(inputs)).astype(self.dtype)
+
+    def vectors(self) -> Float[Array, "rows D"]:
+        """The vectors of all rows, in the dtype of the parameters."""
+        if self.maps is None:
+            return self.embedding[...]
+        return self.embedding[...] + self.maps(jnp.arange(self.num_embeddings))
+
+    def fold(self) -> None:
+        """Writes what the features add into the table, so that nothing is left to compute."""
+        if self.maps is not None:
+            self.embedding[...] = jax.jit(lambda: self.vectors())()
+            self.maps = None
+
+    def drop_rows(self, key: jax.Array) -> None:
+        """Leaves out the own rows of some items, so that their features learn to stand alone.
+
+        Args:
+          key: a key of `jax.random`.
+        """
+        assert self.maps is not None
+        kept = jax.random.bernoulli(key, 1 - self.maps.dropout_rate, (self.num_embeddings, 1))
+        items = jnp.arange(self.num_embeddings)[:, None]
+        special = (items == 0) | (items >= len(self.maps.excluded))
+        self.embedding[...] *= kept | special
+
+    def clear_untrained(self) -> None:
+        """Sets the rows of items without training events to 0.
+
+        No training changes these rows afterwards, as the loss leaves their items out.
+        """
+        self.embedding[...] *= self.trained()[:, None]
+
+    def trained(self) -> Bool[Array, " rows"]:
+        """Whether each row is trained: all but those of items without training events."""
+        assert self.maps is not None
+        trained = self.maps.excluded[...] == 0
+        return jnp.pad(trained, (0, self.num_embeddings - len(trained)), constant_values=True)
