@@ -62,6 +62,14 @@ def test_popularity_counts_training_events_only():
     assert [group["metrics"]["mrr@10"] for group in groups] == [1, 1 / 3, 1 / 2]
 
 
+def test_items_new_to_the_model_are_a_group():
+    items = [[1, 1, 2, 3], [2, 4, 3, 1], [2, 1, 1, 4], [1, 2, 4, 2]]
+    ds = dataset([1, 1, 1, 1], items)  # training events: 1 1, 2 4, 2 1, 1 2
+    groups = sliced_metrics(ds, "test", np.array([1, 2, 3, 2]), "known")  # targets 3, 1, 4, 2
+    assert bins(groups) == [("no", 1), ("yes", 3)]
+    assert groups[0]["metrics"]["mrr@10"] == 1
+
+
 @pytest.mark.parametrize("by", SLICES)
 def test_groups_are_a_partition(by):
     rng = np.random.default_rng(0)
@@ -70,6 +78,7 @@ def test_groups_are_a_partition(by):
     groups = sliced_metrics(ds, "valid", ranks, by)
     users = np.array([group["users"] for group in groups])
     assert users.sum() == (ranks > 0).sum()
-    assert 4 <= len(users) <= 6
+    fewest, most = (1, 2) if by == "known" else (4, 6)
+    assert fewest <= len(users) <= most
     hits = np.array([group["metrics"]["hit@10"] for group in groups])
     assert hits @ users / users.sum() == pytest.approx(metrics(ranks[ranks > 0])["hit@10"])

@@ -41,7 +41,7 @@ def describe_model(model: SequenceModel) -> str:
     The weights of the model may be shapes.
     """
     graphdef, params = nnx.split(model)
-    count = sum(leaf.size for leaf in jax.tree.leaves(params.filter(nnx.Param)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.filter_state(params, nnx.Param)))
     flops = flops_per_sample(graphdef, params, model.max_length)
     return f"model: {count:,} parameters, {flops / 1e6:,.1f} MFLOP per sample (forward)"
 
