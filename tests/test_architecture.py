@@ -36,7 +36,10 @@ MAY_IMPORT |= {
 # Commands put the parts together, and nothing but another command imports them.
 COMMANDS = {
     "tim4rec_jax.__main__",
-    *(f"tim4rec_jax.commands{name}" for name in ("", ".train", ".eval", ".results", ".verify")),
+    *(
+        f"tim4rec_jax.commands{name}"
+        for name in ("", ".add_items", ".train", ".eval", ".results", ".verify")
+    ),
     *(f"tim4rec_jax.commands.compare{name}" for name in ("", "_report")),
     "tim4rec_jax.api",
     "tim4rec_jax.cli",

@@ -78,6 +78,12 @@ def _verify(words: list[str]) -> int:
     return main(words)
 
 
+def _add_items(words: list[str]) -> None:
+    from tim4rec_jax.commands.add_items import main
+
+    main(words)
+
+
 def _serving(command: str) -> Callable[[list[str]], int | None]:
     def run(words: list[str]) -> int | None:
         from tim4rec_jax.serving.__main__ import main
@@ -97,6 +103,7 @@ COMMANDS = {
     "export": Command("write a model that needs only jax", _serving("export")),
     "explain": Command("draw what a recommendation rests on", _serving("explain")),
     "compare": Command("train several models and compare them", _compare),
+    "add-items": Command("have a run know new items by their features", _add_items),
     "verify": Command("check that a run is whole", _verify),
 }
 

@@ -45,6 +45,7 @@ from tim4rec_jax.presets import load_config
 
 # Compiling for one more length takes about as long as this much padding of each of 1,024 histories.
 _PADDING_WORTH_A_PROGRAM = 256
+_ITEM_TABLE = "item_features.parquet"
 _DEFAULTS = {"user": "user_id", "item": "item_id", "time": "timestamp", "time_unit": "s"}
 
 
@@ -82,6 +83,7 @@ def prepare(
     user: str = "user_id",
     item: str = "item_id",
     time: str = "timestamp",
+    item_features: Any = None,
     out: str | Path | None = None,
     **flags: Any,
 ) -> Data:
@@ -93,6 +95,10 @@ def prepare(
       user: the column that says who. Ids are texts or whole numbers.
       item: the column that says what, likewise.
       time: the column that says when: dates, or numbers since 1970.
+      item_features: a table with a row for each item, or paths of one: the item's id under the name
+        of `item`, and a column for each feature. Texts and whole numbers are categories, lists of
+        them several at once, other numbers and vectors are dense. Models learn from them, and
+        recommend items without events by them (docs/item-features.md).
       out: the folder to write. `None` takes a temporary folder.
       flags: the flags of `python -m data_prep table`, under the same names: `time_unit="ms"` for
         numbers that are no seconds, `k_core=5`, `on_bad_row="skip"`, `overwrite=True`, ...
@@ -120,12 +126,38 @@ def prepare(
         temporary = _Temporary() if out is None else None
         folder = temporary.path / "events" if temporary else _path(out)
         named = {"user": user, "item": item, "time": time}
+        if item_features is not None:
+            flags = {**flags, "item_features": _feature_paths(item_features, item, Path(work))}
         _data_prep(paths, flags | named | {"out": folder}, table)
     unit = flags.get("time_unit", "s")
     memory["columns"] = named | {"time_unit": "s" if unit == "iso" else unit}
     path = folder / DATASET_FILE
     write_json(path, json.loads(path.read_text()) | memory)
     return Data(folder, kind, temporary)
+
+
+def _feature_paths(table: Any, item: str, work: Path) -> list[str]:
+    """The paths of a table of items, which is written to `work` if it is in memory."""
+    paths = [table] if isinstance(table, str | Path) else table
+    if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
+        return [os.fspath(path) for path in paths]
+    pq.write_table(_item_frame(table, item), work / _ITEM_TABLE)
+    return [str(work / _ITEM_TABLE)]
+
+
+def _item_frame(table: Any, item: str) -> pa.Table:
+    """A table of items as an Arrow table with texts for ids."""
+    columns, _ = frames.to_arrow(table, None)
+    if item not in columns.column_names:
+        raise UserError(
+            f"the table of item features has no column {item!r}, only "
+            f"{', '.join(columns.column_names)}; name it as in the table of events"
+        )
+    columns = columns.select(  # pandas gives its index along
+        [name for name in columns.column_names if not name.startswith("__index_level_")]
+    )
+    texts, _ = frames.ids(columns[item], item)
+    return columns.set_column(columns.column_names.index(item), item, texts)
 
 
 def _as_texts(table: pa.Table, *columns: str) -> tuple[pa.Table, dict[str, str]]:
@@ -164,12 +196,16 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
                 words += [flag] if value else []
             elif value is not None:
                 listed = isinstance(value, list | tuple)
-                words.append(f"{flag}={','.join(value) if listed else value}")
+                if name == "item_features":
+                    words += [flag, *value]
+                else:
+                    words.append(f"{flag}={','.join(value) if listed else value}")
         parser.parse_args(words)
         # Rich shows nothing that moves in a notebook, for which it would need ipywidgets.
         main(words, Console(force_jupyter=False))
     except UserError as error:
-        said = str(error).replace(str(table), "the table")
+        said = str(error).replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
+        said = said.replace(str(table), "the table")
         said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)
         said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
         raise UserError(said) from error
@@ -317,6 +353,7 @@ class Model:
 
     def __init__(self, run: Path, frame: str = "", temporary: _Temporary | None = None):
         self.run, self.frame, self._keep = run, frame, temporary
+        self._old: Model | None = None
 
     def __repr__(self) -> str:
         return f"<model of the run {self.run}>"
@@ -563,6 +600,38 @@ class Model:
             "score": np.take_along_axis(scores, best, axis=1).ravel().astype(np.float32),
         }
         return frames.like(pa.table(found), self.frame)
+
+    def with_items(self, items: Any, folder: str | Path | None = None) -> Model:
+        """A model that knows further items, by their features alone. Nothing is trained.
+
+        Args:
+          items: what `prepare` returned for data with these items, or a table of items as
+            `prepare` takes it. Known items in it are left out.
+          folder: the run directory of the new model. `None` takes a temporary folder.
+
+        Raises:
+          UserError: the model was trained without item features, or the table does not fit.
+        """
+        from tim4rec_jax.commands.add_items import add_items, read_table
+
+        if isinstance(items, Data):
+            if items.dataset.features is None:
+                raise UserError("the data has no item features; prepare it with item_features=")
+            ids = items.dataset.item_ids.to_pylist()
+            columns = items.dataset.features.columns()
+        else:
+            paths = [items] if isinstance(items, str | Path) else items
+            item = (_DEFAULTS | self._remembered("columns"))["item"]
+            if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
+                ids, columns = read_table(self.run, [os.fspath(p) for p in paths], item=item)
+            else:
+                ids, columns = read_table(self.run, _item_frame(items, item), item=item)
+        temporary = _Temporary() if folder is None else None
+        run = temporary.path / "run" if temporary else _path(folder)
+        add_items(self.run, ids, columns, run)
+        larger = Model(run, self.frame, temporary)
+        larger._old = self  # whose folder may hold the data
+        return larger
 
     def save(self, folder: str | Path) -> None:
         """Copies the run directory, which `load`, eval.py and the service read.

@@ -531,6 +531,8 @@ def _verify_arrays(checkpoint: Path) -> str:
 
 
 def _verify_dataset(workdir: Path, dataset: Path) -> str:
-    opened = open_dataset(dataset)
-    check_same_dataset(dataset, opened.metadata, workdir / "dataset.json")
+    opened, kept = open_dataset(dataset), workdir / DATASET_FILE
+    if added := read_json(kept, dict[str, Any], _RESTORE).get("added_items"):
+        return f"{opened.n_events:,} events; the run has {added:,} items more"
+    check_same_dataset(dataset, opened.metadata, kept)
     return f"{opened.n_events:,} events"

@@ -60,10 +60,20 @@ class ItemTable:
       ids: the id of each item, as a text.
       columns: the columns of features as `FeatureTable.encoded` takes them.
       bad: the number of rows that were left out, by reason.
+      choices: what the user said about the table.
+      sources: the files.
     """
 
-    def __init__(self, ids: list[str], columns: dict[str, Any], bad: dict[str, int]):
+    def __init__(
+        self,
+        ids: list[str],
+        columns: dict[str, Any],
+        bad: dict[str, int],
+        choices: Choices,
+        sources: list[files.SourceFile],
+    ):
         self.ids, self.columns, self.bad = ids, columns, bad
+        self.choices, self.sources = choices, sources
 
     def of(self, items: Sequence[str]) -> tuple[dict[str, Any], int]:
         """The columns for these items, unknown values for one without a row, and how many have one.
@@ -186,6 +196,8 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
             for name, column in columns.items()
         },
         problems.counts(),
+        choices,
+        sources,
     )
 
 

@@ -57,7 +57,8 @@ def prepare(
     ):
         # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
         stop = threading.Event()
-        fingerprints = [pool.submit(files.fingerprint, file, stop) for file in found.events]
+        read_files = [*found.events, *(table.sources if table else ())]
+        fingerprints = [pool.submit(files.fingerprint, file, stop) for file in read_files]
         try:
             skipped = events.read_all(con, source, found.events, flags, console)
         except BaseException:

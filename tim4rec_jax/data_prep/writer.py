@@ -162,6 +162,8 @@ def _write_features(
     features.write(directory / FEATURES_FILE)
     return {
         "features": repr(features),
+        "item": item_table.choices.item,
+        "separator": item_table.choices.separator,
         "items": found,
         "unused": len(item_table.ids) - found,
         "min_count": min_count,
