@@ -128,7 +128,7 @@ def test_the_default_is_an_implementation_by_name(arguments):
     ("change", "message"),
     [
         ({"implementation": "cuda"}, "no implementation 'cuda'; choose one of reference, xla"),
-        ({"precision": "high"}, "precision must be 'ieee' or 'tf32', got 'high'"),
+        ({"precision": "high"}, "precision must be 'tf32x3', 'ieee' or 'tf32', got 'high'"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
         ({"dt_limit": (1.0, 0.5)}, r"dt_limit must be \(smallest, largest\)"),
         (

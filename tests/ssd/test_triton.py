@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,11 +11,17 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install '.[kernels]'")
 
+import triton
+import triton.language as tl
+
+from tests.ssd import interpreter
 from tests.ssd.cases import QUICK, Case, assert_close, for_triton, make, to_dtype
 from tim4rec_jax.ssd import compile_for, ssd
 from tim4rec_jax.ssd.batching import shard_over_batch
 from tim4rec_jax.ssd.triton import block as triton_block
+from tim4rec_jax.ssd.triton import common
 from tim4rec_jax.ssd.triton import launch as triton_launch
+from tim4rec_jax.ssd.triton import op as triton_op
 from tim4rec_jax.ssd.triton.launch import table_key, tile_sizes
 
 SMALL = for_triton(Case("small", 21, heads=4, groups=2, chunk_size=16, segments=True))
@@ -86,7 +93,58 @@ def test_says_what_to_install(monkeypatch):
         ssd(**inputs, implementation="triton")
 
 
-@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+class Exact(NamedTuple):
+    """What `operand` and `product` read of a specialisation."""
+
+    PRECISION: str = "tf32x3"
+
+
+@triton.jit
+def multiply(a, b, high, low, total, S: tl.constexpr):
+    """Writes the parts of `a`, and the product of `a` and `b`, all 32 x 32."""
+    at = tl.arange(0, 32)[:, None] * 32 + tl.arange(0, 32)[None, :]
+    left, right = common.operand(tl.load(a + at), S), common.operand(tl.load(b + at), S)
+    tl.store(high + at, left.high)
+    tl.store(low + at, left.low)
+    tl.store(total + at, common.product(left, right, tl.zeros([32, 32], tl.float32), S))
+
+
+def test_three_products_of_tensor_cores_are_nearly_float32():
+    rng = np.random.default_rng(0)
+    shape = jax.ShapeDtypeStruct((32, 32), np.float32)
+    tiles = triton_launch.TileSizes(32, 1, 1, 1)
+    for exponents in (0, 8):  # numbers of one size, and of sizes 16 powers of two apart
+        a, b = (
+            (
+                rng.normal(size=(32, 32)) * 2.0 ** rng.uniform(-exponents, exponents, (32, 32))
+            ).astype(np.float32)
+            for _ in range(2)
+        )
+        high, low, total = interpreter.launch(
+            multiply,
+            (jnp.asarray(a), jnp.asarray(b)),
+            (shape,) * 3,
+            programs=1,
+            specialisation=Exact(),
+            tiles=tiles,
+        )
+        wanted = a.astype(np.float64) @ b.astype(np.float64)
+
+        def seen(v):
+            """What tensor cores read of float32."""
+            return (np.asarray(v).view(np.int32) & ~0x1FFF).view(np.float32).astype(np.float64)
+
+        np.testing.assert_array_equal(seen(high), high)
+        np.testing.assert_array_equal(np.float64(high) + np.float64(low), a)
+        b_high = seen(b)
+        b_low = seen(b - b_high.astype(np.float32))
+        on_gpu = seen(high) @ b_high + seen(high) @ b_low + seen(low) @ b_high
+        for result in (total, on_gpu):
+            error = np.linalg.norm(result - wanted) / np.linalg.norm(wanted)
+            assert error <= 2e-6
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32", "tf32x3"])
 @pytest.mark.parametrize(
     ("kernel", "size"),
     [
@@ -95,6 +153,8 @@ def test_says_what_to_install(monkeypatch):
     ],
 )
 def test_every_shape_has_tile_sizes(kernel, size, precision):
+    if precision == "tf32x3" and (kernel != "forward" or size > triton_op.WIDEST_STATE):
+        return  # never asked for
     for length, heads, limit in itertools.product((1, 17, 64, 1000), (1, 3, 4), (None, 1, 40)):
         shape = {"length": length, "heads": heads, "size": size, "precision": precision}
         with compile_for("gpu", 90):

@@ -61,7 +61,7 @@ def ssd_tpu(dt, log_decay, v):
     """
     batch, length, number, width = v.x.shape
     # A TPU computes with float32 and bfloat16, but not with float16.
-    dtype, precision = jnp.float32, "float32" if v.precision == "ieee" else "3"
+    dtype, precision = jnp.float32, "3" if v.precision == "tf32" else "float32"
     if jnp.result_type(v.x, v.B, v.C) == jnp.bfloat16:
         dtype, precision = jnp.bfloat16, "1"
     # Zeros complete the state, because Mosaic does not take all products over fewer than 8 numbers.

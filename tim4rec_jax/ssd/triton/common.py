@@ -16,6 +16,13 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
+class Operand(NamedTuple):
+    """A matrix as operand of a product, see `operand`."""
+
+    high: Any
+    low: Any
+
+
 class LogDecays(NamedTuple):
     """Sums of the base-2 logarithms of decays up to each position [Q], in two parts to be added.
 
@@ -25,6 +32,81 @@ class LogDecays(NamedTuple):
 
     coarse: Any
     fine: Any
+
+
+@triton.jit
+@no_type_check
+def operand(v, S: tl.constexpr):
+    """Prepares a matrix for `product`.
+
+    Tensor cores read float32 without its last 13 bits. For "tf32x3" these bits are a number of
+    their own, of which tensor cores read all but 2^-21 of the whole.
+    """
+    if S.PRECISION == "tf32x3":
+        high = (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        low = v - high
+    else:
+        high = v
+        low = v
+    return Operand(high, low)
+
+
+@triton.jit
+@no_type_check
+def product(a, b, total, S: tl.constexpr):
+    """`total` and the product of two operands; "tf32x3" leaves out that of the low parts."""
+    if S.PRECISION == "tf32x3":
+        total = tl.dot(a.low, b.high, total, input_precision="tf32")
+        total = tl.dot(a.high, b.low, total, input_precision="tf32")
+        total = tl.dot(a.high, b.high, total, input_precision="tf32")
+    else:
+        total = tl.dot(a.high, b.high, total, input_precision=S.PRECISION)
+    return total
+
+
+# Tensor cores leave columns 2t and 2t + 1 of every eight of a result in one thread, and as an
+# operand they want columns t and t + 4 there. So that a result need not move between threads before
+# the next product, a factor of it takes its rows in another order ("paired"): 0, 4, 1, 5, 2, 6, 3,
+# 7. The result is then renamed, which costs nothing.
+
+
+@triton.jit
+@no_type_check
+def paired(t):
+    """Which row stands at place t of a matrix with paired rows."""
+    return t // 8 * 8 + t % 8 // 2 + t % 2 * 4
+
+
+@triton.jit
+@no_type_check
+def pair_rows(v):
+    """A matrix with its rows in paired order."""
+    cut = tl.reshape(v, [v.shape[0] // 8, 2, 4, v.shape[1]])
+    return tl.reshape(tl.permute(cut, (0, 2, 1, 3)), [v.shape[0], v.shape[1]])
+
+
+@triton.jit
+@no_type_check
+def pair_columns(v):
+    """A matrix with its columns in paired order."""
+    cut = tl.reshape(v, [v.shape[0], v.shape[1] // 8, 2, 4])
+    return tl.reshape(tl.permute(cut, (0, 1, 3, 2)), [v.shape[0], v.shape[1]])
+
+
+@triton.jit
+@no_type_check
+def unpair_columns(v):
+    """A matrix with paired columns, with its columns in their own order."""
+    cut = tl.reshape(v, [v.shape[0], v.shape[1] // 8, 4, 2])
+    return tl.reshape(tl.permute(cut, (0, 1, 3, 2)), [v.shape[0], v.shape[1]])
+
+
+@triton.jit
+@no_type_check
+def unpair_transposed(v):
+    """The transpose of a matrix with paired columns, whose rows are then in their own order."""
+    cut = tl.reshape(v, [v.shape[0], v.shape[1] // 8, 4, 2])
+    return tl.reshape(tl.permute(cut, (1, 3, 2, 0)), [v.shape[1], v.shape[0]])
 
 
 @triton.jit
@@ -95,6 +177,16 @@ def decay_between(total, S: tl.constexpr):
     difference = (coarse[:, None] - coarse[None, :]) + (fine[:, None] - fine[None, :])
     # Masked before exp2: beyond the diagonal it may overflow.
     return tl.exp2(tl.where(q[:, None] >= q[None, :], difference, -float("inf")))
+
+
+@triton.jit
+@no_type_check
+def paired_decay_between(total, S: tl.constexpr):
+    """`decay_between` with paired columns."""
+    q = tl.arange(0, S.Q)
+    coarse, fine = pair_columns(total.coarse[None, :]), pair_columns(total.fine[None, :])
+    difference = (total.coarse[:, None] - coarse) + (total.fine[:, None] - fine)
+    return tl.exp2(tl.where(q[:, None] >= paired(q)[None, :], difference, -float("inf")))
 
 
 @triton.jit

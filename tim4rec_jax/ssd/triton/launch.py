@@ -68,7 +68,7 @@ def tile_sizes(
         length: L.
         heads: number of heads of a group.
         size: the larger one of P and N, as the kernel sees them.
-        precision: of the products, "ieee" or "tf32"; for the block what its inputs allow.
+        precision: of the products, "ieee", "tf32x3" or "tf32"; for the block what its inputs allow.
         largest_chunk: a limit from the caller; None: no limit.
 
     Returns:

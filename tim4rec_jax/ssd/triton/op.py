@@ -12,6 +12,9 @@ from tim4rec_jax.ssd.batching import shard_over_batch
 from tim4rec_jax.ssd.triton import launch
 from tim4rec_jax.ssd.triton.launch import TileSizes
 
+# States of more numbers than this spill registers where products are three of tensor cores.
+WIDEST_STATE = 64
+
 # Channels of a head that a program takes. A wider head's state as one tile spills registers.
 # Channels do not mix, so such a head is several heads of this width with the same dt, A, B and C.
 WIDEST = 32
@@ -86,7 +89,11 @@ def ssd_triton(v):
     Returns:
         The outputs, and the state after the last position or None if it is not asked for.
     """
-    precision = "tf32" if all(a.dtype.itemsize == 2 for a in (v.x, v.B, v.C)) else v.precision
+    precision = v.precision
+    if all(a.dtype.itemsize == 2 for a in (v.x, v.B, v.C)):
+        precision = "tf32"
+    elif precision == "tf32x3" and v.B.shape[-1] > WIDEST_STATE:
+        precision = "ieee"
     shape = v.x.shape
     if shape[-1] > WIDEST:
         v = _narrowed(v)
@@ -220,12 +227,15 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
     """What a kernel is specialised for, and its tile sizes."""
     length, heads, width = rows.x.shape[1:]
     groups, state = rows.B.shape[2:]
+    precision = options.precision
+    if precision == "tf32x3" and kernel == "backward":
+        precision = "ieee"
     tiles = launch.tile_sizes(
         kernel,
         length=length,
         heads=heads // groups,
         size=max(width, state),
-        precision=options.precision,
+        precision=precision,
         largest_chunk=options.chunk_size,
     )
     several = length > tiles.chunk
@@ -251,6 +261,6 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
         LIMITED=limited,
         LOW=float(low),
         HIGH=float(high),
-        PRECISION=options.precision,
+        PRECISION=precision,
     )
     return specialisation, tiles

@@ -12,16 +12,22 @@ import triton.language as tl
 
 from tim4rec_jax.ssd.triton.common import (
     advance,
-    attend,
     attend_backward,
-    decay_between,
     decay_from_start,
     decay_to_end,
     load_restarts,
     load_tile,
     log_decays,
+    operand,
+    pair_columns,
+    pair_rows,
+    paired,
+    paired_decay_between,
+    product,
     scratch_offsets,
     softplus,
+    unpair_columns,
+    unpair_transposed,
 )
 
 
@@ -42,7 +48,7 @@ class Inputs(NamedTuple):
 class Chunk(NamedTuple):
     """The positions of a chunk, each [Q]."""
 
-    at: Any  # offset from the first position of the batch
+    at: Any  # number of the position in its row
     inside: Any  # whether it is a position of the sequence
     restarts: Any  # whether it forgets the state before it
 
@@ -67,11 +73,20 @@ def locate_program(S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def locate_chunk(v, row, chunk, length, S: tl.constexpr):
+def from_row(v, row, length, S: tl.constexpr):
+    """The inputs from this row on: offsets within a row are small numbers."""
+    at = row * length
+    B, C = v.B + at * (S.G * S.N), v.C + at * (S.G * S.N)
+    x, dt, segments = v.x + at * (S.H * S.P), v.dt + at * S.H, v.segments + at
+    return Inputs(x, dt, v.A, B, C, v.D, v.dt_bias, v.initial_state, segments)
+
+
+@triton.jit
+@no_type_check
+def locate_chunk(v, chunk, length, S: tl.constexpr):
     """The positions of a chunk."""
     t = chunk * S.Q + tl.arange(0, S.Q)
-    at = row * length + t
-    return Chunk(at, t < length, load_restarts(v.segments, at, t, length, S))
+    return Chunk(t, t < length, load_restarts(v.segments, t, t, length, S))
 
 
 @triton.jit
@@ -98,12 +113,20 @@ def state_offsets(row, head, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def load_initial_state(v, row, head, S: tl.constexpr):
-    """The state before the first position: [N, P]."""
+def paired_state_offsets(row, head, S: tl.constexpr):
+    """Offsets of a state [P, N], its columns paired, in an array [B, H, P, N]."""
+    n, p = paired(tl.arange(0, S.N)), tl.arange(0, S.P)
+    return ((row * S.H + head) * S.P + p[:, None]) * S.N + n[None, :]
+
+
+@triton.jit
+@no_type_check
+def load_initial_state(v, where, S: tl.constexpr):
+    """The state before the first position."""
     if S.HAS_INITIAL:
-        state = tl.load(v.initial_state + state_offsets(row, head, S)).to(tl.float32)
+        state = tl.load(v.initial_state + where).to(tl.float32)
     else:
-        state = tl.zeros([S.N, S.P], tl.float32)
+        state = tl.zeros(where.shape, tl.float32)
     return state
 
 
@@ -156,37 +179,52 @@ def forward(
     """
     v = Inputs(x, dt, A, B, C, D, dt_bias, initial_state, segments)
     row, _part, first, group = locate_program(S)
+    v = from_row(v, row, length, S)
+    y += row * length * (S.H * S.P)
+    q, p = tl.arange(0, S.Q), tl.arange(0, S.P)
+    k = paired(q)
 
     states = ()
     for i in tl.static_range(S.HEADS):
-        states += (load_initial_state(v, row, first + i, S),)
+        states += (load_initial_state(v, paired_state_offsets(row, first + i, S), S),)
 
     for c in tl.range(0, tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1, disable_licm=True):
-        chunk = locate_chunk(v, row, c, length, S)
+        chunk = locate_chunk(v, c, length, S)
         B_ = load_projections(v.B, chunk, group, S)
-        C_ = load_projections(v.C, chunk, group, S)
-        scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
+        C_ = operand(load_projections(v.C, chunk, group, S), S)
+        none = tl.zeros([S.Q, S.Q], tl.float32)
+        scores = product(C_, operand(tl.trans(pair_rows(B_)), S), none, S)
+        added = pair_columns(B_)
         leaving = ()
         for i in tl.static_range(S.HEADS):
             head = first + i
             _raw, step = load_steps(v, chunk, head, S)
             total = log_decays(step, tl.load(v.A + head).to(tl.float32), chunk.restarts)
+            # A sum over one number keeps the compiler from computing the steps anew for each use.
+            step = tl.sum(step[:, None], 1)
             x_ = load_channels(v.x, chunk, head, S)
-            mixing = scores * decay_between(total, S)
-            step_x = x_ * step[:, None]
+            mixing = scores * paired_decay_between(total, S) * pair_columns(step[None, :])
+            if S.HAS_D and not S.D_PER_CHANNEL:
+                mixing += tl.where(q[:, None] == k[None, :], load_skip(v, head, S), 0)
             state = states[i]
-            y_ = attend(mixing, C_, step_x, state, total, S.HAS_ENTERING_STATE, S)
+            y_ = tl.zeros([S.Q, S.P], tl.float32)
+            if S.HAS_ENTERING_STATE:
+                y_ = product(C_, operand(unpair_transposed(state), S), y_, S)
+                y_ *= decay_from_start(total)[:, None]
+            y_ = product(operand(unpair_columns(mixing), S), operand(x_, S), y_, S)
             if S.HAS_LEAVING_STATE:
-                state = advance(state, B_, step_x, total, S)
+                to_end, kept = decay_to_end(total, S)
+                from_here = operand(added * (to_end * step)[:, None], S)
+                state = product(operand(tl.trans(x_), S), from_here, kept * state, S)
             leaving += (state,)
-            if S.HAS_D:
+            if S.D_PER_CHANNEL:
                 y_ += x_ * load_skip(v, head, S)
-            store_tile(y, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P), y_)
+            store_tile(y, (chunk.at * S.H + head) * S.P, chunk.inside, p, y_)
         states = leaving
 
     if S.HAS_FINAL:
         for i in tl.static_range(S.HEADS):
-            tl.store(final_state + state_offsets(row, first + i, S), states[i])
+            tl.store(final_state + paired_state_offsets(row, first + i, S), states[i])
 
 
 @triton.jit
@@ -196,10 +234,10 @@ def leave_states(v, states, row, first, group, length, chunks, S: tl.constexpr):
     for i in tl.range(0, S.HEADS, disable_licm=True):
         head = first + i
         rate = tl.load(v.A + head).to(tl.float32)
-        state = load_initial_state(v, row, head, S)
+        state = load_initial_state(v, state_offsets(row, head, S), S)
         tl.store(states + scratch_offsets(row * chunks, head, S), state)
         for c in tl.range(0, chunks - 1, disable_licm=True):
-            chunk = locate_chunk(v, row, c, length, S)
+            chunk = locate_chunk(v, c, length, S)
             _raw, step = load_steps(v, chunk, head, S)
             total = log_decays(step, rate, chunk.restarts)
             B_ = load_projections(v.B, chunk, group, S)
@@ -248,6 +286,13 @@ def backward(
     """
     v = Inputs(x, dt, A, B, C, D, dt_bias, initial_state, segments)
     row, part, first, group = locate_program(S)
+    v = from_row(v, row, length, S)
+    at = row * length
+    dy += at * (S.H * S.P)
+    dx += at * (S.H * S.P)
+    ddt += at * S.H
+    dB += at * (S.H // S.HEADS * S.N)
+    dC += at * (S.H // S.HEADS * S.N)
     q, p = tl.arange(0, S.Q), tl.arange(0, S.P)
     chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
     if S.SEVERAL_CHUNKS:
@@ -259,7 +304,7 @@ def backward(
             # Other threads of this program read what these wrote.
             tl.debug_barrier()
         c = chunks - 1 - behind
-        chunk = locate_chunk(v, row, c, length, S)
+        chunk = locate_chunk(v, c, length, S)
         B_ = load_projections(v.B, chunk, group, S)
         C_ = load_projections(v.C, chunk, group, S)
         scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
