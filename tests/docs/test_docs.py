@@ -1,20 +1,66 @@
-"""The Python code of the documentation runs.
+"""The code of the documentation runs, Python and shell.
 
-Blocks of a page run one after the other in an empty folder. A block that begins with a comment like
-`# name.py` is saved as that file instead.
+The blocks of a page run one after the other in an empty folder. A block that begins with a comment
+like `# name.py` is saved as that file instead. A block that cannot run begins with a comment that
+says why. The quick tests run the Python of most pages with a small model, and have every command
+read its flags. The slow tests run pages as they are.
 """
 
 import re
+import runpy
+import shlex
 import sys
-from pathlib import Path
+from argparse import ArgumentParser
 
 import pytest
 
+from tests.docs.pages import DOCS, PAGES, ROOT, Shell, blocks
 from tests.training.tiny_run import quick_config
 
-DOCS = Path(__file__).parents[2] / "docs"
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
-PAGES = [page for page in sorted(DOCS.glob("*.md")) if BLOCK.search(page.read_text())]
+OWN = re.compile(r"(tim4rec|python (-m (tim4rec_jax|data_prep|benchmarks)\b|\w+/?\w+\.py)) ")
+CODE = {page: blocks(page) for page in PAGES}
+# Pages whose Python trains as that of others does.
+ONLY_SLOW = {"README", "serving"}
+# What a page takes for granted.
+BEFORE = {
+    "README": """
+import pandas as pd
+import pathlib
+
+events = pd.DataFrame(
+    {
+        "customer": [f"c{user}" for user in range(60) for _ in range(12)],
+        "sku": [f"A{(user + step) % 20}" for user in range(60) for step in range(12)],
+        "at": [pd.Timestamp("2024-01-01") + pd.Timedelta(hours=step) for step in range(12)] * 60,
+    }
+)
+pathlib.Path("logs").mkdir()
+log = events.rename(columns={"customer": "uid"})
+log["at"] = (log["at"] - pd.Timestamp(0)) // pd.Timedelta("1ms")
+log.to_parquet("logs/january.parquet")
+""",
+}
+
+
+def pages_with(languages, without=()):
+    """Pages with blocks of these languages that run."""
+    return [
+        pytest.param(page, id=page.stem)
+        for page, code in CODE.items()
+        if languages & {block.language for block in code if block.runs} and page.stem not in without
+    ]
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """An empty folder to work in. Modules that are saved there are forgotten afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (tmp_path / f"{name}.py").exists():
+            del sys.modules[name]
 
 
 @pytest.fixture
@@ -30,24 +76,85 @@ def quick(monkeypatch):
     monkeypatch.setattr("tim4rec_jax.api.load_config", load)
 
 
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_code_of_a_page_runs(page, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    text, variables, modules = page.read_text(), {"__name__": "__main__"}, []
-    for block in BLOCK.finditer(text):
-        code = block[1]
-        if named := re.match(r"# (\w+)\.py\n", code):
-            (tmp_path / f"{named[1]}.py").write_text(code)
-            modules.append(named[1])
-            continue
-        # With the lines of the page, for tracebacks.
-        lines_before = text.count("\n", 0, block.start(1))
-        exec(compile("\n" * lines_before + code, str(page), "exec"), variables)
-    for module in modules:
-        sys.modules.pop(module, None)
+@pytest.mark.usefixtures("quick", "own_modules")
+@pytest.mark.parametrize("page", pages_with({"python"}, without=ONLY_SLOW))
+def test_the_python_of_a_page_runs(page):
+    variables = {"__name__": "__main__"}
+    exec(BEFORE.get(page.stem, ""), variables)
+    for block in CODE[page]:
+        if block.language == "python" and block.runs:
+            block.run_python(variables)
 
 
-def test_there_are_pages_with_code():
-    assert {"add-a-model", "get-started", "layer"} <= {page.stem for page in PAGES}
+@pytest.mark.slow
+@pytest.mark.parametrize("page", pages_with({"sh"}))
+def test_a_page_runs_as_it_is(page, own_modules):
+    variables = {"__name__": "__main__"}
+    exec(BEFORE.get(page.stem, ""), variables)
+    with Shell(own_modules) as shell:
+        for block in CODE[page]:
+            if block.language == "python" and block.runs:
+                block.run_python(variables)
+            if block.language == "sh" and block.runs:
+                for command in block.commands():
+                    shell.run(command)
+
+
+class Understood(BaseException):
+    """The command has read its flags."""
+
+
+def commands():
+    """Every command of the documentation that is a program of this package, once."""
+    known = {}
+    for page, code in CODE.items():
+        for block in code:
+            for command in block.commands() if block.language == "sh" else []:
+                words = shlex.split(command, comments=True)
+                if OWN.match(command):
+                    known.setdefault(" ".join(words), (page, words))
+    return [pytest.param(*value, id=name[:60]) for name, value in known.items()]
+
+
+@pytest.mark.parametrize(("page", "words"), commands())
+def test_a_command_has_the_flags_that_a_page_gives_it(page, words, own_modules, monkeypatch):
+    """Those that take hours or a download as well. They stop when they have read their flags."""
+    parse = ArgumentParser.parse_args
+
+    def understood(*arguments, **named):
+        parse(*arguments, **named)
+        raise Understood
+
+    def train(config, *rest):
+        raise Understood
+
+    monkeypatch.setattr(ArgumentParser, "parse_args", understood)
+    monkeypatch.setattr("tim4rec_jax.training.train.train_and_report", train)
+    for block in CODE[page]:
+        if block.module:
+            block.run_python({})
+    if words[0] == "tim4rec":
+        words = ["python", "-m", "tim4rec_jax", *words[1:]]
+    for name in ("configs", "data_prep"):
+        (own_modules / name).symlink_to(ROOT / name)
+    start = words[2:] if words[1] == "-m" else words[1:]
+    monkeypatch.setattr(sys, "argv", start)
+    with pytest.raises(Understood):
+        if words[1] == "-m":
+            runpy.run_module(start[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(str(ROOT / start[0]), run_name="__main__")
+
+
+def test_no_code_hides_from_the_tests():
+    """Few blocks do not run, and none of them is disguised as text."""
+    assert {page.stem for page in PAGES} >= {"README", "add-a-model", "get-started", "layer"}
+    for page, code in CODE.items():
+        for block in code:
+            where = f"{page.name}, line {block.line}"
+            assert block.language in ("python", "sh", "text", "{toctree}", "{include}"), where
+            if block.language == "text":
+                starts = ("import ", "from ", "python ", "tim4rec ", "pip ", "make ", "curl ")
+                assert not any(line.startswith(starts) for line in block.code.splitlines()), where
+    assert sum(not block.runs for code in CODE.values() for block in code) <= 8
+    assert all(page.is_relative_to(DOCS) for page in PAGES[2:])

@@ -3,6 +3,7 @@
 import importlib
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,3 +83,9 @@ def test_every_module_with_public_names_has_a_page_of_the_api_reference():
     for module in MODULES:
         page = (DOCS / "api" / f"{module}.md").read_text()
         assert f".. automodule:: tim4rec_jax.{module}\n" in page
+
+
+def test_the_drawings_are_those_of_their_program():
+    pictures = runpy.run_path(str(DOCS / "images" / "draw.py"))["PICTURES"]
+    drawn = {f"kernels-{name}.svg": draw().svg() for name, draw in pictures.items()}
+    assert drawn == {path.name: path.read_text() for path in DOCS.glob("images/*.svg")}
