@@ -86,6 +86,6 @@ def test_every_module_with_public_names_has_a_page_of_the_api_reference():
 
 
 def test_the_drawings_are_those_of_their_program():
-    pictures = runpy.run_path(str(DOCS / "images" / "draw.py"))["PICTURES"]
+    pictures = runpy.run_path(str(DOCS / "pictures" / "draw.py"))["PICTURES"]
     drawn = {f"kernels-{name}.svg": draw().svg() for name, draw in pictures.items()}
-    assert drawn == {path.name: path.read_text() for path in DOCS.glob("images/*.svg")}
+    assert drawn == {path.name: path.read_text() for path in DOCS.glob("pictures/kernels-*.svg")}
