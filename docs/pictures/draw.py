@@ -1,4 +1,4 @@
-"""Draws the pictures of *How the kernels work*: `python docs/pictures/draw.py` writes the SVG files.
+"""Draws the pictures of *How the kernels work*: `python docs/pictures/draw.py` writes SVG files.
 
 A picture stands on a ground of its own, light or dark as the reader's system, so that it can be
 read on any page. Its letters are large enough for a telephone.
