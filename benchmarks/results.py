@@ -195,7 +195,19 @@ TABLES = {
             ("kuairand-slice", "causal", "model.knows_next_time=True"),
         ],
     ),
-    "both": Table(RANKED, [("ml-100k", "causal", "")], BOTH, seed="2020", masked=True),
+    "both": Table(
+        RANKED,
+        [
+            ("ml-100k", "causal", ""),
+            ("ml-100k", "causal", NO_BIAS),
+            ("ml-100k", "popularity", ""),
+            ("beauty", "popularity", ""),
+            ("kuairand-slice", "popularity", ""),
+        ],
+        BOTH,
+        seed="2020",
+        masked=True,
+    ),
     "history": Table(
         RANKED | {"part": "valid"},
         [

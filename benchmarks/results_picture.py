@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from tim4rec_jax.commands.results import PROTOCOL
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.text import Annotation
 
 # Readable on white and on black pages: the picture brings its own paper.
 PAPER, INK, GREY, OURS, OTHERS = "#fbfbf9", "#1f2328", "#6e7781", "#c2410c", "#33658a"
@@ -22,7 +21,7 @@ PAPER, INK, GREY, OURS, OTHERS = "#fbfbf9", "#1f2328", "#6e7781", "#c2410c", "#3
 # besides those of the comparison, and variants that keep the settings of their config.
 PANELS = [
     (
-        "ml-100k, without repeat bias",
+        "ml-100k: no repeat bias",
         "ml-100k",
         "causal lrurec hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser",
         NO_BIAS,
@@ -30,7 +29,7 @@ PANELS = [
         "bert4rec caser",
     ),
     (
-        "KuaiRand, a slice, with repeat and date bias",
+        "KuaiRand slice: repeat and date bias",
         "kuairand-slice",
         "causal mamba4rec sasrec ssd4rec",
         "",
@@ -98,7 +97,9 @@ def draw(rows: list[Row], path: Path) -> None:
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(settings):
-        figure, panels = plt.subplots(1, len(PANELS), figsize=(9, 3.9), layout="constrained")
+        figure, panels = plt.subplots(
+            1, len(PANELS), figsize=(9, 4.1), layout="constrained", width_ratios=(1.6, 1)
+        )
         for panel, (title, found) in zip(panels, points(rows).items(), strict=True):
             _panel(panel, title, found)
         panels[0].set_ylabel("NDCG@10, mean and deviation of 3 seeds")
@@ -118,7 +119,7 @@ def _panel(panel: Axes, title: str, found: Sequence[Point]) -> None:
         panel.errorbar(
             point.cost, point.quality, point.deviation, fmt="o", ms=6, color=color, elinewidth=1.2
         )
-    panel.set_title(title, loc="left", fontsize=10.5, fontweight="bold")
+    panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
     panel.set_xscale("log")
     panel.margins(x=0.16, y=0.1)
     low, high = panel.get_xlim()
@@ -132,54 +133,70 @@ def _panel(panel: Axes, title: str, found: Sequence[Point]) -> None:
 
 
 def _label(panel: Axes, found: Sequence[Point]) -> None:
-    """Puts each name where it covers no other name, no point and no bar."""
+    """Writes the names where they cover no other name, no point and no bar, and are not mistaken.
+
+    Each name is moved to its best place beside the others, again and again until none moves.
+    """
     figure = panel.get_figure()
     assert figure is not None
-    taken = []
+    pixels = figure.dpi / 72
+    sizes, points, bars = [], [], []
     for point in found:
+        text = panel.text(0, 0, point.label, fontsize=9, fontweight=_weight(point))
+        sizes.append((text.get_window_extent().width, text.get_window_extent().height))
+        text.remove()
         ends = [(point.cost, point.quality + sign * point.deviation) for sign in (-1, 1)]
-        (left, low), (right, high) = panel.transData.transform(ends)
-        taken.append((left - 5, low - 5, right + 5, high + 5))
-    for point in sorted(found, key=lambda each: -each.quality):
-        best = None
-        for note in _places(panel, point):
-            box = note.get_window_extent()
-            edges = (box.x0 - 1, box.y0 - 1, box.x1 + 1, box.y1 + 1)
-            covered = sum(_overlap(edges, other) for other in taken)
-            inside = panel.get_window_extent()
-            covered += 1e3 * (box.x1 > inside.x1 + 4 or box.x0 < inside.x0)
-            if best is None or covered < best[0]:
-                if best:
-                    best[1].remove()
-                best = covered, note, edges
-            else:
-                note.remove()
-            if covered == 0:
-                break
-        assert best is not None
-        taken.append(best[2])
+        (x, low), (_, high) = panel.transData.transform(ends)
+        points.append((x, (low + high) / 2))
+        bars.append((x - 5, low - 4, x + 5, high + 4))
+    frame = panel.get_window_extent()
+
+    def box(number: int, shift: tuple[float, float]) -> tuple[float, ...]:
+        """Left, bottom, right and top of a name; a shift to the left ends before its point."""
+        (x, y), (width, height) = points[number], sizes[number]
+        x, y = x + shift[0] * pixels, y + shift[1] * pixels
+        left = x if shift[0] > 0 else x - width if shift[0] < 0 else x - width / 2
+        return left, y - height / 2, left + width, y + height / 2
+
+    def badness(number: int, shift: tuple[float, float]) -> float:
+        mine = box(number, shift)
+        others = [box(n, places[n]) for n in range(len(found)) if n != number]
+        covered = sum(_overlap(mine, other) for other in [*bars, *others])
+        outside = max(0, mine[2] - frame.x1 - 4) + max(0, frame.x0 - mine[0])
+        distances = [_distance(mine, point) for point in points]
+        mistaken = sum(distance < distances[number] + 4 for distance in distances) - 1
+        return 10 * covered + 100 * outside + 40 * mistaken + distances[number]
+
+    places = [(8.0, 0.0)] * len(found)
+    for _ in range(20):
+        before = list(places)
+        for number in range(len(found)):
+            places[number] = min(_SHIFTS, key=lambda shift: badness(number, shift))
+        if places == before:
+            break
+    for point, (x, y) in zip(found, places, strict=True):
+        far = abs(y) > 13
+        panel.annotate(
+            point.label,
+            (point.cost, point.quality),
+            xytext=(x, y),
+            textcoords="offset points",
+            ha="left" if x > 0 else "right" if x < 0 else "center",
+            va="center",
+            fontsize=9,
+            fontweight=_weight(point),
+            color=OURS if point.ours else INK,
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.7} if far else None,
+        )
 
 
-def _places(panel: Axes, point: Point) -> Iterator[Annotation]:
-    """Labels of a point, one after the other: beside it, above, below, and farther away."""
-    for distance in (8, 13, 19, 26):
-        for side, shift in (
-            *(("left", (distance, 0)), ("right", (-distance, 0))),
-            *(("left", (distance, 9)), ("left", (distance, -9))),
-            *(("right", (-distance, 9)), ("right", (-distance, -9))),
-            *(("center", (0, distance)), ("center", (0, -distance))),
-        ):
-            yield panel.annotate(
-                point.label,
-                (point.cost, point.quality),
-                xytext=shift,
-                textcoords="offset points",
-                ha=side,
-                va="center",
-                fontsize=9,
-                fontweight="bold" if point.ours else "normal",
-                color=OURS if point.ours else INK,
-            )
+def _weight(point: Point) -> str:
+    return "bold" if point.ours else "normal"
+
+
+# Where a name may stand, in points from the middle of its point: beside it, above and below.
+_HEIGHTS = (0.0, *(sign * y for y in (7.0, 13.0, 20.0, 28.0, 36.0, 45.0) for sign in (1, -1)))
+_SHIFTS = [(x, y) for y in _HEIGHTS for x in (8.0, -8.0, 0.0) if x or abs(y) > 7]
 
 
 def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
@@ -187,3 +204,10 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     return max(width, 0) * max(height, 0)
+
+
+def _distance(box: tuple[float, ...], point: tuple[float, float]) -> float:
+    """From a point to the nearest edge of a box."""
+    x = max(box[0] - point[0], 0, point[0] - box[2])
+    y = max(box[1] - point[1], 0, point[1] - box[3])
+    return (x * x + y * y) ** 0.5

@@ -13,6 +13,7 @@ from tim4rec_jax.cli import parse
 from tim4rec_jax.commands import compare
 from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
 from tim4rec_jax.commands.compare_report import METRICS, Run, markdown, p_values, picture, spread
+from tim4rec_jax.commands.results import changed_settings, rows_of_run
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.run import write_settings
 
@@ -121,3 +122,39 @@ def test_measurements_of_an_earlier_run_are_not_reused(finished, monkeypatch):
     monkeypatch.setattr(compare, "load_model", None)
     with pytest.raises(TypeError):
         measure(folder)
+
+
+def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
+    folder, words = finished
+    figures = {"hit@10": 0.25, "ndcg@10": 0.125}
+    told = {"test": figures, "test_standard_errors": figures, "users": 3}
+    told |= {"valid": figures, "epochs": 3, "best_epoch": 2, "jax": "0.10.2", "device": "cpu"}
+    (folder / "run" / "metrics.json").write_text(json.dumps(told))
+    masked = {"metrics": figures | {"ndcg@10": 0.5}}
+    (folder / "run" / "eval_test_exclude_seen.json").write_text(json.dumps(masked))
+    (folder / "cost.json").write_text(json.dumps({"cpu": 12.6, "memory": 800.2}))
+    rows = rows_of_run(folder / "run")
+    found = [(row["part"], row["seen"], row["ndcg@10"]) for row in rows]
+    assert found == [
+        ("valid", "ranked", "0.125000"),
+        ("test", "ranked", "0.125000"),
+        ("test", "masked", "0.500000"),
+    ]
+    for row in rows:
+        assert (row["config"], row["variant"], row["settings"]) == (
+            "own",
+            "causal",
+            "train.epochs=3",
+        )
+        assert (row["train_cpu_s"], row["peak_mb"], row["knows_next_time"]) == ("13", "800", "no")
+        assert all(row[column] for column in ("dataset", "order", "hardware", "code", "date"))
+    again = rows[0]["command"].replace("configs/own.py:causal", "own:causal").split()[1:]
+    made, _ = parse([*again, words[-2]], usage="")
+    assert made == parse(["train.py", *words], usage="")[0]
+
+
+def test_a_setting_that_follows_from_others_is_not_named():
+    words = ["train.py", "--config=ml100k:tisasrec", "--config.train.objective=every_position"]
+    assert changed_settings(parse(words, usage="")[0]) == ["train.objective=every_position"]
+    words[-1] = "--config.data.convention=exact"
+    assert changed_settings(parse(words, usage="")[0]) == ["data.convention=exact"]

@@ -1,6 +1,5 @@
 """The tables of the pages are those of the CSV files, and none of them mixes two protocols."""
 
-import json
 import re
 
 import pytest
@@ -109,11 +108,3 @@ def test_a_table_of_something_else_is_not_replaced(tmp_path):
     with pytest.raises(UserError, match="is no table of results"):
         append(path, [])
     assert path.read_text() == "a,b\n1,2\n"
-
-
-def test_costs_beside_a_run_are_in_its_rows(tmp_path):
-    from tim4rec_jax.commands.results import _costs
-
-    assert _costs(tmp_path) == {}
-    (tmp_path / "cost.json").write_text(json.dumps({"cpu": 12.6, "memory": 800.2}))
-    assert _costs(tmp_path) == {"train_cpu_s": "13", "peak_mb": "800"}

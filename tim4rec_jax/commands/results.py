@@ -110,7 +110,7 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
         "settings": " ".join(settings),
         "epochs": str(figures["epochs"]),
         "best_epoch": str(figures["best_epoch"]),
-        "hardware": f"{_processor()}, {os.cpu_count()} cores, {figures.get('device', '')}",
+        "hardware": _hardware(figures.get("device", "")),
         "jax": figures.get("jax", ""),
         "code": _code(),
         "command": " ".join(words),
@@ -182,12 +182,15 @@ def _costs(folder: Path) -> dict[str, str]:
     return costs
 
 
-def _processor() -> str:
+def _hardware(device: str) -> str:
+    """This machine's cores and processor, and the device that a run names if it is another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
+        name = next(line.partition(":")[2].strip() for line in lines if "model name" in line)
     except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = platform.processor() or platform.machine()
+    cores = f"{os.cpu_count()} cores {name}"
+    return cores if device in ("", "cpu") else f"{device}, {cores}"
 
 
 def _code() -> str:
