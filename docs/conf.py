@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "docs")]
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import settings_page  # noqa: E402
 
 import tim4rec_jax  # noqa: E402
 
@@ -81,6 +83,8 @@ def read_page(app: Any, page: str, source: list[str]) -> None:
     for path, name in OUTSIDE.items():
         if name == page:
             source[0], folder = path.read_text(), path.parent
+    if page == "api/settings":
+        source[0] = settings_page.text()
 
     def in_site(link: re.Match[str]) -> str:
         text, target, place = link[1], (folder / link[2]).resolve(), link[3] or ""
@@ -103,8 +107,8 @@ def shorten_types(
 
 
 def skip_member(app: Any, what: str, name: str, item: Any, skip: bool, options: Any) -> bool | None:
-    """Leaves out the fields of named tuples, which their docstrings describe."""
-    return True if type(item).__name__ == "_tuplegetter" else None
+    """Leaves out the fields of named tuples, which their docstrings describe, and their maker."""
+    return True if type(item).__name__ == "_tuplegetter" or name == "__new__" else None
 
 
 def setup(app: Any) -> None:

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.models import MODELS
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 MODULES = ("ssd", "layers", "models", "data", "serving", "interop", "evaluation")
@@ -89,3 +92,14 @@ def test_the_drawings_are_those_of_their_program():
     pictures = runpy.run_path(str(DOCS / "pictures" / "draw.py"))["PICTURES"]
     drawn = {f"kernels-{name}.svg": draw().svg() for name, draw in pictures.items()}
     assert drawn == {path.name: path.read_text() for path in DOCS.glob("pictures/kernels-*.svg")}
+
+
+def test_the_page_of_settings_has_all_of_them(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    text = importlib.import_module("settings_page").text()
+    names = set(config_lib.SETTINGS)
+    for model in MODELS:
+        config = config_lib.default()
+        config_lib.use_model(config, model)
+        names |= set(config_lib.flatten(config))
+    assert {name for name in names if f"- `{name}`, " not in text} == set()

@@ -12,7 +12,23 @@ from tim4rec_jax.models.tim4rec import CausalTiM4Rec, TiM4RecSettings
 
 @dataclasses.dataclass(frozen=True)
 class SSD4RecSettings(ModelSettings):
-    """Names and defaults are those of the TiM4Rec repository; `TiM4RecSettings` explains them."""
+    """Names and defaults are those of the TiM4Rec repository.
+
+    Attributes:
+      hidden_size: D, the width of the item vectors.
+      num_layers: number of layers. A single layer has no residual connection.
+      dropout_prob: of item vectors and layers.
+      d_state: N, the size of the state of each head.
+      d_conv: taps of the causal convolutions.
+      expand: width of the SSD layer, in units of `hidden_size`.
+      head_dim: P, the width of a head.
+      chunk_size: of the SSD op; 0 lets the op choose. Results do not depend on it.
+      norm_eps: of all norms but that of the feed-forward networks.
+      is_ffn: whether layers have a feed-forward network.
+      is_kai_ming_init: whether convolutions are initialised by Kaiming's rule.
+      conv_path: the activation after the convolutions, "hardswish" or "silu". By default the one
+        that the published code takes: "hardswish", or "silu" where H is a multiple of 8.
+    """
 
     hidden_size: int = 64
     num_layers: int = count(2)
