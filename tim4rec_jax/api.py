@@ -222,6 +222,7 @@ def fit(
     *,
     workdir: str | Path | None = None,
     loggers: Sequence[Any] = (),
+    init_from: Model | str | Path | None = None,
     **settings: Any,
 ) -> Model:
     """Trains a model, and shows how far it is.
@@ -235,6 +236,8 @@ def fit(
         and one that is finished is read. `None` takes a temporary folder; see `Model.save`.
       loggers: objects with the methods of `tim4rec_jax.training.loggers.Logger`, which get the
         figures while the model trains.
+      init_from: a model of `fit`, or a run directory, whose weights the training begins with.
+        Items are matched by their ids.
       settings: settings that differ, by their full name, `**{"model.hidden_size": 64}`, or by the
         last word where only one setting has it: `epochs=25`. The command `tim4rec train --help`
         lists them.
@@ -256,6 +259,10 @@ def fit(
     elif not isinstance(config, config_lib.ConfigDict):
         raise UserError(f"config is {config!r}; give a name, or settings (ConfigDict)")
     config = config.copy_and_resolve_references()
+    if init_from is not None:
+        config.train.init_from = str(
+            init_from.run if isinstance(init_from, Model) else _path(init_from)
+        )
     if {"dataset", "prepare"} & settings.keys():
         raise UserError("dataset and prepare are no settings of fit; the data comes first")
     _change(config, settings)

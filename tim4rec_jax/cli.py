@@ -41,6 +41,9 @@ def main(argv: list[str], usage: str) -> None:
 def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     """Reads `--config FILE[:VARIANT] [--config.KEY=VALUE ...] [--workdir DIR] [--print]`.
 
+    Without `--config`, the settings are those of the run in `--workdir`. `--init-from RUN` is short
+    for `--config.train.init_from=RUN`.
+
     `--help` and `--print` print what they are asked for and end the program. Nothing is written.
 
     Args:
@@ -56,7 +59,7 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     if {"-h", "--help", "-help"} & set(argv):
         _print_help(usage)
         raise SystemExit
-    argv = _with_new_names(argv)
+    argv = _with_new_names(_with_init_from(argv))
     files, settings = flags.FlagValues(), flags.FlagValues()
     files.set_gnu_getopt(True)
     file = flags.DEFINE_string("config", None, "settings", flag_values=files)
@@ -64,9 +67,7 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     only_print = flags.DEFINE_bool("print", False, "print the settings", flag_values=files)
     try:
         argv = files(argv, known_only=True)
-        if not file.value:
-            raise UserError("--config FILE.py is missing; see train.py --help")
-        loaded = load_config(file.value)
+        loaded = _load(file.value, workdir.value)
         changed = _changed_settings(argv, loaded)
         written = config_lib.flatten(loaded)
         config = config_flags.DEFINE_config_dict(
@@ -82,12 +83,32 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     if workdir.value == "":
         raise UserError("--workdir is empty; name a folder, or leave it out for one in runs/")
     resolved = config_lib.resolve(config.value).lock()
-    named: str = file.value or ""  # not empty, or there would be no settings
+    named: str = file.value or str(Path(workdir.value or "") / "config.json")
     directory = workdir.value or _default_workdir(named, written["seed"], resolved.seed)
     if only_print.value:
         _print_settings(resolved, written, changed, named, directory)
         raise SystemExit
     return resolved, Path(directory)
+
+
+def _load(named: str | None, workdir: str | None) -> Config:
+    """The settings of a config file, or those of the run that is there."""
+    if named:
+        return load_config(named)
+    if not workdir or not (Path(workdir) / "config.json").exists():
+        raise UserError("--config FILE.py is missing; see train.py --help")
+    from tim4rec_jax.run import read_settings
+
+    return read_settings(Path(workdir) / "config.json")
+
+
+def _with_init_from(argv: list[str]) -> list[str]:
+    """Writes `--init-from RUN` and `--init-from=RUN` as the setting that they are."""
+    words, setting = [], "--config.train.init_from"
+    for word in argv:
+        flag = re.match(r"--?init[-_]from(=|$)", word)
+        words.append(f"{setting}{word[flag.end() - len(flag[1]) :]}" if flag else word)
+    return words
 
 
 def _with_new_names(argv: list[str]) -> list[str]:

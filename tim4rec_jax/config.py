@@ -152,6 +152,17 @@ SETTINGS: dict[str, Setting] = {
     "train.patience": Setting(
         20, "epochs in a row without a better NDCG@10 before training stops", NOT_NEGATIVE
     ),
+    "train.init_from": Setting(
+        str,
+        "run whose best weights the training begins with; --init-from=RUN is short for it",
+        Check(bool, "it must name a run directory"),
+    ),
+    "train.init_optimizer": Setting(
+        "carry",
+        "with init_from: carry, Adam's moments go on from that run; rewarm, they begin at zero and "
+        "the learning rate rises from zero over the first tenth of an epoch",
+        one_of("carry", "rewarm"),
+    ),
     "train.checkpoint_minutes": Setting(
         5.0, "minutes between checkpoints within an epoch; each epoch ends with one", NOT_NEGATIVE
     ),
@@ -356,6 +367,11 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
             f"config.data.windows_per_user is {data.windows_per_user}, which the objective "
             f"{train.objective} does not use; take config.train.objective=every_position, or "
             "leave windows_per_user out"
+        )
+    if train.init_optimizer != "carry" and train.init_from is None:
+        yield (
+            f"config.train.init_optimizer is {train.init_optimizer!r}, which a training from "
+            "random weights does not use; name a run with --init-from, or leave it out"
         )
     if train.objective == "every_position" and not model.causal:
         encoding = config.model.get("time_encoding")

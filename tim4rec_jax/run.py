@@ -64,6 +64,8 @@ def silence_echoes() -> None:
     sys.unraisablehook = hook
 
 
+_EPOCHS = "train.epochs"
+
 # Settings that can be edited in `config.json`: where the data lies, where figures go, and how a run
 # is evaluated.
 _FREE = ("dataset", "prepare", "preset", "train.loggers", "eval.batch_size", "eval.ks", "eval.ties")
@@ -125,30 +127,61 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return values
 
 
-def check_unchanged(config: config_lib.Config, path: Path) -> None:
+def check_unchanged(config: config_lib.Config, path: Path, *, more_epochs: bool = False) -> None:
     """Makes sure that a run goes on with the settings that it began with.
 
     Args:
       config: the settings of now, resolved.
       path: the file with the settings that the run began with. If it is not there, no run has
         begun.
+      more_epochs: whether the number of epochs may be larger, where the epochs so far would have
+        been the same.
 
     Raises:
       UserError: they differ; the message names the settings that do.
     """
     if not path.exists():
         return
-    # Through JSON, which makes lists of tuples.
-    ours, theirs = (
-        json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
-    )
-    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FOR_PEOPLE]
+    ours, theirs, changed = _changes(config, path)
+    if more_epochs and changed == [_EPOCHS] and ours[_EPOCHS] > theirs[_EPOCHS]:
+        epochs = f"{_EPOCHS} ({theirs[_EPOCHS]} -> {ours[_EPOCHS]})"
+        if ours["train.schedule"] != "constant":
+            raise UserError(
+                f"{path.parent} cannot go on for more epochs, {epochs}: with config.train.schedule="
+                f"{ours['train.schedule']} its learning rate has followed the old number; train "
+                "anew with another --workdir, or begin a new run there with "
+                f"--init-from={path.parent}, whose learning rate starts again"
+            )
+        finished = (path.parent / "metrics.json").exists()
+        if finished and not checkpoint_steps(path.parent / "checkpoints"):
+            raise UserError(
+                f"{path.parent} cannot go on for more epochs, {epochs}: its checkpoints are gone; "
+                f"train anew with another --workdir, or begin there with --init-from={path.parent}"
+            )
+        return
     if changed:
         listed = ", ".join(f"{name} ({theirs.get(name)} -> {ours[name]})" for name in changed)
         raise UserError(
             f"{path.parent} holds a run with other settings: {listed}; "
             "choose another --workdir, or delete that one to start anew"
         )
+
+
+def _changes(
+    config: config_lib.Config, path: Path
+) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The settings of now and those of a run by their full names, and the names that differ."""
+    # Through JSON, which makes lists of tuples.
+    ours, theirs = (
+        json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
+    )
+    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FOR_PEOPLE]
+    return ours, theirs, changed
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of the checkpoints in a folder, rising; nothing if it is missing."""
+    return sorted(ocp.utils.checkpoint_steps(folder.absolute())) if folder.is_dir() else []
 
 
 @contextmanager
@@ -160,8 +193,9 @@ def claim(
 ) -> Iterator[None]:
     """Makes a run directory, or takes one that is there, for this process alone.
 
-    If the block raises before a new run has taken a step, what was written is removed, so that
-    corrected settings are not refused.
+    A run that goes on for more epochs has them in its settings from then on, and is no longer
+    finished. If the block raises before a new run has taken a step, what was written is removed, so
+    that corrected settings are not refused.
 
     Args:
       workdir: the run directory.
@@ -179,6 +213,10 @@ def claim(
     with only_process(workdir):
         new = not settings_file.exists()
         try:
+            if not new and _changes(config, settings_file)[2]:
+                # First, or a kill between the two would leave a run that looks finished.
+                (workdir / "metrics.json").unlink(missing_ok=True)
+                write_settings(config, settings_file)
             if new:
                 write_settings(config, settings_file)
             if not (workdir / DATASET_FILE).exists():
@@ -326,7 +364,7 @@ def load_model(
     workdir = Path(workdir)
     config = read_settings(workdir / "config.json")
     best = workdir / "best"
-    steps = ocp.utils.checkpoint_steps(best.absolute()) if best.is_dir() else []
+    steps = checkpoint_steps(best)
     if not steps:
         raise UserError(f"{workdir} has no best checkpoint yet: let train.py finish an epoch there")
     checkpoint = best / str(max(steps))
@@ -476,8 +514,7 @@ def _findings(workdir: Path, dataset: str | Path | None) -> Iterator[Finding]:
         if path.exists():
             yield _finding(path, lambda path=path: _nothing(read_json(path, Any, _RESTORE)))
     for folder in (workdir / "best", workdir / "checkpoints"):
-        steps = ocp.utils.checkpoint_steps(folder.absolute()) if folder.is_dir() else []
-        for step in sorted(steps):
+        for step in checkpoint_steps(folder):
             path = folder / str(step)
             yield _finding(path, lambda path=path: _verify_arrays(path))
     if (workdir / "best").is_dir():

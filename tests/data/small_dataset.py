@@ -24,8 +24,13 @@ def random_histories(lengths, *, seed=0, n_items=30, start=880_000_000):
     ]
 
 
-def in_memory(histories, *, n_items=30, splits=()):
-    """A `Dataset` of histories; a new chunk starts before each user in `splits`."""
+def in_memory(histories, *, n_items=30, splits=(), ids=None):
+    """A `Dataset` of histories; a new chunk starts before each user in `splits`.
+
+    The items are called i1, i2 and so on unless `ids` says otherwise.
+    """
+    ids = ids or [f"i{index}" for index in range(1, n_items + 1)]
+    n_items = len(ids)
     offsets = np.cumsum([0, *(len(items) for items, _ in histories)])
     chunks = []
     for part in np.split(np.arange(len(histories)), sorted(splits)):
@@ -37,17 +42,20 @@ def in_memory(histories, *, n_items=30, splits=()):
         directory=Path("memory"),
         metadata={"name": "small", "order": "exact"},
         user_ids=pa.chunked_array([[f"u{row}" for row in range(len(histories))]]),
-        item_ids=pa.chunked_array([[f"i{index}" for index in range(1, n_items + 1)]]),
+        item_ids=pa.chunked_array([ids]),
         item_counts=np.bincount(items, minlength=n_items + 1)[1:],
         offsets=offsets,
         chunks=tuple(chunks),
     )
 
 
-def write_dataset(directory, histories, *, n_items=30, order="exact", shards=1, batch_rows=None):
+def write_dataset(
+    directory, histories, *, n_items=30, order="exact", shards=1, batch_rows=None, ids=None
+):
     """Prepares histories in a directory as `data_prep` does."""
     directory.mkdir(exist_ok=True, parents=True)
-    dataset = in_memory(histories, n_items=n_items)
+    dataset = in_memory(histories, n_items=n_items, ids=ids)
+    n_items = dataset.n_items
     columns = [
         dataset.user_ids.to_pylist(),
         [items.tolist() for items, _ in histories],

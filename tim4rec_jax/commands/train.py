@@ -4,11 +4,13 @@
                              of configs/ (beauty:causal), or a variant for your own log (causal)
 --config.KEY=VALUE           changes one setting, for example --config.train.epochs=10
 --workdir DIR                the run directory; default: runs/FILE[-VARIANT][-seedN]
+--init-from RUN              begins with what another run has learnt; items are matched by their ids
 --print                      prints the settings and where each comes from, and ends
 
 Data that is not there is prepared first. The run directory keeps settings, log, TensorBoard
 events, checkpoints and, at the end, metrics.json. The same command again goes on with a training
-that was stopped.
+that was stopped, and so does --workdir alone. With more --config.train.epochs, a finished training
+goes on too.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Float64, UInt32
 
 from tim4rec_jax.layers.basic import CausalConv, Dense, dropout, fold, layer_norm
 from tim4rec_jax.layers.checks import activation_name, check_eps, check_rate, check_sizes
@@ -286,6 +287,16 @@ class DateBias(nnx.Module):
         """Spreads the knots evenly from `first` to `last`, in seconds since 1970."""
         self.days = first / _DAY, last / _DAY
 
+    def knots(self) -> Float64[np.ndarray, " knots"]:
+        """The dates of the knots in days since 1970, rising.
+
+        Raises:
+          ValueError: they are not known.
+        """
+        first, last = self._known_days()
+        # All events may have one time.
+        return first + max(last - first, 1 / _DAY) * np.linspace(0, 1, self.vectors.shape[0])
+
     def __call__(
         self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
     ) -> Float[Array, "*batch D"]:
@@ -294,13 +305,16 @@ class DateBias(nnx.Module):
         Raises:
           ValueError: the dates of the knots are not known.
         """
-        if self.days is None:
-            raise ValueError(
-                "a date bias needs the dates of the training events: pass date_range to build"
-            )
-        first, last = self.days
+        first, last = self._known_days()
         vectors = _DATE_BIAS_UNIT * self.vectors[...]
         share = (dates - first) / max(last - first, 1 / _DAY)  # all events may have one time
         position = jnp.clip(share, 0.0, 1.0) * (len(vectors) - 1)
         near = jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(len(vectors))), 0.0)
         return hidden + (near.astype(vectors.dtype) @ vectors).astype(hidden.dtype)
+
+    def _known_days(self) -> tuple[float, float]:
+        if self.days is None:
+            raise ValueError(
+                "a date bias needs the dates of the training events: pass date_range to build"
+            )
+        return self.days

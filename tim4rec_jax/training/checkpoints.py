@@ -18,6 +18,7 @@ from orbax.checkpoint import future
 from tim4rec_jax.digests import DIGESTS, check_digests, digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import check_plain
+from tim4rec_jax.run import checkpoint_steps
 from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
@@ -38,6 +39,10 @@ def _storable(state: TrainState) -> dict:
         "loss_sum": state.loss_sum,
         "weight_sum": state.weight_sum,
     }
+
+
+# Names of what is saved as JSON, among the digests of arrays.
+_AS_ARRAYS = ("data", "progress")
 
 
 def _as_arrays(iterator, progress: Mapping) -> dict[str, np.ndarray]:
@@ -190,6 +195,42 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self.workdir} ({reason}); the one before "
                 "it is kept: put that right and run the same command again"
             ) from error
+
+
+def read_state(workdir: Path, shapes: TrainState) -> TrainState | None:
+    """The state of a run that another one begins with. Nothing in the run is changed.
+
+    Args:
+      workdir: the run directory.
+      shapes: a state of the right structure, with shapes for arrays.
+
+    Returns:
+      The state that was saved with the run's best parameters, or else the latest one that can be
+      read. None: there is none.
+    """
+    steps, best = (checkpoint_steps(workdir / name) for name in ("checkpoints", "best"))
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(_storable, shapes),
+    )
+    for step in sorted(steps, key=lambda step: (step in best, step), reverse=True):
+        checkpoint = workdir / "checkpoints" / str(step)
+        try:
+            check_plain(checkpoint)
+            with ocp.StandardCheckpointer() as checkpointer:
+                stored = checkpointer.restore((checkpoint / "state").absolute(), wanted)
+            recorded = read_digests(checkpoint)
+            if recorded is not None:
+                check_digests(
+                    stored, {name: recorded[name] for name in recorded if name not in _AS_ARRAYS}
+                )
+        # Damage shows as whatever the layer that meets it raises.
+        except Exception as error:
+            print(f"checkpoint {checkpoint} is damaged, passing over it: {first_line(error)}")
+            continue
+        return _from_storable(shapes, stored)
+    return None
 
 
 def _from_storable(state: TrainState, stored: dict) -> TrainState:

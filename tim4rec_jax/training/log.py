@@ -106,12 +106,13 @@ class RunLog:
         Args:
           workdir: of the run; holds `log.jsonl`.
           step: number of steps done. Records of later steps are removed: they belong to work
-            that was lost and will be done again.
+            that was lost and will be done again. Test figures are removed too: a run that goes on
+            for more epochs has them at its end.
           loggers: where figures go besides.
           settings: of the run, by their full names, for the loggers.
         """
         path = workdir / "log.jsonl"
-        kept = [line for line, done in _records(path) if done <= step]
+        kept = [line for line, kind, done in _records(path) if done <= step and kind != "test"]
         with atomic_write(path, "w") as file:
             file.writelines(kept)
         self._file = path.open("a")
@@ -144,8 +145,8 @@ class RunLog:
                 print(one_line(f"warning: {text} without it"), file=sys.stderr, flush=True)
 
 
-def _records(path: Path) -> list[tuple[str, int]]:
-    """The complete lines of a log with their steps; a line cut short by a crash is dropped.
+def _records(path: Path) -> list[tuple[str, str, int]]:
+    """The complete lines of a log, with kind and step; a line cut short by a crash is dropped.
 
     Raises:
       UserError: the log is damaged.
@@ -157,7 +158,8 @@ def _records(path: Path) -> list[tuple[str, int]]:
         lines = read_regular(path, _LARGEST_LOG).decode().splitlines(keepends=True)
         for line in lines:
             if line.endswith("\n"):
-                records.append((line, int(json.loads(line)["step"])))
+                record = json.loads(line)
+                records.append((line, record["kind"], int(record["step"])))
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{path} is damaged at line {len(records) + 1} ({first_line(error)}); delete it: only "

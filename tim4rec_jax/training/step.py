@@ -112,7 +112,10 @@ def start_epoch(state: TrainState) -> TrainState:
 
 @functools.cache  # compiled steps are found by the identity of the optimizer
 def make_optimizer(
-    learning_rate: float, weight_decay: float, cosine_steps: int | None = None
+    learning_rate: float,
+    weight_decay: float,
+    cosine_steps: int | None = None,
+    warmup_steps: int = 0,
 ) -> optax.GradientTransformation:
     """Adam as the published code uses it: weight decay is added to the gradient.
 
@@ -121,10 +124,15 @@ def make_optimizer(
       weight_decay: factor of the parameters in what is added to their gradient.
       cosine_steps: number of steps in which the learning rate falls to 0 along a cosine. None: the
         learning rate is constant.
+      warmup_steps: number of steps in which the learning rate rises linearly to what it is
+        otherwise. 0: it does not.
     """
     rate: optax.ScalarOrSchedule = learning_rate
     if cosine_steps is not None:
         rate = optax.cosine_decay_schedule(learning_rate, cosine_steps)
+    if warmup_steps:
+        warm = rate if callable(rate) else optax.constant_schedule(rate)
+        rate = lambda step: warm(step) * jnp.minimum((step + 1) / warmup_steps, 1.0)  # noqa: E731
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(rate))
 
 
@@ -522,9 +530,12 @@ def make_steps(
     train = config.train
     total_steps = train.epochs * batches.batches_per_epoch
     cosine_steps = total_steps if train.schedule == "cosine" else None
+    # It does not depend on the number of epochs, so that more epochs only go on.
+    rewarms = train.init_from and train.init_optimizer == "rewarm"
+    warmup_steps = max(batches.batches_per_epoch // 10, 1) if rewarms else 0
     settings = StepSettings(
         graphdef=nnx.graphdef(model),
-        tx=make_optimizer(train.learning_rate, train.weight_decay, cosine_steps),
+        tx=make_optimizer(train.learning_rate, train.weight_decay, cosine_steps, warmup_steps),
         objective=train.objective,
         loss=Loss(train.loss, train.negatives, train.calibration),
         devices=placement.devices,

@@ -34,6 +34,7 @@ from tim4rec_jax.files import write_json
 from tim4rec_jax.models import FeatureArrays, SequenceModel, build
 from tim4rec_jax.run import (
     check_unchanged,
+    checkpoint_steps,
     claim,
     load_model,
     read_figures,
@@ -52,6 +53,7 @@ from tim4rec_jax.training.log import (
 from tim4rec_jax.training.loggers import Logger, make_loggers
 from tim4rec_jax.training.memory import check_memory
 from tim4rec_jax.training.step import init_state, make_steps, start_epoch
+from tim4rec_jax.training.warm_start import WarmStart, read_warm_start
 
 # Number of dispatches that the host may be ahead of the device. The device never waits, and a
 # training that is asked to stop stops soon.
@@ -60,6 +62,10 @@ _AHEAD = 4
 
 def train(config: Config, workdir: Path) -> dict:
     """Trains a model, or goes on with the training that `workdir` holds.
+
+    With `train.init_from`, it begins with the weights of another run
+    (`tim4rec_jax.training.warm_start`). A run with a constant learning rate that is asked for more
+    epochs goes on, and ends in the bits of a run that was asked for them from the beginning.
 
     After every epoch the model is validated by full ranking. Training ends after `train.epochs`
     epochs, or earlier if more than `train.patience` epochs in a row had no NDCG@10 as good as the
@@ -132,7 +138,7 @@ def _run(
 ) -> dict:
     """Finds what settings, data and memory have wrong, and only then writes and trains."""
     data = config.data
-    check_unchanged(config, workdir / "config.json")
+    check_unchanged(config, workdir / "config.json", more_epochs=True)
     if prepare is not None:
         prepare(config)
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
@@ -154,13 +160,15 @@ def _run(
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
     check_memory(config, nnx.to_pure_dict(nnx.state(structure, nnx.Param)))
-    batches = make_batches(config, dataset)
+    batches, warm_start = make_batches(config, dataset), None
+    if config.train.init_from and not checkpoint_steps(workdir / "checkpoints"):
+        warm_start = read_warm_start(config, workdir, dataset, make_model, structure)
     loggers = [*make_loggers(config.train.loggers), *loggers]
     with claim(workdir, config, dataset, dates):
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return read_figures(workdir)
-        return _train(config, workdir, batches, make_model, structure, loggers)
+        return _train(config, workdir, batches, make_model, structure, loggers, warm_start)
 
 
 def feature_arrays(dataset: Dataset) -> FeatureArrays | None:
@@ -208,6 +216,7 @@ def _train(
     make_model: Callable[[], SequenceModel],
     structure: SequenceModel,
     loggers: Sequence[Logger],
+    warm_start: WarmStart | None,
 ) -> dict:
     """Trains from the beginning or from the last checkpoint to the end.
 
@@ -218,6 +227,7 @@ def _train(
       make_model: draws the initial weights.
       structure: the same model with shapes for weights.
       loggers: where figures go besides `log.jsonl`.
+      warm_start: what the training begins with instead.
     """
     dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
     print(describe_data(batches), flush=True)
@@ -246,7 +256,11 @@ def _train(
         )
         pool.shutdown(wait=False)
         print(describe_model(structure), flush=True)
-        state = jax.device_put(make_state(nnx.state(make_model())), placement.replicated)
+        state = make_state(nnx.state(make_model()))
+        if warm_start is not None:
+            state = warm_start.state(state)
+            print(warm_start.words, flush=True)
+        state = jax.device_put(state, placement.replicated)
         for program in compiling:
             program.result()
 
@@ -289,6 +303,8 @@ def _train(
     open_log = partial(RunLog, workdir, step, loggers, config_lib.flatten(config))
     with closing(checkpoints), closing(open_log()) as log, stop_on_signal() as stop:
         check_finite(int(state.bad_step))
+        if warm_start is not None:
+            save()  # so that the run goes on whatever becomes of the one that it begins with
         while step < max_epochs * per_epoch and progress["stale_epochs"] <= config.train.patience:
             # Train to the end of the running epoch.
             end = (step // per_epoch + 1) * per_epoch
@@ -342,6 +358,11 @@ def _train(
                 flush=True,
             )
         checkpoints.wait()
+        if step < max_epochs * per_epoch:
+            print(
+                f"stops after epoch {step // per_epoch}: more than {config.train.patience} epochs "
+                "in a row (config.train.patience) had no better NDCG@10"
+            )
 
         # Test the best parameters.
         _, best_model = load_model(workdir)

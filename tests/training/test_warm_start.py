@@ -1,0 +1,336 @@
+"""A training that begins with another run, and a finished one that goes on for more epochs."""
+
+import functools
+import json
+import shutil
+
+import jax
+import numpy as np
+import pyarrow as pa
+import pytest
+from flax import nnx
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from tests.data.small_dataset import random_histories, write_dataset
+from tests.training.tiny_run import die_at, parameters, quick_config
+from tim4rec_jax import api
+from tim4rec_jax import config as config_lib
+from tim4rec_jax.cli import parse
+from tim4rec_jax.digests import read_digests
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.models import build
+from tim4rec_jax.run import read_settings, write_settings
+from tim4rec_jax.training import step as steps
+from tim4rec_jax.training.step import make_optimizer
+from tim4rec_jax.training.train import train
+from tim4rec_jax.training.warm_start import (
+    Vocabulary,
+    _at_other_dates,
+    _entity_axes,
+    new_rows,
+)
+
+DAY = 86_400
+
+
+def settings(dataset, **train):
+    """A model with a date bias and a repeat bias, on packed rows."""
+    config = quick_config(dataset, objective="every_position", batch_size=6, epochs=2)
+    config.model.update(repeat_bias=True, date_bias_knots=3)
+    config.train.update(train)
+    return config
+
+
+@pytest.fixture(scope="module")
+def yesterday(tmp_path_factory):
+    """A folder with a dataset of the items i1 to i30, and a finished run on it."""
+    folder = tmp_path_factory.mktemp("yesterday")
+    dataset = write_dataset(folder / "data", random_histories([14] * 30))
+    train(settings(dataset, learning_rate=0.01), folder / "run")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def today(tmp_path_factory):
+    """A dataset a day later: i11 to i30 in another order, i31 to i34 are new, the rest is gone."""
+    folder = tmp_path_factory.mktemp("today") / "data"
+    rename = [f"i{number}" for number in [*range(34, 10, -1)]]
+    return write_dataset(
+        folder, random_histories([14] * 30, seed=1, n_items=24, start=880_000_000 + DAY), ids=rename
+    )
+
+
+def best(workdir):
+    return {
+        keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        for path, leaf in tree_leaves_with_path(parameters(workdir))
+    }
+
+
+def first_state(config, workdir, monkeypatch):
+    """The state before the first step of a training, which ends there."""
+    found = []
+
+    def stopped(self, state, left, done):
+        found.append(jax.device_get((state.params, state.opt_state)))
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(steps.HostSteps, "run", stopped)
+        train(config, workdir)
+    return found[0]
+
+
+def test_items_keep_their_rows_by_id(yesterday, today, tmp_path, monkeypatch, capsys):
+    config = settings(today, init_from=str(yesterday / "run"))
+    params, opt_state = first_state(config, tmp_path / "run", monkeypatch)
+    assert "20 items as there, 4 new, 10 dropped; Adam goes on" in capsys.readouterr().out
+    old, adam = best(yesterday / "run"), opt_state[1][0]
+    table, before = (
+        np.asarray(params["item_embedding"]["embedding"]),
+        old["item_embedding/embedding"],
+    )
+    # Items i34 to i11 have the rows 1 to 24; i31 to i34 are new.
+    for moved in (table, np.asarray(adam.mu["item_embedding"]["embedding"])):
+        assert moved.shape == (25, 8)
+    np.testing.assert_array_equal(table[5:], before[30:10:-1])
+    np.testing.assert_array_equal(table[0], before[0])
+    mean, spread = before[1:].mean(axis=0), before[1:].std(axis=0)
+    assert (np.abs(table[1:5] - mean) < 0.06 * spread).all()
+    assert len(np.unique(table[1:5] @ before[1])) == 4  # no two of them have the same score
+    assert float(params["offset"][...]) == old["offset"] != 0
+    assert not np.asarray(adam.mu["item_embedding"]["embedding"])[1:5].any()
+    nu = np.asarray(adam.nu["item_embedding"]["embedding"])
+    assert nu.all()
+    np.testing.assert_array_equal(nu[1:5], np.broadcast_to(nu[1], (4, 8)))
+    assert int(adam.count) > 0
+
+
+def test_a_date_bias_goes_on_at_the_dates_of_the_new_data(yesterday, today, tmp_path, monkeypatch):
+    config = settings(today, init_from=str(yesterday / "run"))
+    config.model.date_bias_knots = 5
+    params, opt_state = first_state(config, tmp_path / "run", monkeypatch)
+    old = best(yesterday / "run")["drift/vectors"]
+    assert old[-1].any()
+    # All of today's dates come after yesterday's last knot.
+    np.testing.assert_array_equal(params["drift"]["vectors"], np.tile(old[-1], (5, 1)))
+    assert np.asarray(opt_state[1][0].nu["drift"]["vectors"]).shape == (5, 8)
+
+
+def test_values_at_other_dates():
+    old, vectors = np.array([0.0, 1.0, 2.0]), np.float32([[0, 5], [10, 5], [40, 5]])
+    found = _at_other_dates(vectors, old, np.array([-1.0, 0.5, 1.75, 9.0]))
+    np.testing.assert_array_equal(found, np.float32([[0, 5], [5, 5], [32.5, 5], [40, 5]]))
+
+
+def test_moments_that_begin_anew(yesterday, today, tmp_path, monkeypatch):
+    config = settings(today, init_from=str(yesterday / "run"), init_optimizer="rewarm")
+    _, opt_state = first_state(config, tmp_path / "run", monkeypatch)
+    assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(opt_state))
+
+
+@pytest.mark.parametrize("cosine_steps", [None, 40])
+def test_the_learning_rate_rises(cosine_steps):
+    """By the size of Adam's updates: with a constant gradient, that is the learning rate."""
+    params = {"w": np.float32(0)}
+    rates = []
+    for warmup in (0, 4):
+        tx = make_optimizer(0.5, 0.0, cosine_steps, warmup)
+        state, sizes = tx.init(params), []
+        for _ in range(8):
+            updates, state = tx.update({"w": np.float32(1)}, state, params)
+            sizes.append(-float(updates["w"]))
+        rates.append(np.array(sizes))
+    # Adam's epsilon and float32 account for 1e-5.
+    np.testing.assert_allclose(rates[1], rates[0] * [0.25, 0.5, 0.75, 1, 1, 1, 1, 1], rtol=1e-5)
+
+
+def test_a_killed_warm_start_ends_in_the_same_bits(yesterday, today, tmp_path, monkeypatch):
+    shutil.copytree(yesterday / "run", tmp_path / "source")
+    config = settings(today, init_from=str(tmp_path / "source"), checkpoint_minutes=1e-9)
+    train(config, tmp_path / "calm")
+    die_at(1, monkeypatch)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "hit")
+    shutil.rmtree(tmp_path / "source")  # the run goes on without it
+    monkeypatch.undo()
+    die_at(8, monkeypatch)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, tmp_path / "hit")
+    train(config, tmp_path / "hit")
+    assert_same_run(tmp_path / "hit", tmp_path / "calm")
+
+
+def assert_same_run(ours, theirs):
+    """Every array, and every figure but those of the clock."""
+    for folder in ("checkpoints", "best"):
+        steps = [max(int(path.name) for path in (run / folder).iterdir()) for run in (ours, theirs)]
+        assert steps[0] == steps[1]
+        digests = [read_digests(run / folder / str(steps[0])) for run in (ours, theirs)]
+        # The progress holds the seconds.
+        digests = [{n: v for n, v in each.items() if n != "progress"} for each in digests]
+        assert len(digests[0]) > 2
+        assert digests[0] == digests[1]
+    logs = [(run / "log.jsonl").read_text().splitlines() for run in (ours, theirs)]
+    logs = [[json.loads(line) | {"time": 0} for line in log] for log in logs]
+    logs = [[each for each in log if each["kind"] != "train"] for log in logs]
+    assert logs[0] == logs[1]
+    figures = [json.loads((run / "metrics.json").read_text()) for run in (ours, theirs)]
+    assert figures[0] | {"seconds": 0} == figures[1] | {"seconds": 0}
+
+
+def test_more_epochs_end_in_the_bits_of_a_run_that_was_asked_for_them(yesterday, tmp_path):
+    dataset, run = yesterday / "data", tmp_path / "run"
+    train(settings(dataset, learning_rate=0.01, epochs=1), run)
+    train(settings(dataset, learning_rate=0.01), run)
+    assert_same_run(run, yesterday / "run")
+    assert read_settings(run / "config.json").train.epochs == 2
+    config = settings(dataset, learning_rate=0.01, epochs=1)
+    with pytest.raises(UserError, match=r"other settings: train.epochs \(2 -> 1\)"):
+        train(config, run)
+
+
+def test_a_kill_in_the_epochs_that_were_added(yesterday, tmp_path, monkeypatch):
+    dataset, run = yesterday / "data", tmp_path / "run"
+    train(settings(dataset, learning_rate=0.01, epochs=1), run)
+    config = settings(dataset, learning_rate=0.01)
+    die_at(3, monkeypatch)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(config, run)
+    assert not (run / "metrics.json").exists()  # it is not a finished run of one epoch, nor of two
+    train(config, run)
+    assert_same_run(run, yesterday / "run")
+
+
+@pytest.fixture
+def source(yesterday, tmp_path):
+    return shutil.copytree(yesterday / "run", tmp_path / "source")
+
+
+def test_more_epochs_where_they_would_not_be_the_same(yesterday, source):
+    config = settings(yesterday / "data", learning_rate=0.01, epochs=3)
+    shutil.rmtree(source / "checkpoints")
+    with pytest.raises(UserError, match=r"train.epochs \(2 -> 3\): its checkpoints are gone"):
+        train(config, source)
+    config.train.schedule = "cosine"
+    with pytest.raises(UserError, match=r"train.schedule \(constant -> cosine\)"):
+        train(config, source)
+    written = read_settings(source / "config.json")
+    written.train.schedule = "cosine"
+    write_settings(written, source / "config.json")
+    with pytest.raises(
+        UserError, match="its learning rate has followed the old number; train anew"
+    ):
+        train(config, source)
+    assert (source / "metrics.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"model.repeat_bias": False},
+            r"other settings: model.repeat_bias \(True -> False\); take",
+        ),
+        ({"model.date_bias_knots": 0}, r"model.date_bias_knots \(3 -> 0\)"),
+        ({"model.name": "popularity"}, "counts the events of its dataset and learns nothing"),
+        ({"train.init_from": "nowhere"}, "nowhere is no run directory"),
+    ],
+    ids=["repeat", "dates", "popularity", "missing"],
+)
+def test_what_cannot_be_begun_with(yesterday, today, tmp_path, change, says):
+    config = settings(today, init_from=str(yesterday / "run"))
+    if "model.name" in change:
+        config_lib.use_model(config, change["model.name"])
+    else:
+        config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=says):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_cannot_begin_with_itself(yesterday, source):
+    shutil.rmtree(source / "checkpoints")
+    (source / "config.json").unlink()
+    with pytest.raises(UserError, match="--init-from and --workdir are both"):
+        train(settings(yesterday / "data", init_from=str(source)), source)
+
+
+def test_a_source_without_checkpoints(today, source, tmp_path):
+    shutil.rmtree(source / "checkpoints")
+    config = settings(today, init_from=str(source))
+    with pytest.raises(
+        UserError, match=r"no checkpoint .* take config.train.init_optimizer=rewarm"
+    ):
+        train(config, tmp_path / "run")
+
+
+def test_other_items(yesterday, tmp_path):
+    ids = [f"other{number}" for number in range(30)]
+    write_dataset(tmp_path / "data", random_histories([14] * 30), ids=ids)
+    config = settings(tmp_path / "data", init_from=str(yesterday / "run"))
+    with pytest.raises(UserError, match=r"has no item of .*; were both prepared with the same col"):
+        train(config, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("tim4rec", {"item_embedding/embedding": ("n_items", 0)}),
+        (
+            "bert4rec",
+            {"item_embedding/embedding": ("n_items", 0), "output_bias": ("n_items", 0)},
+        ),
+        (
+            "caser",
+            {
+                "item_embedding/embedding": ("n_items", 0),
+                "user_embedding/embedding": ("n_users", 0),
+            },
+        ),
+    ],
+)
+def test_which_parameters_have_a_row_for_each_item(name, expected):
+    make = functools.partial(build, {"name": name}, n_items=20, n_users=5, max_length=4)
+    assert _entity_axes(make, nnx.eval_shape(make)) == expected
+
+
+def test_rows_that_are_no_items_stay():
+    """BERT4Rec's mask comes after the items."""
+    vocabulary = Vocabulary.matched(pa.chunked_array([["a", "b"]]), pa.chunked_array([["b", "c"]]))
+    moved = vocabulary.move(np.array([0, 1, 2, 9]), 0, lambda rows, count: np.full(count, 7))
+    assert moved.tolist() == [0, 2, 7, 9]
+
+
+def test_new_rows_are_the_same_in_each_start():
+    rows = np.random.default_rng(0).normal(3, 2, (50, 4)).astype(np.float32)
+    found = [new_rows(rows, 5, np.random.default_rng(1)) for _ in range(2)]
+    np.testing.assert_array_equal(*found)
+    assert found[0].dtype == np.float32
+
+
+def test_flags(yesterday, tmp_path):
+    named = ["train.py", "--config=causal", f"--config.dataset={tmp_path}"]
+    for words in (["--init-from", "runs/a"], ["--init-from=runs/a"], ["--init_from=runs/a"]):
+        assert parse([*named, *words], usage="")[0].train.init_from == "runs/a"
+    with pytest.raises(UserError, match=r"train.init_from is ''; it must name a run directory"):
+        parse([*named, "--init-from="], usage="")
+    with pytest.raises(
+        UserError, match=r"init_optimizer is 'rewarm', which a training from random"
+    ):
+        parse([*named, "--config.train.init_optimizer=rewarm"], usage="")
+    run = yesterday / "run"
+    config, workdir = parse(["train.py", f"--workdir={run}", "--config.train.epochs=6"], usage="")
+    assert workdir == run
+    assert config.train.epochs == 6
+    assert config.data.to_dict() == read_settings(run / "config.json").data.to_dict()
+
+
+def test_fit_begins_with_a_model(yesterday, today, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(
+        "tim4rec_jax.training.train.train_and_report", lambda *a: found.append(a[0])
+    )
+    for source in (yesterday / "run", str(yesterday / "run"), api.Model(yesterday / "run")):
+        api.fit(today, settings(today), workdir=tmp_path / "run", init_from=source)
+    assert {config.train.init_from for config in found} == {str(yesterday / "run")}
