@@ -12,23 +12,29 @@ from flax import nnx
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tests.training.tiny_run import die_at, parameters, quick_config
+from tests.training.tiny_run import die_at, quick_config
 from tim4rec_jax import api
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.cli import parse
+from tim4rec_jax.data.features import FEATURES_FILE, Categorical, Dense, FeatureTable
 from tim4rec_jax.digests import read_digests
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
-from tim4rec_jax.run import read_settings, write_settings
+from tim4rec_jax.run import load_model, read_settings, write_settings
 from tim4rec_jax.training import step as steps
+from tim4rec_jax.training.row_matching import (
+    BIAS,
+    KERNEL,
+    VALUES,
+    FeatureMatch,
+    Vocabulary,
+    at_other_dates,
+    new_rows,
+    zeros,
+)
 from tim4rec_jax.training.step import make_optimizer
 from tim4rec_jax.training.train import train
-from tim4rec_jax.training.warm_start import (
-    Vocabulary,
-    _at_other_dates,
-    _entity_axes,
-    new_rows,
-)
+from tim4rec_jax.training.warm_start import _entity_axes
 
 DAY = 86_400
 
@@ -60,10 +66,11 @@ def today(tmp_path_factory):
     )
 
 
-def best(workdir):
+def best(workdir, **options):
+    params = nnx.to_pure_dict(nnx.state(load_model(workdir, **options)[1], nnx.Param))
     return {
         keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in tree_leaves_with_path(parameters(workdir))
+        for path, leaf in tree_leaves_with_path(params)
     }
 
 
@@ -117,9 +124,9 @@ def test_a_date_bias_goes_on_at_the_dates_of_the_new_data(yesterday, today, tmp_
     assert np.asarray(opt_state[1][0].nu["drift"]["vectors"]).shape == (5, 8)
 
 
-def test_values_at_other_dates():
+def test_valuesat_other_dates():
     old, vectors = np.array([0.0, 1.0, 2.0]), np.float32([[0, 5], [10, 5], [40, 5]])
-    found = _at_other_dates(vectors, old, np.array([-1.0, 0.5, 1.75, 9.0]))
+    found = at_other_dates(vectors, old, np.array([-1.0, 0.5, 1.75, 9.0]))
     np.testing.assert_array_equal(found, np.float32([[0, 5], [5, 5], [32.5, 5], [40, 5]]))
 
 
@@ -190,6 +197,8 @@ def test_more_epochs_end_in_the_bits_of_a_run_that_was_asked_for_them(yesterday,
         train(config, run)
 
 
+# In every test run, the epochs that are added go on from a checkpoint in the test above.
+@pytest.mark.slow
 def test_a_kill_in_the_epochs_that_were_added(yesterday, tmp_path, monkeypatch):
     dataset, run = yesterday / "data", tmp_path / "run"
     train(settings(dataset, learning_rate=0.01, epochs=1), run)
@@ -334,3 +343,76 @@ def test_fit_begins_with_a_model(yesterday, today, tmp_path, monkeypatch):
     for source in (yesterday / "run", str(yesterday / "run"), api.Model(yesterday / "run")):
         api.fit(today, settings(today), workdir=tmp_path / "run", init_from=source)
     assert {config.train.init_from for config in found} == {str(yesterday / "run")}
+
+
+def features(mean, std, genres, numbers):
+    """Of the items: `genres` with their values, and one number each, as in the source."""
+    words = sorted({genre for genre in genres if genre})
+    kinds = [Categorical("genre", tuple(words)), Dense("price", (mean,), (std,))]
+    lists = pa.array([[genre] if genre else [] for genre in genres], pa.list_(pa.string()))
+    return FeatureTable.encoded(kinds, {"genre": lists, "price": np.array(numbers)[:, None]})
+
+
+def added(table, params):
+    """What features add to the vectors of items, by the definition."""
+    codes, weights, dense, _ = table.arrays()
+    parts = params[VALUES][codes] * weights[..., None]
+    return (parts.sum(axis=1) + dense @ params[KERNEL] + params[BIAS])[1:]
+
+
+def test_features_add_what_they_added(tmp_path):
+    """Items a and b are in both runs. There is another genre, and prices have other statistics."""
+    rng = np.random.default_rng(0)
+    old = features(2.0, 4.0, ["x", "y", ""], [1.0, 9.0, 2.0])
+    new = features(-1.0, 0.5, ["w", "y", "x"], [7.0, 9.0, 1.0])
+    shapes = {VALUES: (4, 3), KERNEL: (1, 3), BIAS: (3,)}
+    params = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    match = FeatureMatch.matched(old, new)
+    moved = dict(params)
+    for name, kind in ((VALUES, "values"), (KERNEL, "numbers")):
+        moved[name] = match.vocabularies[kind].move(params[name], 0, zeros)
+    match.keep_sums(moved)
+    before, now = added(old, params), added(new, moved)
+    # Two float32 products of numbers below 20.
+    np.testing.assert_allclose(now[[2, 1]], before[[0, 1]], rtol=1e-5, atol=1e-5)
+    assert not moved[VALUES][2].any()  # nothing is known of the genre w
+
+
+# In every test run, `test_features_add_what_they_added` looks at what is done to the maps.
+@pytest.mark.slow
+def test_new_items_begin_with_their_features(tmp_path, monkeypatch):
+    folders = []
+    for name, ids, seed in (("old", range(1, 31), 0), ("new", range(11, 41), 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        prices = [float(number % 7) for number in ids]
+        genres = ["ab"[number % 2] for number in ids]
+        features(float(seed), 1.0 + seed, genres, prices).write(folder / FEATURES_FILE)
+        histories = random_histories([14] * 30, seed=seed, n_items=29)  # one item has no event
+        folders.append(write_dataset(folder, histories, ids=[f"i{number}" for number in ids]))
+    old, new = folders
+    train(settings(old, learning_rate=0.01, epochs=1), tmp_path / "run")
+    config = settings(new, init_from=str(tmp_path / "run"))
+    params, opt_state = first_state(config, tmp_path / "today", monkeypatch)
+    table, before = params["item_embedding"], best(tmp_path / "run", fold=False)
+    rows = np.asarray(table["embedding"])
+    np.testing.assert_array_equal(rows[1:20], before["item_embedding/embedding"][11:30])
+    assert not rows[21:].any()  # they stand on their features
+    assert rows[1:20].any()
+    np.testing.assert_array_equal(table["maps"]["values"], before[VALUES])
+    np.testing.assert_allclose(table["maps"]["kernel"], 2 * before[KERNEL], rtol=1e-6)
+    assert np.asarray(table["maps"]["excluded"])[30] < 0  # today's, not yesterday's
+    assert opt_state[1][0].nu["item_embedding"]["maps"]["values"].shape == before[VALUES].shape
+
+    (new / FEATURES_FILE).unlink()
+    metadata = json.loads((new / "dataset.json").read_text())
+    del metadata["content"]["features"]
+    (new / "dataset.json").write_text(json.dumps(metadata))
+    params, _ = first_state(config, tmp_path / "without", monkeypatch)
+    folded = best(tmp_path / "run")["item_embedding/embedding"]
+    np.testing.assert_array_equal(params["item_embedding"]["embedding"][1:21], folded[11:])
+    run = tmp_path / "without"
+    config = settings(old, init_from=str(run), init_optimizer="rewarm")
+    train(settings(new, init_from=str(tmp_path / "run")), run)
+    with pytest.raises(UserError, match=r"was trained without item features, and .* has some"):
+        train(config, tmp_path / "again")

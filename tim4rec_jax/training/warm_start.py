@@ -10,7 +10,6 @@ is.
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pyarrow as pa
-import pyarrow.compute as pc
 from flax import nnx
-from jaxtyping import Float32, Float64, Int64
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import Dataset, open_dataset, train_item_counts
-from tim4rec_jax.data.features import Categorical, FeatureTable
 from tim4rec_jax.data.format import (
     DATASET_FILE,
     ITEMS_FILE,
@@ -39,151 +34,25 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 from tim4rec_jax.training.checkpoints import read_state
+from tim4rec_jax.training.row_matching import (
+    KERNEL,
+    VALUES,
+    Arrays,
+    FeatureMatch,
+    Vocabulary,
+    at_other_dates,
+    means,
+    new_rows,
+    zeros,
+)
 from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
 
 # Dates of the training data, which may differ from day to day as long as there are some.
 _DATES = "model.date_bias_knots"
-# The spread of new rows, as a share of that of the rows they are drawn around.
-_SPREAD = 0.01
-
 _ITEMS, _DATE_VECTORS = "item_embedding/embedding", "drift/vectors"
-_VALUES, _KERNEL, _BIAS = (f"item_embedding/maps/{name}" for name in ("values", "kernel", "bias"))
 
-# A tree of arrays, as `nnx.to_pure_dict` returns it, by the place of each array in it.
-Arrays = dict[str, np.ndarray]
 MakeModel = Callable[..., SequenceModel]
-
-
-@dataclasses.dataclass(frozen=True)
-class Vocabulary:
-    """Which rows of a table stand for the same things in two runs.
-
-    Attributes:
-      size: number of entries of the run that is begun with.
-      origin: for each entry of the new run, its number among those entries, or -1 if it is new.
-      first: number of the row of the first entry. Rows before it and behind the last one (padding,
-        BERT4Rec's mask) stay as they are.
-    """
-
-    size: int
-    origin: Int64[np.ndarray, " entries"]
-    first: int = 1
-
-    @classmethod
-    def matched(
-        cls, old: pa.ChunkedArray | pa.Array, new: pa.ChunkedArray | pa.Array, first: int = 1
-    ) -> "Vocabulary":
-        """Matches ids."""
-        found = pc.call_function("index_in", [new], pc.SetLookupOptions(old))
-        return cls(len(old), pc.fill_null(found, -1).to_numpy().astype(np.int64), first)
-
-    @property
-    def kept(self) -> int:
-        """Number of entries of both."""
-        return int((self.origin >= 0).sum())
-
-    def move(self, table: np.ndarray, axis: int, fill: Callable[..., np.ndarray]) -> np.ndarray:
-        """The table of the new run.
-
-        Args:
-          table: that of the run that is begun with.
-          axis: the axis of the rows.
-          fill: makes the rows of new entries from all rows of the run, and their number.
-        """
-        table, end = np.moveaxis(table, axis, 0), self.first + self.size
-        rows, known = table[self.first : end], self.origin >= 0
-        moved = np.empty((len(known), *table.shape[1:]), table.dtype)
-        moved[known] = rows[self.origin[known]]
-        if not known.all():
-            moved[~known] = fill(rows, int((~known).sum()))
-        parts = [table[: self.first], moved, table[end:]]
-        return np.moveaxis(np.concatenate(parts), 0, axis)
-
-
-def new_rows(
-    rows: Float32[np.ndarray, "V *shape"], count: int, rng: np.random.Generator
-) -> Float32[np.ndarray, "{count} *shape"]:
-    """The first rows of things that nothing has been learnt about.
-
-    They are the mean of all rows: scores are dot products with these rows, so a new item begins
-    with the mean of all scores, whatever the history. The same row is the item's input vector,
-    where the mean says nothing but "some item". Around the mean, they are spread by a hundredth of
-    the spread of all rows. With the very mean, all new items had the same score, and those that are
-    not trained kept it: a target among them would take the best place of all. A spread as wide as
-    that of an untrained model would order new items by chance, against trained ones too. The
-    repeat bias is one number for all items, and is no part of any row.
-
-    Args:
-      rows: those that are known.
-      count: number of rows to make.
-      rng: draws the spread.
-    """
-    mean, spread = rows.mean(axis=0), rows.std(axis=0)
-    noise = rng.standard_normal((count, *rows.shape[1:]), np.float32)
-    return (mean + _SPREAD * spread * noise).astype(rows.dtype)
-
-
-def _zeros(name: str, rows: np.ndarray, count: int) -> np.ndarray:
-    return np.zeros((count, *rows.shape[1:]), rows.dtype)
-
-
-def _means(name: str, rows: np.ndarray, count: int) -> np.ndarray:
-    return np.broadcast_to(rows.mean(axis=0), (count, *rows.shape[1:])) if len(rows) else 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureMatch:
-    """How the item features of two runs match.
-
-    Attributes:
-      vocabularies: of the values of categorical features, and of the numbers of dense ones.
-      old: mean and standard deviation with which each number of today was standardised in the run
-        that is begun with; those of today if it is new.
-      new: those of today.
-    """
-
-    vocabularies: dict[str, Vocabulary]
-    old: Float64[np.ndarray, "2 F"]
-    new: Float64[np.ndarray, "2 F"]
-
-    @classmethod
-    def matched(cls, old: FeatureTable, new: FeatureTable) -> "FeatureMatch":
-        """Matches values and numbers by their names."""
-        (values, numbers, statistics), (values_now, numbers_now, now) = map(
-            _named_features, (old, new)
-        )
-        known = Vocabulary.matched(numbers, numbers_now, first=0)
-        then = np.where(known.origin >= 0, statistics[:, known.origin] if known.size else now, now)
-        return cls({"values": Vocabulary.matched(values, values_now), "numbers": known}, then, now)
-
-    def keep_sums(self, params: Arrays) -> None:
-        """Has the linear map give the same sums, although numbers are standardised in another way.
-
-        A number x was (x - m) / s, and is now (x - n) / t. So its weight w becomes w t / s, and
-        w (n - m) / s is added to the bias.
-
-        Args:
-          params: the parameters of the new run, changed in place.
-        """
-        (m, s), (n, t), kernel = self.old, self.new, params[_KERNEL]
-        params[_BIAS] = (params[_BIAS] + ((n - m) / s) @ kernel).astype(kernel.dtype)
-        params[_KERNEL] = (kernel * (t / s)[:, None]).astype(kernel.dtype)
-
-
-def _named_features(table: FeatureTable) -> tuple[pa.Array, pa.Array, np.ndarray]:
-    """Names of all values and of all numbers, in the order of `FeatureMaps`; mean and deviation."""
-    values, numbers, mean, std = [], [], [], []
-    for feature in table.features:
-        if isinstance(feature, Categorical):
-            values += [json.dumps([feature.name, value]) for value in (None, *feature.vocabulary)]
-        else:
-            numbers += [json.dumps([feature.name, i]) for i in range(len(feature.mean))]
-            mean, std = [*mean, *feature.mean], [*std, *feature.std]
-    return (
-        pa.array(values, pa.string()),
-        pa.array(numbers, pa.string()),
-        np.array([mean, std], np.float64).reshape(2, -1),
-    )
+Fill = Callable[[np.ndarray, int], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,36 +163,35 @@ def read_warm_start(
     moments = None
     if config.train.init_optimizer == "carry":
         adam: Any = _read_adam(theirs, model, run)
-        moments = Moments(int(adam.count), dict(_named(adam.mu)), dict(_named(adam.nu)))
+        moments = Moments(int(adam.count), _arrays(adam.mu), _arrays(adam.nu))
     features = _match_features(run, model, dataset, structure)
     if features is not None:
         vocabularies |= features.vocabularies
-        axes |= {_VALUES: ("values", 0), _KERNEL: ("numbers", 0)}
+        axes |= {VALUES: ("values", 0), KERNEL: ("numbers", 0)}
     wanted = {name: leaf.shape for name, leaf in _named(nnx.state(structure, nnx.Param))}
 
-    def moved(arrays: dict[str, Any], fill: Callable[..., np.ndarray]) -> Arrays:
+    def moved(arrays: Arrays, filled_by: Callable[[str], Fill]) -> Arrays:
         result = {}
         for name in sorted(arrays.keys() & wanted):
-            array = np.asarray(arrays[name])
+            array = arrays[name]
             if name in axes:
                 kind, axis = axes[name]
-                array = vocabularies[kind].move(array, axis, functools.partial(fill, name))
+                array = vocabularies[kind].move(array, axis, filled_by(name))
             elif name == _DATE_VECTORS and dates is not None:
-                array = _at_other_dates(array, *dates)
+                array = at_other_dates(array, *dates)
             result[name] = array
         _check_shapes(result, wanted, config, theirs, run)
         return result
 
     rng = np.random.default_rng((config.seed, 1))
 
-    def first_rows(name: str, rows: np.ndarray, count: int) -> np.ndarray:
+    def first_rows(name: str) -> Fill:
         # Where an item has features, they stand alone until its own row is trained, and a value
         # adds nothing before it is.
-        if features is not None and name in (_ITEMS, _VALUES, _KERNEL):
-            return _zeros(name, rows, count)
-        return new_rows(rows, count, rng)
+        by_features = features is not None and name in (_ITEMS, VALUES, KERNEL)
+        return zeros if by_features else functools.partial(new_rows, rng=rng)
 
-    params = moved(dict(_named(nnx.state(model, nnx.Param))), first_rows)
+    params = moved(_arrays(nnx.state(model, nnx.Param)), first_rows)
     if features is not None:
         features.keep_sums(params)
         # As `ItemEmbedding` has them.
@@ -332,7 +200,9 @@ def read_warm_start(
         # The gradients of a new row have no mean yet. Their size is guessed, because Adam takes the
         # count of updates of the whole table for that of each row: from a second moment of 0, the
         # first updates of a new row would be several times the learning rate.
-        moments = Moments(moments.count, moved(moments.mu, _zeros), moved(moments.nu, _means))
+        moments = Moments(
+            moments.count, moved(moments.mu, lambda _: zeros), moved(moments.nu, lambda _: means)
+        )
     new, gone = len(items.origin) - items.kept, items.size - items.kept
     optimizer = "Adam goes on" if moments else "Adam begins anew"
     words = f"{items.kept:,} items as there, {new:,} new, {gone:,} dropped; {optimizer}"
@@ -467,15 +337,6 @@ def _match_features(run: Path, model: Any, dataset: Dataset, structure: Any) -> 
     return FeatureMatch.matched(old, dataset.features)
 
 
-def _at_other_dates(vectors: np.ndarray, old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """What a piecewise linear function with values at the dates `old` has at the dates `new`.
-
-    It is constant before the first and after the last date, as the date bias is.
-    """
-    columns = [np.interp(new, old, column) for column in vectors.T]
-    return np.stack(columns, axis=1).astype(vectors.dtype)
-
-
 def _read_adam(theirs: Config, model: SequenceModel, run: Path) -> optax.ScaleByAdamState:
     """Adam's state in a checkpoint of a run, with the best weights if it is still there.
 
@@ -516,6 +377,10 @@ def _named(state: Any) -> list[tuple[str, Any]]:
     """The arrays of an `nnx.State` with their places in it."""
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
     return [(_name(path), leaf) for path, leaf in leaves]
+
+
+def _arrays(state: Any) -> Arrays:
+    return {name: np.asarray(leaf) for name, leaf in _named(state)}
 
 
 def _name(path: Any) -> str:
