@@ -19,7 +19,7 @@ import tim4rec_jax as t4r
 from tests.training.tiny_run import LastItem
 from tim4rec_jax import api, frames
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.evaluate import evaluate_run
+from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 
 FIRST = 1_700_000_000
 N_USERS, N_EVENTS, N_ITEMS = 24, 8, 12

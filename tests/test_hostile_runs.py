@@ -31,7 +31,7 @@ from tests.serving.tiny_run import LENGTHS, save_run
 from tests.training.tiny_run import iterator, state
 from tim4rec_jax.data.format import ITEMS_FILE
 from tim4rec_jax.errors import LONGEST_SENTENCE, UserError, run_main
-from tim4rec_jax.evaluation.evaluate import evaluate_run
+from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 from tim4rec_jax.interop import from_torch, to_torch
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import model_config

@@ -542,6 +542,8 @@ class Model:
         split: str = "test",
         *,
         exclude_seen: bool = False,
+        ks: Sequence[int] | None = None,
+        ties: str | None = None,
         data: Data | str | Path | None = None,
     ) -> dict[str, float]:
         """Ranks the event of every user that a split holds back among all items, as eval.py does.
@@ -549,6 +551,9 @@ class Model:
         Args:
           split: "test" or "valid".
           exclude_seen: whether the items of the history do not compete.
+          ks: the cut-offs k; `None` takes `eval.ks` of the settings.
+          ties: the place of a target among items with its very score, "optimistic" (the best) or
+            "expected" (the mean over all orders); `None` takes `eval.ties` of the settings.
           data: the data, if it has moved since the training.
 
         Returns:
@@ -568,7 +573,13 @@ class Model:
             check_same_dataset(dataset.directory, dataset.metadata, self.run / DATASET_FILE)
         how = config.data
         dataset = dataset.split(how.split, how.valid_from, how.test_from)
-        settings = batch_settings(config)
+        settings: dict[str, Any] = batch_settings(config)
+        for name, value in (("ks", ks), ("ties", ties)):
+            try:
+                setting = config_lib.SETTINGS[f"eval.{name}"]
+                settings[name] = config.eval[name] if value is None else setting.checked(value)
+            except ValueError as error:
+                raise UserError(f"{name} {error}") from error
         return evaluate(model, dataset, split, exclude_seen=exclude_seen, **settings)[0]
 
     def similar_items(self, items: Any, k: int = 10) -> Any:

@@ -4,6 +4,7 @@ import csv
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tests.serving.tiny_run import tiny_dataset
 from tim4rec_jax.cli import parse
 from tim4rec_jax.commands import compare
 from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
-from tim4rec_jax.commands.compare_report import METRICS, Run, markdown, p_values, picture, spread
+from tim4rec_jax.commands.compare_report import Run, markdown, p_values, picture, spread
 from tim4rec_jax.commands.results import changed_settings, rows_of_run
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.run import write_settings
@@ -71,9 +72,34 @@ def test_tables_and_files(tmp_path):
         written = list(csv.DictReader(file))
     assert float(written[2]["test ndcg@10"]) == BAD.figures["test"]["ndcg@10"]
     assert (written[3]["problem"], written[3]["test hit@10"]) == ("error: no memory", "")
-    assert all(f"test {name}" in written[0] for name in METRICS)
+    assert all(f"test {name}" in written[0] for name in GOOD.figures["test"])
     picture(found, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_tables_name_their_protocol(tmp_path):
+    told = {"config": "beauty", "variant": "", "split": "leave_one_out", "part": "test"}
+    told |= {"order": "exact", "seen": "ranked", "ties": "optimistic", "knows_next_time": False}
+    found = [replace(each, figures=each.figures | {"protocol": told}) for each in (GOOD, BAD)]
+    text = markdown(found)
+    said = "Protocol: split leave_one_out, part test, order exact, seen ranked, ties optimistic"
+    assert f"## beauty\n\n{said}, knows_next_time False.\n" in text
+    assert "comparable" not in text
+    write_csv(tmp_path / "table.csv", found)
+    with open(tmp_path / "table.csv") as file:
+        row = next(csv.DictReader(file))
+    assert {name: row[name] for name in told} == {name: str(v) for name, v in told.items()}
+    other = replace(BAD, figures=BAD.figures | {"protocol": told | {"knows_next_time": True}})
+    text = markdown([found[0], other])
+    assert "knows_next_time False or True.\n" in text
+    assert "not comparable where knows_next_time differs" in text
+
+
+def test_users_are_compared_under_the_rule_of_ties_of_the_figures():
+    tied = replace(GOOD, ties=np.where(GOOD.ranks > 0, 500, 0))
+    np.testing.assert_array_equal(tied.gains(), GOOD.gains())
+    expected = replace(tied, figures=tied.figures | {"protocol": {"ties": "expected"}})
+    assert expected.gains().mean() < GOOD.gains().mean() / 10
 
 
 def test_the_published_stand_beside():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tim4rec_jax.evaluation import ranking
-from tim4rec_jax.evaluation.ranking import ranks, top_k
+from tim4rec_jax.evaluation.ranking import LARGEST_BLOCK, UNRANKED, ranks, ranks_and_ties, top_k
 from tim4rec_jax.scoring import HistoryItems
 
 NAN, INF = float("nan"), float("inf")
@@ -56,8 +56,9 @@ def test_ranks_equal_the_naive_ones(problem):
     hidden, table, targets, exclude, history, block_size, _ = problem
     scores = naive_scores(hidden, table, exclude, history, keep=targets)
     own = np.take_along_axis(scores, targets[:, None], 1)
-    expected = 1 + (scores > own).sum(1)
-    got = ranks(hidden, table, targets, block_size=block_size, exclude=exclude, history=history)
+    expected = 1 + (scores > own).sum(1), (scores == own).sum(1) - 1
+    options = dict(block_size=block_size, exclude=exclude, history=history)
+    got = ranks_and_ties(hidden, table, targets, **options)
     np.testing.assert_array_equal(got, expected)
 
 
@@ -113,20 +114,33 @@ def test_a_twin_of_the_target_is_a_tie_whatever_its_position(block_size, monkeyp
     hidden, table = integers(rng, 33, 50), integers(rng, 301, 50)
     table[151:] = table[1:151]
     first = rng.integers(1, 151, 33).astype(np.int32)
-    run = jax.jit(lambda *arrays: ranks.__wrapped__(*arrays, block_size=block_size))
-    below, above = run(hidden, table, first), run(hidden, table, first + 150)
+    run = jax.jit(lambda *arrays: ranks_and_ties.__wrapped__(*arrays, block_size=block_size))
+    (below, below_ties), (above, ties) = (run(hidden, table, first + n) for n in (0, 150))
     expected = naive_scores(hidden, table, np.zeros((33, 0), int))
     expected += np.where(np.arange(301) % 150 % 2 == 0, 0.25, 0)
     own = np.take_along_axis(expected, first[:, None], 1)
     np.testing.assert_array_equal(below, 1 + (expected > own).sum(1))
     np.testing.assert_array_equal(below, above)
+    np.testing.assert_array_equal(ties, (expected == own).sum(1) - 1)
+    np.testing.assert_array_equal(ties, below_ties)
+
+
+def test_equals_that_fill_the_largest_block():
+    """More than a float32 could count if the two numbers met in it."""
+    hidden, table = np.ones((2, 1), np.float32), np.full((2 * LARGEST_BLOCK + 2, 1), 2, np.float32)
+    table[-1] = 3
+    found = ranks_and_ties(hidden, table, np.array([5, LARGEST_BLOCK]), block_size=LARGEST_BLOCK)
+    np.testing.assert_array_equal(found, [[2, 2], [2 * LARGEST_BLOCK - 1] * 2])
+    with pytest.raises(ValueError, match="at most 2048"):
+        ranks(hidden, table, np.array([5, 5]), block_size=LARGEST_BLOCK + 1)
 
 
 def test_nan_is_never_a_good_rank():
     hidden = np.array([[NAN], [1.0], [1.0]], np.float32)
     table = np.array([[0], [1], [NAN], [3], [4]], np.float32)
     targets = np.array([4, 2, 4], np.int32)
-    assert ranks(hidden, table, targets, block_size=3).tolist() == [4, 4, 2]
+    found, ties = ranks_and_ties(hidden, table, targets, block_size=3)
+    assert (found.tolist(), ties.tolist()) == ([UNRANKED, UNRANKED, 2], [0, 0, 0])
     _, items = top_k(hidden, table, 4, block_size=3)
     assert items.tolist() == [[0, 0, 0, 0], [4, 3, 1, 0], [4, 3, 1, 0]]
 

@@ -9,7 +9,7 @@ from tests.data.small_dataset import random_histories, write_dataset
 from tests.interop.golden_models import read_golden
 from tests.interop.torch_format import recbole_checkpoint, torch_save
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.evaluate import evaluate_run
+from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 from tim4rec_jax.interop import to_torch
 from tim4rec_jax.interop.__main__ import main
 from tim4rec_jax.run import load_model

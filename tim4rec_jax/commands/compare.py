@@ -10,12 +10,12 @@ finished run with the same settings and the same data is reused, and an interrup
 continued; a run with others is refused. If a run fails, the others go on, and the failure is
 reported.
 
-Writes OUT.md, OUT.csv and OUT.png. They hold test metrics as mean and standard deviation over seeds
-with a paired test over users against the first model, and parameters, operations, seconds and
-memory. The picture shows quality against cost. Seconds are processor seconds of all threads,
-compilation included, because they depend less than the clock on other programs. `--results FILE`
-also adds a row for each run and protocol to a table of results such as `benchmarks/results.csv`,
-with the items of the history ranked and masked.
+Writes OUT.md, OUT.csv and OUT.png. They name the protocol, and hold test metrics as mean and
+standard deviation over seeds with a paired test over users against the first model, and parameters,
+operations, seconds and memory. The picture shows quality against cost. Seconds are processor
+seconds of all threads, compilation included, because they depend less than the clock on other
+programs. `--results FILE` also adds a row for each run and protocol to a table of results such as
+`benchmarks/results.csv`, with the items of the history ranked and masked.
 """
 
 import argparse
@@ -40,8 +40,10 @@ from tim4rec_jax.commands.results import append, rows_of_run
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data.format import DATASET_FILE, read_metadata
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation import evaluate
-from tim4rec_jax.evaluation.evaluate import batch_settings
+from tim4rec_jax.evaluation import metrics
+from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
+from tim4rec_jax.evaluation.metrics import tested
+from tim4rec_jax.evaluation.protocol import protocol
 from tim4rec_jax.files import named_file
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
@@ -127,8 +129,9 @@ def _add_cost(path: Path, usage) -> None:
 def measure(folder: Path) -> dict:
     """Returns the figures of a finished run, and measures what its best model costs.
 
-    The measurements are kept in `measured.json` and `ranks.npy` beside the run. They are made again
-    if the run was.
+    The measurements are kept beside the run: in `measured.json`, and for each user the rank of the
+    target in `ranks.npy` and the number of other items with its score in `ties.npy`. They are made
+    again if the run was.
     """
     path = folder / "measured.json"
     digest = hashlib.sha256((folder / "run" / "metrics.json").read_bytes()).hexdigest()
@@ -137,15 +140,19 @@ def measure(folder: Path) -> dict:
         data = config.data
         ds = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
         settings = batch_settings(config)
-        evaluate(model, ds, "test", **settings)  # compiles
+        rank_targets(model, ds, "test", **settings)  # compiles
         start = time.process_time()
-        figures, ranks = evaluate(model, ds, "test", **settings)
+        ranks, ties = rank_targets(model, ds, "test", **settings)
         seconds = time.process_time() - start
         np.save(folder / "ranks.npy", ranks)
+        np.save(folder / "ties.npy", ties)
+        ks = sorted({10, *config.eval.ks})
+        best, equals = tested(ranks, ties, config.eval.ties)
         graphdef, params = nnx.split(model)
         measured = {
             "run": digest,
-            "test": figures,
+            "protocol": protocol(config, ds, ks=ks),
+            "test": metrics(best, ks, equals),
             "inference": seconds,
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "flops": flops_per_sample(graphdef, params, data.max_length),
@@ -171,12 +178,13 @@ def runs(flags: argparse.Namespace) -> list[Run]:
                 console.print(f"{dataset} {model} {seed}", end=" ", highlight=False)
                 options = [f"dataset={directory}", *flags.options]
                 problem = train(folder, arguments(folder, config, model, seed, options))
-                figures, ranks = {}, None
+                figures, ranks, ties = {}, None, None
                 if not problem:
-                    figures, ranks = measure(folder), np.load(folder / "ranks.npy")
+                    figures = measure(folder)
+                    ranks, ties = (np.load(folder / f"{name}.npy") for name in ("ranks", "ties"))
                 said = problem or "NDCG@10 {test[ndcg@10]:.4f}".format(**figures)
                 console.print(said, highlight=False)
-                found.append(Run(dataset, model, seed, problem, figures, ranks))
+                found.append(Run(dataset, model, seed, problem, figures, ranks, ties))
     return found
 
 

@@ -3,18 +3,20 @@
 import dataclasses
 import math
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from scipy import stats
 
-from tim4rec_jax.evaluation.metrics import KS, per_user
+from tim4rec_jax.evaluation.metrics import per_user
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-METRICS = [f"{name}@{k}" for k in KS for name in ("hit", "ndcg", "mrr")]
+# What of the protocol tells tables apart.
+PROTOCOL = ("split", "part", "order", "seen", "ties", "knows_next_time")
 # Published test Hit@10 / NDCG@10 under the protocol of `tim4rec compare`: full ranking, items of
 # the history ranked, leave-one-out. Event orders differ. KuaiRand: arXiv 2409.16182, table 3, on a
 # larger slice. Figures of papers that mask the history do not belong here.
@@ -46,6 +48,7 @@ class Run:
       problem: why it failed; empty for a finished run.
       figures: what `compare.measure` returns.
       ranks: rank of each user's target in the test; 0 for a user without a target.
+      ties: number of other items with the score of each user's target.
     """
 
     dataset: str
@@ -54,13 +57,30 @@ class Run:
     problem: str
     figures: dict
     ranks: np.ndarray | None
+    ties: np.ndarray | None = None
 
     def row(self) -> dict:
         """Returns the run as a row of the CSV file."""
         row = {"dataset": self.dataset, "model": self.model, "seed": self.seed}
         if self.problem:
             return row | {"problem": self.problem}
-        return row | self.costs() | {f"test {name}": self.figures["test"][name] for name in METRICS}
+        told = self.protocol()
+        named = {name: told[name] for name in ("config", "variant", *PROTOCOL) if name in told}
+        figures = {f"test {name}": value for name, value in self.figures["test"].items()}
+        return row | named | self.costs() | figures
+
+    def protocol(self) -> dict:
+        """Returns the protocol of its figures; see `tim4rec_jax.evaluation.protocol`."""
+        return self.figures.get("protocol", {})
+
+    def gains(self) -> np.ndarray:
+        """Returns the NDCG@10 of each user with a target."""
+        assert self.ranks is not None, "the run has failed"
+        tested = self.ranks > 0
+        ties = self.ties if self.protocol().get("ties") == "expected" else None
+        return per_user(self.ranks[tested], (10,), None if ties is None else ties[tested])[
+            "ndcg@10"
+        ]
 
     def costs(self) -> dict:
         """Returns epochs, seconds of processor time, megabytes, and other costs."""
@@ -105,8 +125,7 @@ def p_values(models: dict[str, list[Run]]) -> dict[str, float]:
     """
 
     def gains(runs):
-        tested = runs[0].ranks > 0
-        return np.mean([per_user(run.ranks[tested])["ndcg@10"] for run in runs], axis=0)
+        return np.mean([run.gains() for run in runs], axis=0)
 
     (_, first), *others = ((name, runs) for name, runs in models.items() if runs)
     raw = {}
@@ -135,24 +154,46 @@ def markdown(found: list[Run]) -> str:
         failed = [run for run in found if run.dataset == dataset and run.problem]
         lines += [f"## {dataset}", ""]
         if finished:
+            lines += _protocol([run for runs in finished.values() for run in runs])
             lines += [*_quality(dataset, finished), *_cost(finished)]
         lines += [f"- {run.model}, seed {run.seed}: {run.problem}" for run in failed]
         lines += [""] * bool(failed)
     return "\n".join(lines)
 
 
+def _protocol(runs: list[Run]) -> list[str]:
+    """Says under which protocol the figures of a table were measured, and where it is not one."""
+    told = {
+        name: list(dict.fromkeys(str(run.protocol().get(name)) for run in runs))
+        for name in PROTOCOL
+        if any(name in run.protocol() for run in runs)
+    }
+    if not told:
+        return []
+    words = (f"{name} {' or '.join(values)}" for name, values in told.items())
+    lines = [f"Protocol: {', '.join(words)}.", ""]
+    if mixed := [name for name, values in told.items() if len(values) > 1]:
+        lines += [f"These figures are not comparable where {' and '.join(mixed)} differs.", ""]
+    return lines
+
+
 def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
     first, p = next(iter(models)), p_values(models)
     published = PUBLISHED.get(dataset, {})
-    rows = []
+    rows, names = [], _by_cut_off(models[first][0].figures["test"])
     for name, runs in models.items():
-        values = [spread([run.figures["test"][metric] for run in runs]) for metric in METRICS]
+        values = [spread([run.figures["test"][metric] for run in runs]) for metric in names]
         quoted = " / ".join(f"{v:.4f}"[1:] for v in published[name]) if name in published else ""
         chance = f"{p[name]:.2g}" if name in p else ""
         rows.append([name, str(len(runs)), *values, chance, quoted])
-    labels = [metric.upper().replace("HIT", "HR") for metric in METRICS]
+    labels = [metric.upper().replace("HIT", "HR") for metric in names]
     header = ["model", "seeds", *labels, f"p against {first}", "published HR@10 / NDCG@10"]
     return _table(header, rows)
+
+
+def _by_cut_off(names: Iterable[str]) -> list[str]:
+    """Puts hit@10, ndcg@10, mrr@10 before hit@20."""
+    return sorted(names, key=lambda name: int(name.partition("@")[2]))
 
 
 def _cost(models: dict[str, list[Run]]) -> list[str]:

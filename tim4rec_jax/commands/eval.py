@@ -3,12 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import named_file
+
+# What `tim4rec_jax.evaluation.beyond_accuracy` measures, for `--help`.
+BEYOND_ACCURACY = {
+    "coverage": "share of the catalogue that is in the list of somebody",
+    "gini": "inequality of how often the items of the catalogue are listed; 0: all as often, near "
+    "1: few items have all places",
+    "popularity": "mean number of training events of a listed item",
+    "novelty": "mean self-information of a listed item: -log2 of the share of users who have it in "
+    "training",
+    "diversity": "mean of 1 - cosine over the pairs of a list, where two items are alike if the "
+    "same users have them in training",
+    "serendipity": "mean over a list of max(P_user - P_all, 0) for the target, and 0 for other "
+    "items; P = (items + 1 - place) / items, for the place in the list and in the order of "
+    "popularity",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,8 +44,21 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def _flags(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python eval.py", description=__doc__)
+    parser = _Parser(
+        prog="python eval.py",
+        description=__doc__,
+        epilog="Beyond accuracy, for lists of the k best items:\n"
+        + "\n".join(
+            textwrap.fill(f"{name}: {text}", 80, initial_indent="  ", subsequent_indent="    ")
+            for name, text in BEYOND_ACCURACY.items()
+        ),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
     add("--workdir", type=_folder, required=True, help="directory of a run, as train.py wrote it")
     add("--split", choices=("valid", "test"), default="test", help="default: test")
@@ -37,6 +66,23 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
         "--exclude-seen",
         action="store_true",
         help="items the user has had do not compete with the target",
+    )
+    add(
+        "--ks",
+        type=_counts,
+        metavar="K,...",
+        help="cut-offs of all figures (default: eval.ks of the run, 10,20,50 unless it is set)",
+    )
+    add(
+        "--ties",
+        choices=("optimistic", "expected"),
+        help="the place of a target among items with its very score: the best one, or the mean "
+        "over all orders (default: eval.ties of the run, optimistic unless it is set)",
+    )
+    add(
+        "--accuracy-only",
+        action="store_true",
+        help="leave out coverage, novelty and so on, which need the best items of every user",
     )
     add(
         "--by",
@@ -48,6 +94,13 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--json", type=named_file, metavar="FILE", help="default: WORKDIR/eval_SPLIT.json")
     add("--csv", type=named_file, metavar="FILE", help="the figures as a table too, one per line")
+    add(
+        "--ranks",
+        type=named_file,
+        metavar="FILE",
+        help="the rank of every user's target to a Parquet file, for paired tests: user, rank (1 + "
+        "the items with a greater score), ties (the other items with the same score)",
+    )
     add(
         "--predictions",
         type=named_file,
@@ -63,6 +116,6 @@ def main(words: Sequence[str] | None = None) -> None:
     """Runs the command line, or the given words."""
     flags = _flags(words)
     # Imports JAX, which `--help` and a mistyped flag need not wait for.
-    from tim4rec_jax.evaluation.evaluate import evaluate_run
+    from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 
     evaluate_run(**vars(flags))

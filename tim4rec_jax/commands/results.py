@@ -89,7 +89,7 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
         settings do not say which configuration they began with.
     """
     from tim4rec_jax.data import open_dataset
-    from tim4rec_jax.evaluation.evaluate import evaluate_run
+    from tim4rec_jax.evaluation.evaluate_run import evaluate_run
     from tim4rec_jax.evaluation.protocol import protocol
     from tim4rec_jax.run import read_figures, read_settings
 

@@ -1,7 +1,7 @@
 """Full-ranking evaluation: every user's target is ranked among all items of the catalogue.
 
-`evaluate` is the library call, `write_predictions` lists each user's best items instead, and
-`evaluate_run` is what `eval.py` does: it evaluates a run, prints a report and writes it to files.
+`evaluate` is the library call, and `rank_targets` gives the ranks behind its figures. `judge_lists`
+says what the lists of best items are like besides accurate, and `write_predictions` writes them.
 """
 
 from __future__ import annotations
@@ -24,17 +24,14 @@ from rich.console import Console
 from rich.progress import track
 
 from tim4rec_jax.config import Config
-from tim4rec_jax.data import Convention, Dataset, EvalBatches, open_dataset
-from tim4rec_jax.data.format import DATASET_FILE
+from tim4rec_jax.data import Convention, Dataset, EvalBatches
 from tim4rec_jax.data.splits import Split
-from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import ranking
-from tim4rec_jax.evaluation.metrics import SLICES, metrics, sliced_metrics, standard_errors
-from tim4rec_jax.evaluation.report import print_report, write_csv
-from tim4rec_jax.files import atomic_write, write_json
+from tim4rec_jax.evaluation.beyond_accuracy import BeyondAccuracy
+from tim4rec_jax.evaluation.metrics import KS, Ties, metrics, tested
+from tim4rec_jax.files import atomic_write
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
-from tim4rec_jax.run import check_model, check_same_dataset, load_model
-from tim4rec_jax.runtime import check_memory, data_sharding, enable_compilation_cache
+from tim4rec_jax.runtime import check_memory, data_sharding
 from tim4rec_jax.scoring import HistoryItems
 
 # How many batches the host may be ahead of the device. The device never waits for the next batch,
@@ -68,6 +65,8 @@ def evaluate(
     buckets: Sequence[int] | None = None,
     exclude_seen: bool = False,
     progress: bool = False,
+    ks: Sequence[int] = KS,
+    ties: Ties = "optimistic",
 ) -> tuple[dict[str, float], Int32[np.ndarray, " n_users"]]:
     """Ranks every user's target among all items (full ranking).
 
@@ -86,28 +85,101 @@ def evaluate(
         exclude_seen: whether the items of the user's whole history, other than the target, are
             left out of the ranking.
         progress: whether to show a progress bar on standard error.
+        ks: the cut-offs k.
+        ties: "optimistic" or "expected"; see `tim4rec_jax.evaluation.metrics.per_user`.
 
     Returns:
         The metrics of `tim4rec_jax.evaluation.metrics`, and the rank of each user's target by the
-        user's row in the dataset. The rank is 0 for a user without a target in this split.
+        user's row in the dataset. The rank is 0 for a user without a target in this split. It does
+        not depend on `ties`.
 
     Raises:
         UserError: no user has a target in this split, or the buckets do not fit `max_length`.
     """
-    batches = EvalBatches(
+    ranks, tied = rank_targets(
+        model,
         ds,
         split,
         max_length=max_length,
         batch_size=batch_size,
         convention=convention,
         buckets=buckets,
+        exclude_seen=exclude_seen,
+        progress=progress,
     )
-    ranks = np.zeros(ds.n_users, np.int32)
-    for users, found in _score_batches(
-        model, batches, split, ranking.ranks, exclude_seen=exclude_seen, progress=progress
+    best, equals = tested(ranks, tied, ties)
+    return metrics(best, ks, equals), ranks
+
+
+def rank_targets(
+    model: SequenceModel,
+    ds: Dataset,
+    split: Split,
+    *,
+    exclude_seen: bool = False,
+    progress: bool = False,
+    **batching: Any,
+) -> tuple[Int32[np.ndarray, " n_users"], Int32[np.ndarray, " n_users"]]:
+    """The rank of each user's target, and how many other items have its score.
+
+    Args:
+        model: as for `evaluate`, and so are the others.
+        ds: a prepared dataset.
+        split: the split whose targets are ranked.
+        exclude_seen: whether items of the history do not compete.
+        progress: whether to show a progress bar on standard error.
+        batching: the arguments of `EvalBatches`.
+
+    Returns:
+        Two arrays by the user's row in the dataset; see `tim4rec_jax.evaluation.ranking`. The rank
+        is 0 for a user without a target in this split.
+
+    Raises:
+        UserError: as for `evaluate`.
+    """
+    batches = EvalBatches(ds, split, **batching)
+    ranks, ties = np.zeros(ds.n_users, np.int32), np.zeros(ds.n_users, np.int32)
+    score = ranking.ranks_and_ties
+    for batch, found in _score_batches(
+        model, batches, split, score, exclude_seen=exclude_seen, progress=progress
     ):
-        ranks[users] = found
-    return metrics(ranks[ranks > 0]), ranks
+        ranks[batch["users"]], ties[batch["users"]] = found
+    return ranks, ties
+
+
+def judge_lists(
+    model: SequenceModel,
+    ds: Dataset,
+    split: Split,
+    ks: Sequence[int] = KS,
+    *,
+    exclude_seen: bool = False,
+    progress: bool = False,
+    **batching: Any,
+) -> dict[str, float]:
+    """What the lists of the k best items are like; see `tim4rec_jax.evaluation.beyond_accuracy`.
+
+    Args:
+        model: as for `evaluate`.
+        ds: a prepared dataset, split as for the training.
+        split: the split before whose targets the histories end.
+        ks: the lengths of the lists.
+        exclude_seen: whether items of the history are left out.
+        progress: whether to show a progress bar on standard error.
+        batching: the arguments of `EvalBatches`.
+
+    Raises:
+        UserError: as for `write_predictions`.
+    """
+    batches = EvalBatches(ds, split, **batching)
+    k = min(max(ks), ds.n_items)
+    _check_lists_fit(k, batches.batch_size, "ask for shorter lists (--ks)")
+    judge = BeyondAccuracy(ds, ks, batches.n_targets)
+    for batch, (_, items) in _score_batches(
+        model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
+    ):
+        judge.add(items, batch["targets"])
+    return judge.figures()
 
 
 def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batching: Any) -> None:
@@ -128,7 +200,7 @@ def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batchi
         model,
         batches,
         split,
-        ranking.ranks,
+        ranking.ranks_and_ties,
         exclude_seen=False,
         progress=False,
         numbers=list(last_of_width.values()),
@@ -172,12 +244,7 @@ def write_predictions(
     """
     rows, k = 0, min(k, ds.n_items)
     batches = EvalBatches(ds, split, **batching)
-    check_memory(
-        f"{k:,} predictions for each of {batches.batch_size:,} users at once",
-        # Scores and indices of the batches in flight, and of the one that is merged with a block.
-        8 * batches.batch_size * k * (_IN_FLIGHT + 3),
-        "ask for fewer (--top-k)",
-    )
+    _check_lists_fit(k, batches.batch_size, "ask for fewer (--top-k)")
     schema = PREDICTIONS.with_metadata(
         {
             "tim4rec.dataset": ds.name,
@@ -186,12 +253,12 @@ def write_predictions(
         }
     )
     with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
-        for users, (scores, items) in _score_batches(
+        for batch, (scores, items) in _score_batches(
             model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
         ):
             row, place = np.nonzero(items)  # item 0 fills up where no item was left
             columns = [
-                ds.user_ids.take(users[row]),
+                ds.user_ids.take(batch["users"][row]),
                 (place + 1).astype(np.int32),
                 ds.item_ids.take(items[row, place] - 1),
                 scores[row, place].astype(np.float32),
@@ -199,6 +266,15 @@ def write_predictions(
             writer.write_table(pa.table(columns, schema=schema))
             rows += len(row)
     return rows
+
+
+def _check_lists_fit(k: int, batch_size: int, remedy: str) -> None:
+    check_memory(
+        f"{k:,} predictions for each of {batch_size:,} users at once",
+        # Scores and indices of the batches in flight, and of the one that is merged with a block.
+        8 * batch_size * k * (_IN_FLIGHT + 3),
+        remedy,
+    )
 
 
 @functools.cache  # compiled programs are found by the identity of the function
@@ -219,11 +295,12 @@ def _score_batches(
     exclude_seen: bool,
     progress: bool,
     numbers: Sequence[int] | None = None,
-) -> Iterator[tuple[Int32[np.ndarray, " B"], Any]]:
-    """Yields, batch by batch, the users' rows in the dataset and what `score` returns for them.
+) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """Yields, batch by batch, the users' rows in the dataset, their targets, and their scores.
 
-    `score(hidden, table, targets, exclude=..., history=...)` has the arguments of `ranking.ranks`.
-    It sees the rows of one device, and is traced once per shape. `numbers` chooses batches.
+    What comes last is that which `score(hidden, table, targets, exclude=..., history=...)` returns.
+    It has the arguments of `ranking.ranks`, sees the rows of one device, and is traced once per
+    shape. `numbers` chooses batches.
     """
     placement = data_sharding(batches.batch_size)
     graphdef, state = nnx.split(model)
@@ -244,7 +321,8 @@ def _score_batches(
 
     def fetch(batch, result):
         real = batch["weights"] > 0
-        return batch["users"][real], jax.tree.map(lambda array: np.asarray(array)[real], result)
+        known = {name: batch[name][real] for name in ("users", "targets")}
+        return known, jax.tree.map(lambda array: np.asarray(array)[real], result)
 
     pending = deque()
     console = Console(stderr=True)
@@ -305,104 +383,3 @@ def _history_items(
     while width < ends.max():
         width *= 4
     return ds.items(ds.offsets[users], ends, width)
-
-
-def evaluate_run(
-    workdir: Path,
-    *,
-    dataset: Path | None = None,
-    split: Split = "test",
-    exclude_seen: bool = False,
-    by: Sequence[str] = (),
-    json: Path | None = None,
-    csv: Path | None = None,
-    predictions: Path | None = None,
-    top_k: int = 10,
-) -> dict:
-    """Evaluates the best checkpoint of a run, prints a report and writes the files asked for.
-
-    Args:
-        workdir: the run directory.
-        dataset: a prepared dataset; `None` takes the dataset of the training.
-        split: `"valid"` or `"test"`.
-        exclude_seen: whether the items of a user's history are left out, of the ranking and of the
-            predictions.
-        by: the slices to report, of `tim4rec_jax.evaluation.metrics.SLICES`.
-        json: the file for the report; `None` takes `eval_<split>.json` in `workdir`, or
-            `eval_<split>_exclude_seen.json`.
-        csv: the file for the figures as a table, one figure per line; `None` writes none.
-        predictions: the file for the best items of every user; `None` writes none.
-        top_k: the number of predictions per user.
-
-    Returns:
-        The report, as `tim4rec_jax.evaluation.report` describes it.
-
-    Raises:
-        UserError: the run or the dataset is missing, damaged or of another kind, a slice is
-            unknown, or a file cannot be written.
-    """
-    if unknown := [name for name in by if name not in SLICES]:
-        raise UserError(f"slices are {', '.join(SLICES)}, and {unknown[0]!r} is none of them")
-    report_file = json or (workdir / f"eval_{split}{'_exclude_seen' if exclude_seen else ''}.json")
-    outputs = [path for path in (predictions, csv, report_file) if path]
-    _check_outputs(outputs, workdir)
-    enable_compilation_cache()
-    config: Any
-    config, model = load_model(workdir)
-    data = config.data
-    ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
-    check_model(model, ds.n_items, ds.directory, workdir)
-    if (workdir / DATASET_FILE).exists():
-        check_same_dataset(ds.directory, ds.metadata, workdir / DATASET_FILE)
-    options: dict[str, Any] = dict(exclude_seen=exclude_seen, progress=True)
-    options |= batch_settings(config)
-    size, length = config.eval.batch_size, data.max_length
-    check_memory(
-        f"batches of {size:,} users with {length:,} events",
-        4 * size * (2 * ranking.BLOCK_SIZE + 4 * length),
-        f"set a smaller eval.batch_size in {workdir / 'config.json'}",
-    )
-    figures, ranks = evaluate(model, ds, split, **options)
-    report = {
-        "workdir": str(workdir),
-        "dataset": ds.name,
-        "content": ds.metadata["content"],
-        "split": split,
-        "exclude_seen": exclude_seen,
-        "users": int((ranks > 0).sum()),
-        "metrics": figures,
-        "standard_errors": standard_errors(ranks[ranks > 0]),
-        "slices": {name: sliced_metrics(ds, split, ranks, name) for name in by},
-    }
-    if "oracle" in ds.metadata and data.split == "leave_one_out" and not exclude_seen:
-        report["oracle"] = ds.metadata["oracle"][split]
-    console = Console()
-    print_report(report, console)
-    # The file that says that all is done comes last.
-    if predictions:
-        write_predictions(predictions, model, ds, split, top_k, **options)
-    if csv:
-        write_csv(report, csv)
-    write_json(report_file, report)
-    console.print("wrote", *outputs, soft_wrap=True, markup=False, highlight=False)
-    return report
-
-
-def _check_outputs(outputs: Sequence[Path], workdir: Path) -> None:
-    """Makes sure, before the long computation, that its results will have a place of their own.
-
-    Raises:
-        UserError: two results would have the same name, or one the name of something in the run or
-            in a dataset.
-    """
-    places = [path.resolve() for path in outputs]
-    for number, (path, place) in enumerate(zip(outputs, places, strict=True)):
-        if place in places[:number]:
-            raise UserError(f"two results cannot both be written to {path}; name another file")
-        beside_dataset = (place.parent / DATASET_FILE).exists()
-        of_dataset = place.suffix in (".arrow", ".parquet") or place.name == DATASET_FILE
-        in_run = place.is_relative_to(workdir.resolve()) and not place.name.startswith("eval_")
-        if place.exists() and (in_run or (beside_dataset and of_dataset)):
-            raise UserError(
-                f"{path} belongs to a run or a dataset and is not replaced; name another file"
-            )

@@ -6,6 +6,7 @@ Every user has one relevant item, the target, and its rank decides everything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float64, Int, Int64
@@ -14,41 +15,84 @@ from tim4rec_jax.data import Dataset, train_item_counts
 from tim4rec_jax.data.splits import Split
 
 KS = (10, 20, 50)
+Ties = Literal["optimistic", "expected"]  # see `per_user`
+TIES: tuple[Ties, ...] = ("optimistic", "expected")
 SLICES = ("length", "gap", "popularity", "known")
 _UNITS = ((86400, " d"), (3600, " h"), (60, " min"), (1, " s"))
 
 
 def per_user(
-    ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS
+    ranks: Int[np.ndarray, " U"],
+    ks: Sequence[int] = KS,
+    ties: Int[np.ndarray, " U"] | None = None,
 ) -> dict[str, Float64[np.ndarray, " U"]]:
     """The `hit@k`, `ndcg@k` and `mrr@k` of each user, for every k.
 
     A target of rank r <= k has a hit of 1, an NDCG of 1 / log2(r + 1), because the ideal DCG of a
     single relevant item is 1, and an MRR of 1 / r. All three are 0 for a target of rank r > k.
 
+    A target that t other items tie with can take the ranks r to r + t. Without `ties`, the figures
+    are those of rank r: *optimistic*. With them, they are the means over the t + 1 ranks, which is
+    what a random order among equals gives: *expected*.
+
     Args:
-        ranks: the rank of each user's target, 1 for the best.
+        ranks: the best rank of each user's target, 1 for the best.
         ks: the cut-offs k.
+        ties: the number of other items with the score of each user's target.
     """
-    gains = {
-        "hit": np.ones(ranks.shape),
-        "ndcg": 1 / np.log2(ranks + 1.0),
-        "mrr": 1 / ranks.astype(np.float64),
+    gains = {"hit": np.ones_like, "ndcg": lambda r: 1 / np.log2(r + 1), "mrr": lambda r: 1 / r}
+    best = ranks.astype(np.float64)
+    found = {
+        f"{name}@{k}": np.where(ranks <= k, gain(best), 0.0)
+        for name, gain in gains.items()
+        for k in ks
     }
-    return {
-        f"{name}@{k}": np.where(ranks <= k, gain, 0.0) for name, gain in gains.items() for k in ks
-    }
+    if ties is None or not ties.any():
+        return found
+    tied = np.flatnonzero(ties)
+    above, places = ranks[tied].astype(np.int64) - 1, ties[tied].astype(np.int64) + 1
+    worst = min(max(ks), int((above + places).max()))
+    for name, gain in gains.items():
+        # The sums of the gains of the ranks 1 to n, for every n.
+        sums = np.append(0.0, np.cumsum(gain(np.arange(1.0, worst + 1))))
+        for k in ks:
+            last, before = np.minimum(above + places, k), np.minimum(above, k)
+            total = sums[np.minimum(last, worst)] - sums[np.minimum(before, worst)]
+            found[f"{name}@{k}"][tied] = total / places
+    return found
 
 
-def metrics(ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS) -> dict[str, float]:
+def tested(
+    ranks: Int[np.ndarray, " n_users"], ties: Int[np.ndarray, " n_users"], how: Ties
+) -> tuple[Int[np.ndarray, " U"], Int[np.ndarray, " U"] | None]:
+    """What `per_user` takes as `ranks` and `ties`: those of users with a target.
+
+    Args:
+        ranks: a rank for each user of a dataset, 0 for a user without a target.
+        ties: likewise the number of other items with the score of the target.
+        how: "optimistic" leaves the ties out.
+    """
+    users = ranks > 0
+    return ranks[users], ties[users] if how == "expected" else None
+
+
+def metrics(
+    ranks: Int[np.ndarray, " U"],
+    ks: Sequence[int] = KS,
+    ties: Int[np.ndarray, " U"] | None = None,
+) -> dict[str, float]:
     """The means over users of `per_user`, not rounded."""
-    return {name: float(values.mean()) for name, values in per_user(ranks, ks).items()}
+    return {name: float(values.mean()) for name, values in per_user(ranks, ks, ties).items()}
 
 
-def standard_errors(ranks: Int[np.ndarray, " U"], ks: Sequence[int] = KS) -> dict[str, float]:
+def standard_errors(
+    ranks: Int[np.ndarray, " U"],
+    ks: Sequence[int] = KS,
+    ties: Int[np.ndarray, " U"] | None = None,
+) -> dict[str, float]:
     """The standard errors of `metrics`, with users as the sample; 0 for a single user."""
     root = max(len(ranks) - 1, 1) ** 0.5
-    return {name: float(values.std() / root) for name, values in per_user(ranks, ks).items()}
+    return {name: float(values.std() / root) for name, values in per_user(ranks, ks, ties).items()}
 
 
 def sliced_metrics(
@@ -58,6 +102,7 @@ def sliced_metrics(
     by: str,
     *,
     ks: Sequence[int] = KS,
+    ties: Int[np.ndarray, " n_users"] | None = None,
     bins: int = 5,
 ) -> list[dict]:
     """The metrics of groups of users, with about equally many users in each group.
@@ -73,6 +118,7 @@ def sliced_metrics(
             training events of the target. `"known"` is whether the target has any: an item
             without training events is new to the model.
         ks: the cut-offs k.
+        ties: as for `per_user`, for the same users as `ranks`.
         bins: the largest number of groups; there are fewer where many users share a value.
 
     Returns:
@@ -81,7 +127,7 @@ def sliced_metrics(
         and are a group of their own, the first.
     """
     users = np.flatnonzero(ranks)
-    ranks = ranks[users]
+    ranks, ties = ranks[users], None if ties is None else ties[users]
     slices = {"length": _lengths, "gap": _gaps, "popularity": _popularities, "known": _known}
     values = slices[by](ds, split, users)
     groups = [("no gap", np.isnan(values))] if np.isnan(values).any() else []
@@ -93,15 +139,12 @@ def sliced_metrics(
             members = number == group
             low, high = values[members].min(), values[members].max()
             groups.append((_label(low, high, by), members))
-    return [
-        {
-            "bin": label,
-            "users": int(members.sum()),
-            "metrics": metrics(ranks[members], ks),
-            "standard_errors": standard_errors(ranks[members], ks),
-        }
-        for label, members in groups
-    ]
+    found = []
+    for label, members in groups:
+        of_group = ranks[members], ks, None if ties is None else ties[members]
+        figures = {"metrics": metrics(*of_group), "standard_errors": standard_errors(*of_group)}
+        found.append({"bin": label, "users": int(members.sum())} | figures)
+    return found
 
 
 def _label(low: float, high: float, by: str) -> str:

@@ -8,17 +8,15 @@ run, `tim4rec compare` and `benchmarks/results.csv` say the protocol, all in the
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import orbax.checkpoint as ocp
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import Dataset
 from tim4rec_jax.data.splits import Split
+from tim4rec_jax.evaluation.metrics import Ties
 from tim4rec_jax.models import model_class
-
-Ties = Literal["optimistic", "expected"]
-TIES: tuple[Ties, ...] = ("optimistic", "expected")
 
 
 def protocol(

@@ -12,10 +12,12 @@ from jaxtyping import Array, Float, Int
 from tim4rec_jax.scoring import HistoryItems, add_repeat_bias, item_mask
 
 BLOCK_SIZE = 1024  # the fastest, or nearly, of benchmarks/ranking.py at every catalogue size
+LARGEST_BLOCK = 2048  # a block's numbers of greater and of equal scores share the bits of a float32
+UNRANKED = 2**31 - 1  # the rank of a target whose score is NaN
 
 
 @partial(jax.jit, static_argnames="block_size")
-def ranks(
+def ranks_and_ties(
     hidden: Float[Array, "B D"],
     table: Float[Array, "rows D"],
     targets: Int[Array, " B"],
@@ -23,25 +25,33 @@ def ranks(
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
     history: HistoryItems | None = None,
-) -> Int[Array, " B"]:
-    """Rank of every target: 1 + the number of items with a strictly greater score.
+) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
+    """Rank of every target, and the number of other items that have its very score.
+
+    The rank is 1 + the number of items with a strictly greater score, so it is the best place that
+    the target can take among its equals; `rank + ties` is the worst.
 
     Scores are `hidden @ table.T` in float32 or wider. They are computed for `block_size` items at
     a time, so the memory needed is O(B * block_size) whatever the size of the catalogue. Item 0 is
-    padding and never counts. A NaN score counts against the target, so a target whose own score is
-    NaN gets the worst rank.
+    padding and never counts. A NaN score counts against the target. A target whose own score is
+    NaN has the rank `UNRANKED`, because no list of best items holds it.
 
     Args:
         hidden: a hidden state per user.
         table: the item embeddings. Row 0 is padding, so `rows` is V + 1.
         targets: the items to rank, 1 to V.
-        block_size: the number of items scored at once; static.
+        block_size: the number of items scored at once, at most `LARGEST_BLOCK`; static.
         exclude: the items that do not compete, 0 for none. A target among them is still ranked.
         history: the items whose scores get the model's repeat bias; `None`: it has none.
 
     Returns:
-        int32, 1 to V.
+        Two int32 arrays: the ranks, 1 to V or `UNRANKED`, and the ties, 0 to V - 1.
+
+    Raises:
+        ValueError: `block_size` is too large.
     """
+    if block_size > LARGEST_BLOCK:
+        raise ValueError(f"block_size is {block_size}; it must be at most {LARGEST_BLOCK}")
     hidden, table = _accumulation_dtype(hidden, table)
     row = jnp.arange(targets.shape[0])
     if exclude is not None:
@@ -55,7 +65,7 @@ def ranks(
     # if its score differed in the last bit from the score of the same item in a block. Therefore
     # the scan scores the targets first, with the very product that scores the blocks of items.
     def step(carry, block):
-        own, greater = carry
+        own, greater, equal = carry
         ids, start, competes = block
         scores = _scores(hidden, table, ids)
         column = row - start
@@ -63,12 +73,19 @@ def ranks(
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
         own = jnp.where(here, picked + own_bias, own)
         scores = add_repeat_bias(scores, history, start)
-        counts = competes & (ids > 0) & (ids != targets[:, None]) & ~(scores <= own[:, None])
+        rivals = competes & (ids > 0) & (ids != targets[:, None])
         if exclude is not None:
-            counts &= ~item_mask(exclude, block_size, start)
-        # The count of a block is exact in float32, and XLA adds up floats on a CPU with half the
-        # memory that integers take.
-        return (own, greater + counts.sum(axis=1, dtype=jnp.float32).astype(jnp.int32)), None
+            rivals &= ~item_mask(exclude, block_size, start)
+        # One sum counts both: greater scores in its whole part, and equal ones in units of
+        # 1 / (2 * LARGEST_BLOCK). It is exact in float32, and a second sum over the block would
+        # take a tenth of the time of everything. XLA adds up floats on a CPU with half the memory
+        # that integers take.
+        not_less = jnp.where(scores == own[:, None], 0.5 / LARGEST_BLOCK, 1.0)
+        weight = jnp.where(rivals & ~(scores < own[:, None]), not_less, 0.0)
+        count = weight.sum(axis=1, dtype=jnp.float32)
+        whole = jnp.floor(count)
+        equals = (count - whole) * (2 * LARGEST_BLOCK)
+        return (own, greater + whole.astype(jnp.int32), equal + equals.astype(jnp.int32)), None
 
     target_ids, target_starts = _blocks(targets, block_size)
     ids, starts = _blocks(jnp.arange(table.shape[0]), block_size)
@@ -78,9 +95,25 @@ def ranks(
         jnp.concatenate([target_starts, starts]),
         competes,
     )
-    start = (jnp.zeros(targets.shape, hidden.dtype), jnp.zeros(targets.shape, jnp.int32))
-    (_, greater), _ = lax.scan(step, start, blocks)
-    return greater + 1
+    none = jnp.zeros(targets.shape, jnp.int32)
+    start = (jnp.zeros(targets.shape, hidden.dtype), none, none)
+    (own, greater, equal), _ = lax.scan(step, start, blocks)
+    return jnp.where(jnp.isnan(own), UNRANKED, greater + 1), equal
+
+
+@partial(jax.jit, static_argnames="block_size")
+def ranks(
+    hidden: Float[Array, "B D"],
+    table: Float[Array, "rows D"],
+    targets: Int[Array, " B"],
+    *,
+    block_size: int = BLOCK_SIZE,
+    exclude: Int[Array, "B S"] | None = None,
+    history: HistoryItems | None = None,
+) -> Int[Array, " B"]:
+    """The ranks alone of `ranks_and_ties`, whose arguments it takes."""
+    options: dict = dict(block_size=block_size, exclude=exclude, history=history)
+    return ranks_and_ties(hidden, table, targets, **options)[0]
 
 
 @partial(jax.jit, static_argnames=("k", "block_size"))

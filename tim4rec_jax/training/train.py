@@ -28,7 +28,10 @@ from tim4rec_jax.data import (
 )
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.evaluation import evaluate, standard_errors
-from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation
+from tim4rec_jax.evaluation import metrics as means_of_users
+from tim4rec_jax.evaluation.evaluate import batch_settings, compile_evaluation, rank_targets
+from tim4rec_jax.evaluation.metrics import tested
+from tim4rec_jax.evaluation.protocol import protocol
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import write_json
 from tim4rec_jax.models import FeatureArrays, SequenceModel, build
@@ -119,6 +122,8 @@ def train_and_report(
         "metrics": figures["test"],
         "standard_errors": figures["test_standard_errors"],
     }
+    if "protocol" in figures:  # a run that an earlier version finished has none
+        report |= {"protocol": figures["protocol"], "epoch": figures["best_epoch"]}
     if "oracle" in dataset.metadata and config.data.split == "leave_one_out":
         report["oracle"] = dataset.metadata["oracle"]["test"]
     console = Console()
@@ -238,7 +243,9 @@ def _train(
     # Programs are compiled by threads while the weights are drawn and while the model trains.
     graphdef, shapes = nnx.split(structure)
     placement, batching = data_sharding(config.train.batch_size), batch_settings(config)
-    rank = partial(evaluate, **batching)
+    # The best epoch is that of the best NDCG@10.
+    how: Any = dict(ks=sorted({10, *config.eval.ks}), ties=config.eval.ties)
+    rank = partial(evaluate, **batching, **how)
     steps = make_steps(config, batches, structure, placement)
     make_state = partial(init_state, tx=steps.settings.tx, seed=config.seed)
     pool = ThreadPoolExecutor(2)
@@ -366,11 +373,14 @@ def _train(
 
         # Test the best parameters.
         _, best_model = load_model(workdir)
-        figures, ranks = rank(best_model, dataset, "test")
+        ranks, ties = rank_targets(best_model, dataset, "test", **batching)
+        ranks, ties = tested(ranks, ties, how["ties"])
+        figures = means_of_users(ranks, how["ks"], ties)
         result = {
+            "protocol": protocol(config, dataset, part="test", **how),
             "test": figures,
-            "test_standard_errors": standard_errors(ranks[ranks > 0]),
-            "users": int((ranks > 0).sum()),
+            "test_standard_errors": standard_errors(ranks, how["ks"], ties),
+            "users": len(ranks),
             "valid": progress["best"],
             "best_epoch": progress["best_epoch"],
             "epochs": step // per_epoch,
