@@ -28,7 +28,7 @@ test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda $(VENV)/.mlflow
 
 # Everything is read from this folder: the build asks no other machine for anything.
 docs: $(VENV)/.docs
-	$(PY) -m sphinx --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
+	$(PY) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
 # Newer versions may be typed in another way, so that there is no lint here.
 test-lowest: .venv-lowest/lowest.txt

@@ -19,8 +19,8 @@ from tests.training.tiny_run import quick_config
 
 OWN = re.compile(r"(tim4rec|python (-m (tim4rec_jax|data_prep|benchmarks)\b|\w+/?\w+\.py)) ")
 CODE = {page: blocks(page) for page in PAGES}
-# Pages whose Python trains as that of others does.
-ONLY_SLOW = {"README", "serving"}
+# Pages whose Python trains or compiles as that of others does.
+ONLY_SLOW = {"README", "models", "serving"}
 # What a page takes for granted.
 BEFORE = {
     "README": """
@@ -42,12 +42,13 @@ log.to_parquet("logs/january.parquet")
 }
 
 
-def pages_with(languages, without=()):
-    """Pages with blocks of these languages that run."""
+def pages_with(languages, *, without=(), also=()):
+    """Pages with blocks of these languages that run, and others by their names."""
     return [
         pytest.param(page, id=page.stem)
         for page, code in CODE.items()
-        if languages & {block.language for block in code if block.runs} and page.stem not in without
+        if page.stem not in without
+        and (page.stem in also or languages & {block.language for block in code if block.runs})
     ]
 
 
@@ -87,7 +88,7 @@ def test_the_python_of_a_page_runs(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", pages_with({"sh"}))
+@pytest.mark.parametrize("page", pages_with({"sh"}, also=ONLY_SLOW))
 def test_a_page_runs_as_it_is(page, own_modules):
     variables = {"__name__": "__main__"}
     exec(BEFORE.get(page.stem, ""), variables)
