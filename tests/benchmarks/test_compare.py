@@ -14,7 +14,8 @@ from tim4rec_jax.cli import parse
 from tim4rec_jax.commands import compare
 from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
 from tim4rec_jax.commands.compare_report import Run, markdown, p_values, picture, spread
-from tim4rec_jax.commands.results import changed_settings, rows_of_run
+from tim4rec_jax.commands.results import COLUMNS, changed_settings, read, rows_of_run
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.run import write_settings
 
@@ -184,3 +185,16 @@ def test_a_setting_that_follows_from_others_is_not_named():
     assert changed_settings(parse(words, usage="")[0]) == ["train.objective=every_position"]
     words[-1] = "--config.data.convention=exact"
     assert changed_settings(parse(words, usage="")[0]) == ["data.convention=exact"]
+
+
+def test_finished_runs_are_added_to_a_table_of_results(tmp_path, monkeypatch):
+    row = dict.fromkeys(COLUMNS, "") | {"dataset": "beauty", "ndcg@10": "0.1"}
+    asked = []
+    monkeypatch.setattr(compare, "runs", lambda flags: [GOOD, FAILED])
+    monkeypatch.setattr(compare, "rows_of_run", lambda run: asked.append(run) or [row])
+    words = ["--datasets", "beauty", "--models", "sasrec", f"--runs={tmp_path}"]
+    words += [f"--out={tmp_path / 'table'}", f"--results={tmp_path / 'results.csv'}"]
+    with pytest.raises(UserError, match="1 of 2 runs failed"):
+        compare.main(words)
+    assert asked == [tmp_path / "beauty" / "a" / "2020" / "run"]
+    assert read(tmp_path / "results.csv") == [row]
