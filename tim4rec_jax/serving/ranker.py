@@ -17,7 +17,9 @@ from tim4rec_jax.serving.history import Events, check_times
 from tim4rec_jax.serving.top_items import BARRED, REPEATED
 
 Times = int | np.integer | Sequence[int] | np.ndarray | None
-_MAX_MARKS = 1 << 27  # bytes: marks of many users times a large catalogue could fill the memory
+# In bytes: the marks of many users on a large catalogue could fill the memory, and the scores of
+# more than some users and 16,384 items leave the cache.
+_MAX_MARKS = 1 << 26
 
 
 class Query(NamedTuple):
@@ -95,6 +97,7 @@ class Ranker:
         barred = self._barred(_ids("allow", allow), _ids("deny", deny))
         scores, items = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
         most = max(1, min(MAX_ROWS, self.model.max_rows, _MAX_MARKS // len(self.model.table)))
+        most = 1 << (most.bit_length() - 1)  # what is not a power of two is padded to one
         for first in range(0, count, most):
             part = events.rows(first, first + most)
             then = None if moments is None else moments[first : first + most]
