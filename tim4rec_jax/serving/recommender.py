@@ -17,6 +17,7 @@ from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.history import Events, check_times, read_histories
 from tim4rec_jax.serving.ranker import Query, Ranker, Times
 from tim4rec_jax.serving.stores import MemoryStore, Store
+from tim4rec_jax.serving.training_users import TrainingUsers, of_run
 from tim4rec_jax.serving.user_state import Update, Users
 
 Values = Sequence[Any] | np.ndarray
@@ -56,6 +57,7 @@ class Recommender:
         catalogue: Catalogue,
         store: Store | None = None,
         index: ApproximateIndex | None = None,
+        training: TrainingUsers | None = None,
     ):
         """Puts the parts together; `Recommender.load` takes them from a run.
 
@@ -64,12 +66,13 @@ class Recommender:
             catalogue: the items of the model.
             store: keeps the users; `None` keeps them in memory.
             index: searched instead of scoring all items; `None` scores all items.
+            training: what users did in the training, which comes before what the store holds.
         """
         self.model, self.catalogue = model, catalogue
         self.ranker = Ranker(model, catalogue, index)
         self.store = MemoryStore() if store is None else store
         self.unknown_events = 0
-        self._users = Users(model, catalogue, self.store)
+        self._users = Users(model, catalogue, self.store, training)
         self._counting = threading.Lock()
 
     @classmethod
@@ -83,11 +86,13 @@ class Recommender:
     ) -> Recommender:
         """Loads the best model of a run.
 
+        Where the dataset of the training is at hand, its users are known by their ids.
+
         Args:
             workdir: a run directory of train.py.
             store: keeps the users; `None` keeps them in memory.
-            dataset: the prepared dataset, if it has moved since the training. Only its
-                `items.parquet` and `dataset.json` are needed.
+            dataset: the prepared dataset, if it has moved since the training. Its `items.parquet`
+                and `dataset.json` are needed, and the sequences to know the users.
             approximate: whether to search an index (extra `ann`) instead of scoring all items. An
                 index is faster for catalogues of some 100,000 items and more, and misses an item
                 now and then. It is kept in the run directory.
@@ -101,7 +106,8 @@ class Recommender:
         index = None
         if approximate:
             index = ApproximateIndex(compiled.table, Path(workdir) / "index.faiss")
-        return cls(compiled, catalogue, store, index)
+        training = of_run(Path(workdir), config, Path(dataset) if dataset else None)
+        return cls(compiled, catalogue, store, index, training)
 
     def recommend(
         self,
@@ -261,8 +267,28 @@ class Recommender:
         """
         return self._users.delete(str(user))
 
+    def open_training(self) -> str:
+        """Opens the dataset of the training now, which otherwise the first user would wait for.
+
+        If it cannot be opened, the recommender goes on without it.
+
+        Returns:
+            What there is to say about the users of the training.
+        """
+        training = self._users.training
+        problem = "the dataset of the training is not at hand"
+        if training is not None:
+            try:
+                training.open()
+            except UserError as error:
+                problem = str(error)
+                self._users = Users(self.model, self.catalogue, self.store)
+            else:
+                return f"users of the training are known by their ids, from {training.directory}"
+        return f"users are known by the events that are posted only: {problem}"
+
     def stored(self, user: Any) -> tuple[Events, bytes | None]:
-        """The known events of a user of the store, and the state after them if it is kept.
+        """The known events of a user, and the state after them if it is kept.
 
         The state is `None` for a model without states, and where it must be computed first
         (`compute_states`).
@@ -286,7 +312,7 @@ class Recommender:
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = None,
     ) -> Recommendations:
-        """Recommends items to a user of the store; the arguments are those of `recommend`.
+        """Recommends items to a user of the training or the store; see `recommend`.
 
         A model that supports steps uses the user's state, which has taken in all events and is not
         computed again. Other models are given the last `max_length` events.

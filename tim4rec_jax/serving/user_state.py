@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -13,6 +14,7 @@ from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel, NewEvents
 from tim4rec_jax.serving.history import Events
 from tim4rec_jax.serving.stores import Change, Snapshot, Store
+from tim4rec_jax.serving.training_users import TrainingUsers
 
 NewOnes = list[tuple[int, int]]  # the items (as indices) and times of events of one user
 
@@ -37,23 +39,50 @@ class Users:
     model for each event. It is dropped when an event arrives late, and when another model has made
     it. It is then computed from the whole log when somebody asks for it. So any number of late
     events costs one such computation.
+
+    What a user did in the training comes before the events of the store. It is not copied to the
+    store.
+
+    Attributes:
+        fingerprint: of what the states of users depend on: the model, and the training's events.
     """
 
-    def __init__(self, model: CompiledModel, catalogue: Catalogue, store: Store):
+    def __init__(
+        self,
+        model: CompiledModel,
+        catalogue: Catalogue,
+        store: Store,
+        training: TrainingUsers | None = None,
+    ):
         self.model, self.catalogue, self.store = model, catalogue, store
+        self.training = training
+        past = "" if training is None else f" after {training.content}"
+        self.fingerprint = model.fingerprint + past
         self._deletions, self._deleting = 0, threading.Lock()
 
     def log(self, user: str) -> tuple[Events, int]:
-        """All events of a user that the model knows, and the number of all events."""
+        """All events of a user that the model knows, and the number of events in the store."""
         ids, timestamps = self.store.history(user)
         items = self.catalogue.indices(ids)
         known = items > 0
         times = np.asarray(timestamps, np.int64)[known]
-        return Events(items[known], times, np.array([0, len(times)])), len(ids)
+        events = Events(items[known], times, np.array([0, len(times)]))
+        if self.training is not None and (past := self._past(user)):
+            events = self.training.merge(past, events)
+        return events, len(ids)
+
+    def _past(self, user: str) -> Events | None:
+        """What a user did in the training, unless there was no such user or it was deleted."""
+        past = None if self.training is None else self.training.find(user)
+        if past is not None:
+            [mark] = self.store.snapshots([_forgotten(user)], _FORGOTTEN)
+            if mark.state is not None:
+                return None
+        return past
 
     def kept_state(self, user: str) -> bytes | None:
         """The state of a user, unless it must be computed first; see `states`."""
-        [snapshot] = self.store.snapshots([user], self.model.fingerprint)
+        [snapshot] = self.store.snapshots([user], self.fingerprint)
         return snapshot.state
 
     def state(self, user: str) -> bytes:
@@ -66,7 +95,7 @@ class Users:
         A state that is missing, or that another model made, is computed from the log and kept.
         """
         deletions = self._deletions
-        snapshots = self.store.snapshots(users, self.model.fingerprint)
+        snapshots = self.store.snapshots(users, self.fingerprint)
         states = {
             user: self.model.no_events if snapshot.state is None else snapshot.state
             for user, snapshot in zip(users, snapshots, strict=True)
@@ -86,14 +115,18 @@ class Users:
                 # The store refuses the state of a user who has got an event meanwhile. But it
                 # could not tell the log of somebody who was deleted from a new one.
                 if deletions == self._deletions:
-                    self.store.apply(changes, self.model.fingerprint)
+                    self.store.apply(changes, self.fingerprint)
         return [states[user] for user in users]
 
     def delete(self, user: str) -> bool:
         """Forgets a user; see `Store.delete`."""
         with self._deleting:
             self._deletions += 1
-            return self.store.delete(user)
+            known = self._past(user) is not None
+            if known:  # the dataset cannot be changed, so the store notes what it must not be asked
+                mark = Change(_forgotten(user), 0, [], [], b"forgotten")
+                self.store.apply([mark], _FORGOTTEN)
+            return self.store.delete(user) or known
 
     def update(self, updates: Sequence[Update]) -> list[UserError | None]:
         """Adds events of many callers at once.
@@ -143,7 +176,7 @@ class Users:
     ) -> dict[str, list[tuple[int, NewOnes]]]:
         """Returns the users that must be tried again."""
         deletions = self._deletions
-        snapshots = self.store.snapshots(list(pending), self.model.fingerprint)
+        snapshots = self.store.snapshots(list(pending), self.fingerprint)
         changes, inputs = [], {}
         for (user, parts), snapshot in zip(pending.items(), snapshots, strict=True):
             merged: NewOnes = []
@@ -159,7 +192,7 @@ class Users:
                 continue
             merged.sort(key=lambda event: event[1])
             if self.model.supports_step:
-                new = _new_events(merged, snapshot)
+                new = _new_events(merged, snapshot, self._past(user))
                 if new is not None:
                     inputs[user] = new
             ids = [self.catalogue.ids[item - 1] for item, _ in merged]
@@ -175,19 +208,42 @@ class Users:
         with self._deleting:
             if deletions != self._deletions:
                 return pending
-            done = self.store.apply(changes, self.model.fingerprint)
+            done = self.store.apply(changes, self.fingerprint)
         again = [change.user for change, ok in zip(changes, done, strict=True) if not ok]
         return {user: pending[user] for user in again}
 
 
-def _new_events(events: NewOnes, snapshot: Snapshot) -> NewEvents | None:
-    """What leads from a user's state to the one after `events`; `None`: only the whole log does."""
+def _new_events(events: NewOnes, snapshot: Snapshot, past: Events | None) -> NewEvents | None:
+    """What leads from a user's state to the one after `events`; `None`: only the whole log does.
+
+    Args:
+        events: the new ones, in order of time.
+        snapshot: what the store holds of the user.
+        past: what the user did in the training.
+    """
     items, times = np.array(events, np.int64).T
-    if snapshot.last is None:
+    last = snapshot.last
+    if past is not None and past.items.size:
+        end = int(past.timestamps[-1])
+        if times[0] <= end:  # it may be one of the training's events, which count once
+            return None
+        last = end if last is None else max(last, end)
+    if last is None:
         return NewEvents(None, None, items, times)
-    if snapshot.state is not None and times[0] >= snapshot.last:
-        return NewEvents(snapshot.state, snapshot.last, items, times)
+    if snapshot.state is not None and times[0] >= last:
+        return NewEvents(snapshot.state, last, items, times)
     return None
+
+
+_FORGOTTEN = "forgotten"
+
+
+def _forgotten(user: str) -> str:
+    """The user of the store whose state says that another one was deleted.
+
+    It does not tell the name, and is longer than any that a caller of the service may use.
+    """
+    return "forgotten:" + 2 * hashlib.sha512(user.encode()).hexdigest()
 
 
 def _check_order(user: str, events: NewOnes, last: int | None, sort: bool) -> int | None:

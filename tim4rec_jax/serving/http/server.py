@@ -76,6 +76,7 @@ def serve(
     def load() -> Recommender:
         recommender = Recommender.load(workdir, users, dataset, approximate=approximate)
         recommender.model.compile_ahead()
+        print(recommender.open_training(), file=sys.stderr, flush=True)
         return recommender
 
     recommender = load()
