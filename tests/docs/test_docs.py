@@ -20,7 +20,7 @@ from tests.training.tiny_run import quick_config
 OWN = re.compile(r"(tim4rec|python (-m (tim4rec_jax|data_prep|benchmarks)\b|\w+/?\w+\.py)) ")
 CODE = {page: blocks(page) for page in PAGES}
 # Pages whose Python trains or compiles as that of others does.
-ONLY_SLOW = {"README", "models", "serving"}
+ONLY_SLOW = {"README", "every-day", "item-features", "models", "protocols", "serving", "tune"}
 # What a page takes for granted.
 BEFORE = {
     "README": """
