@@ -157,7 +157,7 @@ def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
     told = {"test": figures, "test_standard_errors": figures, "users": 3}
     told |= {"valid": figures, "epochs": 3, "best_epoch": 2, "jax": "0.10.2", "device": "cpu"}
     (folder / "run" / "metrics.json").write_text(json.dumps(told))
-    masked = {"metrics": figures | {"ndcg@10": 0.5}}
+    masked = {"metrics": figures | {"ndcg@10": 0.5}, "protocol": {"ties": "optimistic"}}
     (folder / "run" / "eval_test_exclude_seen.json").write_text(json.dumps(masked))
     (folder / "cost.json").write_text(json.dumps({"cpu": 12.6, "memory": 800.2}))
     rows = rows_of_run(folder / "run")
