@@ -38,8 +38,10 @@ COMMANDS = {
     "tim4rec_jax.__main__",
     *(
         f"tim4rec_jax.commands{name}"
-        for name in ("", ".add_items", ".train", ".eval", ".results", ".verify")
+        for name in ("", ".add_items", ".train", ".eval", ".results", ".verify", ".trainings")
     ),
+    *(f"tim4rec_jax.commands.{name}" for name in ("tune", "search", "search_space")),
+    "tim4rec_jax.commands.search_report",
     *(f"tim4rec_jax.commands.compare{name}" for name in ("", "_report")),
     "tim4rec_jax.api",
     "tim4rec_jax.cli",

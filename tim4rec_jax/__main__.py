@@ -72,6 +72,12 @@ def _compare(words: list[str]) -> None:
     main(words)
 
 
+def _tune(words: list[str]) -> None:
+    from tim4rec_jax.commands.tune import main
+
+    main(words)
+
+
 def _verify(words: list[str]) -> int:
     from tim4rec_jax.commands.verify import main
 
@@ -104,6 +110,7 @@ COMMANDS = {
     "explain": Command("draw what a recommendation rests on", _serving("explain")),
     "compare": Command("train several models and compare them", _compare),
     "add-items": Command("have a run know new items by their features", _add_items),
+    "tune": Command("search settings by validation", _tune),
     "verify": Command("check that a run is whole", _verify),
 }
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 from absl import flags
@@ -137,16 +138,26 @@ def _changed_settings(argv: list[str], config: Config) -> set[str]:
             raise UserError(f"config.model.{error}") from error
     known = config_lib.flatten(config)
     for key in changed:
-        if key in known:
-            continue
-        # A name whose last word is right is more likely meant than one that looks alike.
-        last = key.rpartition(".")[2]
-        by_last = {name.rpartition(".")[2]: name for name in known}
-        near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
-        near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
-        hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
-        raise UserError(f"config.{key} is not a setting{hint}")
+        if key not in known:
+            raise unknown_setting(f"config.{key}", known)
     return set(changed)
+
+
+def unknown_setting(name: str, known: Iterable[str]) -> UserError:
+    """The error that a setting is not known, with those most like it.
+
+    Args:
+      name: as the user wrote it, with or without "config." before it.
+      known: full names of the settings there are.
+    """
+    key, known = name.removeprefix("config."), tuple(known)
+    # A name whose last word is right is more likely meant than one that looks alike.
+    last = key.rpartition(".")[2]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    near = [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
+    near += difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+    hint = f"; nearest: {', '.join(dict.fromkeys(near))}" if near else ""
+    return UserError(f"{name} is not a setting{hint}")
 
 
 def _default_workdir(named: str, seed_of_file: int, seed: int) -> str:

@@ -38,6 +38,13 @@ def named_file(text: str) -> Path:
     return path
 
 
+def positive_count(text: str) -> int:
+    """A number of things to do on the command line, as a type of `argparse`."""
+    if not (text.isascii() and text.isdecimal()) or not 1 <= int(text[:9]) <= 10_000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to 10000")
+    return int(text)
+
+
 @contextmanager
 def _one_sentence(path: Path) -> Iterator[None]:
     """Turns what the operating system refuses into an error that names `path`."""

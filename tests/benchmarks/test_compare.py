@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -13,8 +14,16 @@ from tests.serving.tiny_run import tiny_dataset
 from tim4rec_jax.cli import parse
 from tim4rec_jax.commands import compare
 from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
-from tim4rec_jax.commands.compare_report import Run, markdown, p_values, picture, spread
+from tim4rec_jax.commands.compare_report import (
+    Run,
+    Tuning,
+    markdown,
+    p_values,
+    picture,
+    spread,
+)
 from tim4rec_jax.commands.results import COLUMNS, changed_settings, read, rows_of_run
+from tim4rec_jax.commands.trainings import settings
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.run import write_settings
@@ -103,13 +112,25 @@ def test_users_are_compared_under_the_rule_of_ties_of_the_figures():
     assert expected.gains().mean() < GOOD.gains().mean() / 10
 
 
+def test_the_searches_of_settings_stand_below():
+    tunings = [
+        Tuning("beauty", "a", {"complete": 3, "pruned": 2}, 0.0512, 61.4, {"train.epochs": 9}),
+        Tuning("beauty", "popularity"),
+        Tuning("steam", "a", {"complete": 5}, 0.0612, 100.0, {"train.epochs": 9}),
+    ]
+    lines = markdown([GOOD], tunings).splitlines()
+    assert "| a | 5 | 2 | 0 | .0512 | 61 | `train.epochs=9` |" in lines
+    assert "| popularity | 0 | 0 | 0 |  | 0 |  |" in lines
+    assert not any(".0612" in line for line in lines)
+
+
 def test_the_published_stand_beside():
     assert ".0842 / .0421" in markdown([run("sasrec", ranks(30))])
 
 
 def test_a_training_that_fails_says_why(tmp_path):
     missing = [f"dataset={tmp_path / 'none'}"]
-    problem = train(tmp_path, arguments(tmp_path, "ml100k", "tim4rec", 2020, missing))
+    problem = train(tmp_path, arguments("ml100k", "tim4rec", 2020, missing))
     assert problem.startswith(f"error: {tmp_path / 'none'} is not a prepared dataset")
     assert problem in (tmp_path / "train.log").read_text()
     assert (tmp_path / "cost.json").exists()
@@ -119,8 +140,8 @@ def test_a_training_that_fails_says_why(tmp_path):
 def finished(tmp_path):
     """The folder of a finished run, and the command line that made it."""
     dataset = tiny_dataset(tmp_path / "data")
-    words = arguments(tmp_path, "own", "causal", 2020, [f"dataset={dataset}", "train.epochs=3"])
-    config, run = parse(["train.py", *words], usage="")
+    words = arguments("own", "causal", 2020, [f"dataset={dataset}", "train.epochs=3"])
+    config, run = settings(words), tmp_path / "run"
     run.mkdir()
     write_settings(config, run / "config.json")
     shutil.copyfile(dataset / "dataset.json", run / "dataset.json")
@@ -190,7 +211,7 @@ def test_a_setting_that_follows_from_others_is_not_named():
 def test_finished_runs_are_added_to_a_table_of_results(tmp_path, monkeypatch):
     row = dict.fromkeys(COLUMNS, "") | {"dataset": "beauty", "ndcg@10": "0.1"}
     asked = []
-    monkeypatch.setattr(compare, "runs", lambda flags: [GOOD, FAILED])
+    monkeypatch.setattr(compare, "runs", lambda flags: ([GOOD, FAILED], []))
     monkeypatch.setattr(compare, "rows_of_run", lambda run: asked.append(run) or [row])
     words = ["--datasets", "beauty", "--models", "sasrec", f"--runs={tmp_path}"]
     words += [f"--out={tmp_path / 'table'}", f"--results={tmp_path / 'results.csv'}"]
@@ -198,3 +219,37 @@ def test_finished_runs_are_added_to_a_table_of_results(tmp_path, monkeypatch):
         compare.main(words)
     assert asked == [tmp_path / "beauty" / "a" / "2020" / "run"]
     assert read(tmp_path / "results.csv") == [row]
+
+
+def test_every_model_is_searched_with_the_same_budget_before_its_seeds(tmp_path, monkeypatch):
+    """The trainings of the search are made up, and those of the seeds are only listed."""
+    tiny_dataset(tmp_path / "ml-100k")
+    searched, trained = [], []
+
+    def trial(folder, words, stop):
+        searched.append(words)
+        (folder / "run").mkdir(parents=True)
+        record = {"kind": "valid", "epoch": 1, "ndcg@10": 0.1 + 0.01 * len(searched)}
+        (folder / "run" / "log.jsonl").write_text(json.dumps(record) + "\n")
+        return ""
+
+    def seed(folder, words):
+        trained.append((folder, words))
+        return "not trained here"
+
+    monkeypatch.setattr(compare.trainings, "train", trial)
+    monkeypatch.setattr(compare, "train", seed)
+    words = f"--data {tmp_path} --runs {tmp_path}/runs --out {tmp_path}/table --seeds 2 --tune 2"
+    names = ["--datasets", "ml100k", "--models", "sasrec", "popularity", "--", "train.epochs=1"]
+    with pytest.raises(UserError, match="4 of 4 runs failed"):
+        compare.main([*words.split(), *names])
+    assert len(searched) == 2
+    chosen = [word for word in searched[1] if "weight_decay" in word or "hidden_size" in word]
+    assert len(chosen) == 2
+    by_folder = {"/".join(folder.parts[-2:]): words for folder, words in trained}
+    assert set(by_folder) == {f"{m}/{s}" for m in ("sasrec", "popularity") for s in (2020, 2021)}
+    assert set(chosen) <= set(by_folder["sasrec/2021"])
+    assert "--config.train.epochs=1" in by_folder["sasrec/2021"]
+    assert not any("hidden_size" in word for word in by_folder["popularity/2020"])
+    table = (tmp_path / "table.md").read_text()
+    assert re.search(r"\| sasrec \| 2 \| 0 \| 0 \| .1200 \| 0 \| `train.learning_rate=", table)

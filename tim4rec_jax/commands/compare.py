@@ -10,6 +10,10 @@ finished run with the same settings and the same data is reused, and an interrup
 continued; a run with others is refused. If a run fails, the others go on, and the failure is
 reported.
 
+With `--tune 30`, the settings of each model are searched first, as `tim4rec tune` does: the same
+number of trials for every model, judged on validation, in `RUNS/DATASET/MODEL/tune`. All seeds are
+then trained with the best settings. The tables tell what was chosen and what the search cost.
+
 Writes OUT.md, OUT.csv and OUT.png. They name the protocol, and hold test metrics as mean and
 standard deviation over seeds with a paired test over users against the first model, and parameters,
 operations, seconds and memory. The picture shows quality against cost. Seconds are processor
@@ -21,11 +25,10 @@ programs. `--results FILE` also adds a row for each run and protocol to a table 
 import argparse
 import csv
 import hashlib
+import importlib.util
 import json
-import os
-import subprocess
-import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -34,20 +37,19 @@ import numpy as np
 from flax import nnx
 from rich.console import Console
 
-from tim4rec_jax.cli import parse
-from tim4rec_jax.commands.compare_report import Run, markdown, picture
+from tim4rec_jax.commands import trainings
+from tim4rec_jax.commands.compare_report import Run, Tuning, markdown, picture
 from tim4rec_jax.commands.results import append, rows_of_run
 from tim4rec_jax.data import open_dataset
-from tim4rec_jax.data.format import DATASET_FILE, read_metadata
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import metrics
 from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
 from tim4rec_jax.evaluation.metrics import tested
 from tim4rec_jax.evaluation.protocol import protocol
-from tim4rec_jax.files import named_file
+from tim4rec_jax.files import named_file, positive_count
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
-from tim4rec_jax.run import check_same_dataset, check_unchanged, load_model
+from tim4rec_jax.run import load_model
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training.log import flops_per_sample
 
@@ -60,11 +62,10 @@ def variant(model: str) -> str:
     return "" if model == DEFAULT_MODEL else model
 
 
-def arguments(folder: Path, config: str, model: str, seed: int, options: list[str]) -> list[str]:
-    """Returns the command line of `train.py` that trains a run."""
+def arguments(config: str, model: str, seed: int, options: list[str]) -> list[str]:
+    """Returns the command line of `train.py` that trains a run, but for its directory."""
     return [
         f"--config={config}:{variant(model)}".removesuffix(":"),
-        f"--workdir={folder / 'run'}",
         f"--config.seed={seed}",
         *(f"--config.{option}" for option in options),
     ]
@@ -78,52 +79,35 @@ def train(folder: Path, words: list[str]) -> str:
       words: its command line, see `arguments`.
     """
     try:
-        if finished(folder / "run", words):
+        if trainings.finished(folder / "run", trainings.settings(words)):
             return ""
     except UserError as error:
         return f"error: {error}"
-    folder.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "tim4rec_jax", "train", *words]
-    with open(folder / "train.log", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        except KeyboardInterrupt:
-            process.wait()  # it was interrupted too, and saves
-            raise
-    _add_cost(folder / "cost.json", usage)
-    if process.returncode == 0:
-        return ""
-    lines = (folder / "train.log").read_text().strip().splitlines()
-    return lines[-1] if lines else f"exit code {process.returncode}"
+    return trainings.train(folder, words)
 
 
-def finished(run: Path, words: list[str]) -> bool:
-    """Whether the run of this command line is there and finished.
+def tune(flags: argparse.Namespace, config: str, model: str, options: list[str]) -> Tuning:
+    """Searches the settings of a model on validation, with the budget that all models have.
 
     Raises:
-      UserError: another run is there, with other settings or of other data.
+      UserError: the search cannot begin or go on, or none of its trials has finished.
     """
-    config, _ = parse(["train.py", *words], usage="")
-    if (run / "config.json").exists():
-        check_unchanged(config, run / "config.json")
-    if not (run / "metrics.json").exists():
-        return False
-    check_same_dataset(
-        Path(config.dataset), read_metadata(Path(config.dataset)), run / DATASET_FILE
-    )
-    return True
+    # The rest works without Optuna.
+    from tim4rec_jax.commands import search, search_report, search_space
 
-
-def _add_cost(path: Path, usage) -> None:
-    """Adds up the processor time of all starts of a run and keeps its largest memory."""
-    before = json.loads(path.read_text()) if path.exists() else {"cpu": 0.0, "memory": 0.0}
-    cost = {
-        "cpu": before["cpu"] + usage.ru_utime + usage.ru_stime,
-        "memory": max(before["memory"], usage.ru_maxrss / 1024),
-    }
-    path.write_text(json.dumps(cost))
+    words, dataset = arguments(config, model, FIRST_SEED, options), Path(config).stem
+    ranges = search_space.default_space(trainings.settings(words), words)
+    if not ranges:  # the model learns nothing
+        return Tuning(dataset, model)
+    folder = flags.runs / dataset / model / "tune"
+    study = search.search(search.Plan(words, ranges, flags.tune, folder), console)
+    best = search_report.best_trial(study)
+    if best is None:
+        raise UserError(f"no trial in {folder} has finished")
+    trials = study.get_trials(deepcopy=False)
+    states = Counter(trial.state.name.lower() for trial in trials)
+    cost = search_report.processor_seconds(study)
+    return Tuning(dataset, model, dict(states), best.value or 0.0, cost, best.params)
 
 
 def measure(folder: Path) -> dict:
@@ -159,25 +143,32 @@ def measure(folder: Path) -> dict:
         }
         path.write_text(json.dumps(measured))
     told = json.loads((folder / "run" / "metrics.json").read_text())
-    cost = {"cpu": float("nan"), "memory": float("nan")}
-    if (folder / "cost.json").exists():
-        cost = json.loads((folder / "cost.json").read_text())
-    return told | cost | json.loads(path.read_text())
+    return told | trainings.cost(folder) | json.loads(path.read_text())
 
 
-def runs(flags: argparse.Namespace) -> list[Run]:
-    """Trains and measures every run; a run that failed holds the reason."""
-    found = []
+def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
+    """Tunes every model if asked for, then trains and measures every run.
+
+    A run that failed holds the reason.
+    """
+    found, tunings = [], []
     for config in flags.datasets:
         dataset = Path(config).stem
         for model in flags.models:
             named = f"{config}:{variant(model)}".removesuffix(":")
             directory = flags.data / Path(load_config(named).dataset).name
+            options, why = [f"dataset={directory}", *flags.options], ""
+            if flags.tune:
+                console.print(f"{dataset} {model}: search of settings", highlight=False)
+                try:
+                    tunings.append(tune(flags, config, model, options))
+                    options += [f"{name}={value}" for name, value in tunings[-1].settings.items()]
+                except UserError as error:
+                    why = f"error: {error}"
             for seed in range(FIRST_SEED, FIRST_SEED + flags.seeds):
                 folder = flags.runs / dataset / model / str(seed)
                 console.print(f"{dataset} {model} {seed}", end=" ", highlight=False)
-                options = [f"dataset={directory}", *flags.options]
-                problem = train(folder, arguments(folder, config, model, seed, options))
+                problem = why or train(folder, arguments(config, model, seed, options))
                 figures, ranks, ties = {}, None, None
                 if not problem:
                     figures = measure(folder)
@@ -185,7 +176,7 @@ def runs(flags: argparse.Namespace) -> list[Run]:
                 said = problem or "NDCG@10 {test[ndcg@10]:.4f}".format(**figures)
                 console.print(said, highlight=False)
                 found.append(Run(dataset, model, seed, problem, figures, ranks, ties))
-    return found
+    return found, tunings
 
 
 def write_csv(path: Path, found: list[Run]) -> None:
@@ -209,19 +200,28 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--datasets", nargs="+", required=True, help="config files, such as ml100k")
     add("--models", nargs="+", required=True, help="their variants, or tim4rec")
     add("--seeds", type=int, default=3, help="how many, from 2020 (default: 3)")
+    add(
+        "--tune",
+        type=positive_count,
+        default=0,
+        metavar="N",
+        help="first search the settings of each model in N trials, on validation",
+    )
     add("--data", type=Path, default=Path("data"), help="folder of prepared datasets")
     add("--runs", type=Path, default=Path("runs/compare"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/compare/table"), help="files to write, no suffix")
     add("--results", type=named_file, metavar="FILE", help="a table of results to add the runs to")
     add("options", nargs="*", metavar="-- OPTION=VALUE", help="settings for every training")
     flags = parser.parse_args(words)
+    if flags.tune and importlib.util.find_spec("optuna") is None:
+        raise UserError("--tune needs Optuna: pip install 'tim4rec-jax[tune]'")
     for config in flags.datasets:
         for model in flags.models:  # a mistake is found before the first training
             load_config(f"{config}:{variant(model)}".removesuffix(":"))
     enable_compilation_cache()
-    found = runs(flags)
+    found, tunings = runs(flags)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".md").write_text(markdown(found))
+    flags.out.with_suffix(".md").write_text(markdown(found, tunings))
     write_csv(flags.out.with_suffix(".csv"), found)
     picture(found, flags.out.with_suffix(".png"))
     console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)

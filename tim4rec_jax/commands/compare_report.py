@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -98,6 +98,27 @@ class Run:
         }
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """The search of a model's settings on validation, which came before its runs.
+
+    Attributes:
+      dataset: name of the config.
+      model: name of the model or of the config's variant.
+      trials: how many ended how: "complete", "pruned", "fail".
+      valid: NDCG@10 on validation of the best.
+      cpu: seconds of processor time of all trials.
+      settings: the best settings by their full names; empty for a model that learns nothing.
+    """
+
+    dataset: str
+    model: str
+    trials: dict[str, int] = dataclasses.field(default_factory=dict)
+    valid: float = float("nan")
+    cpu: float = 0.0
+    settings: dict = dataclasses.field(default_factory=dict)
+
+
 def _groups(found: list[Run]) -> dict[str, dict[str, list[Run]]]:
     """Groups finished runs by dataset and model, in the order of the command line."""
     groups: dict = {}
@@ -146,8 +167,8 @@ def _table(header: list[str], rows: list[list[str]]) -> list[str]:
     return ["| " + " | ".join(line) + " |" for line in lines] + [""]
 
 
-def markdown(found: list[Run]) -> str:
-    """Returns two Markdown tables for each dataset: quality and cost."""
+def markdown(found: list[Run], tunings: Sequence[Tuning] = ()) -> str:
+    """Returns Markdown tables for each dataset: quality, cost, and the search of settings."""
     lines = []
     for dataset, models in _groups(found).items():
         finished = {name: runs for name, runs in models.items() if runs}
@@ -156,6 +177,7 @@ def markdown(found: list[Run]) -> str:
         if finished:
             lines += _protocol([run for runs in finished.values() for run in runs])
             lines += [*_quality(dataset, finished), *_cost(finished)]
+        lines += _searches([tuning for tuning in tunings if tuning.dataset == dataset])
         lines += [f"- {run.model}, seed {run.seed}: {run.problem}" for run in failed]
         lines += [""] * bool(failed)
     return "\n".join(lines)
@@ -194,6 +216,20 @@ def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
 def _by_cut_off(names: Iterable[str]) -> list[str]:
     """Puts hit@10, ndcg@10, mrr@10 before hit@20."""
     return sorted(names, key=lambda name: int(name.partition("@")[2]))
+
+
+def _searches(tunings: list[Tuning]) -> list[str]:
+    if not tunings:
+        return []
+    header = ["model", "trials", "stopped early", "failed", "validation NDCG@10", "processor s"]
+    rows = []
+    for found in tunings:
+        stopped, failed = (str(found.trials.get(state, 0)) for state in ("pruned", "fail"))
+        chosen = ", ".join(f"`{name}={value}`" for name, value in found.settings.items())
+        figure = f"{found.valid:.4f}".replace("0.", ".", 1) if found.settings else ""
+        count = str(sum(found.trials.values()))
+        rows.append([found.model, count, stopped, failed, figure, f"{found.cpu:.0f}", chosen])
+    return _table([*header, "chosen"], rows)
 
 
 def _cost(models: dict[str, list[Run]]) -> list[str]:

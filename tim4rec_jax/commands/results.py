@@ -34,7 +34,10 @@ COLUMNS = (
     *("hardware", "jax", "code", "command", "date", "note"),
 )
 # Settings that change no figure, or have a column of their own.
-_NOT_NAMED = ("dataset", "prepare", "preset", "seed", "data.placement", "train.checkpoint_minutes")
+_NOT_NAMED = (
+    *("dataset", "prepare", "preset", "seed", "data.placement"),
+    *("train.checkpoint_minutes", "train.loggers"),
+)
 
 
 def read(path: Path) -> list[dict[str, str]]:
