@@ -22,6 +22,7 @@ from tests.training.tiny_run import (
     tiny_config,
 )
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.commands.search import validations
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
@@ -82,6 +83,7 @@ def test_what_a_run_records(finished):
     assert round(figures["valid"]["ndcg@10"], 4) == best
     last_best = [r["epoch"] for r in epochs if round(r["ndcg@10"], 4) == best][-1]
     assert figures["best_epoch"] == last_best
+    assert validations(finished) == {record["epoch"]: record["ndcg@10"] for record in epochs}
     (test,) = records(finished, "test")
     assert test["ndcg@10"] == figures["test"]["ndcg@10"]
 
