@@ -36,7 +36,7 @@ def test_what_ranges_mean():
 @pytest.mark.parametrize(
     ("name", "words", "says"),
     [
-        ("model.dropout", "0:0.5", "model.dropout is not a setting; nearest: model.dropout_prob"),
+        ("model.dropout", "0:0.5", "model.dropout is not a setting; nearest: .*model.dropout_prob"),
         ("model.hiden_size", "1,2", "nearest: model.hidden_size"),
         ("dropout_prob", "0:0.5", "dropout_prob is not a setting; nearest: model.dropout_prob"),
         ("dataset", "a,b", "dataset cannot be searched"),

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -70,12 +71,13 @@ def test_ctrl_c_is_passed_on_once(tmp_path, process):
     assert cost(tmp_path)["cpu"] > 0
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process of its parent's end"
-)
-def test_a_training_whose_parent_has_died_does_not_begin(capsys):
-    assert trainings.main(["1", "--config=none"]) == 1
+def test_a_training_whose_parent_has_died_does_not_begin(monkeypatch, capsys):
+    monkeypatch.setattr(trainings.ctypes, "CDLL", MagicMock())
+    monkeypatch.setattr(trainings.os, "getppid", lambda: 1)
+    assert trainings.main(["1234", "--config=none"]) == 1
     assert capsys.readouterr() == ("", "")
+    assert trainings.main(["1", "--config=none"]) == 1
+    assert "there is no file none" in capsys.readouterr().err
 
 
 CONFIG = """

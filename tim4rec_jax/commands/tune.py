@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -65,11 +66,13 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
         "rate, weight decay, dropout, width and layers",
     )
     what.add_argument("--search", type=Path, metavar="FILE.yaml", help="the same as a file")
-    flags, rest = parser.parse_known_args(words)
-    flags.fixed = rest
-    for word in rest:
+    words = sys.argv[1:] if words is None else words
+    fixed = [word for word in words if word.startswith("--config.")]
+    flags = parser.parse_args([word for word in words if word not in fixed])
+    flags.fixed = fixed
+    for word in fixed:
         if not re.match(r"--config\.[\w.]+=", word):
-            parser.error(f"{word!r} is no flag; a setting is given as --config.NAME=VALUE")
+            parser.error(f"{word!r} has no value; a setting is given as --config.NAME=VALUE")
         if word.startswith("--config.model.name="):
             parser.error("name the model as the variant: --config FILE:MODEL")
     searched = [name for name, _ in flags.set]
