@@ -11,8 +11,10 @@ import pytest
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tests.serving.tiny_run import save_run
-from tim4rec_jax.data import open_dataset
+from tim4rec_jax.commands.eval import BEYOND_ACCURACY
+from tim4rec_jax.data import open_dataset, train_item_counts
 from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.evaluation.beyond_accuracy import NAMES
 from tim4rec_jax.run import load_model
 
 EVAL = Path(__file__).parents[2] / "eval.py"
@@ -75,6 +77,46 @@ def test_all_files(folder, command, tmp_path, capsys):
     assert set(table["user"].to_pylist()) == {f"u{row}" for row in range(15)} - {"u0", "u1", "u14"}
     assert not (folder / "run" / "eval_valid_exclude_seen.json").exists()
     assert "by last gap" in capsys.readouterr().out
+
+
+def test_all_equal_scores_are_told(folder, command, tmp_path, capsys):
+    """A model that knows nothing has Hit@10 = 1 under the optimistic rule, and says so."""
+    run = save_run(tmp_path / "run", folder / "data", lambda leaf: leaf * 0, time_encoding="paper")
+    files = ["--ranks", tmp_path / "ranks.parquet", "--csv", tmp_path / "out.csv", "--ks=3,10"]
+    assert command("--workdir", run, *files) == 0
+    report, printed = json.loads((run / "eval_test.json").read_text()), capsys.readouterr().out
+    assert report["metrics"]["hit@10"] == report["by_ties"]["optimistic"]["hit@10"] == 1
+    assert report["by_ties"]["expected"]["hit@10"] == pytest.approx(10 / 30)
+    assert "ties expected" in printed and "0.3333" in printed
+    assert "warning: equal scores change Hit@3 by 0.9000" in printed
+    told = "split=leave_one_out part=test order=exact seen=ranked ties=optimistic"
+    assert f"protocol: dataset=small model=tim4rec seed=2020 {told}" in printed
+    assert "knows_next_time=False ks=3,10 users=14\n" in printed
+    table = pq.read_table(tmp_path / "ranks.parquet")
+    assert table.to_pylist() == [
+        {"user": f"u{row}", "rank": 1, "ties": 29} for row in range(15) if LENGTHS[row] > 1
+    ]
+    assert "test,lists,,14,diversity@3," in (tmp_path / "out.csv").read_text()
+    assert command("--workdir", run, "--ties=expected", "--by=length", "--accuracy-only") == 0
+    report = json.loads((run / "eval_test.json").read_text())
+    assert report["metrics"] == report["by_ties"]["expected"]
+    assert report["protocol"]["ties"] == "expected"
+    assert report["slices"]["length"][0]["metrics"]["hit@20"] == pytest.approx(20 / 30)
+    assert "beyond_accuracy" not in report and "lists of k" not in capsys.readouterr().out
+
+
+def test_lists_are_those_of_the_predictions(folder, command, tmp_path):
+    flags = ["--predictions", tmp_path / "best.parquet", "--top-k=5", "--ks=5", "--exclude-seen"]
+    assert command("--workdir", folder / "run", *flags) == 0
+    found = json.loads((folder / "run" / "eval_test_exclude_seen.json").read_text())
+    best, ds = pq.read_table(tmp_path / "best.parquet"), open_dataset(folder / "data")
+    assert found["beyond_accuracy"]["coverage@5"] == len(set(best["item"].to_pylist())) / 30
+    counts = dict(zip(ds.item_ids.to_pylist(), train_item_counts(ds), strict=True))
+    by_user = {}
+    for row in best.to_pylist():
+        by_user.setdefault(row["user"], []).append(counts[row["item"]])
+    mean = np.mean([np.mean(events) for events in by_user.values()])
+    assert found["beyond_accuracy"]["popularity@5"] == pytest.approx(mean)
 
 
 def damaged(folder, tmp_path, damage):
@@ -166,6 +208,8 @@ def test_weights_that_are_not_finite(folder, command, tmp_path, capsys):
         ([], "--workdir"),
         (["--split", "train"], "'train'"),
         (["--by", "length,age"], "'age'"),
+        (["--ks", "10,0"], "'0' is not a whole number of 1 or more"),
+        (["--ties", "worst"], "'worst'"),
         (["--top-k", "0"], "'0' is not a whole number of 1 or more"),
         (["--csv", "no/such/folder/x.csv"], "the folder no/such/folder does not exist"),
         (["--json", "."], "is a folder"),
@@ -175,6 +219,12 @@ def test_weights_that_are_not_finite(folder, command, tmp_path, capsys):
 def test_bad_flags(folder, command, flags, words, capsys):
     flags = ["--workdir", folder / "run", *flags] if flags else []
     check_sentence(command(*flags), capsys, words)
+
+
+def test_help_defines_what_is_measured(command, capsys):
+    assert command("--help") == 0
+    said = capsys.readouterr().out
+    assert tuple(BEYOND_ACCURACY) == NAMES and all(f"\n  {name}: " in said for name in NAMES)
 
 
 def check_sentence(code, capsys, words):
