@@ -88,7 +88,7 @@ def test_all_equal_scores_are_told(folder, command, tmp_path, capsys):
     assert report["metrics"]["hit@10"] == report["by_ties"]["optimistic"]["hit@10"] == 1
     assert report["by_ties"]["expected"]["hit@10"] == pytest.approx(10 / 30)
     assert "ties expected" in printed and "0.3333" in printed
-    assert "warning: equal scores change Hit@3 by 0.9000" in printed
+    assert "warning: equal scores change MRR@3 by 0.9389" in printed
     told = "split=leave_one_out part=test order=exact seen=ranked ties=optimistic"
     assert f"protocol: dataset=small model=tim4rec seed=2020 {told}" in printed
     assert "knows_next_time=False ks=3,10 users=14\n" in printed
