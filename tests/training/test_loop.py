@@ -26,6 +26,7 @@ from tim4rec_jax.commands.search import validations
 from tim4rec_jax.data import TrainBatches, open_dataset
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.protocol import best_epoch
 from tim4rec_jax.models import build
 from tim4rec_jax.run import only_process, read_date_range
 from tim4rec_jax.training import step as steps
@@ -86,6 +87,12 @@ def test_what_a_run_records(finished):
     assert validations(finished) == {record["epoch"]: record["ndcg@10"] for record in epochs}
     (test,) = records(finished, "test")
     assert test["ndcg@10"] == figures["test"]["ndcg@10"]
+    told = figures["protocol"]
+    assert (told["part"], told["seen"], told["ties"], told["ks"]) == (
+        *("test", "ranked", "optimistic"),
+        [10, 20, 50],
+    )
+    assert best_epoch(finished) == last_best
 
 
 def test_keeps_the_items_of_its_dataset(finished, dataset):
