@@ -19,13 +19,9 @@ compilation included. Finished runs are reused. Writes OUT.md, and OUT.csv with 
 """
 
 import argparse
-import csv
 import dataclasses
 import datetime
-import os
-import platform
 import shlex
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -38,6 +34,7 @@ import pyarrow.compute as pc
 from rich.console import Console
 
 from tim4rec_jax.commands.compare import train
+from tim4rec_jax.commands.results import COLUMNS, append, code, hardware
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data.dataset import Chunk
 from tim4rec_jax.data.format import read_items, read_metadata
@@ -48,6 +45,7 @@ from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.evaluation.metrics import metrics
 from tim4rec_jax.files import read_json
+from tim4rec_jax.presets import load_config
 from tim4rec_jax.run import load_model, read_figures
 from tim4rec_jax.runtime import enable_compilation_cache
 
@@ -197,41 +195,37 @@ def markdown(found: list[Outcome], arms: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def rows(flags: argparse.Namespace, found: list[Outcome], name: str) -> Iterator[dict[str, Any]]:
+def rows(flags: argparse.Namespace, found: list[Outcome], name: str) -> Iterator[dict[str, str]]:
     """The runs as rows of a table of results."""
-    code = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
     config, _, variant = flags.config.partition(":")
     for each in found:
-        yield {
+        warm = [f"train.{setting}" for setting in each.arm.split(",") if each.arm != ANEW]
+        figures = {key: f"{value:.6f}" for key, value in metrics(each.ranks).items()}
+        yield dict.fromkeys(COLUMNS, "") | {
             "dataset": name,
             "config": config,
             "variant": variant,
-            "model": each.arm if each.arm == ANEW else f"warm start, {each.arm}",
-            "seed": each.run["seed"],
-            "split": f"events of day {each.day + 1} of {flags.slices}",
+            "settings": " ".join([*flags.options, *warm]),
+            "model": load_config(flags.config).model.name,
+            "seed": str(each.run["seed"]),
+            "split": f"next_day: events of day {each.day + 1} of {flags.slices}",
+            "part": "test",
             "order": "exact",
             "seen": "ranked",
             "ties": "optimistic",
-            "knows_next_time": False,
-            **metrics(each.ranks),
-            "users": len(each.ranks),
-            "epochs": each.run["epochs"],
-            "best_epoch": each.run["best_epoch"],
-            "train_cpu_s": round(each.seconds, 1),
-            "hardware": f"{os.cpu_count()} cores, {processor()}",
+            "knows_next_time": "no",
+            **{key: value for key, value in figures.items() if key in COLUMNS},
+            "epochs": str(each.run["epochs"]),
+            "best_epoch": str(each.run["best_epoch"]),
+            "train_cpu_s": f"{each.seconds:.0f}",
+            "hardware": hardware(""),
             "jax": jax.__version__,
-            "code": code.stdout.strip(),
-            "command": shlex.join(["python", "-m", "benchmarks.daily", *sys.argv[1:]]),
+            "code": code(),
+            "command": shlex.join(["python", "-m", "benchmarks.daily", *flags.words]),
             "date": datetime.date.today().isoformat(),
+            "note": f"trained until day {each.day}, "
+            + ("anew" if each.arm == ANEW else "begun with the run of the day before"),
         }
-
-
-def processor() -> str:
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.machine()
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -252,10 +246,12 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--held-out", type=float, default=0.1, help="share of a day that validates (default: .1)")
     add("--runs", type=Path, default=Path("runs/daily"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/daily/table"), help="files to write, no suffix")
+    add("--name", default="log", help="of the log, in the tables of results")
+    add("--results", type=Path, help="table of results to add the runs to")
     words = list(sys.argv[1:] if words is None else words)
     cut = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:cut])
-    flags.options = words[cut + 1 :]
+    flags.words, flags.options = words, words[cut + 1 :]
     if not 0 < flags.first < flags.slices:
         parser.error("--first must be a day before the last one")
     enable_compilation_cache()
@@ -265,11 +261,10 @@ def main(words: Sequence[str] | None = None) -> None:
     found = list(replay(flags, log))
     table = markdown(found, [ANEW, *flags.warm])
     flags.out.with_suffix(".md").write_text(table)
-    with open(flags.out.with_suffix(".csv"), "w", newline="") as file:
-        listed = list(rows(flags, found, Path(flags.log[0]).parent.name))
-        writer = csv.DictWriter(file, listed[0])
-        writer.writeheader()
-        writer.writerows(listed)
+    flags.out.with_suffix(".csv").unlink(missing_ok=True)
+    append(flags.out.with_suffix(".csv"), rows(flags, found, flags.name))
+    if flags.results:
+        append(flags.results, rows(flags, found, flags.name))
     console.print(table, markup=False)
     console.print(f"wrote {flags.out}.md and .csv")
 

@@ -117,9 +117,9 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
         "settings": " ".join(settings),
         "epochs": str(figures["epochs"]),
         "best_epoch": str(figures["best_epoch"]),
-        "hardware": _hardware(figures.get("device", "")),
+        "hardware": hardware(figures.get("device", "")),
         "jax": figures.get("jax", ""),
-        "code": _code(),
+        "code": code(),
         "command": " ".join(words),
         "date": datetime.fromtimestamp(trained.stat().st_mtime, UTC).date().isoformat(),
     }
@@ -189,7 +189,7 @@ def _costs(folder: Path) -> dict[str, str]:
     return costs
 
 
-def _hardware(device: str) -> str:
+def hardware(device: str) -> str:
     """This machine's cores and processor, and the device that a run names if it is another."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -200,7 +200,7 @@ def _hardware(device: str) -> str:
     return cores if device in ("", "cpu") else f"{device}, {cores}"
 
 
-def _code() -> str:
+def code() -> str:
     """The version of the package, and the commit where it runs from a clone."""
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty"]
