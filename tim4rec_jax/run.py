@@ -442,12 +442,17 @@ def _sizes(config: config_lib.Config, stored: Any) -> dict[str, Any]:
     sizes: dict[str, Any] = {"n_items": rows - model_class(config.model).special_rows}
     if "maps" in table:
         maps = table["maps"]
-        arrays = (
-            np.zeros(maps[name].shape, dtype)
-            for name, dtype in (("codes", np.int32), ("weights", np.float32), ("dense", np.float32))
+        rows = maps["excluded"].shape[0]
+        codes, dense = (
+            maps[name].shape if name in maps else (rows, 0) for name in ("codes", "dense")
         )
-        counts = np.zeros(maps["excluded"].shape, np.int64)
-        sizes["item_features"] = FeatureArrays(*arrays, counts, maps["values"].shape[0])
+        sizes["item_features"] = FeatureArrays(
+            np.zeros(codes, np.int32),
+            np.zeros(codes, np.float32),
+            np.zeros(dense, np.float32),
+            np.zeros(rows, np.int64),
+            maps["values"].shape[0] if "values" in maps else 1,
+        )
     if "user_embedding" in stored:
         sizes["n_users"] = stored["user_embedding"]["embedding"].shape[0] - 1
     return sizes

@@ -19,12 +19,12 @@ FEATURES = FeatureArrays(
 )
 
 
-def make():
+def make(features=FEATURES):
     """Two rows more than items: padding, and a mask token."""
     table = ItemEmbedding(
         N_ITEMS + 2,
         WIDTH,
-        features=FEATURES,
+        features=features,
         dropout_rate=0.5,
         embedding_init=nnx.initializers.ones,
         dtype=jnp.float32,
@@ -32,7 +32,9 @@ def make():
         rngs=nnx.Rngs(0),
     )
     rng = np.random.default_rng(1)
-    for param in (table.embedding, table.maps.values, table.maps.kernel, table.maps.bias):
+    maps = table.maps
+    parts = (table.embedding, maps.values, maps.kernel, maps.bias)
+    for param in (part for part in parts if part is not None):
         param[...] = jnp.asarray(rng.normal(size=param.shape), jnp.float32)
     table.clear_untrained()
     return table
@@ -41,12 +43,14 @@ def make():
 def expected(table):
     """The vectors, one item after the other."""
     rows, maps = np.array(table.embedding[...]), table.maps
-    values, kernel, bias = (np.asarray(p[...]) for p in (maps.values, maps.kernel, maps.bias))
     rows[N_ITEMS] = 0  # item 5 stands on its features alone
     for item in range(1, N_ITEMS + 1):
-        for code, weight in zip(FEATURES.codes[item], FEATURES.weights[item], strict=True):
-            rows[item] += weight * values[code]
-        rows[item] += FEATURES.dense[item] @ kernel + bias
+        if maps.values is not None:
+            for code, weight in zip(FEATURES.codes[item], FEATURES.weights[item], strict=True):
+                rows[item] += weight * np.asarray(maps.values[code])
+        if maps.kernel is not None:
+            rows[item] += FEATURES.dense[item] @ np.asarray(maps.kernel[...])
+        rows[item] += np.asarray(maps.bias[...])
     return rows
 
 
@@ -80,6 +84,19 @@ def test_new_maps_add_nothing_but_a_common_bias():
     np.testing.assert_allclose(table.vectors()[1:5], 1 + np.tile(bias, (4, 1)), rtol=1e-6)
     np.testing.assert_allclose(table.vectors()[5], bias, rtol=1e-6)
     assert np.asarray(table.maps.excluded[...]).tolist() == [0] * 5 + [EXCLUDED]
+
+
+@pytest.mark.parametrize(
+    ("empty", "held"),
+    [(["dense"], {"values", "codes", "weights"}), (["codes", "weights"], {"kernel", "dense"})],
+)
+def test_one_kind_of_feature_alone_leaves_no_empty_array(empty, held):
+    """An array without elements cannot be saved."""
+    none = {name: np.zeros((N_ITEMS + 1, 0), getattr(FEATURES, name).dtype) for name in empty}
+    table = make(FEATURES._replace(**none))
+    state = nnx.to_pure_dict(nnx.state(table.maps))
+    assert set(state) == held | {"bias", "excluded"} and all(leaf.size for leaf in state.values())
+    np.testing.assert_allclose(table.vectors(), expected(table), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_reach_rows_and_maps():

@@ -248,10 +248,9 @@ def _enlarged(config: Any, model: Any, features: FeatureTable, added: int) -> An
     maps = held["item_embedding"].pop("maps")
     like = wanted["item_embedding"].pop("maps")
     enlarged = jax.tree.map(enlarge, held, wanted)
-    maps |= {
-        name: jnp.asarray(array)
-        for name, array in zip(("codes", "weights", "dense"), (codes, weights, dense), strict=True)
-    }
+    for name, array in (("codes", codes), ("weights", weights), ("dense", dense)):
+        if name in maps:
+            maps[name] = jnp.asarray(array)
     excluded = np.append(np.asarray(maps["excluded"]), np.full(added, EXCLUDED, np.float32))
     maps["excluded"] = jnp.asarray(excluded)
     assert jax.tree.map(jnp.shape, maps) == jax.tree.map(lambda leaf: leaf.shape, like)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Float, Float32, Int32
+from jaxtyping import Float, Float32, Int32, Int64
 
 from tim4rec_jax.errors import UserError, first_line
 
@@ -54,7 +54,7 @@ class Categorical:
         flat = values.flatten()
         known = pa.array(self.vocabulary, pa.string())
         codes = pc.call_function("index_in", [flat], pc.SetLookupOptions(known))
-        row = np.repeat(np.arange(len(values)), pc.list_value_length(values).fill_null(0))
+        row = np.repeat(np.arange(len(values)), list_lengths(values))
         kept = np.asarray(codes.is_valid())
         counts = np.bincount(row[kept], minlength=len(values))
         offsets = pa.array(np.append(0, np.cumsum(counts)), pa.int32())
@@ -152,15 +152,19 @@ class FeatureTable:
 
     def arrays(
         self,
-    ) -> tuple[Int32[np.ndarray, "rows S"], Float32[np.ndarray, "rows S"], Any, int]:
+    ) -> tuple[
+        Int32[np.ndarray, "rows S"],
+        Float32[np.ndarray, "rows S"],
+        Float32[np.ndarray, "rows F"],
+        int,
+    ]:
         """What `tim4rec_jax.layers.items.FeatureArrays` holds; row 0 is for padding.
 
         The values of each categorical feature follow one another, the unknown value first. An item
         without a value has that one. An item with n values has each with the weight 1/n.
 
         Returns:
-          Codes and weights of the categorical features, dense float32 [rows, F], and the number of
-          codes.
+          Codes, weights, dense numbers, and the number of codes.
         """
         codes, weights, first = [], [], 1
         dense = [np.zeros((len(self), 0), np.float32)]
@@ -179,11 +183,13 @@ class FeatureTable:
             codes.append(place)
             weights.append(weight)
             first += len(feature.vocabulary) + 1
-        empty = [np.zeros((len(self), 0), np.int32)], [np.zeros((len(self), 0), np.float32)]
-        rows = (
-            np.concatenate(parts, axis=1) for parts in (empty[0] + codes, empty[1] + weights, dense)
-        )
-        return *(np.pad(row, ((1, 0), (0, 0))) for row in rows), first
+        codes = codes or [np.zeros((len(self), 0), np.int32)]
+        weights = weights or [np.zeros((len(self), 0), np.float32)]
+
+        def joined(parts: list[np.ndarray]) -> np.ndarray:
+            return np.pad(np.concatenate(parts, axis=1), ((1, 0), (0, 0)))
+
+        return joined(codes), joined(weights), joined(dense), first
 
     def digest(self) -> str:
         """A digest of fields, vocabularies and values."""
@@ -234,6 +240,11 @@ class FeatureTable:
         if not good:
             raise ValueError(f"the statistics of {field.name!r} are damaged")
         return Dense(field.name, tuple(map(float, mean)), tuple(map(float, std)))
+
+
+def list_lengths(values: Any) -> Int64[np.ndarray, " V"]:
+    """Number of values in each list of an Arrow array; 0 for no list."""
+    return pc.call_function("list_value_length", [values]).fill_null(0).to_numpy().astype(np.int64)
 
 
 def read_features(directory: Path, n_items: int, remedy: str) -> FeatureTable | None:

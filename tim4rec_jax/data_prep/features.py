@@ -19,11 +19,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Float
 
-from tim4rec_jax.data.features import Categorical, Dense, Feature, FeatureTable
+from tim4rec_jax.data.features import Categorical, Dense, Feature, FeatureTable, list_lengths
 from tim4rec_jax.data_prep import files
 from tim4rec_jax.data_prep.layout import column_names, guess_delimiter, listed, sniff
 from tim4rec_jax.data_prep.read import NUMBER
@@ -279,7 +278,7 @@ def _typed(source: files.SourceFile) -> pa.Table:
         table = source.table
     else:
         try:
-            table = pq.read_table(source.path, partitioning=None)
+            table = pq.ParquetFile(source.path).read()
         except Exception as error:  # of a damaged file, Arrow can say anything
             raise UserError(
                 f"{source} is a damaged Parquet file ({first_line(error)}); fetch it again"
@@ -473,7 +472,7 @@ def _numbers_at_once(values: Any) -> Any:
     if not hasattr(values.type, "value_type") or values.null_count or not len(values):
         return None
     flat = values.flatten()
-    lengths = np.asarray(pc.list_value_length(values))
+    lengths = list_lengths(values)
     if flat.null_count or (lengths != lengths[0]).any() or not pa.types.is_floating(flat.type):
         return None
     return np.asarray(flat.cast(pa.float64())).reshape(len(values), lengths[0])

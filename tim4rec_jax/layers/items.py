@@ -46,10 +46,10 @@ class FeatureMaps(nnx.Module):
     in common. Rows and map begin with 0, so that a value that no training item has adds nothing.
 
     Attributes:
-      values: the rows [values, D].
-      kernel: the linear map [F, D].
+      values: the rows [values, D]; None without categorical features.
+      kernel: the linear map [F, D]; None without dense features.
       bias: [D].
-      codes: see `FeatureArrays`, and so are the next two.
+      codes: see `FeatureArrays`, and so are the next two. None where they have no columns.
       weights: of the codes.
       dense: numbers.
       excluded: what training adds to each item's score: 0, or `EXCLUDED` for an item without
@@ -68,31 +68,48 @@ class FeatureMaps(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """Begins with a bias of N(0, 0.02^2) and maps that add nothing."""
-        shapes = features.values, features.dense.shape[1]
-        self.values, self.kernel = (nnx.Param(jnp.zeros((n, width), param_dtype)) for n in shapes)
+
+        def fixed(array: np.ndarray) -> FixedArray:
+            kind = array.dtype if array.dtype == np.int32 else param_dtype
+            return FixedArray(jnp.asarray(array, kind))
+
+        # An array without elements cannot be saved.
+        some, numbers = features.codes.size > 0, features.dense.size > 0
+        shape, kernel = (features.values, width), (features.dense.shape[1], width)
+        self.values = nnx.Param(jnp.zeros(shape, param_dtype)) if some else None
+        self.codes = fixed(features.codes) if some else None
+        self.weights = fixed(features.weights) if some else None
+        self.kernel = nnx.Param(jnp.zeros(kernel, param_dtype)) if numbers else None
+        self.dense = fixed(features.dense) if numbers else None
         # HSTU divides by the length of a vector, so even one without a row must not be 0.
         self.bias = nnx.Param(NORMAL(rngs.params(), (width,), param_dtype))
-        self.codes = FixedArray(jnp.asarray(features.codes))
-        self.weights = FixedArray(jnp.asarray(features.weights, param_dtype))
-        self.dense = FixedArray(jnp.asarray(features.dense, param_dtype))
         known = jnp.asarray(features.counts) > 0
         self.excluded = FixedArray(jnp.where(known, 0.0, EXCLUDED).astype(param_dtype))
         self.dropout_rate = dropout_rate
 
     def __call__(self, items: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
         """What is added to the vectors of these items."""
-        codes, weights = self.codes[items], self.weights[items]
-
-        # One value of each item at a time: all at once would take S times the memory.
-        def add(total, value):
-            code, weight = value
-            return total + weight[..., None] * self.values[code], None
-
-        start = self.dense[items] @ self.kernel[...] + self.bias[...]
-        slots = jnp.moveaxis(codes, -1, 0), jnp.moveaxis(weights, -1, 0)
-        added, _ = jax.lax.scan(add, start, slots)
+        added = jnp.broadcast_to(self.bias[...], (*items.shape, *self.bias.shape))
+        if self.dense is not None and self.kernel is not None:
+            added += self.dense[items] @ self.kernel[...]
+        if self.codes is not None and self.weights is not None and self.values is not None:
+            added = _add_values(added, self.values[...], self.codes[items], self.weights[items])
         # Padding and other rows that are no items have no features.
         return added * (self.excluded.shape[0] > items)[..., None] * (items > 0)[..., None]
+
+
+def _add_values(added, values, codes, weights):
+    """Adds rows of `values` with their weights, one value of each item at a time.
+
+    All at once would take as many times the memory as an item has values.
+    """
+
+    def add(total, value):
+        code, weight = value
+        return total + weight[..., None] * values[code], None
+
+    slots = jnp.moveaxis(codes, -1, 0), jnp.moveaxis(weights, -1, 0)
+    return jax.lax.scan(add, added, slots)[0]
 
 
 class ItemEmbedding(nnx.Embed):
@@ -141,10 +158,12 @@ class ItemEmbedding(nnx.Embed):
             )
             self.clear_untrained()
 
-    def __call__(self, inputs: Int[Array, "*batch"]) -> Float[Array, "*batch D"]:
+    def __call__(
+        self, inputs: Int[Array, "*batch"], out_sharding: Any = None
+    ) -> Float[Array, "*batch D"]:
         """The vectors of items."""
         if self.maps is None:
-            return super().__call__(inputs)
+            return super().__call__(inputs, out_sharding=out_sharding)
         return (self.embedding[inputs] + self.maps(inputs)).astype(self.dtype)
 
     def vectors(self) -> Float[Array, "rows D"]:

@@ -249,7 +249,8 @@ def update(
 
     # The largest magnitude of an array is finite if all of the array is. One test of all these
     # compiles faster than a test of each: XLA would repeat every test for every parameter below.
-    largest = jnp.stack([jnp.abs(leaf).max() for leaf in jax.tree.leaves((value, grads))])
+    arrays = [leaf for leaf in jax.tree.leaves((value, grads)) if leaf.size]
+    largest = jnp.stack([jnp.abs(leaf).max() for leaf in arrays])
     finite = jnp.isfinite(largest).all()
     good = finite & (state.bad_step < 0)
     new, old = (params, opt_state), (before, state.opt_state)
