@@ -186,6 +186,11 @@ def to_torch(model: SequenceModel) -> dict[str, np.ndarray]:
         raise UserError(
             "the published models have no date bias: train with config.model.date_bias_knots=0"
         )
+    if model.feature_maps is not None:
+        raise UserError(
+            "the published models have no item features: load the run with "
+            "tim4rec_jax.run.load_model, which writes what they add into the item table"
+        )
     form = _format_of(model)
     return {
         form.torch_name(path): form.layout(path).to_torch(np.asarray(param[...]))
