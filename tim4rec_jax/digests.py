@@ -7,6 +7,7 @@ folders in which Orbax keeps the arrays. Checkpoints of earlier versions have no
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ def digests(tree: Any) -> dict[str, str]:
         jax.tree_util.keystr(path, simple=True, separator="/"): _digest(np.asarray(leaf))
         for path, leaf in leaves
     }
+
+
+def json_array(value: Any) -> np.ndarray:
+    """A value that is saved as JSON, in a form to digest: uint8, the bytes of its text."""
+    return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
 
 
 def _digest(array: np.ndarray) -> str:

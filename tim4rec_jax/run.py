@@ -35,7 +35,7 @@ from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.features import FEATURES_FILE
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
-from tim4rec_jax.digests import check_digests, read_digests
+from tim4rec_jax.digests import check_digests, json_array, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import atomic_write, check_plain, check_schema, read_json, write_json
 from tim4rec_jax.models import FeatureArrays, SequenceModel, build, model_class
@@ -565,6 +565,10 @@ def _verify_arrays(checkpoint: Path) -> str:
         arrays = checkpointer.restore(item.absolute(), restore_args=kinds)
     if recorded is None:
         return "of an earlier version, which kept no digests"
+    if "progress" in recorded:  # `training.checkpoints` digests its JSON files too
+        for name, file in (("data", "process_0-*.json"), ("progress", "metadata")):
+            found = [read_json(path, Any, _RESTORE) for path in (checkpoint / name).glob(file)]
+            arrays[name] = json_array(found[0] if found else None)
     try:
         check_digests(arrays, recorded)
     except UserError as error:

@@ -15,7 +15,7 @@ from flax import nnx
 from grain.checkpoint import CheckpointRestore, CheckpointSave
 from orbax.checkpoint import future
 
-from tim4rec_jax.digests import DIGESTS, check_digests, digests, read_digests
+from tim4rec_jax.digests import DIGESTS, check_digests, digests, json_array, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import check_plain
 from tim4rec_jax.run import checkpoint_steps
@@ -47,11 +47,7 @@ _AS_ARRAYS = ("data", "progress")
 
 def _as_arrays(iterator, progress: Mapping) -> dict[str, np.ndarray]:
     """The place in the data and the progress, which are saved as JSON, in a form to digest."""
-    values = {"data": iterator.get_state(), "progress": dict(progress)}
-    return {
-        name: np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
-        for name, value in values.items()
-    }
+    return {"data": json_array(iterator.get_state()), "progress": json_array(dict(progress))}
 
 
 class _DigestsHandler(ocp.AsyncCheckpointHandler):
