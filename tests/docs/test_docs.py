@@ -11,11 +11,13 @@ import runpy
 import shlex
 import sys
 from argparse import ArgumentParser
+from unittest import mock
 
 import pytest
 
 from tests.docs.pages import DOCS, PAGES, ROOT, Shell, blocks
 from tests.training.tiny_run import quick_config
+from tim4rec_jax.models import MODELS
 
 OWN = re.compile(r"(tim4rec|python (-m (tim4rec_jax|data_prep|benchmarks)\b|\w+/?\w+\.py)) ")
 CODE = {page: blocks(page) for page in PAGES}
@@ -54,11 +56,12 @@ def pages_with(languages, *, without=(), also=()):
 
 @pytest.fixture
 def own_modules(tmp_path, monkeypatch):
-    """An empty folder to work in. Modules that are saved there are forgotten afterwards."""
+    """An empty folder. Modules and models that are made in the test are forgotten afterwards."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
-    yield tmp_path
+    with mock.patch.dict(MODELS):
+        yield tmp_path
     for name in set(sys.modules) - before:
         if (tmp_path / f"{name}.py").exists():
             del sys.modules[name]
