@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import http.client
 import json
 import os
@@ -398,6 +399,9 @@ def test_slow_and_long_requests(recommender, monkeypatch):
             start + b"X: 1\r\n" * 101 + b"\r\n": 431,
             b"no http at all\r\n\r\n": 400,
             b"GET /health HTTP/1.1\r\n\r\n": 400,
+            start + b"Host: there\r\n\r\n": 400,
+            start + b"Content-Length: 2000000000\r\n\r\n": 413,
+            post("/recommend", {"user": "u" * (1 << 21)}): 413,
         }.items():
             if status == 400 and request.startswith(b"GET"):
                 request = request.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -405,6 +409,34 @@ def test_slow_and_long_requests(recommender, monkeypatch):
             assert answer.startswith(f"HTTP/1.1 {status} ")
             assert "nosniff" in answer
             assert "error" in json.loads(answer.partition("\r\n\r\n")[2])
+
+
+def test_many_requests_at_once_on_one_connection(recommender):
+    """All are answered in order; what is no HTTP ends the connection after the earlier answers."""
+    many = [post("/recommend", HISTORY | {"k": k}) for k in range(1, 20)]
+    waits = post("/recommend", HISTORY).replace(b"Host", b"Expect: 100-continue\r\nHost")
+    with served(recommender) as server:
+        received = everything(connect(server, b"".join([waits, *many, b"no http\r\n\r\n"])))
+        assert received.startswith("HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n")
+        numbers = [part.count('"score"') for part in received.split("HTTP/1.1 200 OK")[1:]]
+        assert numbers == [10, *range(1, 20)]
+        # Who sends thousands without reading is refused, and all that was begun is answered.
+        received = everything(connect(server, many[0] * 1000))
+        assert 1 <= received.count("HTTP/1.1 200 OK") < 100
+        assert "connection: close" in received
+
+
+def test_another_log_is_no_new_run(tiny_data, recommenders):
+    shared = recommenders("causal")
+    other = Recommender(shared.model, shared.catalogue)
+    other.catalogue = copy.copy(shared.catalogue)
+    other.catalogue._index = {
+        f"x{item}": number for item, number in shared.catalogue._index.items()
+    }
+    server = Server(create_app(shared), lambda: other)
+    with pytest.raises(UserError, match="knows 0 of the 30 items that are served now"):
+        server.load_again()
+    assert server._service.recommender is shared
 
 
 def test_too_many_connections_end_the_one_that_does_nothing(recommender, monkeypatch):
@@ -462,6 +494,17 @@ def test_another_run_takes_over(recommenders, tiny_data, capsys):
             raise UserError("there is no run")
 
         server._load = fail
+        keep.sendall(post("/reload", {}))
+        with http.client.HTTPResponse(keep) as answer:
+            answer.begin()
+            assert (answer.status, b"token-file" in answer.read()) == (403, True)
+        server._service.reload = server.load_again
+        keep.sendall(post("/reload", {}))
+        with http.client.HTTPResponse(keep) as answer:
+            answer.begin()
+            error = json.loads(answer.read())["error"]
+            assert (answer.status, error["type"]) == (409, "conflict")
+            assert error["message"] == "there is no run; the earlier run goes on"
         server.reload()
         assert "there is no run; the earlier run goes on" in capsys.readouterr().err
         assert ask(HISTORY) == new.recommend(*HISTORY.values()).items

@@ -276,7 +276,7 @@ class Recommender:
             What there is to say about the users of the training.
         """
         training = self._users.training
-        problem = "the dataset of the training is not at hand"
+        problem = "the dataset of the training is not there or has changed; name it with --dataset"
         if training is not None:
             try:
                 training.open()

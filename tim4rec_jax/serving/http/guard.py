@@ -94,6 +94,8 @@ class Guard:
         """The refusal of a request, if there is a reason for one."""
         headers = dict(scope["headers"])  # of several with one name, the last
         host = headers.get(b"host")
+        if sum(name == b"host" for name, _ in scope["headers"]) > 1:
+            return refusal(400, "invalid_request", "the header Host is there twice")
         if host is None:
             if scope["http_version"] != "1.0":
                 return refusal(400, "invalid_request", "the header Host is missing")
