@@ -73,7 +73,8 @@ class Catalogue:
 
         def key(position: int) -> tuple[bool, int]:
             item = self.ids[position]
-            whole = wanted in (item.casefold(), (self.title(item) or "").casefold())
+            names = (item.casefold(), (self.title(item) or "").casefold())
+            whole = bool(wanted) and wanted in names
             return not whole, -int(self.counts[position])
 
         return sorted(found, key=key)[:limit]
