@@ -74,6 +74,7 @@ def test_history_by_hand(browser, address, tiny_workdir):
         by("item").send_keys(choose)
         browser.execute_script("arguments[0].value = arguments[1]", by("time"), moment)
         by("item").send_keys(Keys.ENTER)  # no mouse needed
+    wait.until(lambda _: len(lines("history")) == 2)
     # Sorted by time, whatever the order of typing.
     assert [line.text.split("\n")[0] for line in lines("history")] == [
         "Title of i12 (i12)",
