@@ -147,8 +147,9 @@ def recommend():
 # An honest client: asks for /health on new connections and for recommendations on one that it
 # keeps, until it is interrupted. It prints the seconds of the answers that are no refusals.
 HONEST = """
-import http.client, json, sys, time
+import http.client, json, signal, sys, time
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a job of a shell ignores
 port, body = int(sys.argv[1]), sys.argv[2]
 found = {"health": [], "recommend": []}
 
