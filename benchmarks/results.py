@@ -199,9 +199,11 @@ TABLES = {
         RANKED,
         [
             ("ml-100k", "causal", ""),
+            ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
             ("ml-100k", "causal", NO_BIAS),
             ("ml-100k", "popularity", ""),
             ("beauty", "popularity", ""),
+            ("kuairand-slice", "causal", ""),
             ("kuairand-slice", "popularity", ""),
         ],
         BOTH,
