@@ -24,6 +24,7 @@ from optuna.distributions import CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from rich.console import Console
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.pool import NullPool
 
 from tim4rec_jax.cli import prepare_data
 from tim4rec_jax.commands import search_report as report
@@ -236,8 +237,12 @@ def _open(plan: Plan) -> optuna.Study:
     Raises:
       UserError: it is another search; the message says what tells them apart.
     """
+    # Without a pool, no connection stays open that nobody would close.
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{(plan.out / 'study.db').absolute()}", engine_kwargs={"poolclass": NullPool}
+    )
     study = optuna.create_study(
-        storage=f"sqlite:///{(plan.out / 'study.db').absolute()}",
+        storage=storage,
         study_name="tim4rec",
         direction="maximize",
         load_if_exists=True,
