@@ -127,7 +127,7 @@ def replay(flags: argparse.Namespace, log: Dataset) -> Iterator[Outcome]:
     times = np.concatenate([chunk.timestamps for chunk in log.chunks])
     edges = np.linspace(times.min(), times.max() + 1, flags.slices + 1).astype(int)
     edges = [int(edge) for edge in edges]
-    for day in range(flags.first, flags.slices):
+    for day in range(flags.first, (flags.last or flags.slices - 1) + 1):
         end, length = edges[day], edges[day] - edges[day - 1]
         data = flags.runs / f"day{day}" / "data"
         if not data.exists():
@@ -242,6 +242,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--config", default="causal", help="configuration of all trainings (default: causal)")
     add("--slices", type=int, required=True, help="number of days that the log is cut into")
     add("--first", type=int, required=True, help="the first day, after which all begin alike")
+    add("--last", type=int, help="the last day (default: the last but one of the log)")
     add("--warm", action="append", default=[], help="settings of a warm start, e.g. epochs=2")
     add("--held-out", type=float, default=0.1, help="share of a day that validates (default: .1)")
     add("--runs", type=Path, default=Path("runs/daily"), help="folder of the runs")
@@ -252,8 +253,10 @@ def main(words: Sequence[str] | None = None) -> None:
     cut = words.index("--") if "--" in words else len(words)
     flags = parser.parse_args(words[:cut])
     flags.words, flags.options = words, words[cut + 1 :]
-    if not 0 < flags.first < flags.slices:
-        parser.error("--first must be a day before the last one")
+    if not 0 < flags.first <= (flags.last or flags.slices - 1) < flags.slices:
+        parser.error(
+            "--first and --last must be days before the last one of the log, in this order"
+        )
     enable_compilation_cache()
     if not (flags.runs / "log").exists():
         prepare(flags, flags.runs / "log", ["--k-core", "1"])

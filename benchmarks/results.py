@@ -32,6 +32,7 @@ NAMES = {
     "beauty": "Amazon-Beauty",
     "beauty-mixed": "Amazon-Beauty, mixed",
     "kuairand-slice": "KuaiRand, a slice",
+    "kuairand-slice-clicks": "KuaiRand, clicks of a slice",
     "synthetic": "synthetic",
 }
 MODELS = {
