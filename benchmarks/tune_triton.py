@@ -22,6 +22,7 @@ from tim4rec_jax.ssd import ssd, time_aware_ssd_block
 from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, random_inputs
 from tim4rec_jax.ssd.triton import block as triton_block
 from tim4rec_jax.ssd.triton import launch as table
+from tim4rec_jax.ssd.triton import op as triton_op
 from tim4rec_jax.ssd.triton.launch import TileSizes, compute_capability
 
 HEADS = BEAUTY.heads
@@ -30,8 +31,8 @@ KERNELS = ("forward", "backward", "block_forward", "block_backward")
 
 
 def candidates(kernel: str, one_chunk: bool) -> list[TileSizes]:
-    """Returns sizes worth trying: no more than 64 positions need masks for many chunks."""
-    chunks = (64,) if one_chunk else (16, 32, 64)
+    """Returns sizes worth trying. Rows that fit one chunk may also be cut into chunks of 16."""
+    chunks = (16, 64) if one_chunk else (16, 32, 64)
     heads = (HEADS,) if kernel.startswith("block") else (1, 2, 4)
     return [
         TileSizes(*sizes)
@@ -88,9 +89,12 @@ def seconds(
 def tune(batch: int, sizes: list[int], repeats: int) -> None:
     """Measures all classes and writes the table after each of them."""
     capability = compute_capability()
-    classes = itertools.product(sizes, ("ieee", "tf32"), SHAPES.items(), KERNELS)
+    classes = itertools.product(sizes, ("tf32x3", "ieee", "tf32"), SHAPES.items(), KERNELS)
     for size, precision, (chunks, shape), kernel in classes:
         if kernel.startswith("block") and HEADS * size > triton_block.MOST_FEATURES:
+            continue
+        # The block has no such products, and the op not for all states.
+        if precision == "tf32x3" and size > triton_op.WIDEST_STATE.get(kernel, 0):
             continue
         # The block takes the precision from what it reads, and the op is told.
         half = kernel.startswith("block") and precision == "tf32"

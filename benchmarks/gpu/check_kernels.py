@@ -14,7 +14,7 @@ from benchmarks.gpu.common import Session
 from tim4rec_jax.ssd import ssd, time_aware_ssd_block
 from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, ML_1M_256, in_bfloat16, random_inputs
 
-LIMITS = {"float32": 1e-5, "tf32": 3e-3, "bfloat16": 1e-2}
+LIMITS = {"float32": 1e-5, "ieee": 1e-5, "tf32": 3e-3, "bfloat16": 1e-2}
 ROWS, MANY_ROWS = 64, 2048
 
 
@@ -50,7 +50,7 @@ def compare(session, name, function, inputs, kind, **options):
 
     def errors():
         start = time.time()
-        precision = {"precision": "tf32"} if kind == "tf32" else {}
+        precision = {"precision": kind} if kind in ("ieee", "tf32") else {}
 
         def run(inputs, implementation, **more):
             return outcome(
@@ -75,7 +75,7 @@ def compare(session, name, function, inputs, kind, **options):
 def check_errors(session):
     """All cases against the recurrence."""
     rng = np.random.default_rng(0)
-    op_cases = [(s, kind) for kind in ("float32", "tf32") for s in (BEAUTY, ML_1M)]
+    op_cases = [(s, kind) for kind in ("float32", "ieee", "tf32") for s in (BEAUTY, ML_1M)]
     op_cases += [(in_bfloat16(s), "bfloat16") for s in (BEAUTY, ML_1M, ML_1M_256)]
     op_cases += [(ML_1M_256, "float32")]
     block_cases = [(BEAUTY._replace(length=n), "float32") for n in (4, 28, 50, 200)]
@@ -148,11 +148,16 @@ def check_offsets(session):
         equal = bool(jnp.array_equal(v[:rows], v[-rows:]))
         return {"elements": v.size, "ok": equal and finite}
 
-    def op_values():
+    def op_gradient():
         inputs = random_inputs(shape.op_inputs(), 3)
         inputs = repeat(inputs, ("x", "B", "C", "dt"), op_times)
-        options = {"dt_softplus": True, "implementation": session.kernel}
-        return same(jax.jit(lambda v: ssd(**v, **options))(inputs))
+
+        def total(x, others):
+            y = ssd(x, **others, dt_softplus=True, implementation=session.kernel)
+            return jnp.sum(y.astype(jnp.float32) ** 2)
+
+        x = inputs.pop("x")
+        return same(jax.jit(jax.grad(total))(x, inputs))
 
     def block_gradient():
         inputs = random_inputs(shape.block_inputs(), 3)
@@ -164,7 +169,7 @@ def check_offsets(session):
 
         return same(jax.jit(jax.grad(total))(inputs)["projected"])
 
-    session.attempt(op_values, case="large offsets, op")
+    session.attempt(op_gradient, case="large offsets, gradient of the op")
     session.attempt(block_gradient, case="large offsets, gradient of the block")
 
 

@@ -23,7 +23,8 @@ def time_shape(session: Session, shape: Shape, gradient: bool) -> None:
         **{("block", name): partial(whole, name) for name in (session.kernel, "parts", "xla")},
     }
     if shape.dtype == "float32":
-        ways["op", f"{session.kernel}, tf32"] = partial(ours, precision="tf32")
+        for precision in ("ieee", "tf32"):
+            ways["op", f"{session.kernel}, {precision}"] = partial(ours, precision=precision)
     for (what, way), seconds in ways.items():
         session.attempt(
             lambda seconds=seconds: {"us": round(seconds() * 1e6, 1)},

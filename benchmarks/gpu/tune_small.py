@@ -16,11 +16,13 @@ from tim4rec_jax.ssd.triton import launch
 from tim4rec_jax.ssd.triton.launch import TileSizes
 
 PLAN = [
-    *(("forward", BEAUTY, TileSizes(64, h, w, 1)) for h, w in ((4, 8), (4, 4), (2, 4), (1, 4))),
-    *(("backward", BEAUTY, TileSizes(64, h, w, 1)) for h, w in ((4, 8), (1, 8), (1, 4))),
+    *(("forward", BEAUTY, TileSizes(64, h, w, 1)) for h, w in ((4, 4), (4, 8), (2, 4), (1, 4))),
+    *(("forward", ML_1M, TileSizes(16, h, 1, s)) for h, s in ((2, 1), (1, 1), (1, 2))),
+    # Some spill registers and issue fewer instructions.
+    *(("backward", BEAUTY, TileSizes(*t, 1)) for t in ((16, 4, 2), (64, 4, 4), (16, 4, 1))),
+    *(("backward", ML_1M, TileSizes(16, 4, w, 1)) for w in (2, 1)),
     *(("block_forward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8, 16)),
     *(("block_backward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (8, 16)),
-    *(("forward", ML_1M, TileSizes(*t, 4, 1)) for t in ((16, 2), (32, 1), (64, 1))),
 ]
 
 

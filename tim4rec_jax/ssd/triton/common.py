@@ -37,7 +37,7 @@ class LogDecays(NamedTuple):
 @triton.jit
 @no_type_check
 def operand(v, S: tl.constexpr):
-    """Prepares a matrix for `product`.
+    """Prepares a matrix for `product` and `add_product`.
 
     Tensor cores read float32 without its last 13 bits. For "tf32x3" these bits are a number of
     their own, of which tensor cores read all but 2^-21 of the whole.
@@ -53,7 +53,7 @@ def operand(v, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def product(a, b, total, S: tl.constexpr):
+def add_product(total, a, b, S: tl.constexpr):
     """`total` and the product of two operands; "tf32x3" leaves out that of the low parts."""
     if S.PRECISION == "tf32x3":
         total = tl.dot(a.low, b.high, total, input_precision="tf32")
@@ -62,6 +62,14 @@ def product(a, b, total, S: tl.constexpr):
     else:
         total = tl.dot(a.high, b.high, total, input_precision=S.PRECISION)
     return total
+
+
+@triton.jit
+@no_type_check
+def product(a, b, S: tl.constexpr):
+    """The matrix product of two operands."""
+    nothing = tl.zeros([a.high.shape[0], b.high.shape[1]], tl.float32)
+    return add_product(nothing, a, b, S)
 
 
 # Tensor cores leave columns 2t and 2t + 1 of every eight of a result in one thread, and as an

@@ -12,8 +12,8 @@ from tim4rec_jax.ssd.batching import shard_over_batch
 from tim4rec_jax.ssd.triton import launch
 from tim4rec_jax.ssd.triton.launch import TileSizes
 
-# States of more numbers than this spill registers where products are three of tensor cores.
-WIDEST_STATE = 64
+# The largest states for which products are three of tensor cores. Larger ones spill registers.
+WIDEST_STATE = {"forward": 64, "backward": 32}
 
 # Channels of a head that a program takes. A wider head's state as one tile spills registers.
 # Channels do not mix, so such a head is several heads of this width with the same dt, A, B and C.
@@ -92,8 +92,6 @@ def ssd_triton(v):
     precision = v.precision
     if all(a.dtype.itemsize == 2 for a in (v.x, v.B, v.C)):
         precision = "tf32"
-    elif precision == "tf32x3" and v.B.shape[-1] > WIDEST_STATE:
-        precision = "ieee"
     shape = v.x.shape
     if shape[-1] > WIDEST:
         v = _narrowed(v)
@@ -197,7 +195,7 @@ def _backward(options, rows_and_cotangents, parameters):
             *(jax.ShapeDtypeStruct((batch, length, parts, S.N), kind) for kind in kinds),
             _float32(batch, chunks, *skip_shape, needed=S.HAS_D),
             _float32(batch, heads, width, S.N, needed=S.HAS_INITIAL),
-            _float32(batch, chunks, heads, S.N, width, needed=S.SEVERAL_CHUNKS),
+            _float32(batch, chunks, heads, width, S.N, needed=S.SEVERAL_CHUNKS),
         ),
         programs=batch * parts,
         specialisation=S,
@@ -228,7 +226,7 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
     length, heads, width = rows.x.shape[1:]
     groups, state = rows.B.shape[2:]
     precision = options.precision
-    if precision == "tf32x3" and kernel == "backward":
+    if precision == "tf32x3" and state > WIDEST_STATE[kernel]:
         precision = "ieee"
     tiles = launch.tile_sizes(
         kernel,

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 
 from tim4rec_jax.ssd.triton.common import (
-    advance,
-    attend_backward,
+    add_product,
     decay_from_start,
     decay_to_end,
     load_restarts,
@@ -24,7 +23,6 @@ from tim4rec_jax.ssd.triton.common import (
     paired,
     paired_decay_between,
     product,
-    scratch_offsets,
     softplus,
     unpair_columns,
     unpair_transposed,
@@ -101,14 +99,6 @@ def load_projections(array, chunk, group, S: tl.constexpr):
 def load_channels(array, chunk, head, S: tl.constexpr):
     """X or dy of a head: [Q, P]."""
     return load_tile(array, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P))
-
-
-@triton.jit
-@no_type_check
-def state_offsets(row, head, S: tl.constexpr):
-    """Offsets of a state [N, P] in an array [B, H, P, N]."""
-    n, p = tl.arange(0, S.N), tl.arange(0, S.P)
-    return ((row * S.H + head) * S.P + p[None, :]) * S.N + n[:, None]
 
 
 @triton.jit
@@ -192,8 +182,7 @@ def forward(
         chunk = locate_chunk(v, c, length, S)
         B_ = load_projections(v.B, chunk, group, S)
         C_ = operand(load_projections(v.C, chunk, group, S), S)
-        none = tl.zeros([S.Q, S.Q], tl.float32)
-        scores = product(C_, operand(tl.trans(pair_rows(B_)), S), none, S)
+        scores = product(C_, operand(tl.trans(pair_rows(B_)), S), S)
         added = pair_columns(B_)
         leaving = ()
         for i in tl.static_range(S.HEADS):
@@ -209,13 +198,13 @@ def forward(
             state = states[i]
             y_ = tl.zeros([S.Q, S.P], tl.float32)
             if S.HAS_ENTERING_STATE:
-                y_ = product(C_, operand(unpair_transposed(state), S), y_, S)
+                y_ = product(C_, operand(unpair_transposed(state), S), S)
                 y_ *= decay_from_start(total)[:, None]
-            y_ = product(operand(unpair_columns(mixing), S), operand(x_, S), y_, S)
+            y_ = add_product(y_, operand(unpair_columns(mixing), S), operand(x_, S), S)
             if S.HAS_LEAVING_STATE:
                 to_end, kept = decay_to_end(total, S)
                 from_here = operand(added * (to_end * step)[:, None], S)
-                state = product(operand(tl.trans(x_), S), from_here, kept * state, S)
+                state = add_product(kept * state, operand(tl.trans(x_), S), from_here, S)
             leaving += (state,)
             if S.D_PER_CHANNEL:
                 y_ += x_ * load_skip(v, head, S)
@@ -231,19 +220,41 @@ def forward(
 @no_type_check
 def leave_states(v, states, row, first, group, length, chunks, S: tl.constexpr):
     """Leaves the state that enters each chunk in `states`, as the forward kernel computed it."""
+    own = tl.arange(0, S.P)[:, None] * S.N + tl.arange(0, S.N)[None, :]
     for i in tl.range(0, S.HEADS, disable_licm=True):
         head = first + i
         rate = tl.load(v.A + head).to(tl.float32)
-        state = load_initial_state(v, state_offsets(row, head, S), S)
-        tl.store(states + scratch_offsets(row * chunks, head, S), state)
+        here = states + (row * chunks * S.H + head) * (S.P * S.N)
+        state = load_initial_state(v, (row * S.H + head) * (S.P * S.N) + own, S)
+        tl.store(here + own, state)
         for c in tl.range(0, chunks - 1, disable_licm=True):
             chunk = locate_chunk(v, c, length, S)
             _raw, step = load_steps(v, chunk, head, S)
-            total = log_decays(step, rate, chunk.restarts)
-            B_ = load_projections(v.B, chunk, group, S)
-            step_x = load_channels(v.x, chunk, head, S) * step[:, None]
-            state = advance(state, B_, step_x, total, S)
-            tl.store(states + scratch_offsets(row * chunks + c + 1, head, S), state)
+            to_end, kept = decay_to_end(log_decays(step, rate, chunk.restarts), S)
+            B_ = load_projections(v.B, chunk, group, S) * (to_end * step)[:, None]
+            x_ = operand(tl.trans(load_channels(v.x, chunk, head, S)), S)
+            state = add_product(kept * state, x_, operand(B_, S), S)
+            here += S.H * S.P * S.N
+            tl.store(here + own, state)
+
+
+@triton.jit
+@no_type_check
+def load_entering(initial_state, here, S: tl.constexpr):
+    """The state before a chunk, which `leave_states` has left if there are several."""
+    return tl.load(here if S.SEVERAL_CHUNKS else initial_state).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
+def load_dstate(dfinal_state, here, behind, S: tl.constexpr):
+    """The gradient of the state after a chunk: the chunk behind it has left it in its place."""
+    dstate = tl.zeros([S.P, S.N], tl.float32)
+    if S.HAS_FINAL:
+        dstate += tl.load(dfinal_state, mask=behind == 0, other=0)
+    if S.SEVERAL_CHUNKS:
+        dstate += tl.load(here + S.H * S.P * S.N, mask=behind > 0, other=0)
+    return dstate
 
 
 @triton.jit
@@ -277,7 +288,7 @@ def backward(
     [B, chunks, H] and dD [B, chunks, H(, P)] have a share for each chunk, dB and dC
     [B, L, H / HEADS, N] one for each program of a row. The gradient of the bias is the sum of ddt.
 
-    `states` [B, chunks, H, N, P] is the kernel's own memory where there are several chunks. A first
+    `states` [B, chunks, H, P, N] is the kernel's own memory where there are several chunks. A first
     pass leaves the state that enters each chunk there. The second pass goes from the last chunk to
     the first. Once it has read a state, it leaves the gradient of that state in its place.
 
@@ -293,7 +304,9 @@ def backward(
     ddt += at * S.H
     dB += at * (S.H // S.HEADS * S.N)
     dC += at * (S.H // S.HEADS * S.N)
-    q, p = tl.arange(0, S.Q), tl.arange(0, S.P)
+    q, n, p = tl.arange(0, S.Q), tl.arange(0, S.N), tl.arange(0, S.P)
+    before = q[:, None] > paired(q)[None, :]
+    own = p[:, None] * S.N + n[None, :]
     chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
     if S.SEVERAL_CHUNKS:
         leave_states(v, states, row, first, group, length, chunks, S)
@@ -305,9 +318,9 @@ def backward(
             tl.debug_barrier()
         c = chunks - 1 - behind
         chunk = locate_chunk(v, c, length, S)
-        B_ = load_projections(v.B, chunk, group, S)
-        C_ = load_projections(v.C, chunk, group, S)
-        scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
+        C_ = operand(load_projections(v.C, chunk, group, S), S)
+        B_ = tl.trans(pair_rows(load_projections(v.B, chunk, group, S)))
+        scores = product(C_, operand(B_, S), S)
         dscores = tl.zeros([S.Q, S.Q], tl.float32)
         dB_ = tl.zeros([S.Q, S.N], tl.float32)
         dC_ = tl.zeros([S.Q, S.N], tl.float32)
@@ -316,67 +329,81 @@ def backward(
             rate = tl.load(v.A + head).to(tl.float32)
             raw, step = load_steps(v, chunk, head, S)
             total = log_decays(step, rate, chunk.restarts)
+            here = states + ((row * chunks + c) * S.H + head) * (S.P * S.N) + own
+            whole = (row * S.H + head) * (S.P * S.N) + own
+
+            # What each stage reads is loaded anew, and barriers keep the stages apart. All their
+            # operands at once would fill the registers. First the gradient of step * x.
+            dx_ = tl.zeros([S.Q, S.P], tl.float32)
+            dlog_decay = tl.zeros([S.Q], tl.float32)
+            of_position = tl.zeros([S.Q], tl.float32)
+            if S.HAS_LEAVING_STATE:
+                to_end, kept = decay_to_end(total, S)
+                dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                seeing = operand(load_projections(v.B, chunk, group, S), S)
+                dx_ = product(seeing, operand(tl.trans(dstate), S), S) * to_end[:, None]
+                tl.debug_barrier()
+                dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                left = operand(load_channels(v.x, chunk, head, S), S)
+                dB_head = product(left, operand(dstate, S), S) * (step * to_end)[:, None]
+                dB_ += dB_head
+                of_position = tl.sum(dB_head * load_projections(v.B, chunk, group, S), 1)
+                tl.debug_barrier()
+            if S.HAS_ENTERING_STATE:
+                entering = decay_from_start(total)[:, None]
+                state = load_entering(initial_state + whole, here, S)
+                seen = operand(load_channels(dy, chunk, head, S), S)
+                dC_head = product(seen, operand(state, S), S) * entering
+                dC_ += dC_head
+                of_query = tl.sum(dC_head * load_projections(v.C, chunk, group, S), 1)
+                dlog_decay += tl.cumsum(of_query, 0, reverse=True)
+                tl.debug_barrier()
+                dentering = tl.zeros([S.P, S.N], tl.float32)
+                if S.HAS_LEAVING_STATE:
+                    dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                    state = load_entering(initial_state + whole, here, S)
+                    dlog_decay += kept * tl.sum(state * dstate)
+                    dentering = kept * dstate
+                seen = operand(tl.trans(load_channels(dy, chunk, head, S)), S)
+                queries = operand(load_projections(v.C, chunk, group, S) * entering, S)
+                dentering = add_product(dentering, seen, queries, S)
+                if S.HAS_INITIAL:
+                    tl.store(dinitial_state + whole, dentering, mask=c == 0)
+                tl.debug_barrier()  # all threads have read the state
+                if S.SEVERAL_CHUNKS:
+                    tl.store(here, dentering)
+
             x_ = load_channels(v.x, chunk, head, S)
             dy_ = load_channels(dy, chunk, head, S)
-
-            step_x = x_ * step[:, None]
-            dstep_x, pairs = attend_backward(scores, step_x, dy_, total, S)
+            decay = paired_decay_between(total, S)
+            pairs = product(operand(dy_, S), operand(tl.trans(pair_rows(x_)), S), S)
+            pairs *= decay * pair_columns(step[None, :])
             dscores += pairs
             # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
             # digits that differences of row and column sums would lose.
             to_later = tl.cumsum(pairs * scores, 0, reverse=True)
-            dlog_decay = tl.zeros([S.Q], tl.float32)
-
-            here = states + scratch_offsets(row * chunks + c, head, S)
-            own = state_offsets(row, head, S)
-            if S.HAS_LEAVING_STATE:
-                dstate = tl.zeros([S.N, S.P], tl.float32)
-                if S.HAS_FINAL:
-                    dstate += tl.load(dfinal_state + own, mask=behind == 0, other=0)
-                if S.SEVERAL_CHUNKS:
-                    dstate += tl.load(here + S.H * S.P * S.N, mask=behind > 0, other=0)
-                to_end, kept = decay_to_end(total, S)
-                dstep_x += tl.dot(B_ * to_end[:, None], dstate, input_precision=S.PRECISION)
-                left = step_x * to_end[:, None]
-                dB_head = tl.dot(left, tl.trans(dstate), input_precision=S.PRECISION)
-                dB_ += dB_head
-                to_later += tl.sum(dB_head * B_, 1)[None, :]
-            if S.HAS_ENTERING_STATE:
-                if S.SEVERAL_CHUNKS:
-                    state = tl.load(here)
-                else:
-                    state = tl.load(initial_state + own).to(tl.float32)
-                entering = decay_from_start(total)[:, None]
-                dC_head = tl.dot(dy_ * entering, tl.trans(state), input_precision=S.PRECISION)
-                dC_ += dC_head
-                dlog_decay += tl.cumsum(tl.sum(dC_head * C_, 1), 0, reverse=True)
-                seen = tl.trans(C_ * entering)
-                dentering = tl.dot(seen, dy_, input_precision=S.PRECISION)
-                if S.HAS_LEAVING_STATE:
-                    dlog_decay += kept * tl.sum(tl.sum(state * dstate, 1), 0)
-                    dentering += kept * dstate
-                if S.HAS_INITIAL:
-                    tl.store(dinitial_state + own, dentering, mask=c == 0)
-                if S.SEVERAL_CHUNKS:
-                    tl.debug_barrier()  # all threads have read the state
-                    tl.store(here, dentering)
-            dlog_decay += tl.sum(tl.where(q[:, None] > q[None, :], to_later, 0), 1)
-
-            dx_ = dstep_x * step[:, None]
+            to_later += pair_columns(of_position[None, :])
+            dlog_decay += tl.sum(tl.where(before, to_later, 0), 1)
+            mixing = tl.trans(unpair_columns(scores * decay))
+            dx_ = add_product(dx_, operand(mixing, S), operand(dy_, S), S)
+            dstep = tl.sum(dx_ * x_, 1) + dlog_decay * rate
+            dx_ *= step[:, None]
             if S.HAS_D:
                 share = (row * chunks + c) * S.H + head
                 dx_ += dy_ * load_skip(v, head, S)
                 if S.D_PER_CHANNEL:
                     tl.store(dD + share * S.P + p, tl.sum(dy_ * x_, 0))
                 else:
-                    tl.store(dD + share, tl.sum(tl.sum(dy_ * x_, 1), 0))
+                    tl.store(dD + share, tl.sum(dy_ * x_))
             store_tile(dx, (chunk.at * S.H + head) * S.P, chunk.inside, p, dx_)
-            dstep = tl.sum(dstep_x * x_, 1) + dlog_decay * rate
             dstep *= step_slopes(raw, S)
             tl.store(ddt + chunk.at * S.H + head, dstep, mask=chunk.inside)
             tl.store(dA + (row * chunks + c) * S.H + head, tl.sum(dlog_decay * step, 0))
-        dB_ += tl.dot(tl.trans(dscores), C_, input_precision=S.PRECISION)
-        dC_ += tl.dot(dscores, B_, input_precision=S.PRECISION)
+        dscores = unpair_columns(dscores)
+        B_ = load_projections(v.B, chunk, group, S)
+        C_ = load_projections(v.C, chunk, group, S)
+        dB_ = add_product(dB_, operand(tl.trans(dscores), S), operand(C_, S), S)
+        dC_ = add_product(dC_, operand(dscores, S), operand(B_, S), S)
         rows = (chunk.at * (S.H // S.HEADS) + part) * S.N
-        store_tile(dB, rows, chunk.inside, tl.arange(0, S.N), dB_)
-        store_tile(dC, rows, chunk.inside, tl.arange(0, S.N), dC_)
+        store_tile(dB, rows, chunk.inside, n, dB_)
+        store_tile(dC, rows, chunk.inside, n, dC_)
