@@ -1,6 +1,7 @@
 """Checkpoints: what is damaged is passed over, what is half-written goes."""
 
 import errno
+import os
 import shutil
 import time
 
@@ -156,3 +157,11 @@ def test_half_written_checkpoints_are_removed(tmp_path):
     while time.monotonic() < deadline and list(tmp_path.glob("*/*-tmp")):
         time.sleep(0.01)
     assert names(tmp_path / "checkpoints") == names(tmp_path / "best") == {"5"}
+
+
+def test_nobody_waits_for_a_pipe(tmp_path):
+    save(tmp_path, 5, 8)
+    (tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA").unlink()
+    os.mkfifo(tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA")
+    with pytest.raises(UserError, match=r"5/_CHECKPOINT_METADATA is neither .*: remove that"):
+        restore(tmp_path)

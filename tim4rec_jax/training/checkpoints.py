@@ -87,7 +87,17 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: Path):
+        """Opens the checkpoints of a run directory, or begins them.
+
+        Raises:
+          UserError: among them is something that is neither a file nor a folder.
+        """
         self.workdir = workdir
+        for name in ("checkpoints", "best"):  # Orbax reads files of every checkpoint at once
+            try:
+                check_plain(workdir / name)
+            except UserError as error:
+                raise UserError(f"{workdir / name} is damaged ({error}): remove that") from None
         self.latest = _manager(workdir / "checkpoints", keep=2)
         self.best = _manager(workdir / "best", keep=1)
 
