@@ -76,7 +76,7 @@ class ModelSettings:
     repeat_bias: bool = False
     date_bias_knots: int = not_negative(0)
     item_features: bool = True
-    id_dropout: float = rate(0.1)
+    id_dropout: float = rate(0.3)
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
