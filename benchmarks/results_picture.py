@@ -25,7 +25,7 @@ PANELS = [
         "ml-100k",
         "causal lrurec hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser",
         NO_BIAS,
-        NO_BIAS,
+        "",
         "bert4rec caser",
     ),
     (
