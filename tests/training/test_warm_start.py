@@ -378,6 +378,15 @@ def test_features_add_what_they_added(tmp_path):
     assert not moved[VALUES][2].any()  # nothing is known of the genre w
 
 
+def test_categories_alone_have_no_map_of_numbers():
+    genres = [Categorical("genre", ("a", "b"))]
+    lists = {"genre": pa.array([["a"], ["b"]], pa.list_(pa.string()))}
+    table = FeatureTable.encoded(genres, lists)
+    params = {BIAS: np.ones(3, np.float32)}
+    FeatureMatch.matched(table, table).keep_sums(params)
+    assert list(params) == [BIAS] and params[BIAS].tolist() == [1, 1, 1]
+
+
 # In every test run, `test_features_add_what_they_added` looks at what is done to the maps.
 @pytest.mark.slow
 def test_new_items_begin_with_their_features(tmp_path, monkeypatch):

@@ -136,6 +136,8 @@ class FeatureMatch:
         Args:
           params: the parameters of the new run, changed in place.
         """
+        if KERNEL not in params:  # there are no numbers
+            return
         (m, s), (n, t), kernel = self.old, self.new, params[KERNEL]
         params[BIAS] = (params[BIAS] + ((n - m) / s) @ kernel).astype(kernel.dtype)
         params[KERNEL] = (kernel * (t / s)[:, None]).astype(kernel.dtype)

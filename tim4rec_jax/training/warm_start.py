@@ -180,6 +180,9 @@ def read_warm_start(
             elif name == _DATE_VECTORS and dates is not None:
                 array = at_other_dates(array, *dates)
             result[name] = array
+        if features is not None:  # the first features of their kind
+            first = {VALUES, KERNEL} & (wanted.keys() - result.keys())
+            result |= {name: np.zeros(wanted[name], np.float32) for name in first}
         _check_shapes(result, wanted, config, theirs, run)
         return result
 
