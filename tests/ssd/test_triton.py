@@ -43,6 +43,17 @@ def test_without_what_is_optional(precision, triton):
     assert_close(gradient("triton"), gradient("reference"), 1e-5)
 
 
+def test_every_row_has_its_own_segments(triton):
+    inputs, _, _ = make(SMALL)
+    inputs = to_dtype({name: inputs[name] for name in ("x", "A", "B", "C")}, "float32")
+    inputs["dt"] = jnp.ones(inputs["x"].shape[:3])
+    ids = jnp.asarray([[0] * 21, [0] * 7 + [1] * 14])
+    got, wanted = (
+        ssd(**inputs, segment_ids=ids, implementation=name) for name in ("triton", "reference")
+    )
+    assert_close({"y": got}, {"y": wanted}, 1e-5)
+
+
 def test_rows_stay_on_their_devices():
     """The kernel's place is taken by a sum; a callback cannot be partitioned."""
     rows = [np.arange(24.0).reshape(8, 3), np.arange(16.0).reshape(8, 2)]
