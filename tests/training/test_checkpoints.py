@@ -159,9 +159,15 @@ def test_half_written_checkpoints_are_removed(tmp_path):
     assert names(tmp_path / "checkpoints") == names(tmp_path / "best") == {"5"}
 
 
-def test_nobody_waits_for_a_pipe(tmp_path):
+@pytest.mark.parametrize("what", ["a pipe", "a list"])
+def test_a_description_that_is_none(tmp_path, what):
     save(tmp_path, 5, 8)
-    (tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA").unlink()
-    os.mkfifo(tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA")
-    with pytest.raises(UserError, match=r"5/_CHECKPOINT_METADATA is neither .*: remove that"):
+    description = tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
+    description.unlink()
+    if what == "a pipe":
+        os.mkfifo(description)  # for which Orbax would wait
+    else:
+        description.write_text("[]")
+    message = rf"^{tmp_path / 'checkpoints'} holds a damaged checkpoint \(.*\): remove it, or"
+    with pytest.raises(UserError, match=message):
         restore(tmp_path)

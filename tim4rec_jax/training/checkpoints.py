@@ -90,16 +90,22 @@ class Checkpoints:
         """Opens the checkpoints of a run directory, or begins them.
 
         Raises:
-          UserError: among them is something that is neither a file nor a folder.
+          UserError: among them is something that is neither a file nor a folder, or a description
+            of a checkpoint that is damaged.
         """
         self.workdir = workdir
-        for name in ("checkpoints", "best"):  # Orbax reads files of every checkpoint at once
+        managers = []
+        for name, keep in (("checkpoints", 2), ("best", 1)):
+            folder = workdir / name
             try:
-                check_plain(workdir / name)
-            except UserError as error:
-                raise UserError(f"{workdir / name} is damaged ({error}): remove that") from None
-        self.latest = _manager(workdir / "checkpoints", keep=2)
-        self.best = _manager(workdir / "best", keep=1)
+                check_plain(folder)  # Orbax reads a file of every checkpoint at once
+                managers.append(_manager(folder, keep))
+            except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+                raise UserError(
+                    f"{folder} holds a damaged checkpoint ({first_line(error)}): remove it, or "
+                    "delete the run directory to start anew"
+                ) from error
+        self.latest, self.best = managers
 
     def save(self, state: TrainState, iterator, progress: Mapping) -> None:
         """Saves everything needed to go on from here; a step saved already is left as it is."""
