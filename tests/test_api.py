@@ -336,7 +336,11 @@ def test_a_run_directory_that_is_there(model, data, tmp_path):
     other = t4r.prepare(events()[::-1], **NAMES)
     with pytest.raises(UserError, match="is not the dataset that the run"):
         t4r.fit(other, "causal", workdir=tmp_path / "run", **QUICK)
-    with pytest.raises(UserError, match=r"other settings: train\.epochs \(1 -> 2\)"):
+    with pytest.raises(UserError, match=r"other settings: train\.batch_size \("):
+        t4r.fit(data, "causal", workdir=tmp_path / "run", **QUICK | {"train.batch_size": 7})
+    with pytest.raises(
+        UserError, match=r"for more epochs, train\.epochs \(1 -> 2\): with .*cosine"
+    ):
         t4r.fit(data, "causal", workdir=tmp_path / "run", **QUICK | {"epochs": 2})
 
 

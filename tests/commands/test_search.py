@@ -156,10 +156,10 @@ def test_a_search_that_is_killed_ends_like_one_that_is_not(calm, dataset, tmp_pa
     assert outcome(longer)[:10] == calm
     assert len(longer.get_trials()) == 12
     # Without the study, all trainings that ended are found again.
-    (tmp_path / "hit" / "study.db").unlink()
-    before = len(made_up.settings)
+    before, expected = len(made_up.settings), outcome(longer)
     failed = sum(trial.state == TrialState.FAIL for trial in longer.get_trials())
-    assert outcome(search(plan(dataset, tmp_path / "hit", 12), said)) == outcome(longer)
+    (tmp_path / "hit" / "study.db").unlink()
+    assert outcome(search(plan(dataset, tmp_path / "hit", 12), said)) == expected
     assert len(made_up.settings) == before + failed
 
 

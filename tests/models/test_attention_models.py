@@ -202,7 +202,8 @@ def test_bert4rec_predicts_what_fills_a_mask_behind_the_history():
 
 
 def test_bert4rec_scores_all_items_but_the_mask_with_a_bias():
-    model: Any = nnx.merge(*make("bert4rec"))
+    graph, params = make("bert4rec")
+    model: Any = nnx.merge(graph, jax.device_put(params))
     table = model.item_table()
     assert table.shape == (ITEMS + 1, 17)
     np.testing.assert_array_equal(table[:, -1], model.output_bias[...])
