@@ -47,6 +47,21 @@ def test_a_table_becomes_columns_beside_the_items(run, write):
     assert [source["file"] for source in told["sources"]] == ["log.csv", "items.csv"]
 
 
+@pytest.mark.parametrize("features", [("genre",), ()])
+def test_titles_are_shown_and_are_no_feature(run, write, features):
+    columns = ["item_id", "name", *features]
+    rows = [columns, *([f"i{n}", f"Film {n}", *"ab"[n % 2 :][: len(features)]] for n in range(6))]
+    rows[3][1] = ""
+    items = write("items.csv", "".join(",".join(row) + "\n" for row in rows))
+    flags = ("--item-features", items, "--item-title", "name")
+    ds = run("table", write("log.csv", LOG), *flags)
+    table = pq.read_table(ds.directory / "items.parquet")
+    titles = dict(zip(*(table.column(name).to_pylist() for name in ("item", "title")), strict=True))
+    assert titles == {f"i{n}": f"Film {n}" if n != 2 else None for n in range(6)}
+    found = () if ds.features is None else [feature.name for feature in ds.features.features]
+    assert tuple(found) == features
+
+
 def test_items_without_events_follow_all_others(run, write):
     flags = ("--item-features", write("items.csv", ITEMS + "new,b,7.5,1990\n"), "--keep-items")
     ds = run("table", write("log.csv", LOG), *flags)

@@ -39,6 +39,7 @@ class Choices:
 
     Attributes:
       item: name of the column with the item id.
+      title: name of the column with titles, which are shown and are no feature; None: no column.
       columns: the columns to use; None takes all.
       dense: columns of whole numbers or texts to take as amounts, and not as names of something.
       separator: what stands between several values in one text; None: a text is one value.
@@ -46,6 +47,7 @@ class Choices:
     """
 
     item: str = "item_id"
+    title: str | None = None
     columns: tuple[str, ...] | None = None
     dense: tuple[str, ...] = ()
     separator: str | None = None
@@ -58,6 +60,7 @@ class ItemTable:
     Attributes:
       ids: the id of each item, as a text.
       columns: the columns of features as `FeatureTable.encoded` takes them.
+      titles: the title of each id that has one.
       bad: the number of rows that were left out, by reason.
       choices: what the user said about the table.
       sources: the files.
@@ -67,11 +70,12 @@ class ItemTable:
         self,
         ids: list[str],
         columns: dict[str, Any],
+        titles: dict[str, str],
         bad: dict[str, int],
         choices: Choices,
         sources: list[files.SourceFile],
     ):
-        self.ids, self.columns, self.bad = ids, columns, bad
+        self.ids, self.columns, self.titles, self.bad = ids, columns, titles, bad
         self.choices, self.sources = choices, sources
 
     def of(self, items: Sequence[str]) -> tuple[dict[str, Any], int]:
@@ -170,6 +174,7 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
             )
     problems = _Problems(parts, choices.skip)
     ids = [one for part in parts for one in part.ids]
+    titles = [one for part in parts for one in part.titles]
     seen: dict[str, int] = {}
     for row, one in enumerate(ids):
         if not one:
@@ -194,6 +199,7 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
             name: column.take(pa.array(kept)) if isinstance(column, pa.Array) else column[kept]
             for name, column in columns.items()
         },
+        {ids[row]: titles[row] for row in kept if titles and titles[row]},
         problems.counts(),
         choices,
         sources,
@@ -206,6 +212,7 @@ class _Part:
     Attributes:
       source: the file.
       ids: the item ids, "" for none.
+      titles: the title of each, if there is a column of them; "" or None for none.
       columns: name and values of each feature. Fields of CSV files are texts.
       plain: whether all fields are texts because the format knows no types.
       lines: the line or row of each row, and what to call it.
@@ -228,12 +235,13 @@ class _Part:
             }
         if twins := [name for name, n in collections.Counter(names).items() if n > 1]:
             raise UserError(f"{source}: two columns are called {twins[0]!r}; rename one of them")
-        wanted = (choices.item, *(choices.columns or ()), *choices.dense)
+        shown = () if choices.title is None else (choices.title,)
+        wanted = (choices.item, *shown, *(choices.columns or ()), *choices.dense)
         for name in wanted:
             if name not in columns:
                 raise UserError(
                     f"{source}: no column {name!r}, there are {listed(tuple(names))}; name yours "
-                    "with --item, --feature-columns, --dense-features"
+                    "with --item, --item-title, --feature-columns, --dense-features"
                 )
         ids = columns[choices.item]
         if not (_is_word(ids.type) or pa.types.is_null(ids.type)):
@@ -242,9 +250,19 @@ class _Part:
                 "whole numbers"
             )
         self.ids = [one or "" for one in ids.cast(pa.string()).to_pylist()]
+        self.titles = []
+        if choices.title is not None:
+            titles = columns[choices.title]
+            if not (_is_word(titles.type) or pa.types.is_null(titles.type)):
+                raise UserError(
+                    f"{source}: the column {choices.title!r} has the type {titles.type}; titles "
+                    "are texts"
+                )
+            self.titles = titles.cast(pa.string()).to_pylist()
         taken = (choices.columns and (*choices.columns, *choices.dense)) or names
-        self.columns = [(n, columns[n]) for n in dict.fromkeys(taken) if n != choices.item]
-        if not self.columns:
+        others = (name for name in dict.fromkeys(taken) if name not in (choices.item, *shown))
+        self.columns = [(name, columns[name]) for name in others]
+        if not self.columns and not shown:
             raise UserError(f"{source} has no column besides {choices.item!r}; add features")
 
 

@@ -283,6 +283,11 @@ def _features(group) -> None:
         "(item_id for sources that are no tables), and a column for each feature",
     )
     group.add_argument(
+        "--item-title",
+        metavar="COLUMN",
+        help="the column with titles, which are shown beside the ids and are no feature",
+    )
+    group.add_argument(
         "--feature-columns", type=_names, metavar="A,B", help="the columns to use (default: all)"
     )
     group.add_argument(

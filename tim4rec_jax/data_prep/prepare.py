@@ -97,6 +97,7 @@ def _item_table(flags: argparse.Namespace, work: Path) -> features.ItemTable | N
     """
     if flags.item_features is None:
         asked = {
+            "--item-title": flags.item_title,
             "--feature-columns": flags.feature_columns,
             "--dense-features": flags.dense_features,
             "--feature-separator": flags.feature_separator,
@@ -107,6 +108,7 @@ def _item_table(flags: argparse.Namespace, work: Path) -> features.ItemTable | N
         return None
     choices = features.Choices(
         item=getattr(flags, "item", "item_id"),
+        title=flags.item_title,
         columns=flags.feature_columns,
         dense=tuple(flags.dense_features),
         separator=flags.feature_separator,

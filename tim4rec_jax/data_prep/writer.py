@@ -90,7 +90,7 @@ def write(
       order: how the events of a user are sorted, `exact` or `recbole`. Ties stay in source order.
       shard_events: a sequences file takes no further user once it holds this many events.
       titles: the title of each original item id.
-      item_table: the features of items.
+      item_table: the features of items, and their titles.
       min_count: how many items a value of a feature must have to count.
       keep_items: whether the items of this table that have no events follow all others.
 
@@ -117,6 +117,9 @@ def write(
     ids, counts = items.column("id").to_pylist(), items.column("events").to_numpy()
     told = {}
     if item_table is not None:
+        titles = (titles or {}) | item_table.titles
+        item_table.of(ids)  # refuses the table of another log before its items are added
+    if item_table is not None and (item_table.columns or keep_items):
         told = {"item_features": _write_features(directory, item_table, ids, min_count, keep_items)}
         counts = np.pad(counts, (0, len(ids) - len(counts)))
     table = pa.table([np.arange(1, len(ids) + 1), ids, counts], schema=fmt.ITEMS_SCHEMA)
@@ -153,7 +156,6 @@ def _write_features(
     Returns:
       What there is to say about them.
     """
-    item_table.of(ids)  # refuses the table of another log before its items are added
     if keep_items:
         known = set(ids)
         ids += [item for item in item_table.ids if item not in known]
