@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "config": ("models", "data", "checks", "errors"),
     "scoring": ("models", "data", "runtime", "errors"),
     "run": ("config", "models", "data", "digests", "files", "runtime", "errors"),
+    "verify": ("run", "data", "digests", "files", "errors"),
 }
 LIBRARY = tuple(part for part in MAY_IMPORT if part != "data_prep")
 MAY_IMPORT |= {

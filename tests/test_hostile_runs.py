@@ -35,11 +35,11 @@ from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 from tim4rec_jax.interop import from_torch, to_torch
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import model_config
-from tim4rec_jax.run import verify
 from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import load_run
 from tim4rec_jax.serving.export import export
 from tim4rec_jax.training.checkpoints import Checkpoints
+from tim4rec_jax.verify import verify
 
 # Orbax leaves tasks behind when it fails.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

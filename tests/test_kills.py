@@ -17,7 +17,8 @@ from tests.interop.torch_format import recbole_checkpoint, torch_save
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import ONE_DEVICE, save_run, tiny_dataset
 from tim4rec_jax.data import open_dataset
-from tim4rec_jax.run import load_model, verify
+from tim4rec_jax.run import load_model
+from tim4rec_jax.verify import verify
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -22,10 +22,10 @@ from tim4rec_jax.run import (
     read_date_range,
     read_figures,
     read_settings,
-    verify,
 )
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.training.train import train
+from tim4rec_jax.verify import verify
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("workdir", type=Path, help="directory of a run")
     parser.add_argument("--dataset", type=Path, help="the prepared dataset, if it has moved")
     flags = parser.parse_args(words)
-    from tim4rec_jax.run import verify
+    from tim4rec_jax.verify import verify
 
     findings = verify(flags.workdir, flags.dataset)
     for part, problem, note in findings:
