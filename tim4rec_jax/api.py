@@ -270,9 +270,8 @@ def fit(
     config.dataset = str(run / "data" if data.temporary else data.dataset.directory)
 
     def keep(config: Any) -> None:
-        if (run / DATASET_FILE).exists():
-            check_same_dataset(data.dataset.directory, data.dataset.metadata, run / DATASET_FILE)
-        elif data.temporary:
+        check_same_dataset(data.dataset.directory, data.dataset.metadata, run)
+        if data.temporary and not (run / DATASET_FILE).exists():
             _copy(data.dataset.directory, run / "data")
 
     train_and_report(config_lib.resolve(config), run, keep, list(map(checked_logger, loggers)))
@@ -569,8 +568,7 @@ class Model:
             raise UserError(f"split is {split!r}; it must be test or valid")
         config, model = load_model(self.run)
         dataset = self._dataset if data is None else _opened(data).dataset
-        if (self.run / DATASET_FILE).exists():
-            check_same_dataset(dataset.directory, dataset.metadata, self.run / DATASET_FILE)
+        check_same_dataset(dataset.directory, dataset.metadata, self.run)
         how = config.data
         dataset = dataset.split(how.split, how.valid_from, how.test_from)
         settings: dict[str, Any] = batch_settings(config)

@@ -206,8 +206,7 @@ def claim(
       UserError: another process is training there, or it holds a run on another dataset.
     """
     settings_file, there = workdir / "config.json", workdir.exists()
-    if (workdir / DATASET_FILE).exists():
-        check_same_dataset(dataset.directory, dataset.metadata, workdir / DATASET_FILE)
+    check_same_dataset(dataset.directory, dataset.metadata, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with only_process(workdir):
         new = not settings_file.exists()
@@ -257,21 +256,22 @@ def only_process(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check_same_dataset(directory: Path, ours: dict, path: Path) -> None:
-    """Makes sure that a run goes on with the dataset that it began with.
+def check_same_dataset(directory: Path, ours: dict, workdir: Path) -> None:
+    """Makes sure that a dataset is the one that a run began with, if the run says which that was.
 
     Args:
       directory: the folder of the dataset.
       ours: the metadata of that dataset.
-      path: the file with the metadata of the dataset that the run began with.
+      workdir: the run directory.
 
     Raises:
       UserError: it is another dataset; the message says what tells them apart.
     """
-    theirs = read_json(path, dict[str, Any], _RESTORE)
+    path = workdir / DATASET_FILE
+    theirs = read_json(path, dict[str, Any], _RESTORE) if path.exists() else ours
     if changed := _differences(ours, theirs):
         raise UserError(
-            f"{directory} is not the dataset that the run in {path.parent} began with "
+            f"{directory} is not the dataset that the run in {workdir} began with "
             f"(other {', '.join(changed)}); restore it, or choose another --workdir"
         )
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from tim4rec_jax.cli import parse
 from tim4rec_jax.config import Config
-from tim4rec_jax.data.format import DATASET_FILE, read_metadata
+from tim4rec_jax.data.format import read_metadata
 from tim4rec_jax.errors import one_line, run_main
 from tim4rec_jax.files import write_json
 from tim4rec_jax.run import check_same_dataset, check_unchanged, only_process
@@ -49,9 +49,7 @@ def finished(run: Path, config: Config) -> bool:
             pass
     if not (run / "metrics.json").exists():
         return False
-    check_same_dataset(
-        Path(config.dataset), read_metadata(Path(config.dataset)), run / DATASET_FILE
-    )
+    check_same_dataset(Path(config.dataset), read_metadata(Path(config.dataset)), run)
     return True
 
 

@@ -96,8 +96,7 @@ def evaluate_run(
     ks, rule = tuple(ks or config.eval.ks), ties or config.eval.ties
     ds = open_dataset(dataset or config.dataset).split(data.split, data.valid_from, data.test_from)
     check_model(model, ds.n_items, ds.directory, workdir)
-    if (workdir / DATASET_FILE).exists():
-        check_same_dataset(ds.directory, ds.metadata, workdir / DATASET_FILE)
+    check_same_dataset(ds.directory, ds.metadata, workdir)
     options: dict[str, Any] = dict(exclude_seen=exclude_seen, progress=True)
     options |= batch_settings(config)
     size, length = config.eval.batch_size, data.max_length

@@ -101,10 +101,8 @@ def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, Sequen
         UserError: the run or the dataset is missing or damaged, or they do not belong together.
     """
     config, model = load_model(workdir)
-    trained_on = workdir / DATASET_FILE
-    keeps_items = trained_on.exists() and (workdir / ITEMS_FILE).exists()
+    keeps_items = (workdir / DATASET_FILE).exists() and (workdir / ITEMS_FILE).exists()
     catalogue = Catalogue(dataset or (workdir if keeps_items else Path(config.dataset)))
     check_model(model, len(catalogue), catalogue.directory, workdir)
-    if trained_on.exists():
-        check_same_dataset(catalogue.directory, catalogue.metadata, trained_on)
+    check_same_dataset(catalogue.directory, catalogue.metadata, workdir)
     return config, model, catalogue

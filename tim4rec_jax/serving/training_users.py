@@ -110,11 +110,10 @@ def of_run(workdir: Path, config: Config, dataset: Path | None) -> TrainingUsers
         dataset: where the dataset lies now, if it has moved.
     """
     directory = dataset or Path(config.dataset)
-    trained_on = workdir / DATASET_FILE
-    if not (trained_on.exists() and any(directory.glob(SEQUENCES_GLOB))):
+    if not ((workdir / DATASET_FILE).exists() and any(directory.glob(SEQUENCES_GLOB))):
         return None
     try:
-        check_same_dataset(directory, read_metadata(directory), trained_on)
+        check_same_dataset(directory, read_metadata(directory), workdir)
         return TrainingUsers(directory)
     except UserError:  # it has been prepared again, or is another one
         return None

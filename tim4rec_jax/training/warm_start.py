@@ -281,8 +281,7 @@ def _dataset_of(theirs: Config, run: Path, what: str) -> Dataset:
     """The dataset of a run that does not keep all that is needed."""
     try:
         opened = open_dataset(theirs.dataset)
-        if (run / DATASET_FILE).exists():
-            check_same_dataset(opened.directory, opened.metadata, run / DATASET_FILE)
+        check_same_dataset(opened.directory, opened.metadata, run)
     except UserError as error:
         raise UserError(
             f"--init-from {run} keeps no ids of its {what}, so the dataset of its training is "
