@@ -19,8 +19,14 @@ from jax import export
 
 def read_metadata(folder: Path) -> dict:
     """Reads metadata.json, and compares its digest and those of the other files."""
+
+    def content(name: str) -> bytes:
+        if not (folder / name).is_file():  # a pipe would keep us waiting
+            raise ValueError(f"{name} is no file")
+        return (folder / name).read_bytes()
+
     try:
-        metadata = json.loads((folder / "metadata.json").read_text())
+        metadata = json.loads(content("metadata.json"))
         rest = {key: value for key, value in metadata.items() if key != "digest"}
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
         # Exports of earlier versions do not have it.
@@ -29,7 +35,7 @@ def read_metadata(folder: Path) -> dict:
         if metadata["gaps"] not in ("exact", "recbole"):
             raise ValueError("gaps of an unknown kind")
         for name, digest in metadata["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            if hashlib.sha256(content(name)).hexdigest() != digest:
                 raise ValueError(f"{name} is not the file that was exported")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SystemExit(f"error: {folder} is damaged ({error}): export it again") from None
