@@ -1,8 +1,8 @@
 # Commands, each from a bare machine (Python >= 3.11) to done:
 #   make quickstart   prepares synthetic data, trains TiM4Rec, prints its table
-#   make test         lint, types, the fast tests and their coverage
-#   make test-all     the same with the slow tests, before a release; it reads the large golden
-#                     files too where TIM4REC_GOLDEN names their folder
+#   make test         lint, types and the fast tests
+#   make test-all     the same with the slow tests and the coverage, before a release; it reads the
+#                     large golden files too where TIM4REC_GOLDEN names their folder
 #   make docs         the documentation site in docs/_build/html; a warning is an error
 #   make test-lowest  the fast tests with the lowest versions that pyproject.toml allows
 #
@@ -21,7 +21,7 @@ quickstart: $(VENV)/.base
 	$(PY) eval.py --workdir runs/quickstart --split test
 
 test: lint $(VENV)/.tpu $(VENV)/.cuda
-	$(PY) -m pytest -n 2 --dist worksteal -m "not slow" --cov
+	$(PY) -m pytest -n 2 --dist worksteal -m "not slow"
 
 test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda $(VENV)/.mlflow
 	$(PY) -m pytest -n 2 --dist worksteal --cov
