@@ -235,7 +235,7 @@ def check_users(recommender, counts):
     for user, count in counts.items():
         items, times = recommender.store.history(user)
         assert len(items) == count
-        [snapshot] = recommender.store.snapshots([user], recommender.model.fingerprint)
+        [snapshot] = recommender.store.snapshots([user], recommender._users.fingerprint)
         assert (snapshot.events, snapshot.last) == (count, times[-1])
         hidden = recommender.model.hidden(snapshot.state)
         expected = full_forward(recommender, items, times)
@@ -251,7 +251,7 @@ recommender = Recommender.load(workdir, SQLiteStore(path))
 print("ready", flush=True)
 sys.stdin.readline()
 for event in range(int(first), int(last)):
-    recommender.update(f"u{event % 3}", f"i{event % 30 + 1}", 5)
+    recommender.update(f"n{event % 3}", f"i{event % 30 + 1}", 5)
     print(event, flush=True)
 """
 
@@ -269,7 +269,7 @@ def start_process(*arguments):
 
 @pytest.mark.slow
 def test_processes_lose_nothing_and_a_kill_leaves_whole_events(tiny_workdir, tmp_path):
-    """Two processes update the same users; one of them is killed in the midst of it."""
+    """Two processes update the same new users; one of them is killed in the midst of it."""
     path = tmp_path / "users.db"
     arguments = [(0, 60), (120, 10**6)]
     processes = [start_process(tiny_workdir, path, *bounds) for bounds in arguments]
@@ -291,7 +291,7 @@ def test_processes_lose_nothing_and_a_kill_leaves_whole_events(tiny_workdir, tmp
 
     store = SQLiteStore(path)
     recommender = Recommender.load(tiny_workdir, store)
-    counts = {user: len(store.history(user)[0]) for user in ("u0", "u1", "u2")}
+    counts = {user: len(store.history(user)[0]) for user in ("n0", "n1", "n2")}
     # Everything that was reported is there; the last one may be, before it was reported.
     assert sum(counts.values()) - 60 - len(done[1:]) in (0, 1)
     check_users(recommender, counts)
