@@ -1,6 +1,7 @@
 import pytest
 
 from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
+from tim4rec_jax.serving import MemoryStore, SQLiteStore
 
 KINDS = {
     "masked": dict(time_encoding="masked"),
@@ -43,3 +44,10 @@ def recommenders(tiny_data):
         return made[kind]
 
     return get
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request, tmp_path):
+    store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")
+    yield store
+    store.close()

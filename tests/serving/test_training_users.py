@@ -3,21 +3,13 @@
 import json
 
 import numpy as np
-import pytest
 
 from tests.serving.conftest import KINDS
 from tests.serving.test_users import HISTORIES
 from tests.serving.tiny_run import save_run, tiny_dataset
 from tim4rec_jax.run import read_settings
-from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
+from tim4rec_jax.serving import MemoryStore, Recommender
 from tim4rec_jax.serving.training_users import TrainingUsers, of_run
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")
-    yield store
-    store.close()
 
 
 def user_of(dataset, row):

@@ -19,20 +19,13 @@ from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, ONE_DEVICE, tiny_recommender
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
+from tim4rec_jax.serving import Recommender, SQLiteStore
 from tim4rec_jax.serving.stores import Change, Snapshot
 
 ROOT = Path(__file__).parents[2]
 HISTORIES = [
     ([f"i{item}" for item in items], times.tolist()) for items, times in random_histories(LENGTHS)
 ]
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")
-    yield store
-    store.close()
 
 
 def with_store(recommender, store):
