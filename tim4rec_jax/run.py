@@ -65,11 +65,11 @@ def silence_echoes() -> None:
 
 _EPOCHS = "train.epochs"
 
+# Settings that change nothing: how to get the data, where the settings came from, who is told.
+FOR_PEOPLE = ("prepare", "preset", "train.loggers")
 # Settings that can be edited in `config.json`: where the data lies, where figures go, and how a run
 # is evaluated.
-_FREE = ("dataset", "prepare", "preset", "train.loggers", "eval.batch_size", "eval.ks", "eval.ties")
-# Settings that change nothing: how to get the data, where the settings came from, who is told.
-_FOR_PEOPLE = ("prepare", "preset", "train.loggers")
+_FREE = ("dataset", *FOR_PEOPLE, "eval.batch_size", "eval.ks", "eval.ties")
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
@@ -174,7 +174,7 @@ def _changes(
     ours, theirs = (
         json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
     )
-    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in _FOR_PEOPLE]
+    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in FOR_PEOPLE]
     return ours, theirs, changed
 
 

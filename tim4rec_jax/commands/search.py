@@ -33,10 +33,10 @@ from tim4rec_jax.commands.search_space import Space, make_space
 from tim4rec_jax.config import Config, flatten
 from tim4rec_jax.data.format import read_metadata
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.run import only_process
+from tim4rec_jax.run import FOR_PEOPLE, only_process
 
-# Neither changes what a trial learns.
-_FREE = ("dataset", "prepare", "preset", "train.loggers")
+# None of them changes what a trial learns.
+_FREE = ("dataset", *FOR_PEOPLE)
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
