@@ -118,7 +118,7 @@ def test_packed_rows_have_exact_gaps():
 
 @pytest.mark.parametrize(
     ("model", "key", "value"),
-    [("tim4rec", "train.loss", "bpr"), ("bert4rec", "train.objective", "cloze")],
+    [("tim4rec", "train.loss", "os:path"), ("bert4rec", "train.objective", "cloze")],
 )
 def test_what_the_offset_of_items_seen_needs(model, key, value):
     config = config_lib.default()

@@ -395,11 +395,11 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
             f"config.model.date_bias_knots is {config.model.date_bias_knots}, and the objective is "
             "cloze, which predicts items of any date; take config.model.date_bias_knots=0"
         )
-    if config.model.repeat_bias and (train.loss != "cross_entropy" or train.objective == "cloze"):
+    if config.model.repeat_bias and (train.loss not in LOSSES or train.objective == "cloze"):
         yield (
-            "config.model.repeat_bias is True, which needs config.train.loss=cross_entropy and "
-            f"another objective than cloze, and they are {train.loss} and {train.objective}; "
-            "change them, or take config.model.repeat_bias=False"
+            "config.model.repeat_bias is True, which needs a loss of this package and another "
+            f"objective than cloze, and they are {train.loss} and {train.objective}; change them, "
+            "or take config.model.repeat_bias=False"
         )
     buckets, longest = data.buckets, data.max_length
     if buckets is not None and (min(buckets, default=0) < 1 or max(buckets) != longest):

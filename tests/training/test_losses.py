@@ -13,11 +13,11 @@ from tim4rec_jax.training.losses import (
     Loss,
     bpr,
     cross_entropy,
-    cumulative_counts,
     gbce,
     sampled_softmax,
     summed_cross_entropy,
 )
+from tim4rec_jax.training.negatives import item_frequencies
 
 rng = np.random.default_rng(0)
 HIDDEN, TABLE = rng.standard_normal((6, 8)), rng.standard_normal((20, 8))
@@ -119,15 +119,19 @@ def test_scores_of_all_rows_never_exist_at_once():
 
 WEIGHTS = np.array([1.0, 0.0, 1.0, 2.0, 1.0, 1.0])
 DRAWN = jnp.array([5, 3, 19, 3, 11], jnp.int32)
-LOG_SHARE = np.log(rng.dirichlet(np.ones(20)))
+LOG_SHARE = np.log(rng.dirichlet(np.ones(20)))[DRAWN]
 
 
-def plain(name, hidden, table):
+def plain(name, hidden, table, bias=0.0, histories=(frozenset(),) * 6):
     """The losses again, one row and one drawn item after the other."""
     total = 0.0
-    for row, target, weight in zip(hidden, TARGETS.tolist(), WEIGHTS, strict=True):
-        right = row @ table[target]
-        others = [(row @ table[j], LOG_SHARE[j]) for j in DRAWN.tolist() if j != target]
+    for row, target, weight, seen in zip(hidden, TARGETS.tolist(), WEIGHTS, histories, strict=True):
+        right = row @ table[target] + bias * (target in seen)
+        others = [
+            (row @ table[j] + bias * (j in seen), share)
+            for j, share in zip(DRAWN.tolist(), LOG_SHARE, strict=True)
+            if j != target
+        ]
         if name == "sampled_softmax":
             terms = [score - share - jnp.log(5.0) for score, share in others]
             loss = -jax.nn.log_softmax(jnp.stack([right, *terms]))[0]
@@ -148,41 +152,58 @@ SAMPLED = {
 }
 
 
+# Two histories of four items; the six rows see growing parts of them, and an item may come twice.
+ITEMS = jnp.array([[5, 3, 7, 7], [19, 3, 3, 7]])
+FIRST, LAST = jnp.array([0, 0, 2, 0, 1, 3]), jnp.array([0, 1, 3, 0, 2, 3])
+SEEN = [{5}, {5, 3}, {7}, {19}, {3}, {7}]
+
+
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_losses_and_their_gradients(name, x64):
+    """With and without a bias for the items of the history."""
     function, weights = SAMPLED[name], jax.device_put(WEIGHTS)
     if name == "sampled_softmax":
         function = functools.partial(function, log_share=jax.device_put(LOG_SHARE))
 
-    def ours(hidden, table):
-        return function(hidden, table, TARGETS, weights, drawn=DRAWN)
+    def ours(hidden, table, bias):
+        history = HistoryItems(ITEMS, bias, FIRST, LAST)
+        losses = [
+            function(hidden, table, TARGETS, weights, each, drawn=DRAWN) for each in (None, history)
+        ]
+        return jnp.stack(losses).sum()
 
-    inputs = jax.device_put(HIDDEN), jax.device_put(TABLE)
-    found = [
-        jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(*inputs)
-        for f in (ours, lambda *inputs: plain(name, *inputs))
-    ]
+    def theirs(hidden, table, bias):
+        return plain(name, hidden, table) + plain(name, hidden, table, bias, SEEN)
+
+    inputs = jax.device_put(HIDDEN), jax.device_put(TABLE), jnp.asarray(-1.5)
+    found = [jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*inputs) for f in (ours, theirs)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *found)
 
 
-def test_items_are_drawn_by_their_frequency_and_scores_corrected_for_it():
+def test_whole_histories_are_those_without_first_and_last():
+    hidden = jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(TABLE, jnp.float32)
+    items = jnp.concatenate([ITEMS, ITEMS, ITEMS])
+    whole = HistoryItems(items, jnp.float32(2.0))
+    parts = HistoryItems(items, jnp.float32(2.0), jnp.zeros(6, int), jnp.full(6, 3))
+    weights = jnp.asarray(WEIGHTS, jnp.float32)
+    losses = jax.jit(
+        lambda *histories: [
+            bpr(*hidden, TARGETS, weights, history, drawn=DRAWN) for history in histories
+        ]
+    )(whole, parts, None)
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_with_many_drawn_the_sampled_sum_is_that_over_all_items():
     counts = rng.integers(0, 50, 19)
-    up_to = cumulative_counts(counts)
     hidden, table = jnp.asarray(HIDDEN[1:], jnp.float32), jnp.asarray(TABLE, jnp.float32)
     rows = hidden, table, TARGETS[1:], jnp.asarray(WEIGHTS[1:], jnp.float32)
-
-    @jax.jit
-    def draw(key, up_to, rows):
-        summed = Loss("sampled_softmax", negatives=200_000).prepare(key, 19, up_to)
-        return summed(*rows), summed.keywords["drawn"], summed.keywords["log_share"]
-
-    total, drawn, log_share = map(np.asarray, draw(jax.random.key(0), up_to, rows))
-    expected = (counts + 1) / (counts + 1).sum()
-    np.testing.assert_allclose(np.exp(log_share[1:]), expected, rtol=1e-5)
-    shares = np.bincount(drawn, minlength=20) / len(drawn)
-    assert shares[0] == 0  # padding
-    np.testing.assert_allclose(shares[1:], expected, atol=4e-3)
-    # With many drawn, the sums over them are those over all items (but the padding row).
+    frequencies = jax.device_put(item_frequencies(counts))
+    loss = Loss("sampled_softmax", negatives=200_000)
+    total = jax.jit(lambda key, f, rows: loss.prepare(key, 19, f)(*rows))(
+        jax.random.key(0), frequencies, rows
+    )
+    # All items but the padding row.
     full = WEIGHTS[1:] @ jax.jit(cross_entropy)(hidden, table[1:], TARGETS[1:] - 1)
     np.testing.assert_allclose(total, full, rtol=0.01)
 

@@ -14,15 +14,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Int64, UInt32
+from jaxtyping import Array, Bool, Float, Int
 
 from tim4rec_jax.models import imported
 from tim4rec_jax.runtime import target
 from tim4rec_jax.scoring import HistoryItems, item_mask
+from tim4rec_jax.training.negatives import (
+    Drawn,
+    ItemFrequencies,
+    draw_by_frequency,
+    draw_uniformly,
+)
 
-# The arguments are hidden states, item table, targets and weights. The full cross-entropy takes
-# `history`, too.
+# The arguments are hidden states, item table, targets and weights. All but a function of the user's
+# take `history`, too.
 SummedLoss = Callable[..., jax.Array]
 
 
@@ -45,47 +50,50 @@ class Loss:
     negatives: int = 512
     calibration: float = 0.75
 
-    def prepare(
-        self, key: jax.Array, n_items: int, cumulative: UInt32[Array, " V"] | None
-    ) -> SummedLoss:
-        """The loss of one batch, with the items drawn for it.
+    @property
+    def is_sampled(self) -> bool:
+        """Whether items are drawn for each batch."""
+        return self.name in ("sampled_softmax", "gbce", "bpr")
+
+    def draw(
+        self,
+        key: jax.Array,
+        n_items: int,
+        frequencies: ItemFrequencies | None,
+        look_up: Callable[[jax.Array], jax.Array] | None = None,
+    ) -> Drawn | None:
+        """The items for one batch; None: the loss needs none.
 
         Args:
           key: a key of `jax.random`.
           n_items: number of items, without padding.
-          cumulative: the result of `cumulative_counts`. Only `sampled_softmax` needs it.
+          frequencies: of the items. Only `sampled_softmax` needs them.
+          look_up: see `tim4rec_jax.training.negatives.draw_by_frequency`.
         """
+        if self.name == "sampled_softmax":
+            assert frequencies is not None
+            return draw_by_frequency(key, self.negatives, frequencies, look_up)
+        return draw_uniformly(key, self.negatives, n_items) if self.is_sampled else None
+
+    def of(self, drawn: Drawn | None, n_items: int) -> SummedLoss:
+        """The loss as a function, with the items drawn for the batch."""
         if self.name == "cross_entropy":
             return full_cross_entropy
-        if ":" in self.name:
+        if drawn is None:
             return imported(self.name)
         if self.name == "sampled_softmax":
-            assert cumulative is not None
-            event = jax.random.bits(key, (self.negatives,)) % cumulative[-1]
-            drawn = jnp.searchsorted(cumulative, event, side="right").astype(jnp.int32)
-            # The logarithm of the probability with which an item is drawn.
-            counts = jnp.diff(cumulative, prepend=jnp.zeros(1, cumulative.dtype))
-            log_share = jnp.log(counts.astype(jnp.float32))
-            log_share -= jnp.log(cumulative[-1].astype(jnp.float32))
-            return functools.partial(sampled_softmax, drawn=drawn, log_share=log_share)
-        drawn = jax.random.randint(key, (self.negatives,), 1, n_items + 1)
+            return functools.partial(sampled_softmax, drawn=drawn.items, log_share=drawn.log_share)
         if self.name == "bpr":
-            return functools.partial(bpr, drawn=drawn)
+            return functools.partial(bpr, drawn=drawn.items)
         share = min(1.0, self.negatives / max(n_items - 1, 1))
         power = share * (self.calibration * (1 - 1 / share) + 1 / share)
-        return functools.partial(gbce, drawn=drawn, power=power)
+        return functools.partial(gbce, drawn=drawn.items, power=power)
 
-
-def cumulative_counts(counts: Int64[np.ndarray, " V"]) -> UInt32[Array, " V_and_1"]:
-    """Counts events up to each row of the item table, for `Loss.prepare`.
-
-    Args:
-      counts: training events of each item. One is added to each, so that every item can be drawn.
-
-    Returns:
-      The running sum, which begins with 0 for the padding row.
-    """
-    return jnp.asarray(np.concatenate([[0], np.cumsum(counts + 1)]), jnp.uint32)
+    def prepare(
+        self, key: jax.Array, n_items: int, frequencies: ItemFrequencies | None
+    ) -> SummedLoss:
+        """The loss of one batch, with the items drawn for it; see `draw` and `of`."""
+        return self.of(self.draw(key, n_items, frequencies), n_items)
 
 
 def cross_entropy(
@@ -241,13 +249,36 @@ def full_cross_entropy(
     return summed_cross_entropy(hidden, table, targets, weights, history)
 
 
-def _scores(hidden, table, targets, drawn):
+def _scores(hidden, table, targets, drawn, history):
     """Scores of the targets [N] and of the drawn items [N,S], and whether the two differ [N,S]."""
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     table = table.astype(hidden.dtype)
     at_target = jnp.einsum("nd,nd->n", hidden, table[targets], preferred_element_type=accumulate)
     others = jnp.matmul(hidden, table[drawn].T, preferred_element_type=accumulate)
+    if history is not None:
+        own = history.of_rows(jnp.arange(len(hidden))).items
+        repeats = (own == targets[:, None]).any(axis=1) & (targets > 0)
+        at_target += jnp.where(repeats, history.repeat_bias, 0)
+        others += jnp.where(_in_history(history, drawn, len(hidden)), history.repeat_bias, 0)
     return at_target, others, drawn != targets[:, None]
+
+
+def _in_history(
+    history: HistoryItems, drawn: Int[Array, " S"], rows: int
+) -> Bool[Array, "{rows} S"]:
+    """Whether each of the drawn items is in the history of each row of scores.
+
+    Rows that share a history also share the work. To compare the history of every row with all
+    drawn items would cost the length of the histories as many times.
+    """
+    here = history.items[:, :, None] == drawn
+    if history.first is None or history.last is None:
+        return here.any(axis=1)
+    # The last position up to each one at which the item stands, -1 if there is none.
+    position = jnp.arange(here.shape[1])[:, None]
+    seen = jax.lax.cummax(jnp.where(here, position, -1), axis=1)
+    row = jnp.arange(rows) // (rows // len(history.items))
+    return seen[row, history.last] >= history.first[:, None]
 
 
 def sampled_softmax(
@@ -255,9 +286,10 @@ def sampled_softmax(
     table: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
+    history: HistoryItems | None = None,
     *,
     drawn: Int[Array, " S"],
-    log_share: Float[Array, " V"],
+    log_share: Float[Array, " S"],
 ) -> Float[Array, ""]:
     """Cross-entropy over the target and the drawn items (Bengio & Senecal 2008).
 
@@ -269,11 +301,13 @@ def sampled_softmax(
       table: the item table.
       targets: rows of the target items in the table.
       weights: weight of each row.
-      drawn: rows of the drawn items. All targets share them.
-      log_share: logarithm of the probability with which each item is drawn.
+      history: the items whose scores get the repeat bias; `None`: there is no such bias.
+      drawn: rows of the drawn items. All targets share them. Where a target is among them, it is
+        left out there.
+      log_share: logarithm of the probability with which each of them is drawn.
     """
-    at_target, others, different = _scores(hidden, table, targets, drawn)
-    others = others - (log_share[drawn] + jnp.log(len(drawn)))
+    at_target, others, different = _scores(hidden, table, targets, drawn, history)
+    others = others - (log_share + jnp.log(len(drawn)))
     others = jnp.where(different, others, -jnp.inf)
     total = jax.nn.logsumexp(jnp.concatenate([at_target[:, None], others], axis=1), axis=1)
     return jnp.sum(weights * (total - at_target))
@@ -284,6 +318,7 @@ def gbce(
     table: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
+    history: HistoryItems | None = None,
     *,
     drawn: Int[Array, " S"],
     power: float,
@@ -293,7 +328,7 @@ def gbce(
     The target's probability is sigmoid(score)^power. Other arguments are those of
     `sampled_softmax`.
     """
-    at_target, others, different = _scores(hidden, table, targets, drawn)
+    at_target, others, different = _scores(hidden, table, targets, drawn, history)
     wrong = jnp.sum(jnp.where(different, jax.nn.softplus(others), 0), axis=1)
     return jnp.sum(weights * (power * jax.nn.softplus(-at_target) + wrong))
 
@@ -303,6 +338,7 @@ def bpr(
     table: Float[Array, "V D"],
     targets: Int[Array, " N"],
     weights: Float[Array, " N"],
+    history: HistoryItems | None = None,
     *,
     drawn: Int[Array, " S"],
 ) -> Float[Array, ""]:
@@ -310,6 +346,6 @@ def bpr(
 
     Arguments are those of `sampled_softmax`.
     """
-    at_target, others, different = _scores(hidden, table, targets, drawn)
+    at_target, others, different = _scores(hidden, table, targets, drawn, history)
     losses = jnp.where(different, jax.nn.softplus(others - at_target[:, None]), 0)
     return jnp.sum(weights * losses.sum(1) / jnp.maximum(different.sum(1), 1))

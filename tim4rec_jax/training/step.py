@@ -29,7 +29,8 @@ from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import SequenceModel, inputs
 from tim4rec_jax.runtime import Placement, target
-from tim4rec_jax.training.losses import Loss, SummedLoss, cumulative_counts, full_cross_entropy
+from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
+from tim4rec_jax.training.negatives import ItemFrequencies, item_frequencies
 from tim4rec_jax.training.objectives import OBJECTIVES
 
 Metrics = dict[str, jax.Array]
@@ -212,7 +213,10 @@ def loss_and_gradients(
 
 
 def update(
-    state: TrainState, batch: Batch, settings: StepSettings, cumulative: jax.Array | None = None
+    state: TrainState,
+    batch: Batch,
+    settings: StepSettings,
+    cumulative: ItemFrequencies | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One update.
 
@@ -220,7 +224,7 @@ def update(
       state: the state before the step. `train_step`, the compiled form, takes its memory.
       batch: a batch with the fields that the model and the objective need.
       settings: what the step is compiled for.
-      cumulative: see `tim4rec_jax.training.losses.Loss.prepare`.
+      cumulative: how often each item occurs, for a loss that draws by it.
 
     Returns:
       The next state, and for the log `loss`, the mean of the epoch so far, and `bad_step`. The
@@ -286,7 +290,7 @@ class HostSteps:
         settings: StepSettings,
         fields: tuple[str, ...],
         placement: Placement,
-        cumulative: jax.Array | None,
+        cumulative: ItemFrequencies | None,
     ):
         """Begins with the first batch.
 
@@ -386,7 +390,7 @@ def train_steps(
     indices: Batch,
     settings: StepSettings,
     gather: Gather,
-    cumulative: jax.Array | None,
+    cumulative: ItemFrequencies | None,
 ) -> tuple[TrainState, Metrics]:
     """Several updates, one after the other, in one dispatch.
 
@@ -439,7 +443,7 @@ class DeviceSteps:
         settings: StepSettings,
         gather: Gather,
         placement: Placement,
-        cumulative: jax.Array | None,
+        cumulative: ItemFrequencies | None,
     ):
         """Puts all events on the devices; arguments are those of `train_steps` and `HostSteps`."""
         self.settings = settings
@@ -543,7 +547,7 @@ def make_steps(
     )
     cumulative = None
     if train.loss == "sampled_softmax":
-        counts = cumulative_counts(train_item_counts(batches.dataset))
+        counts = item_frequencies(train_item_counts(batches.dataset))
         cumulative = jax.device_put(counts, placement.replicated)
     fields = (*inputs(model), "targets", "weights")
     if choose_placement(config.data.placement, batches.dataset) == "host":
