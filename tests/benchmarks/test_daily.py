@@ -46,15 +46,17 @@ def test_the_events_of_the_next_day():
 
 
 def test_the_table():
-    def outcome(day, arm, seconds, *ranks):
-        return Outcome(day, arm, seconds, np.array(ranks), {})
+    def outcome(day, arm, epochs, seconds, *ranks):
+        return Outcome(day, arm, seconds, 1000 * day, np.array(ranks), {"epochs": epochs})
 
+    # A training costs 3 s, and 1 s for each epoch of each thousand events.
     found = [
-        outcome(1, ANEW, 100.0, 5),
-        outcome(2, ANEW, 90.0, 1, 99),
-        outcome(2, "epochs=2", 9.0, 1, 1),
+        outcome(1, ANEW, 20, 23.0, 5),
+        outcome(2, ANEW, 20, 43.0, 1, 99),
+        outcome(2, "epochs=2", 2, 7.0, 1, 1),
     ]
     table = markdown(found, [ANEW, "epochs=2"]).splitlines()
-    assert table[2] == "| 2 | 0.5000 (90 s) | 1.0000 (9 s) | 2 |"
+    assert table[2] == "| 2 | 0.5000 (43 s) | 1.0000 (7 s) | 2 |"
     assert table[3] == "| all events, ndcg@10 | 0.5000 (+0.0%) | 1.0000 (+100.0%) |  |"
-    assert table[-1] == "| processor seconds | 90 (1.00) | 9 (0.10) |  |"
+    assert table[-2] == "| processor seconds | 43 (1.00) | 7 (0.16) |  |"
+    assert table[-1] == "| the same, but 3 of each training | 40 (1.00) | 4 (0.10) |  |"
