@@ -256,24 +256,43 @@ def only_process(workdir: Path) -> Iterator[None]:
         yield
 
 
-def check_same_dataset(directory: Path, ours: dict, workdir: Path) -> None:
+def check_same_dataset(
+    directory: Path, ours: dict, workdir: Path, *, more_items: bool = False
+) -> None:
     """Makes sure that a dataset is the one that a run began with, if the run says which that was.
 
     Args:
       directory: the folder of the dataset.
       ours: the metadata of that dataset.
       workdir: the run directory.
+      more_items: whether the run may know further items (`tim4rec add-items`).
 
     Raises:
       UserError: it is another dataset; the message says what tells them apart.
     """
-    path = workdir / DATASET_FILE
-    theirs = read_json(path, dict[str, Any], _RESTORE) if path.exists() else ours
+    theirs = _kept_metadata(workdir, ours)
+    if more_items and "added_items" in theirs:
+        theirs = theirs | {"content": theirs.get("trained_content")}
+    elif "added_items" in theirs and "added_items" not in ours:
+        raise _knows_more(workdir, directory, theirs["added_items"])
     if changed := _differences(ours, theirs):
         raise UserError(
             f"{directory} is not the dataset that the run in {workdir} began with "
             f"(other {', '.join(changed)}); restore it, or choose another --workdir"
         )
+
+
+def _kept_metadata(workdir: Path, otherwise: dict) -> dict[str, Any]:
+    """The metadata of the dataset that a run began with, or others if it keeps none."""
+    path = workdir / DATASET_FILE
+    return read_json(path, dict[str, Any], _RESTORE) if path.exists() else otherwise
+
+
+def _knows_more(workdir: Path, directory: Path, added: int) -> UserError:
+    return UserError(
+        f"{workdir} knows {added:,} item{'s' * (added > 1)} more than {directory}, by `tim4rec "
+        "add-items`, and no event tests them; name the run that they were added to"
+    )
 
 
 def _differences(ours: dict, theirs: dict) -> list[str]:
@@ -468,6 +487,9 @@ def check_model(model: Any, n_items: int, dataset: Path, workdir: Path) -> None:
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params)):
         raise UserError(f"{workdir}: the weights are not finite, the training has diverged")
     if model.n_items != n_items:
+        added = _kept_metadata(workdir, {}).get("added_items", 0)
+        if added and model.n_items - added == n_items:
+            raise _knows_more(workdir, dataset, added)
         raise UserError(
             f"{workdir} was trained on {model.n_items} items and {dataset} has {n_items}; name "
             "the dataset of the training with --dataset, or train anew"

@@ -128,7 +128,6 @@ def _verify_arrays(checkpoint: Path) -> str:
 
 def _verify_dataset(workdir: Path, dataset: Path) -> str:
     opened, kept = open_dataset(dataset), workdir / fmt.DATASET_FILE
-    if added := read_json(kept, dict[str, Any], _RESTORE).get("added_items"):
-        return f"{opened.n_events:,} events; the run has {added:,} items more"
-    check_same_dataset(dataset, opened.metadata, workdir)
-    return f"{opened.n_events:,} events"
+    check_same_dataset(dataset, opened.metadata, workdir, more_items=True)
+    added = read_json(kept, dict[str, Any], _RESTORE).get("added_items", 0)
+    return f"{opened.n_events:,} events" + f"; the run has {added:,} items more" * bool(added)

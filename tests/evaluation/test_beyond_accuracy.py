@@ -1,6 +1,7 @@
 """What lists are like besides accurate, against RecTools and against the definitions."""
 
 import json
+import re
 import tracemalloc
 
 import numpy as np
@@ -91,12 +92,19 @@ def test_a_part_of_too_many_users_and_lists(case, monkeypatch):
     assert 0 < beyond_accuracy._affordable(np.full(500, 3), 900).sum() <= 100
     monkeypatch.setattr(beyond_accuracy, "_MOST_LISTS", 30)
     found, ds = judged(case, dataset(case), batch=7), dataset(case)
+    judge = BeyondAccuracy(ds, [2], len(case["lists"]))
+    judge.add(np.array(case["lists"]), np.zeros(len(case["lists"]), int))
+    monkeypatch.setattr(beyond_accuracy, "_MOST_WORK", 500)
+    judge.figures()
+    said = r"measured on \d+ of \d+ lists, spread evenly and what [\d.]+% of the users have"
+    assert re.search(said, judge.sampled)
     half = case | {"lists": case["lists"][::2], "histories": case["histories"][::2]}
     monkeypatch.undo()
     lists = np.array(half["lists"])
     judge = BeyondAccuracy(ds, case["ks"], len(lists))
     judge.add(lists, np.zeros(len(lists), int))
     assert found["diversity@12"] == pytest.approx(judge.figures()["diversity@12"])
+    assert judge.sampled == ""
     assert found["coverage@1"] == case["rectools 0.19.0"]["coverage@1"]
 
 

@@ -16,6 +16,7 @@ from tim4rec_jax.commands.add_items import add_items, read_table
 from tim4rec_jax.data import open_dataset, train_item_counts
 from tim4rec_jax.data.features import FEATURES_FILE, Categorical, Dense, FeatureTable
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 from tim4rec_jax.interop import to_torch
 from tim4rec_jax.models import MODELS, FeatureArrays, build
 from tim4rec_jax.models.base import DataSizes, ModelSettings
@@ -163,6 +164,10 @@ def test_new_items_are_recommended_at_once(run, tmp_path):
     assert [scores[item] for item in old.items] == pytest.approx(old.scores, abs=1e-6)
     # An event of a new item counts like any other.
     assert after.recommend(["new"], [10], k=1).unknown == 0
+    # Users of the training keep their histories, and the old events test no item that is new.
+    assert "are known by their ids" in after.open_training()
+    with pytest.raises(UserError, match=r"knows 2 items more than .* name the run that they were"):
+        evaluate_run(tmp_path / "larger")
     # And once more.
     again = pa.table({"item_id": ["newest"], "color": [["red"]], "size": [[0.0, 0.0]]})
     add_items(tmp_path / "larger", *read_table(run, again), tmp_path / "largest")

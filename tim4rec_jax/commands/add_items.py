@@ -144,6 +144,7 @@ def add_items(workdir: Path, ids: Sequence[str], columns: Mapping[str, Any], out
     metadata |= {
         "items": count,
         "added_items": metadata.get("added_items", 0) + len(rows),
+        "trained_content": metadata.get("trained_content", metadata.get("content")),
         "content": {**fmt.items_digests(items), "features": features.digest()},
     }
     params = _enlarged(config, model, features, len(rows))

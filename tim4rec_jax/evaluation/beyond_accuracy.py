@@ -47,6 +47,10 @@ class BeyondAccuracy:
     """Collects lists of best items, and says what they are like.
 
     The memory that it takes is a few numbers for each item, and at most 10,000 lists.
+
+    Attributes:
+        sampled: what diversity is measured on, once there are figures, where that is not all lists
+            and the items of all users; otherwise "".
     """
 
     def __init__(self, dataset: Dataset, ks: Sequence[int], n_lists: int):
@@ -65,7 +69,7 @@ class BeyondAccuracy:
         self._every = max(-(-n_lists // most), 1)
         self._exposure = np.zeros((len(self._ks), items + 1), np.int64)
         self._sums = {name: np.zeros(len(self._ks)) for name in _PER_LIST}
-        self._count, self._added, self._kept = 0, 0, []
+        self._count, self._added, self._kept, self.sampled = 0, 0, [], ""
 
         events, users = np.zeros(items + 1, np.int64), np.zeros(items + 1, np.int64)
         n_users = 0
@@ -134,14 +138,20 @@ class BeyondAccuracy:
         A list of one item has no pair, and its diversity is 0.
         """
         listed, places = np.unique(lists, return_inverse=True)
-        places, common = places.reshape(lists.shape), _common_users(self._dataset, listed)
+        places, (common, share) = places.reshape(lists.shape), _common_users(self._dataset, listed)
+        parts = []
+        if self._every > 1:
+            parts.append(f"{len(lists):,} of {self._count:,} lists, spread evenly")
+        if share < 1:
+            parts.append(f"what {share:.1%} of the users have in training, chosen at random")
+        self.sampled = f"diversity is measured on {' and '.join(parts)}" if parts else ""
         size = np.sqrt(np.maximum(common.diagonal(), 1).astype(np.float64))
         # In this order, the pairs of a shorter list are the first of those of a longer one.
         second, first = np.tril_indices(lists.shape[1], -1)
         ends = np.array([k * (k - 1) // 2 for k in self._ks]).clip(max=len(first))
         distances = np.zeros(len(self._ks))
-        parts = -(-len(lists) * len(first) // _PAIRS_AT_ONCE)
-        for some in np.array_split(np.arange(len(lists)), max(parts, 1)):
+        pieces = -(-len(lists) * len(first) // _PAIRS_AT_ONCE)
+        for some in np.array_split(np.arange(len(lists)), max(pieces, 1)):
             rows, columns = places[some][:, first], places[some][:, second]
             both = (lists[some][:, first] > 0) & (lists[some][:, second] > 0)
             together = np.asarray(common[rows.ravel(), columns.ravel()]).reshape(rows.shape)
@@ -197,21 +207,25 @@ def _training_items(dataset: Dataset) -> Iterator[tuple[sparse.csr_array, Int64[
 
 def _common_users(
     dataset: Dataset, items: Int[np.ndarray, " M"]
-) -> sparse.csr_array | Float32[np.ndarray, "M M"]:
+) -> tuple[sparse.csr_array | Float32[np.ndarray, "M M"], float]:
     """How many users have both of two items in training, for some items.
 
     The work is the sum of the squares of the numbers of such items that users have. Where it is
     beyond all measure, a part of the users stands for all, chosen at random with a fixed seed.
+
+    Returns:
+        The numbers, and the share of the users that they are of.
     """
     parts = [had[:, items] for had, _ in _training_items(dataset)]
     had = sparse.csr_array(sparse.vstack(parts, format="csr"))
     square = len(items) ** 2 <= _MOST_PAIRS
-    had = had[_affordable(np.diff(had.indptr), _MOST_WORK if square else _MOST_PAIRS)]
-    common = sparse.csr_array(had.T @ had)
+    chosen = _affordable(np.diff(had.indptr), _MOST_WORK if square else _MOST_PAIRS)
+    share = float(chosen.mean()) if len(chosen) else 1.0
+    common = sparse.csr_array(had[chosen].T @ had[chosen])
     if square:
-        return common.toarray()
+        return common.toarray(), share
     common.sort_indices()
-    return common
+    return common, share
 
 
 def _affordable(counts: Int[np.ndarray, " n"], most: int) -> Bool[np.ndarray, " n"]:

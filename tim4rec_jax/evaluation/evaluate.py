@@ -156,7 +156,7 @@ def judge_lists(
     exclude_seen: bool = False,
     progress: bool = False,
     **batching: Any,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], str]:
     """What the lists of the k best items are like; see `tim4rec_jax.evaluation.beyond_accuracy`.
 
     Args:
@@ -167,6 +167,9 @@ def judge_lists(
         exclude_seen: whether items of the history are left out.
         progress: whether to show a progress bar on standard error.
         batching: the arguments of `EvalBatches`.
+
+    Returns:
+        The figures, and which of them are those of a part of the lists or users; "" if none.
 
     Raises:
         UserError: as for `write_predictions`.
@@ -179,7 +182,7 @@ def judge_lists(
         model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
     ):
         judge.add(items, batch["targets"])
-    return judge.figures()
+    return judge.figures(), judge.sampled
 
 
 def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batching: Any) -> None:

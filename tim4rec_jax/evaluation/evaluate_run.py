@@ -129,7 +129,7 @@ def evaluate_run(
         },
     }
     if not accuracy_only:
-        report["beyond_accuracy"] = judge_lists(model, ds, split, ks, **options)
+        report["beyond_accuracy"], report["sampled"] = judge_lists(model, ds, split, ks, **options)
     if "oracle" in ds.metadata and data.split == "leave_one_out" and not exclude_seen:
         report["oracle"] = ds.metadata["oracle"][split]
     console = Console()

@@ -31,7 +31,8 @@ def print_report(report: dict, console: Console) -> None:
             `standard_errors`. It may have `protocol` (see `tim4rec_jax.evaluation.protocol`),
             `epoch` (of the checkpoint), `by_ties` ("optimistic" and "expected" to metrics),
             `not_a_number` (how many targets have a score of NaN), `slices` (name to the groups
-            that `sliced_metrics` returns), `beyond_accuracy` (see there) and `oracle` (name to the
+            that `sliced_metrics` returns), `beyond_accuracy` (see there), `sampled` (which part
+            of the lists they are of, or "") and `oracle` (name to the
             metrics of the best possible model, which is known for synthetic data).
         console: the console to print to.
     """
@@ -54,6 +55,8 @@ def print_report(report: dict, console: Console) -> None:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
     if "beyond_accuracy" in report:
         console.print("beyond accuracy", _beyond_accuracy(report["beyond_accuracy"]), sep="\n")
+        if report.get("sampled"):
+            console.print(report["sampled"], soft_wrap=True, markup=False, highlight=False)
     for by, groups in report.get("slices", {}).items():
         console.print(f"by {_SLICES[by]}")
         table, width = _slice_table(by, groups), console.width

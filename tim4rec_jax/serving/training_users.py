@@ -113,7 +113,7 @@ def of_run(workdir: Path, config: Config, dataset: Path | None) -> TrainingUsers
     if not ((workdir / DATASET_FILE).exists() and any(directory.glob(SEQUENCES_GLOB))):
         return None
     try:
-        check_same_dataset(directory, read_metadata(directory), workdir)
+        check_same_dataset(directory, read_metadata(directory), workdir, more_items=True)
         return TrainingUsers(directory)
     except UserError:  # it has been prepared again, or is another one
         return None
