@@ -17,7 +17,7 @@ import pytest
 
 import tim4rec_jax as t4r
 from tests.training.tiny_run import LastItem
-from tim4rec_jax import api, frames
+from tim4rec_jax import api, frames, prepared
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 
@@ -253,9 +253,9 @@ def test_what_cannot_be_recommended(model, arguments, words):
 def test_moments():
     noon = datetime.datetime(2023, 11, 14, 12)
     for at in (noon, pd.Timestamp(noon), np.datetime64(noon), "2023-11-14 12:00", 1_699_963_200):
-        assert api._moments(at) == 1_699_963_200
-    assert api._moments([noon, noon]).tolist() == [1_699_963_200] * 2
-    assert api._moments(noon.date()) == 1_699_920_000
+        assert frames.moments(at) == 1_699_963_200
+    assert frames.moments([noon, noon]).tolist() == [1_699_963_200] * 2
+    assert frames.moments(noon.date()) == 1_699_920_000
 
 
 def test_evaluation_equals_that_of_the_training(model, data):
@@ -296,7 +296,7 @@ def test_the_empty_path_is_not_the_current_folder(model, data, tmp_path, monkeyp
             call("")
     assert not list(tmp_path.iterdir())
     with pytest.raises(UserError, match="int is no path; give a path"):
-        api._path(5)
+        prepared.path_of(5)
 
 
 def test_saved_and_loaded(model, tmp_path):

@@ -46,6 +46,7 @@ COMMANDS = {
     *(f"tim4rec_jax.commands.compare{name}" for name in ("", "_report")),
     "tim4rec_jax.api",
     "tim4rec_jax.cli",
+    "tim4rec_jax.prepared",
     "tim4rec_jax.data_prep.__main__",
     "tim4rec_jax.interop.__main__",
     "tim4rec_jax.serving.__main__",

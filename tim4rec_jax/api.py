@@ -12,208 +12,34 @@ can be read by the other. Everything may be called from notebooks and from threa
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import functools
 import itertools
 import json
 import os
-import re
 import shutil
-import tempfile
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from rich.console import Console
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax import frames
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data.format import DATASET_FILE
-from tim4rec_jax.data_prep.flags import parser as data_prep_parser
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, write_json
+from tim4rec_jax.prepared import Data, TemporaryFolder, opened, path_of, prepare
 from tim4rec_jax.presets import load_config
+
+__all__ = ["Data", "Model", "fit", "load", "prepare"]
 
 # JAX is imported by `fit` and `load`, so that `prepare` does not wait for it.
 
 # Compiling for one more length takes about as long as this much padding of each of 1,024 histories.
 _PADDING_WORTH_A_PROGRAM = 256
-_ITEM_TABLE = "item_features.parquet"
-_DEFAULTS = {"user": "user_id", "item": "item_id", "time": "timestamp", "time_unit": "s"}
-
-
-class _Temporary:
-    """A folder that goes with the last object that holds it, or with the process."""
-
-    def __init__(self):
-        self.path = Path(tempfile.mkdtemp(prefix="tim4rec-"))
-        weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-
-
-class Data:
-    """Prepared events, as `prepare` returns them.
-
-    Attributes:
-      dataset: the users with their events, see `tim4rec_jax.data.Dataset`.
-      frame: the kind of table that the events came in, which recommendations come back in.
-      temporary: whether the folder goes when this object goes.
-    """
-
-    def __init__(self, folder: str | Path, frame: str = "", temporary: _Temporary | None = None):
-        self.dataset: Dataset = open_dataset(folder)
-        self.frame = frame
-        self.temporary = temporary is not None
-        self._keep = temporary
-
-    def __repr__(self) -> str:
-        found = self.dataset
-        return f"<{found.n_users:,} users, {found.n_items:,} items, {found.n_events:,} events>"
-
-
-def prepare(
-    events: Any,
-    *,
-    user: str = "user_id",
-    item: str = "item_id",
-    time: str = "timestamp",
-    item_features: Any = None,
-    out: str | Path | None = None,
-    **flags: Any,
-) -> Data:
-    """Filters events, and sorts them by user and time.
-
-    Args:
-      events: a table of pandas, polars, pyarrow or DuckDB with a row for each event, or the paths
-        (or globs) of CSV, TSV, JSON lines or Parquet files.
-      user: the column that says who. Ids are texts or whole numbers.
-      item: the column that says what, likewise.
-      time: the column that says when: dates, or numbers since 1970.
-      item_features: a table with a row for each item, or paths of one: the item's id under the name
-        of `item`, and a column for each feature. Texts and whole numbers are categories, lists of
-        them several at once, other numbers and vectors are dense. Models learn from them, and
-        recommend items without events by them (docs/item-features.md).
-      out: the folder to write. `None` takes a temporary folder.
-      flags: the flags of `python -m data_prep table`, under the same names: `time_unit="ms"` for
-        numbers that are no seconds, `k_core=5`, `on_bad_row="skip"`, `overwrite=True`, ...
-
-    Raises:
-      UserError: a flag, a column or a row cannot be used, or nothing is left of the events.
-    """
-    with tempfile.TemporaryDirectory() as work:
-        table, memory = Path(work) / "events.parquet", {}
-        kind, paths = "", [events] if isinstance(events, str | Path) else events
-        if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
-            paths = [os.fspath(path) for path in paths]
-        else:
-            wanted = [user, item, time]
-            if flags.get("min_rating") is not None:
-                wanted.append(flags.get("rating", "rating"))
-            columns, kind = frames.to_arrow(events, None if flags.get("where") else wanted)
-            columns, memory["types"] = _as_texts(columns, user, item)
-            if frames.is_temporal(columns[time].type):
-                moments = columns[time].cast(pa.timestamp("us", "UTC"), safe=False)
-                columns = columns.set_column(columns.column_names.index(time), time, moments)
-                flags = {"time_unit": "iso"} | flags
-            pq.write_table(columns, table)
-            paths = [str(table)]
-        temporary = _Temporary() if out is None else None
-        folder = temporary.path / "events" if temporary else _path(out)
-        named = {"user": user, "item": item, "time": time}
-        if item_features is not None:
-            flags = {**flags, "item_features": _feature_paths(item_features, item, Path(work))}
-        _data_prep(paths, flags | named | {"out": folder}, table)
-    unit = flags.get("time_unit", "s")
-    memory["columns"] = named | {"time_unit": "s" if unit == "iso" else unit}
-    path = folder / DATASET_FILE
-    write_json(path, json.loads(path.read_text()) | memory)
-    return Data(folder, kind, temporary)
-
-
-def _feature_paths(table: Any, item: str, work: Path) -> list[str]:
-    """The paths of a table of items, which is written to `work` if it is in memory."""
-    paths = [table] if isinstance(table, str | Path) else table
-    if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
-        return [os.fspath(path) for path in paths]
-    pq.write_table(_item_frame(table, item), work / _ITEM_TABLE)
-    return [str(work / _ITEM_TABLE)]
-
-
-def _item_frame(table: Any, item: str) -> pa.Table:
-    """A table of items as an Arrow table with texts for ids."""
-    columns, _ = frames.to_arrow(table, None)
-    if item not in columns.column_names:
-        raise UserError(
-            f"the table of item features has no column {item!r}, only "
-            f"{', '.join(columns.column_names)}; name it as in the table of events"
-        )
-    columns = columns.select(  # pandas gives its index along
-        [name for name in columns.column_names if not name.startswith("__index_level_")]
-    )
-    texts, _ = frames.ids(columns[item], item)
-    return columns.set_column(columns.column_names.index(item), item, texts)
-
-
-def _as_texts(table: pa.Table, *columns: str) -> tuple[pa.Table, dict[str, str]]:
-    """The table with these columns of ids as texts, and the types that they had."""
-    types = {}
-    for name, column in zip(("user", "item"), columns, strict=True):
-        texts, kind = frames.ids(table[column], column)
-        table = table.set_column(table.column_names.index(column), column, texts)
-        types[name] = str(kind)
-    return table, types
-
-
-class _Refusing(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
-    """Runs `python -m data_prep table`; messages speak of keywords and of the table instead."""
-    from tim4rec_jax.data_prep.__main__ import main
-
-    parser = data_prep_parser(_Refusing)
-    known = vars(parser.parse_args(["table", "--source", "events", "--out", "folder"]))
-    words = ["table", "--source", *paths]
-    try:
-        for name, value in flags.items():
-            if name not in known or name in ("command", "source", "files"):
-                near = difflib.get_close_matches(name, known, n=1)
-                raise UserError(
-                    f"{name} is no keyword of prepare{f'; nearest: {near[0]}' if near else ''}"
-                )
-            flag = "--" + name.replace("_", "-")
-            if known[name] is False:  # a flag without a value
-                if not isinstance(value, bool):
-                    raise UserError(f"{name} is {value!r}; it must be True or False")
-                words += [flag] if value else []
-            elif value is not None:
-                listed = isinstance(value, list | tuple)
-                if name == "item_features":
-                    words += [flag, *value]
-                else:
-                    words.append(f"{flag}={','.join(value) if listed else value}")
-        parser.parse_args(words)
-        # Rich shows nothing that moves in a notebook, for which it would need ipywidgets.
-        main(words, Console(force_jupyter=False))
-    except UserError as error:
-        said = str(error).replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
-        said = said.replace(str(table), "the table")
-        said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)
-        said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
-        raise UserError(said) from error
-
-
-def _as_keyword(flag: re.Match[str]) -> str:
-    name, value = flag[1] or flag[3], flag[2] or flag[4]
-    return f'{name.replace("-", "_")}="{value}"'
 
 
 def fit(
@@ -251,9 +77,9 @@ def fit(
     from tim4rec_jax.training.loggers import checked_logger
     from tim4rec_jax.training.train import train_and_report
 
-    data = _opened(data)
-    temporary = _Temporary() if workdir is None else None
-    run = temporary.path / "run" if temporary else _path(workdir)
+    data = opened(data)
+    temporary = TemporaryFolder() if workdir is None else None
+    run = temporary.path / "run" if temporary else path_of(workdir)
     if isinstance(config, str):
         config = load_config(config)
     elif not isinstance(config, config_lib.ConfigDict):
@@ -261,7 +87,7 @@ def fit(
     config = config.copy_and_resolve_references()
     if init_from is not None:
         config.train.init_from = str(
-            init_from.run if isinstance(init_from, Model) else _path(init_from)
+            init_from.run if isinstance(init_from, Model) else path_of(init_from)
         )
     if {"dataset", "prepare"} & settings.keys():
         raise UserError("dataset and prepare are no settings of fit; the data comes first")
@@ -276,22 +102,6 @@ def fit(
 
     train_and_report(config_lib.resolve(config), run, keep, list(map(checked_logger, loggers)))
     return Model(run, data.frame, temporary)
-
-
-def _opened(data: Data | str | Path) -> Data:
-    return data if isinstance(data, Data) else Data(_path(data, "what prepare returned, or a"))
-
-
-def _path(value: Any, wanted: str = "a") -> Path:
-    """The path that a user gave; "" would be the current folder.
-
-    Raises:
-      UserError: it is no path.
-    """
-    if not isinstance(value, str | os.PathLike) or not os.fspath(value):
-        given = "''" if isinstance(value, str) else type(value).__name__
-        raise UserError(f"{given} is no path; give {wanted} path")
-    return Path(value)
 
 
 def _change(config: Any, settings: dict[str, Any]) -> None:
@@ -344,7 +154,7 @@ def load(run: str | Path) -> Model:
     Raises:
       UserError: the run is missing or damaged.
     """
-    model = Model(_path(run))
+    model = Model(path_of(run))
     _ = model.recommender
     return model
 
@@ -357,7 +167,7 @@ class Model:
       frame: the kind of table that recommendations come in, where none was given.
     """
 
-    def __init__(self, run: Path, frame: str = "", temporary: _Temporary | None = None):
+    def __init__(self, run: Path, frame: str = "", temporary: TemporaryFolder | None = None):
         self.run, self.frame, self._keep = run, frame, temporary
         self._old: Model | None = None
 
@@ -419,18 +229,18 @@ class Model:
         """
         if (users is None) == (histories is None):
             raise UserError("recommend takes either users= or histories=")
-        if unknown := sorted(columns.keys() - _DEFAULTS.keys()):
+        if unknown := sorted(columns.keys() - frames.NAMES.keys()):
             raise UserError(f"{unknown[0]} is no keyword of recommend")
         if not isinstance(exclude_seen, bool):
             raise UserError(f"exclude_seen is {exclude_seen!r}; it must be True or False")
-        names = _DEFAULTS | self._remembered("columns") | columns
+        names = frames.NAMES | self._remembered("columns") | columns
         if users is not None:
             who, user_type, lengths, events_of = self._of_users(users)
             kind, item_type = self.frame, self._item_type()
         else:
             who, user_type, lengths, events_of, kind, item_type = self._of_table(histories, names)
         filters: dict[str, Any] = dict(exclude_seen=exclude_seen, allow=allow, deny=deny)
-        scores, items = self._rank(lengths, events_of, k, _moments(at), filters)
+        scores, items = self._rank(lengths, events_of, k, frames.moments(at), filters)
         row, place = np.nonzero(items)  # item 0 fills up where no item was left
         ids = pa.array(self.recommender.catalogue.ids).take(pa.array(items[row, place] - 1))
         found = {
@@ -473,10 +283,10 @@ class Model:
         """The ids of users, their type, the lengths of their histories, and the histories."""
         from tim4rec_jax.serving.history import Events
 
-        given = _array(users)
+        given = frames.array(users)
         who, user_type = frames.ids(given, "users")
         dataset = self._dataset
-        rows = _positions(who, dataset.user_ids)
+        rows = frames.positions(who, dataset.user_ids)
         if rows.null_count:
             first = int(np.argmax(rows.is_null().to_numpy(zero_copy_only=False)))
             raise UserError(
@@ -506,35 +316,15 @@ class Model:
         """
         from tim4rec_jax.serving.history import Events
 
-        wanted = [names["user"], names["item"], names["time"]]
-        table, kind = frames.to_arrow(histories, wanted)
-        for name in wanted[:2]:
-            if table[name].null_count:
-                row = pc.index(table[name].is_null(), True).as_py()
-                raise UserError(f"row {row} of the table has no {name!r}")
-        texts, user_type = frames.ids(table[wanted[0]], wanted[0])
-        items, item_type = frames.ids(table[wanted[1]], wanted[1])
-        times = frames.seconds(table[wanted[2]], wanted[2], names["time_unit"])
         catalogue = self.recommender.catalogue
-        encoded = texts.dictionary_encode()
-        codes, who = encoded.indices.to_numpy(), encoded.dictionary
-        found = _positions(items, pa.array(catalogue.ids))
-        indices = found.fill_null(-1).to_numpy().astype(np.int32) + 1
         # RecBole rounds times to float32 before it sorts.
-        keys = times.astype(np.float32) if catalogue.metadata["order"] == "recbole" else times
-        order = np.lexsort((keys, codes))
-        order = order[indices[order] > 0]
-        indices, times = indices[order], times[order]
-        lengths = np.bincount(codes[order], minlength=len(who))
-        starts = np.cumsum(lengths) - lengths
+        rounded = catalogue.metadata["order"] == "recbole"
+        found = frames.histories(histories, names, pa.array(catalogue.ids), rounded=rounded)
 
         def events_of(chosen: np.ndarray) -> Events:
-            counts = lengths[chosen]
-            offsets = np.append(0, np.cumsum(counts))
-            places = np.arange(offsets[-1]) + np.repeat(starts[chosen] - offsets[:-1], counts)
-            return Events(indices[places], times[places], offsets)
+            return Events(*found.of(chosen))
 
-        return who, user_type, lengths, events_of, kind, item_type
+        return found.users, found.user_type, found.lengths, events_of, found.kind, found.item_type
 
     def evaluate(
         self,
@@ -567,7 +357,7 @@ class Model:
         if split not in ("test", "valid"):
             raise UserError(f"split is {split!r}; it must be test or valid")
         config, model = load_model(self.run)
-        dataset = self._dataset if data is None else _opened(data).dataset
+        dataset = self._dataset if data is None else opened(data).dataset
         check_same_dataset(dataset.directory, dataset.metadata, self.run)
         how = config.data
         dataset = dataset.split(how.split, how.valid_from, how.test_from)
@@ -595,7 +385,7 @@ class Model:
           UserError: an item is not known, or `k` is below 1.
         """
         catalogue = self.recommender.catalogue
-        given, _ = frames.ids(_array(items), "items")
+        given, _ = frames.ids(frames.array(items), "items")
         indices = catalogue.indices(given.to_pylist())
         if not indices.all():
             raise UserError(f"the model does not know the item {given[int(np.argmin(indices))]}")
@@ -608,7 +398,7 @@ class Model:
         scores[np.arange(len(indices)), indices - 1] = -np.inf
         best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         ids, kind = pa.array(catalogue.ids), self._item_type()
-        name = (_DEFAULTS | self._remembered("columns"))["item"]
+        name = (frames.NAMES | self._remembered("columns"))["item"]
         found = {
             name: frames.typed(given.take(pa.array(np.repeat(np.arange(len(given)), k))), kind),
             "similar": frames.typed(ids.take(pa.array(best.ravel())), kind),
@@ -637,13 +427,13 @@ class Model:
             columns = items.dataset.features.columns()
         else:
             paths = [items] if isinstance(items, str | Path) else items
-            item = (_DEFAULTS | self._remembered("columns"))["item"]
+            item = (frames.NAMES | self._remembered("columns"))["item"]
             if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
                 ids, columns = read_table(self.run, [os.fspath(p) for p in paths], item=item)
             else:
-                ids, columns = read_table(self.run, _item_frame(items, item), item=item)
-        temporary = _Temporary() if folder is None else None
-        run = temporary.path / "run" if temporary else _path(folder)
+                ids, columns = read_table(self.run, frames.item_table(items, item), item=item)
+        temporary = TemporaryFolder() if folder is None else None
+        run = temporary.path / "run" if temporary else path_of(folder)
         add_items(self.run, ids, columns, run)
         larger = Model(run, self.frame, temporary)
         larger._old = self  # whose folder may hold the data
@@ -655,7 +445,7 @@ class Model:
         Raises:
           UserError: the folder exists and is not empty, or cannot be written.
         """
-        folder = _path(folder)
+        folder = path_of(folder)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder} exists and is not an empty folder; choose another")
         with atomic_directory(folder) as copy:
@@ -696,35 +486,3 @@ def _widths(longest: list[int]) -> list[int]:
         if here.sum() * (wide - narrow) < _PADDING_WORTH_A_PROGRAM:
             widths[here] = wide
     return widths.tolist()
-
-
-def _positions(values: pa.Array, among: pa.Array | pa.ChunkedArray) -> pa.Array:
-    """The position of each value, null where it is not there."""
-    return pc.call_function("index_in", [values], pc.SetLookupOptions(among))
-
-
-def _array(values: Any) -> pa.Array | pa.ChunkedArray:
-    """A list, an array or a column as an Arrow array."""
-    if isinstance(values, str | bytes):
-        raise UserError(f"{values!r} is one id; give a list of ids")
-    if isinstance(values, pa.Array | pa.ChunkedArray):
-        return values
-    try:
-        return pa.array(values.to_numpy() if hasattr(values, "to_numpy") else values)
-    except (pa.ArrowException, TypeError, OverflowError) as error:
-        raise UserError(f"the ids cannot be read: {error}") from error
-
-
-def _moments(at: Any) -> Any:
-    """Moments in whole seconds since 1970: one, or an array."""
-    if at is None:
-        return None
-    one = isinstance(at, str) or not (isinstance(at, Sequence) or hasattr(at, "__len__"))
-    try:
-        array = pa.chunked_array([_array([at] if one else at)])
-        if array.type == pa.string():
-            array = array.cast(pa.timestamp("us"))
-    except (pa.ArrowException, UserError) as error:
-        raise UserError(f"`at` is {at!r}, which is no date and no number since 1970") from error
-    moments = frames.seconds(array, "at", "s")
-    return int(moments[0]) if one else moments

@@ -1,10 +1,11 @@
-"""Tables of pandas, polars, pyarrow, DuckDB and other libraries as Arrow tables, and back.
+"""Tables of pandas, polars, pyarrow, DuckDB and others as Arrow tables and arrays, and back.
 
 narwhals reads them, so none of these libraries is needed unless its tables are given.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import narwhals.stable.v2 as nw
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+import pyarrow.compute as pc
+from jaxtyping import Int32, Int64
 from narwhals.exceptions import NarwhalsError
 
 from tim4rec_jax.errors import UserError, first_line
 
 NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
+NAMES = {"user": "user_id", "item": "item_id", "time": "timestamp", "time_unit": "s"}
 _LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is in a finer unit than seconds
 
 
@@ -179,3 +182,147 @@ def seconds(column: pa.ChunkedArray, name: str, unit: str) -> Int64[np.ndarray, 
 def _plausible(value: float, unit: str) -> bool:
     """Whether a number gives a date between 1973 and 2261."""
     return 1e8 < value * NANOSECONDS[unit] / NANOSECONDS["s"] < _LAST_SECOND
+
+
+def moments(at: Any) -> Int64[np.ndarray, " N"] | int | None:
+    """Moments in whole seconds since 1970: one, or an array; None stays.
+
+    Args:
+      at: a date, a text that says one, a number since 1970, or a list, array or column of such.
+
+    Raises:
+      UserError: it is something else.
+    """
+    if at is None:
+        return None
+    one = isinstance(at, str) or not (isinstance(at, Sequence) or hasattr(at, "__len__"))
+    try:
+        given = pa.chunked_array([array([at] if one else at)])
+        if given.type == pa.string():
+            given = given.cast(pa.timestamp("us"))
+    except (pa.ArrowException, UserError) as error:
+        raise UserError(f"`at` is {at!r}, which is no date and no number since 1970") from error
+    found = seconds(given, "at", "s")
+    return int(found[0]) if one else found
+
+
+def array(values: Any) -> pa.Array | pa.ChunkedArray:
+    """A list, an array or a column of ids as an Arrow array.
+
+    Raises:
+      UserError: it is one text, or holds values of several types.
+    """
+    if isinstance(values, str | bytes):
+        raise UserError(f"{values!r} is one id; give a list of ids")
+    if isinstance(values, pa.Array | pa.ChunkedArray):
+        return values
+    try:
+        return pa.array(values.to_numpy() if hasattr(values, "to_numpy") else values)
+    except (pa.ArrowException, TypeError, OverflowError) as error:
+        raise UserError(f"the ids cannot be read: {error}") from error
+
+
+def positions(values: pa.Array, among: pa.Array | pa.ChunkedArray) -> pa.Array:
+    """The position of each value, null where it is not there."""
+    return pc.call_function("index_in", [values], pc.SetLookupOptions(among))
+
+
+def id_texts(table: pa.Table, user: str, item: str) -> tuple[pa.Table, dict[str, str]]:
+    """An Arrow table with texts in two columns of ids, and the types of "user" and "item" before.
+
+    Raises:
+      UserError: as for `ids`.
+    """
+    types = {}
+    for name, column in (("user", user), ("item", item)):
+        texts, kind = ids(table[column], column)
+        table = table.set_column(table.column_names.index(column), column, texts)
+        types[name] = str(kind)
+    return table, types
+
+
+def item_table(table: Any, item: str) -> pa.Table:
+    """A table of item features as an Arrow table with texts for ids.
+
+    Args:
+      table: of any library that narwhals knows, with a row for each item.
+      item: the column with the ids.
+
+    Raises:
+      UserError: as for `to_arrow` and `ids`.
+    """
+    columns, _ = to_arrow(table, None)
+    if item not in columns.column_names:
+        raise UserError(
+            f"the table of item features has no column {item!r}, only "
+            f"{', '.join(columns.column_names)}; name it as in the table of events"
+        )
+    columns = columns.select(  # pandas gives its index along
+        [name for name in columns.column_names if not name.startswith("__index_level_")]
+    )
+    texts, _ = ids(columns[item], item)
+    return columns.set_column(columns.column_names.index(item), item, texts)
+
+
+@dataclasses.dataclass(frozen=True)
+class Histories:
+    """The events of a table, by user and in order of time.
+
+    Attributes:
+      users: the ids of the users, in the order of their first events.
+      user_type: of the ids in the table; see `typed`.
+      item_type: likewise.
+      kind: of the table; see `like`.
+      lengths: the number of events of each user.
+      items: the indices of the items, from 1, of one user after the other.
+      times: in seconds since 1970, likewise.
+    """
+
+    users: pa.Array
+    user_type: pa.DataType
+    item_type: pa.DataType
+    kind: str
+    lengths: Int64[np.ndarray, " U"]
+    items: Int32[np.ndarray, " N"]
+    times: Int64[np.ndarray, " N"]
+
+    def of(
+        self, chosen: Int64[np.ndarray, " C"]
+    ) -> tuple[Int32[np.ndarray, " M"], Int64[np.ndarray, " M"], Int64[np.ndarray, " ends"]]:
+        """The items and times of some users, one after the other, and the ends between them."""
+        starts, counts = (np.cumsum(self.lengths) - self.lengths)[chosen], self.lengths[chosen]
+        offsets = np.append(0, np.cumsum(counts))
+        places = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        return self.items[places], self.times[places], offsets
+
+
+def histories(table: Any, names: dict[str, str], known: pa.Array, *, rounded: bool) -> Histories:
+    """Reads a table of events in any order. Events of unknown items are left out.
+
+    Args:
+      table: of any library that narwhals knows.
+      names: the columns "user", "item" and "time", and the "time_unit" of numbers.
+      known: the ids of the known items, in the order of their indices.
+      rounded: whether events are in the order of their times in float32, as RecBole sorts them.
+
+    Raises:
+      UserError: a column is missing, or a row has no user, item or time that can be right.
+    """
+    wanted = [names["user"], names["item"], names["time"]]
+    events, kind = to_arrow(table, wanted)
+    for name in wanted[:2]:
+        if events[name].null_count:
+            row = pc.index(events[name].is_null(), True).as_py()
+            raise UserError(f"row {row} of the table has no {name!r}")
+    users, user_type = ids(events[wanted[0]], wanted[0])
+    items, item_type = ids(events[wanted[1]], wanted[1])
+    times = seconds(events[wanted[2]], wanted[2], names["time_unit"])
+    encoded = users.dictionary_encode()
+    codes = encoded.indices.to_numpy()
+    indices = positions(items, known).fill_null(-1).to_numpy().astype(np.int32) + 1
+    order = np.lexsort((times.astype(np.float32) if rounded else times, codes))
+    order = order[indices[order] > 0]
+    lengths = np.bincount(codes[order], minlength=len(encoded.dictionary))
+    return Histories(
+        encoded.dictionary, user_type, item_type, kind, lengths, indices[order], times[order]
+    )
