@@ -209,10 +209,8 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     console.print(f"{batches.batches_per_epoch} batches, {type(steps).__name__}")
     for epoch in range(count + 1):
         wall, cpu = time.perf_counter(), time.process_time()
-        done = 0
-        while (left := batches.batches_per_epoch - done) > 0:
-            state, _, steps_made = steps.run(state, left, done)
-            done += steps_made
+        for _ in range(batches.batches_per_epoch):
+            state, _ = steps.run(state)
         jax.block_until_ready(state)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
         note = " (compiling included)" if epoch == 0 else ""

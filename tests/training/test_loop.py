@@ -219,6 +219,11 @@ def test_early_stopping(dataset, tmp_path, monkeypatch, scores, epochs, best):
     assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best * per_epoch)]
 
 
+def last_of_epoch(dispatch, state):
+    """Whether the step that comes next is the last one of its epoch."""
+    return (int(state.step) + 1) % dispatch._batches.batches_per_epoch == 0
+
+
 def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     dataset, tmp_path, monkeypatch
 ):
@@ -227,10 +232,10 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     scripted(monkeypatch, [0.1, 0.3])
     run = steps.HostSteps.run
 
-    def signalled(self, state, left, done):
-        if left == 1:
+    def signalled(self, state):
+        if last_of_epoch(self, state):
             signal.raise_signal(signal.SIGTERM)
-        return run(self, state, left, done)
+        return run(self, state)
 
     with monkeypatch.context() as patch:
         patch.setattr(steps.HostSteps, "run", signalled)
@@ -251,10 +256,10 @@ def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypa
     run = steps.HostSteps.run
     with monkeypatch.context() as patch:
 
-        def signalled(self, state, left, done):
-            if left == 1:
+        def signalled(self, state):
+            if last_of_epoch(self, state):
                 signal.raise_signal(signal.SIGTERM)
-            return run(self, state, left, done)
+            return run(self, state)
 
         patch.setattr(steps.HostSteps, "run", signalled)
         with pytest.raises(KeyboardInterrupt):

@@ -78,7 +78,7 @@ def first_state(config, workdir, monkeypatch):
     """The state before the first step of a training, which ends there."""
     found = []
 
-    def stopped(self, state, left, done):
+    def stopped(self, state):
         found.append(jax.device_get((state.params, state.opt_state)))
         raise RuntimeError("stopped")
 

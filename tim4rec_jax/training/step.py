@@ -11,7 +11,6 @@ import numpy as np
 import optax
 from flax import nnx, struct
 from grain import DatasetIterator
-from jax.sharding import NamedSharding, PartitionSpec
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
@@ -310,22 +309,17 @@ class HostSteps:
         """Yields the batches; its state is saved with the run's."""
         return train_iterator(self._batches)
 
-    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
-        """Dispatches the next steps.
+    def run(self, state: TrainState) -> tuple[TrainState, Metrics]:
+        """Dispatches the next step.
 
         Args:
-          state: the state before them; its memory is taken.
-          left: largest number of steps, at least 1.
-          done: number of steps of the running epoch so far.
+          state: the state before it; its memory is taken.
 
         Returns:
-          The next state, metrics of the last step, and how many steps were dispatched. The device
-          is still at work on the first two.
+          The next state, and the metrics. The device is still at work on both.
         """
-        del left, done
         batch = jax.device_put(self._needed(next(self.iterator)), self._placement.by_row)
-        state, metrics = train_step(state, batch, self.settings, self._cumulative)
-        return state, metrics, 1
+        return train_step(state, batch, self.settings, self._cumulative)
 
     def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
         """The programs that `run` needs, for a state of this shape and sharding."""
@@ -349,14 +343,12 @@ class Gather:
 
     Attributes:
       packed: whether the rows are packed.
-      buckets: the widths of batches.
       max_length: columns of `gaps`.
       convention: of the gaps.
       fields: the fields of a batch that the step needs.
     """
 
     packed: bool
-    buckets: tuple[int, ...]
     max_length: int
     convention: Convention
     fields: tuple[str, ...]
@@ -367,7 +359,7 @@ class Gather:
         Args:
           log: the events.
           indices: of the batch, without `bucket`; see `TrainBatches.indices`.
-          width: columns of `items`, one of `buckets`.
+          width: columns of `items`, one of `TrainBatches.buckets`.
         """
         if self.packed:
             batch = pack(log, indices)
@@ -383,59 +375,48 @@ class Gather:
         return {name: batch[name] for name in self.fields if name in batch}
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "gather"), donate_argnames="state")
-def train_steps(
+@functools.partial(
+    jax.jit, static_argnames=("settings", "gather", "width"), donate_argnames="state"
+)
+def gathered_train_step(
     state: TrainState,
     log: DeviceLog,
     indices: Batch,
     settings: StepSettings,
     gather: Gather,
-    cumulative: ItemFrequencies | None,
+    width: int,
+    cumulative: jax.Array | None,
 ) -> tuple[TrainState, Metrics]:
-    """Several updates, one after the other, in one dispatch.
+    """One update, on a batch that the device gathers.
 
     Args:
-      state: the state before them; its memory is taken.
+      state: the state before it; its memory is taken.
       log: all events of the dataset.
-      indices: those of the batches; each array has a leading axis of steps.
-      settings: what each step is compiled for.
+      indices: those of the batch; see `Gather.batch`.
+      settings: what the step is compiled for.
       gather: how batches are gathered from the log.
+      width: columns of the batch's items.
       cumulative: see `update`.
 
     Returns:
-      The state after the last step, and the metrics of that step.
+      See `update`.
     """
-
-    def with_width(width):
-        return lambda state, indices: update(
-            state, gather.batch(log, indices, width), settings, cumulative
-        )
-
-    def step(state, indices):
-        indices = dict(indices)
-        bucket = indices.pop("bucket")
-        return jax.lax.switch(bucket, [with_width(w) for w in gather.buckets], state, indices)
-
-    state, metrics = jax.lax.scan(step, state, indices)
-    return state, jax.tree.map(lambda each: each[-1], metrics)
+    return update(state, gather.batch(log, indices, width), settings, cumulative)
 
 
 class DeviceSteps:
-    """Dispatches several steps at a time, on batches that the device gathers from all events.
+    """Dispatches one step at a time, on batches that the device gathers from all events.
 
     A step of a few milliseconds leaves the host no time to gather batches and to send them. Here
     only the indices of their events are sent. The batches are equal to the host's.
 
-    Steps go out in groups of `GROUP`. A group begins at a multiple of `GROUP` in the epoch, and
-    what is left of an epoch goes step by step. So there are two programs, and a run that is
-    resumed has the groups of a run that was never interrupted.
+    There is a program for each width of batches, and the host knows which one comes next. A program
+    that chose the width by itself would stop the device for each batch: a GPU has to ask the host
+    which branch to take.
 
     Attributes:
       settings: what the steps are compiled for.
     """
-
-    # The host has prepared a group long before the device has worked one off.
-    GROUP = 8
 
     def __init__(
         self,
@@ -443,53 +424,43 @@ class DeviceSteps:
         settings: StepSettings,
         gather: Gather,
         placement: Placement,
-        cumulative: ItemFrequencies | None,
+        cumulative: jax.Array | None,
     ):
-        """Puts all events on the devices; arguments are those of `train_steps` and `HostSteps`."""
+        """Puts all events on the devices.
+
+        Arguments are those of `gathered_train_step` and `HostSteps`.
+        """
         self.settings = settings
         self._log = jax.device_put(batches.dataset.all_events(), placement.replicated)
         self._batches, self._gather, self._cumulative = batches, gather, cumulative
-        self._replicated = placement.replicated
-        self._by_row = NamedSharding(placement.by_row.mesh, PartitionSpec(None, "batch"))
+        self._by_row = placement.by_row
 
     @functools.cached_property
     def iterator(self) -> DatasetIterator:
         """Yields the indices of the batches; its state is saved with the run's."""
         return train_iterator(self._batches, indices_only=True)
 
-    def run(self, state: TrainState, left: int, done: int) -> tuple[TrainState, Metrics, int]:
+    def run(self, state: TrainState) -> tuple[TrainState, Metrics]:
         """See `HostSteps.run`."""
-        count = self.GROUP if done % self.GROUP == 0 and left >= self.GROUP else 1
-        indices = self._stacked([next(self.iterator) for _ in range(count)])
-        indices = jax.device_put(indices, self._shardings(indices))
-        state, metrics = train_steps(
-            state, self._log, indices, self.settings, self._gather, self._cumulative
+        indices = dict(next(self.iterator))
+        width = self._batches.buckets[indices.pop("bucket")]
+        indices = jax.device_put(indices, self._by_row)
+        return gathered_train_step(
+            state, self._log, indices, self.settings, self._gather, width, self._cumulative
         )
-        return state, metrics, count
 
     def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
         """See `HostSteps.lowered`."""
-        for count in (self.GROUP, 1):
-            indices = self._stacked([self._batches.indices(0)] * count)
-            shapes = jax.tree.map(
-                lambda array, sharding: jax.ShapeDtypeStruct(
-                    array.shape, array.dtype, sharding=sharding
-                ),
-                indices,
-                self._shardings(indices),
-            )
-            yield train_steps.lower(
-                state, self._log, shapes, self.settings, self._gather, self._cumulative
-            )
-
-    def _stacked(self, indices: list[Batch]) -> Batch:
-        return {name: np.stack([each[name] for each in indices]) for name in indices[0]}
-
-    def _shardings(self, indices: Batch) -> dict[str, NamedSharding]:
-        return {
-            name: self._by_row if array.ndim > 1 else self._replicated
+        indices = self._batches.indices(0)
+        shapes = {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_row)
             for name, array in indices.items()
+            if name != "bucket"
         }
+        for width in self._batches.buckets:
+            yield gathered_train_step.lower(
+                state, self._log, shapes, self.settings, self._gather, width, self._cumulative
+            )
 
 
 # The share of a device's memory that all events may take, and the memory of the smallest GPU of
@@ -554,7 +525,6 @@ def make_steps(
         return HostSteps(batches, settings, fields, placement, cumulative)
     gather = Gather(
         packed=isinstance(batches, PackedBatches),
-        buckets=batches.buckets,
         max_length=batches.max_length,
         convention=config.data.convention,
         fields=fields,

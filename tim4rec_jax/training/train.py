@@ -58,7 +58,7 @@ from tim4rec_jax.training.memory import check_memory
 from tim4rec_jax.training.step import init_state, make_steps, start_epoch
 from tim4rec_jax.training.warm_start import WarmStart, read_warm_start
 
-# Number of dispatches that the host may be ahead of the device. The device never waits, and a
+# Number of steps that the host may be ahead of the device. The device never waits, and a
 # training that is asked to stop stops soon.
 _AHEAD = 4
 
@@ -332,8 +332,8 @@ def _train(
                 if time.perf_counter() - saved > 60 * config.train.checkpoint_minutes:
                     save()
                     saved = time.perf_counter()
-                state, metrics, count = steps.run(state, end - step, step % per_epoch)
-                step += count
+                state, metrics = steps.run(state)
+                step += 1
                 dispatched.append((step, metrics))
                 if len(dispatched) > _AHEAD:
                     report(*dispatched.popleft())
