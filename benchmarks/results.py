@@ -3,9 +3,10 @@
     python -m benchmarks.results             # writes them anew from the files below
     python -m benchmarks.results add RUN...  # first adds the figures of finished runs
 
-`results.csv` has a row for each run and protocol, `quoted.csv` the figures of other people. Only
-what stands between `<!-- table: NAME -->` and `<!-- end -->` is written. A table has one protocol:
-rows of another one cannot get into it.
+`results.csv` has a row for each run and protocol. The figures of other people are in
+`tim4rec_jax/commands/quoted.csv`, because `tim4rec compare` prints them, too. Only what stands
+between `<!-- table: NAME -->` and `<!-- end -->` is written. A table has one protocol: rows of
+another one cannot get into it.
 """
 
 import argparse
@@ -16,11 +17,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from tim4rec_jax.commands.compare_report import QUOTED
 from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, read, rows_of_run
 from tim4rec_jax.errors import UserError, run_main
 
 HERE = Path(__file__).parent
-RESULTS, QUOTED = HERE / "results.csv", HERE / "quoted.csv"
+RESULTS = HERE / "results.csv"
 PICTURE = HERE.parent / "docs/pictures/quality_and_cost.svg"
 PAGES = [HERE.parent / page for page in ("README.md", "docs/results.md", "benchmarks/RESULTS.md")]
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)

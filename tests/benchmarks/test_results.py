@@ -5,9 +5,12 @@ import re
 import pytest
 
 from benchmarks import results
-from benchmarks.results import BLOCK, PAGES, QUOTED, RANKED, RESULTS, TABLES, pick, table
+from benchmarks.results import BLOCK, PAGES, RANKED, RESULTS, TABLES, pick, table
+from tim4rec_jax.commands import compare_report
 from tim4rec_jax.commands.results import COLUMNS, KEY, METRICS, PROTOCOL, append, read
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.models import DEFAULT_MODEL
+from tim4rec_jax.presets import load_config
 
 # A figure of a table: `.1234`, `.1234 ± .0056`.
 FIGURE = re.compile(r"^\.\d{4}( ± \.\d{4})?$")
@@ -82,7 +85,18 @@ def test_quoted_figures_have_a_source_and_a_protocol():
             assert row["seen"] == "masked", row
         if re.match(r"HSTU-large|FuXi", row["model"]):
             assert row["knows_next_time"] == "yes", row
-    assert QUOTED.name == "quoted.csv"
+
+
+def test_compare_prints_quoted_figures_of_its_own_protocol():
+    named = [row for row in results.quoted() if row["compare"]]
+    assert len({row["compare"] for row in named}) == len(named)
+    assert {(row["split"], row["part"], row["seen"]) for row in named} == {
+        ("leave_one_out", "test", "ranked")
+    }
+    for row in named:
+        load_config(row["compare"].removesuffix(f":{DEFAULT_MODEL}"))
+    assert compare_report._published("kuairand")["tim4rec"] == ".1109 / .0611"
+    assert compare_report._published("own") == {}
 
 
 def test_the_picture_shows_the_points_of_the_file():

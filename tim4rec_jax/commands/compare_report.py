@@ -1,5 +1,6 @@
 """The tables and the picture of `tim4rec compare`."""
 
+import csv
 import dataclasses
 import math
 import statistics
@@ -17,24 +18,10 @@ import matplotlib.pyplot as plt
 
 # What of the protocol tells tables apart.
 PROTOCOL = ("split", "part", "order", "seen", "ties", "knows_next_time")
-# Published test Hit@10 / NDCG@10 under the protocol of `tim4rec compare`: full ranking, items of
-# the history ranked, leave-one-out. Event orders differ. KuaiRand: arXiv 2409.16182, table 3, on a
-# larger slice. Figures of papers that mask the history do not belong here.
-PUBLISHED = {
-    "kuairand": {
-        "caser": (0.0801, 0.0395),
-        "gru4rec": (0.1020, 0.0564),
-        "sasrec": (0.1055, 0.0584),
-        "bert4rec": (0.0938, 0.0510),
-        "tisasrec": (0.1057, 0.0590),
-        "lrurec": (0.1036, 0.0570),
-        "mamba4rec": (0.1094, 0.0608),
-        "ssd4rec": (0.1055, 0.0588),
-        "tim4rec": (0.1109, 0.0611),
-    },
-    "ml1m": {"sasrec": (0.2952, 0.1662)},
-    "beauty": {"sasrec": (0.0842, 0.0421), "mamba4rec": (0.0734, 0.0431)},
-}
+# Figures of other people. Its column `compare` has CONFIG:MODEL where a figure follows the protocol
+# of `tim4rec compare`: full ranking, items of the history ranked, leave-one-out. The orders of
+# events differ.
+QUOTED = Path(__file__).with_name("quoted.csv")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,16 +188,26 @@ def _protocol(runs: list[Run]) -> list[str]:
 
 def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
     first, p = next(iter(models)), p_values(models)
-    published = PUBLISHED.get(dataset, {})
+    published = _published(dataset)
     rows, names = [], _by_cut_off(models[first][0].figures["test"])
     for name, runs in models.items():
         values = [spread([run.figures["test"][metric] for run in runs]) for metric in names]
-        quoted = " / ".join(f"{v:.4f}"[1:] for v in published[name]) if name in published else ""
         chance = f"{p[name]:.2g}" if name in p else ""
-        rows.append([name, str(len(runs)), *values, chance, quoted])
+        rows.append([name, str(len(runs)), *values, chance, published.get(name, "")])
     labels = [metric.upper().replace("HIT", "HR") for metric in names]
     header = ["model", "seeds", *labels, f"p against {first}", "published HR@10 / NDCG@10"]
     return _table(header, rows)
+
+
+def _published(dataset: str) -> dict[str, str]:
+    """Published HR@10 / NDCG@10 by the name of the model, for the config of this name."""
+    with open(QUOTED, newline="") as file:
+        named = [(row["compare"].partition(":"), row) for row in csv.DictReader(file)]
+    return {
+        model: " / ".join(row[metric].removeprefix("0") for metric in ("hit@10", "ndcg@10"))
+        for (config, _, model), row in named
+        if config == dataset
+    }
 
 
 def _by_cut_off(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,6 @@ import contextlib
 import csv
 import dataclasses
 import io
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from jaxtyping import Float
 
 from tim4rec_jax.data.features import Categorical, Dense, Feature, FeatureTable, list_lengths
 from tim4rec_jax.data_prep import files
-from tim4rec_jax.data_prep.layout import column_names, guess_delimiter, listed, sniff
+from tim4rec_jax.data_prep.layout import column_names, guess_delimiter, json_object, listed, sniff
 from tim4rec_jax.data_prep.read import NUMBER
 from tim4rec_jax.errors import UserError, first_line, one_line
 
@@ -356,18 +355,9 @@ def _json_rows(source: files.SourceFile) -> Rows:
     found, lines = [], []
     with _opened(source) as text:
         for number, line in enumerate(text, 1):
-            if not line.strip():
-                continue
-            try:
-                one = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{source}, line {number}: not valid JSON ({first_line(error)}); correct it"
-                ) from error
-            if not isinstance(one, dict):
-                raise UserError(f"{source}, line {number}: no JSON object; write one a line")
-            found.append(one)
-            lines.append(number)
+            if line.strip():
+                found.append(json_object(source, number, line))
+                lines.append(number)
     names = list(dict.fromkeys(name for one in found for name in one))
     return names, [[one.get(name) for name in names] for one in found], lines
 

@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import json
 import sys
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -76,7 +76,7 @@ def column_names(file: SourceFile, kind: Kind, delimiter: str) -> tuple[str, ...
         return tuple(schema(file).names)
     line = first_line(file)
     if kind == "json":
-        return tuple(_first_object(file, line))
+        return tuple(json_object(file, 1, line))
     if kind == "split":
         return tuple(line.split(delimiter))
     csv.field_size_limit(sys.maxsize)
@@ -103,14 +103,27 @@ def schema(file: SourceFile) -> pa.Schema:
         raise UserError(f"{file} is a damaged Parquet file ({error}); fetch it again") from error
 
 
-def _first_object(file: SourceFile, line: str) -> dict:
+def json_object(file: SourceFile, number: int, line: str) -> dict[str, Any]:
+    """Reads a line of JSON lines.
+
+    Args:
+      file: for the message.
+      number: of the line, from 1.
+      line: its text.
+
+    Raises:
+      UserError: it is no JSON, or no object.
+    """
     try:
         found = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{file}, line 1: not valid JSON ({first_line_of(error)}); write one object a line"
+            f"{file}, line {number}: not valid JSON ({first_line_of(error)}); write one object a "
+            "line"
         ) from error
-    return found if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        raise UserError(f"{file}, line {number}: no JSON object; write one object a line")
+    return found
 
 
 def guess_delimiter(file: SourceFile) -> str:
