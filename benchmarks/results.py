@@ -47,6 +47,8 @@ MODELS = {
     "tisasrec": "TiSASRec",
     "bert4rec": "BERT4Rec",
     "hstu": "HSTU",
+    "esasrec": "eSASRec",
+    "bsarec": "BSARec",
     "caser": "Caser",
     "popularity": "Popularity",
 }

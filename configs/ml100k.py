@@ -62,6 +62,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     config.eval.batch_size = 512
     # These trainings keep the patience of 5 epochs, which suffices here.
     presets.use_baseline(config, variant)
+    if variant == "bsarec":
+        config.model.update(alpha=0.3, c=9, n_heads=4)  # its paper's for ML-1M
     config.train.patience = 5
 
     if variant == "causal":

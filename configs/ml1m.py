@@ -65,6 +65,8 @@ def get_config(variant: str = "") -> config_lib.Config:
     )
     config.eval.batch_size = 512
     presets.use_baseline(config, variant)
+    if variant == "bsarec":
+        config.model.update(alpha=0.3, c=9, n_heads=4)  # its paper's for ML-1M
 
     if variant == "causal":
         config.model.update(time_encoding="causal", repeat_bias=True)

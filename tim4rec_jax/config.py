@@ -217,7 +217,7 @@ def default() -> Config:
 def use_model(config: Config, name: str) -> None:
     """Switches to another model, with the default settings of its class.
 
-    Its objective and its patience become those of the model, too.
+    Its objective, its patience and, where it has one, its loss become those of the model, too.
 
     Args:
       config: changed in place.
@@ -233,8 +233,9 @@ def use_model(config: Config, name: str) -> None:
         config.model = ConfigDict({"name": name, **dataclasses.asdict(model.Settings())})
     config.train.objective = model.default_objective
     config.train.patience = model.default_patience
-    if model.default_epochs is not None:
-        config.train.epochs = model.default_epochs
+    for setting in ("epochs", "loss", "negatives"):
+        if (value := getattr(model, f"default_{setting}")) is not None:
+            config.train[setting] = value
 
 
 def rename_settings(config: Config) -> list[str]:

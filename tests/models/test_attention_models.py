@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
 SMALL = dict(hidden_size=16, inner_size=32, n_heads=4)
-CAUSAL = ("sasrec", "tisasrec", "hstu")
+CAUSAL = ("sasrec", "tisasrec", "hstu", "esasrec")
 causal_models = pytest.mark.parametrize("name", CAUSAL)
 
 
@@ -147,7 +148,7 @@ def test_encode_is_the_hidden_state_at_the_last_event(name):
 # The tests above say the same of the states of every model.
 @pytest.mark.parametrize(
     "name",
-    ["hstu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sasrec", "tisasrec"))],
+    ["hstu", *(pytest.param(name, marks=pytest.mark.slow) for name in CAUSAL if name != "hstu")],
 )
 def test_every_position_of_packed_rows_is_every_prefix(name):
     dataset = in_memory(random_histories([9, 4, 7]))
@@ -272,3 +273,98 @@ def test_hstu_is_its_equations(x64):
     weights = nnx.to_pure_dict(params)
     expected = hstu_by_loops(weights, items[0], np.cumsum(gaps[0]), 2, LENGTH, 0.05)
     close(call(graph, params, items, gaps.astype(np.float64))[0], expected)
+
+
+def layer_norm_by_hand(weights, x, eps):
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
+    return weights["scale"] * x + weights["bias"]
+
+
+def dense(weights, x):
+    return x @ weights["kernel"] + weights.get("bias", 0.0)
+
+
+def attention_by_hand(weights, h, heads, seen):
+    """Section 3.1 of SASRec's paper with the keys that `seen` [L,L] says."""
+    mixed = []
+    parts = [np.split(dense(weights[key], h), heads, axis=1) for key in ("query", "key", "value")]
+    for query, key, value in zip(*parts, strict=True):
+        scores = np.where(seen, query @ key.T / np.sqrt(query.shape[1]), -np.inf)
+        scores = np.exp(scores - scores.max(1, keepdims=True))
+        mixed.append(scores / scores.sum(1, keepdims=True) @ value)
+    return dense(weights["out"], np.concatenate(mixed, axis=1))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def esasrec_by_hand(weights, items, heads):
+    """The layer of arXiv 2502.03417, section 3.2, as arXiv 2508.06450 puts it together."""
+    x = weights["item_embedding"]["embedding"][items]
+    x = x + weights["position_embedding"]["embedding"][: len(items)]
+    past = np.tri(len(items), dtype=bool)
+    for layer in weights["layers"].values():
+        h = layer_norm_by_hand(layer["attention_norm"], x, 1e-5)
+        y = attention_by_hand(layer["attention"], h, heads, past)
+        x = x + sigmoid(dense(layer["attention_gate"], x)) * y
+        h = layer_norm_by_hand(layer["feed_forward_norm"], x, 1e-5)
+        y = dense(layer["fc2"], silu(dense(layer["fc1"], h)) * dense(layer["fc3"], h))
+        x = x + sigmoid(dense(layer["feed_forward_gate"], x)) * y
+    return x
+
+
+def test_esasrec_is_its_equations(x64):
+    settings = {"name": "esasrec", "hidden_size": 8, "n_heads": 2}
+    sizes = dict(n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
+    graph, params = small_model(settings, spread=0.3, **sizes)
+    items, gaps = histories(1)
+    expected = esasrec_by_hand(nnx.to_pure_dict(params), items[0], 2)
+    close(call(graph, params, items, gaps.astype(np.float64))[0], expected)
+
+
+def bsarec_by_hand(weights, items, length, heads, alpha, c):
+    """Section 4 of the paper for one history, and one frequency of one channel at a time."""
+    row = np.concatenate([np.zeros(length - len(items), int), items])
+    seen = np.tri(length, dtype=bool) & (row > 0)
+    seen |= ~seen.any(1, keepdims=True)  # its softmax of equal penalties
+    positions = weights["positions"]
+    h = weights["item_embedding"]["embedding"][row] + positions["embedding"]["embedding"]
+    h = layer_norm_by_hand(positions["norm"], h, 1e-12)
+    times = np.arange(length)
+    for layer in weights["layers"].values():
+        low = np.zeros_like(h)
+        for frequency in range(-(c // 2), c // 2 + 1):
+            wave = np.exp(2j * np.pi * frequency * times / length) / np.sqrt(length)
+            low += np.real(np.outer(wave, np.conj(wave) @ h))
+        filtered = low + layer["beta"] ** 2 * (h - low)
+        filtered = layer_norm_by_hand(layer["filter_norm"], filtered + h, 1e-12)
+        attended = attention_by_hand(layer["attention"], h, heads, seen)
+        attended = layer_norm_by_hand(layer["norm"], attended + h, 1e-12)
+        h = alpha * filtered + (1 - alpha) * attended
+        inner = dense(layer["fc1"], h)
+        inner = inner * np.array([[0.5 * (1 + math.erf(v / 2**0.5)) for v in r] for r in inner])
+        h = layer_norm_by_hand(layer["out_norm"], dense(layer["fc2"], inner) + h, 1e-12)
+    return h[length - len(items) :]
+
+
+def test_bsarec_is_its_equations(x64):
+    settings = {"name": "bsarec", "hidden_size": 8, "inner_size": 16, "n_heads": 2}
+    sizes = dict(n_items=ITEMS, max_length=LENGTH, param_dtype=jnp.float64)
+    model = small_model(settings, spread=0.3, **sizes)
+    items, gaps = histories(1)
+    # Rows narrower than `max_length`, of which the history fills a part.
+    items[0, 7:] = 0
+    inputs = items[:, :9], np.array([7], np.int32), gaps[:, :9].astype(np.float64)
+
+    @jit
+    def both(graph, params, *inputs):
+        model = nnx.merge(graph, params)
+        return model(*inputs), model.encode(*inputs)
+
+    states, encoded = both(*model, *inputs)
+    expected = bsarec_by_hand(nnx.to_pure_dict(model[1]), items[0, :7], LENGTH, 2, 0.7, 5)
+    close(states[0, :7], expected)
+    close(encoded[0], expected[-1])
+    with pytest.raises(ValueError, match="one history each"):
+        call(*model, items, gaps, np.zeros_like(items))

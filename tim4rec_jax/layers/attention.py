@@ -92,8 +92,9 @@ class Attention(nnx.Module):
         dtype: Any = jnp.float32,
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
+        kernel_init: nnx.Initializer = NORMAL,
     ):
-        """Initialises all maps with N(0, 0.02^2) and biases of 0.
+        """Initialises all biases with 0.
 
         Args:
           width: D, in and out.
@@ -102,6 +103,7 @@ class Attention(nnx.Module):
           dtype: of the activations.
           param_dtype: of the parameters.
           rngs: a stream `params`.
+          kernel_init: initialiser of all maps; N(0, 0.02^2) by default.
 
         Raises:
           ValueError: an argument does not fit; the message names it.
@@ -109,7 +111,9 @@ class Attention(nnx.Module):
         check_sizes(width=width, heads=heads)
         check_divides("heads", heads, "width", width)
         check_rate("dropout_rate", dropout_rate)
-        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        kwargs: dict = dict(
+            dtype=dtype, param_dtype=param_dtype, rngs=rngs, kernel_init=kernel_init
+        )
         self.query, self.key = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
         self.value, self.out = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
         self.heads, self.scale = heads, (width // heads) ** -0.5
@@ -289,7 +293,12 @@ class EncoderLayer(nnx.Module):
         return self._finish(y, queries, seeds)
 
     def _finish(self, y, h, seeds):
-        h = self.norm(dropout(y, self.dropout_rate, fold(seeds, 1)) + h)
+        return self._feed_forward(self._attended(y, h, seeds), seeds)
+
+    def _attended(self, y, h, seeds):
+        return self.norm(dropout(y, self.dropout_rate, fold(seeds, 1)) + h)
+
+    def _feed_forward(self, h, seeds):
         y = self.fc2(gelu(self.fc1(h)))
         return self.out_norm(dropout(y, self.dropout_rate, fold(seeds, 2)) + h)
 

@@ -24,7 +24,9 @@ from tim4rec_jax.models.base import (
     inputs,
 )
 from tim4rec_jax.models.bert4rec import BERT4Rec
+from tim4rec_jax.models.bsarec import BSARec
 from tim4rec_jax.models.caser import Caser
+from tim4rec_jax.models.esasrec import ESASRec
 from tim4rec_jax.models.gru4rec import GRU4Rec
 from tim4rec_jax.models.hstu import HSTU
 from tim4rec_jax.models.lrurec import LRURec
@@ -47,6 +49,8 @@ MODELS: dict[str, type[SequenceModel]] = {
     "bert4rec": BERT4Rec,
     "tisasrec": TiSASRec,
     "hstu": HSTU,
+    "bsarec": BSARec,
+    "esasrec": ESASRec,
 }
 DEFAULT_MODEL = "tim4rec"
 

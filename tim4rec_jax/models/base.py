@@ -140,6 +140,8 @@ class SequenceModel(nnx.Module):
     default_objective = "prefix"  # a model with "cloze" is trained with this objective only
     default_patience = 10  # epochs without improvement before training stops
     default_epochs: int | None = None  # None: as the configuration says
+    default_loss: str | None = None  # None: as the configuration says
+    default_negatives: int | None = None  # None: as the configuration says
 
     item_embedding: Any  # an `ItemEmbedding`, or an `nnx.Embed` of a model that takes no features
     n_items: int
