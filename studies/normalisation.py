@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt32
 
 from studies.report import COLORS, Estimate, Results, dots, join, named, panels, together
-from studies.study import QUICK, QUICK_SETTINGS, Arm, Study, main
+from studies.study import QUICK, QUICK_SSD, Arm, Study, main, overridden
 from tim4rec_jax.data_prep import synthetic
 from tim4rec_jax.data_prep.__main__ import main as data_prep
 from tim4rec_jax.errors import run_main
@@ -153,8 +153,10 @@ ENCODINGS = {
     "paper": ("model.time_encoding=paper",),
     "masked": ("model.time_encoding=masked",),
     **{
-        how: (f"model.name={__package__}.normalisation:NormalisedTiM4Rec",)
-        + (f"model.normalisation={how}",)
+        how: (
+            f"model.name={__package__}.normalisation:NormalisedTiM4Rec",
+            f"model.normalisation={how}",
+        )
         for how in NORMALISATIONS
     },
 }
@@ -166,8 +168,7 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
     config, data = ("quickstart", dataset) if made else (dataset, "")
     common = (*MODEL, *TRAIN["synthetic" if made else dataset], "train.objective=prefix")
     if quick:
-        replaced = {setting.partition("=")[0] for setting in QUICK_SETTINGS}
-        common = tuple(s for s in common if s.partition("=")[0] not in replaced) + QUICK_SETTINGS
+        common = overridden(common, QUICK_SSD)
     return [
         Arm(
             name,
@@ -216,7 +217,7 @@ def _gains(results: Results, datasets: list[str]) -> dict[str, list[Estimate]]:
 
 def answer(results: Results) -> list[str]:
     """What time gives under each normalisation, where it matters, and what that means."""
-    real = [name for name in results.datasets if name not in (*SYNTHETIC, QUICK)]
+    real = [name for name in results.datasets if name not in SYNTHETIC]
     sentences = []
     if real:
         means = {name: together(gaps) for name, gaps in _gains(results, real).items()}

@@ -52,6 +52,11 @@ QUICK_SETTINGS = (
     *("data.max_length=16", "data.buckets=(16,)", "train.epochs=1", "train.batch_size=32"),
     *("eval.batch_size=128", "train.loggers="),
 )
+# The same for the models that have these settings.
+QUICK_SSD = (
+    *("model.hidden_size=8", "model.head_dim=8", "model.num_layers=1", "model.d_state=4"),
+    *QUICK_SETTINGS,
+)
 console = Console()
 
 
@@ -92,6 +97,12 @@ class Arm:
             digest = hashlib.sha256(settings.encode()).hexdigest()[:8]
             settings = f"{settings[:180]}~{digest}"
         return runs / place / (settings or "as it is") / str(seed)
+
+
+def overridden(settings: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    """Settings as KEY=VALUE, with others in the place of those with the same key."""
+    values = dict(setting.split("=", 1) for setting in (*settings, *others))
+    return tuple(f"{key}={value}" for key, value in values.items())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +167,7 @@ class Study:
       arms: the arms on a data set. With `quick`, few that are trained in seconds.
       draw: draws the results into an empty figure.
       answer: three sentences about the results, made from their numbers.
-      measure: rows of NAME.details.csv for a finished training.
+      measure: rows of NAME.details.csv about the finished trainings.
       bench: further such rows, which need no training; asked for with the folder of prepared data
         and with `quick`.
       make: how to make the data sets that are the study's own, by the name of their folder. A
@@ -171,7 +182,7 @@ class Study:
     arms: Callable[[str, bool], list[Arm]]
     draw: Callable[[Results, Any], None]
     answer: Callable[[Results], list[str]]
-    measure: Callable[[Training], Iterable[Row]] = no_rows
+    measure: Callable[[list[Training]], Iterable[Row]] = no_rows
     bench: Callable[[Path, bool], Iterable[Row]] = no_rows
     make: Mapping[str, Callable[[Path, bool], None]] = dataclasses.field(default_factory=dict)
 
@@ -237,39 +248,53 @@ def finished(arm: Arm, seed: int, folder: Path) -> Training:
     return Training(arm, seed, folder, figures, gains)
 
 
-def paired(found: Sequence[Training]) -> list[Row]:
-    """The differences of NDCG@10 of arms and the arms that they are compared with.
+def difference(ours: dict[int, np.ndarray], theirs: dict[int, np.ndarray]) -> Row | None:
+    """How much the NDCG@10 of one arm is above that of another, for the same users.
 
-    A difference is the mean over users and over the seeds that both arms have. Its standard error
+    The difference is the mean over users and over the seeds that both arms have. Its standard error
     has two parts. `se_users` is that of the mean over users of differences that are means over
     seeds, and `se_seeds` that of the mean over seeds of differences that are means over users. Both
     contain the noise of a single user in a single training, so their root of squares `se` is too
     large rather than too small. With one seed, `se_seeds` is not known and `se` is `se_users`.
+
+    Args:
+      ours: NDCG@10 of each user [U], by seed.
+      theirs: likewise.
+
+    Returns:
+      None: no seed is in both.
     """
-    by_arm: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    seeds = sorted(ours.keys() & theirs.keys())
+    if not seeds:
+        return None
+    gaps = np.stack([ours[seed] - theirs[seed] for seed in seeds])  # [S, U]
+    users, by_seed = gaps.mean(0), gaps.mean(1)
+    se_users = float(users.std(ddof=1)) / math.sqrt(len(users))
+    se_seeds = float(by_seed.std(ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
+    return {
+        **{"seeds": len(seeds), "users": len(users), "difference": float(users.mean())},
+        **{"se_users": se_users, "se_seeds": se_seeds},
+        "se": math.hypot(se_users, se_seeds or 0.0),
+    }
+
+
+def by_arm(found: Sequence[Training]) -> dict[tuple[str, str], dict[int, Training]]:
+    """Trainings by the data set and the name of their arm, then by seed."""
+    arms: dict[tuple[str, str], dict[int, Training]] = {}
     for training in found:
-        name = training.arm.dataset, training.arm.name
-        by_arm.setdefault(name, {})[training.seed] = training.gains
-    rows = []
-    for arm in dict.fromkeys((t.arm.dataset, t.arm.name, t.arm.against) for t in found):
-        dataset, name, against = arm
-        ours, theirs = by_arm[dataset, name], by_arm.get((dataset, against), {})
-        seeds = sorted(ours.keys() & theirs.keys())
-        if not seeds:
-            continue
-        difference = np.stack([ours[seed] - theirs[seed] for seed in seeds])  # [S, U]
-        users, by_seed = difference.mean(0), difference.mean(1)
-        se_users = float(users.std(ddof=1)) / math.sqrt(len(users))
-        se_seeds = float(by_seed.std(ddof=1)) / math.sqrt(len(seeds)) if len(seeds) > 1 else None
-        rows.append(
-            {
-                **{"dataset": dataset, "arm": name, "against": against},
-                **{"seeds": len(seeds), "users": len(users)},
-                "difference": float(users.mean()),
-                **{"se_users": se_users, "se_seeds": se_seeds},
-                "se": math.hypot(se_users, se_seeds or 0.0),
-            }
-        )
+        arms.setdefault((training.arm.dataset, training.arm.name), {})[training.seed] = training
+    return arms
+
+
+def paired(found: Sequence[Training]) -> list[Row]:
+    """The `difference` of each arm and the one that it is compared with."""
+    arms, rows = by_arm(found), []
+    for (dataset, name), trained in arms.items():
+        against = next(iter(trained.values())).arm.against
+        theirs = arms.get((dataset, against), {})
+        gains = [{seed: t.gains for seed, t in each.items()} for each in (trained, theirs)]
+        if row := difference(*gains):
+            rows.append({"dataset": dataset, "arm": name, "against": against, **row})
     return rows
 
 
@@ -370,12 +395,7 @@ def main(study: Study, words: Sequence[str] | None = None) -> None:
         flags.out.mkdir(parents=True, exist_ok=True)
         update(path, (training.row(flags.data) for training in found), KEYS["runs"])
         update(path.with_suffix(".pairs.csv"), paired(found), KEYS["pairs"])
-        details = [
-            {"dataset": t.arm.dataset, "arm": t.arm.name, "seed": t.seed} | t.arm.factors | row
-            for t in found
-            for row in study.measure(t)
-        ]
-        details += study.bench(flags.data, flags.quick)
+        details = [*study.measure(found), *study.bench(flags.data, flags.quick)]
         update(path.with_suffix(".details.csv"), details, KEYS["details"])
     names = {(arm.dataset, arm.name) for arm in study.grid(flags.quick)}
     results = Results.read(path, names, 1 if flags.quick else SEEDS)
