@@ -74,7 +74,7 @@ OUTSIDE = {
 # How Sphinx names the class of arrays, and arrays of either JAX or NumPy.
 ARRAY = re.compile(r"~?\bjax(lib\._jax)?\.Array\b")
 EITHER = re.compile(r"(([~\w.]+)\[Array, ('[^']*')\]) \| \2\[[~\w.]*ndarray, \3\]")
-LINK = re.compile(r"\[([^][]+)\]\(([^():#\s]+)(#[^()\s]*)?\)")
+LINK = re.compile(r"(?<!!)\[([^][]+)\]\(([^():#\s]+)(#[^()\s]*)?\)")
 
 
 def read_page(app: Any, page: str, source: list[str]) -> None:

@@ -128,7 +128,7 @@ class Results:
         counts: dict[tuple[str, str], int] = {}
         for row in runs:
             counts[row["dataset"], row["arm"]] = counts.get((row["dataset"], row["arm"]), 0) + 1
-        for dataset, arm in sorted(planned):
+        for dataset, arm in planned:
             if counts.get((dataset, arm), 0) < seeds:
                 missing.setdefault(dataset, []).append(arm)
         return cls(runs, rows(".pairs.csv"), rows(".details.csv", only=False), missing)
@@ -201,30 +201,34 @@ def named(dataset: str) -> str:
     return DATASETS.get(dataset, dataset)
 
 
-def write_report(path: Path, command: str, results: Results, study: Any) -> None:
-    """Writes the picture and the answer of a study beside its NAME.csv.
-
-    Args:
-      path: of NAME.csv.
-      command: with which the files can be made again.
-      results: of the study.
-      study: a `studies.study.Study`.
-    """
+def answer_page(results: Results, study: Any) -> str:
+    """The answer of a study in Markdown: sentences, protocol, table, and what is missing."""
     there = results.runs or results.details
     sentences = study.answer(results) if there else ["This study has not been run yet."]
     parts = [
-        f"<!-- Made by `{command}` from the tables beside it. -->",
+        f"<!-- Made by `python -m studies.{study.name} --report` from the tables beside it. -->",
         " ".join(sentences),
         *_protocol(results.runs),
         *_table(results),
         *_missing(results, study),
     ]
+    return "\n\n".join(parts) + "\n"
+
+
+def write_report(path: Path, results: Results, study: Any) -> None:
+    """Writes the picture and the answer of a study beside its NAME.csv.
+
+    Args:
+      path: of NAME.csv.
+      results: of the study.
+      study: a `studies.study.Study`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path.with_suffix(".md"), "w") as file:
-        file.write("\n\n".join(parts) + "\n")
+        file.write(answer_page(results, study))
     with matplotlib.rc_context(STYLE):
         figure = plt.figure(figsize=(9, 4.2), layout="constrained")
-        if there:
+        if results.runs or results.details:
             study.draw(results, figure)
         if not figure.axes:
             figure.text(0.5, 0.5, "not run yet", ha="center", va="center", color=GREY)

@@ -14,6 +14,7 @@ in its causal encoding, by width, and shorter ones of 1 and 3 epochs at one widt
 with its initial weights too.
 """
 
+import dataclasses
 import math
 import statistics
 import sys
@@ -70,8 +71,11 @@ def without_time(model: SequenceModel, settings: Any, sizes: dict[str, Any]) -> 
 def arms(dataset: str, quick: bool) -> list[Arm]:
     """The causal model by width, and for fewer epochs; the models without time are not needed."""
     if quick:
-        return [high_dimension.quick_arm(True)]
-    wide = [high_dimension.arm(dataset, width, "causal", True) for width in WIDTHS]
+        return [dataclasses.replace(high_dimension.quick_arm(True), against="")]
+    wide = [
+        dataclasses.replace(high_dimension.arm(dataset, width, "causal", True), against="")
+        for width in WIDTHS
+    ]
     [middle] = [arm for arm in wide if arm.factors["width"] == MIDDLE]
     short = [
         Arm(

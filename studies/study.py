@@ -397,12 +397,16 @@ def main(study: Study, words: Sequence[str] | None = None) -> None:
         update(path.with_suffix(".pairs.csv"), paired(found), KEYS["pairs"])
         details = [*study.measure(found), *study.bench(flags.data, flags.quick)]
         update(path.with_suffix(".details.csv"), details, KEYS["details"])
-    names = {(arm.dataset, arm.name) for arm in study.grid(flags.quick)}
-    results = Results.read(path, names, 1 if flags.quick else SEEDS)
-    write_report(path, f"python -m studies.{study.name} --report", results, study)
+    write_report(path, read_results(study, path, flags.quick), study)
     console.print(f"wrote {path.with_suffix('.md')}, its picture and its tables", highlight=False)
     if problems:
         raise UserError(f"{len(problems)} trainings failed: {'; '.join(problems)}")
+
+
+def read_results(study: Study, path: Path, quick: bool = False) -> Results:
+    """The results of a study in NAME.csv and the files beside it."""
+    names = {(arm.dataset, arm.name): None for arm in study.grid(quick)}
+    return Results.read(path, names, 1 if quick else SEEDS)
 
 
 def validations(training: Training) -> list[Row]:

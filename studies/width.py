@@ -34,7 +34,7 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
     """The usual model, and those that differ from it in one size."""
     quick_sizes = [{"width": width, "state": 4, "head_width": 8} for width in (4, 8)]
     made = dataset in (*SYNTHETIC, QUICK)
-    found = []
+    found, usual = [], quick_sizes[0] if quick else USUAL
     for size in quick_sizes if quick else _sizes(dataset):
         settings = (
             f"model.hidden_size={size['width']}",
@@ -46,16 +46,20 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
             settings = overridden(QUICK_SSD, settings)
         found.append(
             Arm(
-                f"{size['width']} x {size['state']} x {size['head_width']}",
+                _name(size),
                 dataset,
                 "quickstart:causal" if made else f"{dataset}:causal",
                 settings,
                 size,
-                against="" if size == USUAL else "64 x 32 x 32",
+                against="" if size == usual else _name(usual),
                 data=dataset if made else "",
             )
         )
     return found
+
+
+def _name(size: dict[str, int]) -> str:
+    return f"{size['width']} x {size['state']} x {size['head_width']}"
 
 
 def _sizes(dataset: str) -> list[dict[str, int]]:

@@ -16,7 +16,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+PAGES = [
+    *(ROOT / "README.md", ROOT / "CONTRIBUTING.md"),
+    *sorted([*DOCS.glob("*.md"), *DOCS.glob("studies/*.md")]),
+]
 # A block whose first line is this comment cannot run in a test, and says to its readers why.
 NOT_RUN = re.compile(r"# not run by the tests: \S+ \S+")
 _BLOCK = re.compile(r"^(?P<indent> *)```(?P<language>[^`\n]*)\n(?P<code>.*?)^ *```$", re.M | re.S)
@@ -78,7 +81,15 @@ class Shell:
 
     def __init__(self, folder: Path):
         self.folder, self.servers = folder, []
-        for name in ("train.py", "eval.py", "configs", "data_prep", "benchmarks", "examples"):
+        for name in (
+            "train.py",
+            "eval.py",
+            "configs",
+            "data_prep",
+            "benchmarks",
+            "studies",
+            "examples",
+        ):
             (folder / name).symlink_to(ROOT / name)
         programs = folder / ".bin"
         programs.mkdir()

@@ -67,11 +67,12 @@ def test_the_pages_load_nothing_from_elsewhere(site):
 
 def test_every_page_is_in_the_navigation():
     listed = set()
-    for page in (DOCS / "index.md", DOCS / "api" / "index.md"):
+    for page in (DOCS / f"{folder}index.md" for folder in ("", "api/", "studies/")):
         for tree in re.findall(r"^```\{toctree\}\n(.*?)^```", page.read_text(), re.M | re.S):
             names = [line for line in tree.splitlines() if line and not line.startswith(":")]
             listed |= {(page.parent / name).relative_to(DOCS).as_posix() for name in names}
-    pages = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md"), *DOCS.glob("notebooks/*.ipynb")]
+    pages = [*DOCS.glob("*.md"), *DOCS.glob("api/*.md"), *DOCS.glob("studies/*.md")]
+    pages += DOCS.glob("notebooks/*.ipynb")
     there = {page.relative_to(DOCS).with_suffix("").as_posix() for page in pages}
     assert there - {"index"} == listed
 
