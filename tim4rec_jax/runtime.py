@@ -64,6 +64,20 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def keep_bits() -> None:
+    """Has XLA leave the same bits in every run on a GPU, too.
+
+    By default, threads of a GPU add numbers in the order in which they come by, and XLA times
+    several programs for a matrix product and takes the fastest, which may be another one tomorrow.
+    A flag in the environment variable XLA_FLAGS rules out both. JAX reads the variable when it
+    compiles for the first time; a call that comes later changes nothing. What the user has set
+    there stays.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "xla_gpu_deterministic_ops" not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --xla_gpu_deterministic_ops=true".strip()
+
+
 def host_memory() -> int | None:
     """Bytes that the host has left for this process. None: unknown."""
     found = []

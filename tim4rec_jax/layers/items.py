@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from tim4rec_jax.layers.basic import NORMAL
+from tim4rec_jax.layers.lookup import lookup
 
 # The score of an item that takes no part in the loss. Its exponential is 0 in every dtype.
 EXCLUDED = -1e4
@@ -162,9 +163,11 @@ class ItemEmbedding(nnx.Embed):
         self, inputs: Int[Array, "*batch"], out_sharding: Any = None
     ) -> Float[Array, "*batch D"]:
         """The vectors of items."""
-        if self.maps is None:
+        if self.maps is not None:
+            return (lookup(self.embedding[...], inputs) + self.maps(inputs)).astype(self.dtype)
+        if out_sharding is not None:
             return super().__call__(inputs, out_sharding=out_sharding)
-        return (self.embedding[inputs] + self.maps(inputs)).astype(self.dtype)
+        return lookup(self.embedding[...].astype(self.dtype), inputs)
 
     def vectors(self) -> Float[Array, "rows D"]:
         """The vectors of all rows, in the dtype of the parameters."""

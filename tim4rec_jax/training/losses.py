@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from tim4rec_jax.layers.lookup import add_at, lookup
 from tim4rec_jax.models import imported
 from tim4rec_jax.runtime import target
 from tim4rec_jax.scoring import HistoryItems, item_mask
@@ -119,7 +120,9 @@ def cross_entropy(
     table = table.astype(hidden.dtype)
     scores = jnp.matmul(hidden, table.T, preferred_element_type=accumulate)
     # To take the target's score from `scores` would cost a [B, V] scatter in the backward pass.
-    at_target = jnp.einsum("bd,bd->b", hidden, table[targets], preferred_element_type=accumulate)
+    at_target = jnp.einsum(
+        "bd,bd->b", hidden, lookup(table, targets), preferred_element_type=accumulate
+    )
     if history is not None:
         mask = item_mask(history.of_rows(jnp.arange(len(hidden))).items, len(table))
         scores += jnp.where(mask, history.repeat_bias, 0)
@@ -214,9 +217,11 @@ def _forward(hidden, table, targets, weights, history):
     else:
         end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
         count = (end + size - 1) // size
+        if target().platform == "gpu":
+            count = len(rows[0])  # else the device would ask the host before every block
         loss, d_hidden, d_table, d_bias = jax.lax.fori_loop(0, count, block, start)
     weights = weights.astype(accumulate)
-    d_table = d_table.at[targets].add(-weights[:, None] * hidden.astype(accumulate))
+    d_table = add_at(d_table, targets, -weights[:, None] * hidden.astype(accumulate))
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
     d_bias = None if history is None else d_bias.astype(history.repeat_bias.dtype)
     return loss, (d_hidden, d_table.astype(table.dtype), d_bias)
@@ -253,8 +258,10 @@ def _scores(hidden, table, targets, drawn, history):
     """Scores of the targets [N] and of the drawn items [N,S], and whether the two differ [N,S]."""
     accumulate = jnp.promote_types(hidden.dtype, jnp.float32)
     table = table.astype(hidden.dtype)
-    at_target = jnp.einsum("nd,nd->n", hidden, table[targets], preferred_element_type=accumulate)
-    others = jnp.matmul(hidden, table[drawn].T, preferred_element_type=accumulate)
+    at_target = jnp.einsum(
+        "nd,nd->n", hidden, lookup(table, targets), preferred_element_type=accumulate
+    )
+    others = jnp.matmul(hidden, lookup(table, drawn).T, preferred_element_type=accumulate)
     if history is not None:
         own = history.of_rows(jnp.arange(len(hidden))).items
         repeats = (own == targets[:, None]).any(axis=1) & (targets > 0)

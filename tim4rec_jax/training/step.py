@@ -385,7 +385,7 @@ def gathered_train_step(
     settings: StepSettings,
     gather: Gather,
     width: int,
-    cumulative: jax.Array | None,
+    cumulative: ItemFrequencies | None,
 ) -> tuple[TrainState, Metrics]:
     """One update, on a batch that the device gathers.
 
@@ -424,7 +424,7 @@ class DeviceSteps:
         settings: StepSettings,
         gather: Gather,
         placement: Placement,
-        cumulative: jax.Array | None,
+        cumulative: ItemFrequencies | None,
     ):
         """Puts all events on the devices.
 

@@ -43,7 +43,7 @@ from tim4rec_jax.run import (
     read_figures,
     silence_echoes,
 )
-from tim4rec_jax.runtime import data_sharding, enable_compilation_cache
+from tim4rec_jax.runtime import data_sharding, enable_compilation_cache, keep_bits
 from tim4rec_jax.training.checkpoints import Checkpoints
 from tim4rec_jax.training.log import (
     ProgressLine,
@@ -74,6 +74,9 @@ def train(config: Config, workdir: Path) -> dict:
     epochs, or earlier if more than `train.patience` epochs in a row had no NDCG@10 as good as the
     best one. Figures are compared as rounded to 4 decimals, and a tie counts as better, as in the
     published code. At the end the best model is tested, once.
+
+    A GPU leaves the same bits in every run only if XLA is told so before JAX compiles for the first
+    time (`tim4rec_jax.runtime.keep_bits`). `train_and_report` does it.
 
     It works in any thread. Ctrl-C and SIGTERM are asked for a checkpoint in the main thread only.
 
@@ -110,6 +113,7 @@ def train_and_report(
       UserError: as `train`.
       KeyboardInterrupt: likewise.
     """
+    keep_bits()
     enable_compilation_cache()
     silence_echoes()
     figures = _run(config, workdir, prepare, loggers)
