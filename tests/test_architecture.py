@@ -30,6 +30,7 @@ MAY_IMPORT |= {
     "training": (*LIBRARY, "evaluation"),
     "serving": (*LIBRARY, "evaluation", "data_prep"),
     "interop": LIBRARY,
+    "plan": (*LIBRARY, "training"),
     "presets": ("config", "models", "errors"),
     "configs": ("presets", "config"),
     "frames": ("errors",),
@@ -49,6 +50,7 @@ COMMANDS = {
     "tim4rec_jax.prepared",
     "tim4rec_jax.data_prep.__main__",
     "tim4rec_jax.interop.__main__",
+    "tim4rec_jax.plan.__main__",
     "tim4rec_jax.serving.__main__",
 }
 

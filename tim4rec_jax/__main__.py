@@ -26,6 +26,7 @@ _NAMES = {
     "python -m tim4rec_jax.serving": "tim4rec",
     "python -m benchmarks.compare": "tim4rec compare",
     "python -m data_prep": "tim4rec prepare",
+    "python -m tim4rec_jax.plan": "tim4rec plan",
     "python train.py": "tim4rec train",
     "python eval.py": "tim4rec eval",
     "train.py": "tim4rec train",
@@ -90,6 +91,12 @@ def _add_items(words: list[str]) -> None:
     main(words)
 
 
+def _plan(words: list[str]) -> None:
+    from tim4rec_jax.plan.__main__ import main
+
+    main(words, prog="tim4rec plan")
+
+
 def _serving(command: str) -> Callable[[list[str]], int | None]:
     def run(words: list[str]) -> int | None:
         from tim4rec_jax.serving.__main__ import main
@@ -110,6 +117,7 @@ COMMANDS = {
     "explain": Command("draw what a recommendation rests on", _serving("explain")),
     "compare": Command("train several models and compare them", _compare),
     "add-items": Command("have a run know new items by their features", _add_items),
+    "plan": Command("say what a training takes before it starts", _plan),
     "tune": Command("search settings by validation", _tune),
     "verify": Command("check that a run is whole", _verify),
 }

@@ -74,7 +74,7 @@ def test_scores_of_history_items_get_the_repeat_bias_once(x64):
 @pytest.mark.parametrize("offset", [None, -1.5])
 @pytest.mark.parametrize("rows", [7, 40])
 def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64, monkeypatch):
-    monkeypatch.setattr(full, "_block_rows", lambda items: 8)
+    monkeypatch.setattr(full, "block_rows", lambda items: 8)
     hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
     targets = jax.device_put(rng.integers(0, 20, rows))
     weights = jnp.asarray(rng.integers(0, 3, rows), jnp.float64)

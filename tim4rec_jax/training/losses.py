@@ -134,7 +134,7 @@ def _at(mask, targets):
     return jnp.take_along_axis(mask, targets[:, None], axis=1)[:, 0]
 
 
-def _block_rows(items: int) -> int:
+def block_rows(items: int) -> int:
     """Number of rows whose scores are held at once; on a CPU they stay in its cache."""
     elements = 2**20 if target().platform == "cpu" else 2**26
     return max(8, min(1024, elements // items) // 8 * 8)
@@ -183,7 +183,7 @@ def _forward(hidden, table, targets, weights, history):
     matmul = functools.partial(jnp.matmul, preferred_element_type=accumulate)
     narrow = table.astype(hidden.dtype)
 
-    size = _block_rows(table.shape[0])
+    size = block_rows(table.shape[0])
     numbers = jnp.arange(len(hidden))
     rows = _blocks(size, hidden, targets, weights.astype(accumulate), numbers)
 
