@@ -1,6 +1,7 @@
 """The study of the causal model: what it adds is zero at first, and then counts."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ SETTINGS = {
     "d_state": 2,
     "num_layers": 1,
 }
-SIZES = dict(n_items=9, max_length=6)
+SIZES: dict[str, Any] = dict(n_items=9, max_length=6)
 
 
 ADDED = ("as it is", "gap: networks", "gates", "bands")

@@ -275,6 +275,25 @@ def test_hstu_is_its_equations(x64):
     close(call(graph, params, items, gaps.astype(np.float64))[0], expected)
 
 
+def test_hstu_knows_the_next_time_if_it_is_told():
+    settings = {"name": "hstu", "hidden_size": 8, "knows_next_time": True}
+    model = small_model(settings, spread=0.3, n_items=ITEMS, max_length=LENGTH)
+
+    @jit
+    def at(graph, params, hidden, wait):
+        return nnx.merge(graph, params).at(hidden, wait)
+
+    hidden = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
+    waits = np.array([[0, 60, 86400], [1, 60, 86400]], np.float32)
+    told = at(*model, hidden, waits)
+    np.testing.assert_allclose(np.linalg.norm(told, axis=-1), 1 / 0.05, rtol=1e-5)
+    later = at(*model, hidden, waits + np.array([[0, 0, 0], [1, 0, 0]], np.float32))
+    assert np.abs(later - told).max(-1)[1, 0] > 1e-3
+    np.testing.assert_array_equal(
+        np.delete(later.reshape(6, 8), 3, 0), np.delete(told.reshape(6, 8), 3, 0)
+    )
+
+
 def layer_norm_by_hand(weights, x, eps):
     x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + eps)
     return weights["scale"] * x + weights["bias"]

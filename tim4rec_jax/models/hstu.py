@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import causal_mask, segment_positions, take_rows
 from tim4rec_jax.layers.basic import Dense, dropout, fold
+from tim4rec_jax.layers.time import NextTime, gap_features
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
 _NORM_EPS = 1e-6
@@ -28,6 +29,8 @@ class HSTUSettings(ModelSettings):
       hidden_dropout_prob: of item vectors and of the output of each layer.
       time_buckets: the largest bucket of distances in time.
       temperature: cosines are divided by it to get scores.
+      knows_next_time: whether predictions depend on the time of the next event. A recommender
+        knows that time only if it is asked at that moment.
     """
 
     hidden_size: int = 64
@@ -36,6 +39,7 @@ class HSTUSettings(ModelSettings):
     hidden_dropout_prob: float = rate(0.2)
     time_buckets: int = 128
     temperature: float = 0.05
+    knows_next_time: bool = False
 
     def __post_init__(self):
         super().__post_init__()
@@ -134,7 +138,8 @@ class HSTU(SequenceModel):
 
     - The loss is that of TiM4Rec's comparison.
     - Distances in time are measured from the last event. The paper measures them from the event to
-      be predicted, whose time no recommender knows beforehand.
+      be predicted, whose time no recommender knows beforehand. With `knows_next_time`, the time
+      until then enters as in TiM4Rec, by a `NextTime` behind the layers.
     """
 
     Settings = HSTUSettings
@@ -167,6 +172,8 @@ class HSTU(SequenceModel):
         self.layers = nnx.List(
             [HSTULayer(settings, length, **kwargs) for _ in range(settings.n_layers)]
         )
+        self.knows_next_time = settings.knows_next_time
+        self.next_time = NextTime(width, eps=_NORM_EPS, **kwargs) if self.knows_next_time else None
 
     def __call__(
         self,
@@ -204,6 +211,13 @@ class HSTU(SequenceModel):
         seen = (jnp.arange(length) <= end)[:, None, None]
         x = last.at(x, end, seen, buckets, fold(dropout_seeds, len(layers) + 1))
         return unit(x[:, 0]) / self.temperature
+
+    def at(self, hidden: Float[Array, "*batch D"], wait: Float[Array, "*batch"]) -> jax.Array:
+        """See `SequenceModel`."""
+        if self.next_time is None:
+            return super().at(hidden, wait)
+        h = self.next_time(hidden * self.temperature, gap_features(wait))
+        return unit(h) / self.temperature
 
     def item_table(self) -> Float[Array, "V D"]:
         """The vector of each item, of length 1."""
