@@ -348,7 +348,13 @@ def flags_of(study: Study, words: Sequence[str] | None) -> argparse.Namespace:
         f"All {SEEDS} seeds take about {total:g} processor hours ({told}).",
     )
     add = parser.add_argument
-    add("--datasets", nargs="+", default=list(study.datasets), choices=study.datasets)
+    add(
+        "--datasets",
+        nargs="*",
+        default=list(study.datasets),
+        metavar="DATASET",
+        help=f"of {', '.join(study.datasets)} (default: all); without a name: no training",
+    )
     add("--arms", nargs="+", metavar="ARM", help="names of arms (default: all)")
     add("--seeds", type=positive_count, default=SEEDS, help=f"from {FIRST_SEED} (default: {SEEDS})")
     add("--processes", type=positive_count, default=1, help="trainings at once (default: 1)")
@@ -358,6 +364,9 @@ def flags_of(study: Study, words: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="on a little synthetic data, to see that it works")
     add("--report", action="store_true", help="make picture and answer again, and nothing else")
     flags = parser.parse_args(words)
+    if unknown := sorted(set(flags.datasets) - set(study.datasets)):
+        known = ", ".join(study.datasets)
+        raise UserError(f"--datasets {unknown[0]}: the study has no such data set; it has {known}")
     if flags.quick:
         flags.runs, flags.seeds = flags.runs / "quick", 1
         flags.data = flags.runs / "data"

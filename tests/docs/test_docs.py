@@ -19,9 +19,8 @@ from tests.docs.pages import DOCS, PAGES, ROOT, Shell, blocks
 from tests.training.tiny_run import quick_config
 from tim4rec_jax.models import MODELS
 
-OWN = re.compile(
-    r"(tim4rec|python (-m (tim4rec_jax|data_prep|benchmarks|studies)\b|\w+/?\w+\.py)) "
-)
+MODULES = r"(tim4rec_jax|data_prep|benchmarks|studies)(\.\w+)*"
+OWN = re.compile(rf"(tim4rec|python (-m {MODULES}|\w+/?\w+\.py)) ")
 CODE = {page: blocks(page) for page in PAGES}
 # Pages whose Python trains or compiles as that of others does.
 ONLY_SLOW = {"README", "every-day", "item-features", "models", "protocols", "serving", "tune"}

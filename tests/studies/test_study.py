@@ -183,6 +183,8 @@ def test_quick_figures_never_become_results(tmp_path, monkeypatch):
         main(STUDIES["width"], ["--quick", "--out", str(RESULTS)])
     with pytest.raises(UserError, match="--arms none: there is no such arm; there are 16 x 32"):
         main(STUDIES["width"], ["--arms", "none"])
+    with pytest.raises(UserError, match="--datasets ml20m: the study has no such data set"):
+        main(STUDIES["width"], ["--datasets", "ml20m"])
     assert not any(tmp_path.iterdir())
 
 
