@@ -239,6 +239,7 @@ def draw(results: Results, figure: Any) -> None:
                 label=label if number == 0 else None,
             )
     ranks.set_xticks(range(len(by_width)), [str(width) for width in by_width])
+    ranks.set_xlim(-0.5, len(by_width) - 0.5)
     ranks.set(xlabel="width D; a stroke is a head of a layer", ylabel="effective rank")
     ranks.legend(frameon=False)
     for prefix, style in (("", "o-"), ("plain_", "s--")):

@@ -32,10 +32,8 @@ SYNTHETIC = {"users-300": 300, "users-1000": 1000, "users-3000": 3000}
 
 def arms(dataset: str, quick: bool) -> list[Arm]:
     """The usual model, and those that differ from it in one size."""
-    quick_sizes = [{"width": width, "state": 4, "head_width": 8} for width in (4, 8)]
-    made = dataset in (*SYNTHETIC, QUICK)
-    found, usual = [], quick_sizes[0] if quick else USUAL
-    for size in quick_sizes if quick else _sizes(dataset):
+    made, usual, found = dataset in (*SYNTHETIC, QUICK), _usual(dataset), []
+    for size in [usual, usual | {"width": 8}] if quick else _sizes(dataset):
         settings = (
             f"model.hidden_size={size['width']}",
             f"model.d_state={size['state']}",
@@ -56,6 +54,10 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
             )
         )
     return found
+
+
+def _usual(dataset: str) -> dict[str, int]:
+    return {"width": 4, "state": 4, "head_width": 8} if dataset == QUICK else USUAL
 
 
 def _name(size: dict[str, int]) -> str:
@@ -96,7 +98,7 @@ def by_width(results: Results, dataset: str) -> dict[int, Estimate]:
     """Validation NDCG@10 by width, other sizes as usual; the error is that of the test."""
     found = {}
     for width in sorted({row["width"] for row in results.select(dataset=dataset)}):
-        sizes = {"state": USUAL["state"], "head_width": USUAL["head_width"], "width": width}
+        sizes = _usual(dataset) | {"width": width}
         valid = results.level("valid_ndcg@10", dataset=dataset, **sizes)
         test = results.level(dataset=dataset, **sizes)
         if valid and test:
