@@ -30,6 +30,7 @@ class FakeClient:
 def scenario(monkeypatch, clients, most_waiting):
     """The first client is worked on while the others come; then one after the other leaves."""
     monkeypatch.setattr(admission, "_BUSY_SECONDS", 0.0)
+    monkeypatch.setattr(admission, "_BUSY_RATE", float("inf"))
     log = []
 
     async def run():
@@ -70,6 +71,59 @@ def test_who_pauses_goes_first(monkeypatch):
     log = scenario(monkeypatch, clients, 4)
     assert [name for what, name in log if what == "start"] == ["first", "modest", "usual", "greedy"]
     assert [name for what, name in log if what == "busy"] == ["worst"]
+
+
+@pytest.mark.parametrize("greed", [0.1, 0.9, None])
+def test_new_connections_take_turns_with_the_others(monkeypatch, greed):
+    """At one address, a single client of the other kind is neither refused nor kept waiting."""
+    clients = {"first": dict(address="x")}
+    clients |= {f"flood{number}": dict(address="x", greed=greed) for number in range(3)}
+    clients["single"] = dict(address="x", greed=0.5 if greed is None else None)
+    clients |= {f"more{number}": dict(address="x", greed=greed) for number in range(2)}
+    log = scenario(monkeypatch, clients, 3)
+    order = [name for what, name in log if what == "start"]
+    assert "single" in order[1:3]
+    # Of new connections, of which nothing is known, the one that came first has waited enough.
+    busy = ["flood0", "flood1", "flood2"] if greed is None else ["flood2", "more0", "more1"]
+    assert [name for what, name in log if what == "busy"] == busy
+
+
+def test_places_kept_for_the_modest():
+    """Three of four places are taken by those who ask at once; the last waits for the modest."""
+    log = []
+
+    async def run():
+        room = Admission({"/a": (4, 9), "": (1, 1)}).room("/a")
+        for name, options in {
+            **{f"greedy{number}": dict(address="x", greed=0.9) for number in range(4)},
+            "new": dict(address="x", greed=None),
+            "modest": dict(address="x", greed=0.2),
+            "alone": dict(address="y", greed=0.9),
+        }.items():
+            room.enter(FakeClient(log, **options), name)
+
+    asyncio.run(run())
+    assert [name for _, name in log] == ["greedy0", "greedy1", "greedy2", "modest"]
+
+
+def test_refusals_are_spread(monkeypatch):
+    """Ten in a second, the first after half a second, and none after more than one."""
+    due = []
+
+    class Loop:
+        def time(self):
+            return 10.0
+
+        def call_at(self, when, function):
+            due.append(round(when, 2))
+
+    monkeypatch.setattr(admission.asyncio, "get_running_loop", Loop)
+    monkeypatch.setattr(admission, "_BUSY_RATE", 10)
+    monkeypatch.setattr(admission, "_MAX_BUSY_SECONDS", 1.0)
+    room = Admission({"": (0, 0)}).room("/a")
+    for number in range(9):
+        room.enter(FakeClient([], "x"), number)
+    assert due == [10.5, 10.6, 10.7, 10.8, 10.9, 11.0, 11.0, 11.0, 11.0]
 
 
 def test_shares_and_addresses():

@@ -27,6 +27,7 @@ from pydantic import BaseModel
 from pydantic_core import from_json, to_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
 import tim4rec_jax
 from tim4rec_jax.errors import UserError
@@ -49,6 +50,16 @@ _PAGE_HEADERS = {
 }
 
 
+class _App(FastAPI):
+    """FastAPI behind a guard, which hands on what it does not answer itself."""
+
+    guard: Guard
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        await self.guard(scope, receive, send)
+
+
 def create_app(
     recommender: Recommender,
     *,
@@ -68,7 +79,7 @@ def create_app(
             pages from reaching a service that only listens to its own machine.
     """
     service = Service(recommender)
-    app = FastAPI(
+    app = _App(
         title="tim4rec-jax",
         version=tim4rec_jax.__version__,
         lifespan=service.running,
@@ -79,8 +90,8 @@ def create_app(
         dependencies=[] if token is None else [Depends(HTTPBearer(auto_error=False))],
     )
     app.state.service = service
-    app.add_middleware(
-        Guard,
+    app.guard = Guard(
+        super(_App, app).__call__,
         metrics=service.metrics,
         max_body=max_body,
         token=token,

@@ -17,7 +17,6 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from tim4rec_jax.serving.http.admission import (
-    NEW_CLIENT,
     USUAL_SECONDS,
     Admission,
     Room,
@@ -45,7 +44,8 @@ class Connection(HttpToolsProtocol):
 
     Attributes:
         address: what stands for the client among all clients.
-        greed: which share of its time the client waits for answers; see `Admission`.
+        greed: which share of its time the client waits for answers, `None` before the first one;
+            see `Admission`.
     """
 
     # Until when the client must have gone on; `None` while the service has its turn.
@@ -56,7 +56,8 @@ class Connection(HttpToolsProtocol):
     excess: tuple[int, str, str] | None = None  # what is too long about the request
     refused = False
     unread_since: float | None = None  # since when the client has not read its answer
-    address, greed = "", NEW_CLIENT
+    address = ""
+    greed: float | None = None
     # When the request that is answered had arrived, and when the one before was answered.
     asked = answered = 0.0
     # The request to be answered next, and whether only a part of it has arrived.

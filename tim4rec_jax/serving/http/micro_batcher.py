@@ -43,6 +43,7 @@ class Batcher:
         max_batch: int,
         max_waiting: int,
         max_seconds: int | float,
+        gather_seconds: int | float = 0.0,
         observe: Callable[[int], None] = lambda size: None,
     ):
         """Prepares a batcher; `run` must be running for calls to be answered.
@@ -54,10 +55,13 @@ class Batcher:
             max_batch: how many requests one call may have.
             max_waiting: how many requests may wait besides those that are computed.
             max_seconds: how long a request may wait.
+            gather_seconds: how long to wait for more after a batch of several. Callers who ask
+                again and again then make few full batches and not many small ones, which cost
+                nearly as much each. A caller who is alone does not wait.
             observe: called with the size of every batch.
         """
         self._function, self._max_batch, self._observe = function, max_batch, observe
-        self._max_seconds = max_seconds
+        self._max_seconds, self._gather_seconds = max_seconds, gather_seconds
         self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(max_waiting)
         self._thread = ThreadPoolExecutor(1, name)
 
@@ -68,14 +72,17 @@ class Batcher:
 
     async def run(self) -> None:
         """Serves requests until it is cancelled."""
-        loop = asyncio.get_running_loop()
+        loop, gather = asyncio.get_running_loop(), False
         try:
             while True:
+                if gather:
+                    await asyncio.sleep(self._gather_seconds)
                 waiting = [await self._queue.get()]
                 while not self._queue.empty() and len(waiting) < self._max_batch:
                     waiting.append(self._queue.get_nowait())
                 if batch := [one for one in waiting if _wanted(one, loop.time())]:
                     await self._serve(batch)
+                gather = self._gather_seconds > 0 and len(batch) > 1
         finally:
             self._thread.shutdown(wait=False, cancel_futures=True)
 

@@ -90,6 +90,7 @@ def serve(
     # What is there now stays, and need not be searched for garbage again and again.
     gc.collect()
     gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
     server = Server(app, load)
     if token or host.startswith("127."):

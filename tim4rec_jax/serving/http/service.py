@@ -27,7 +27,7 @@ from tim4rec_jax.serving.recommender import Recommendations, Recommender
 _LARGE_REQUEST = 500
 # Of each kind, how many requests are worked on at once, and how many may wait.
 _ROOMS = {
-    "/recommend": (64, 64),  # not more at once, or those whose turn it is wait for two batches
+    "/recommend": (28,100),  # of which 30 are kept by no modest client: a batch of 32 rows
     "/events": (128, 128),
     "/health": (32, 512),
     "/ready": (32, 512),
@@ -66,7 +66,9 @@ class Service:
         )
         self.reads = Batcher("reads", _read, max_batch=16, max_waiting=128, max_seconds=1.0)
         self.states = Batcher("states", _states, max_batch=16, max_waiting=64, max_seconds=2.0)
-        self.writes = Batcher("writes", _write, max_batch=64, max_waiting=256, max_seconds=2.0)
+        self.writes = Batcher(
+            "writes", _write, max_batch=64, max_waiting=256, max_seconds=2.0, gather_seconds=0.03
+        )
         self.checks = Batcher("checks", _call, max_batch=1, max_waiting=8, max_seconds=2.0)
         self.lookups = Batcher("lookups", _call, max_batch=1, max_waiting=16, max_seconds=1.0)
         self.admission = Admission(_ROOMS)
