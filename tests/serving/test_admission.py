@@ -13,8 +13,9 @@ from tim4rec_jax.serving.http.admission import Admission, address_of, greed_afte
 class FakeClient:
     """Notes what becomes of its requests, and works on each until it is told to stop."""
 
-    def __init__(self, log, address, greed=0.5, alive=True):
+    def __init__(self, log, address, greed=0.5, alive=True, half_closed=False):
         self.log, self.address, self.greed, self.alive = log, address, greed, alive
+        self.half_closed = half_closed
 
     def start(self, cycle, room):
         self.log.append(("start", cycle))

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import copy
+import gc
 import http.client
 import json
 import os
@@ -18,6 +19,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 pytest.importorskip("httpx2", reason="its test client needs httpx2")
 
 from fastapi.testclient import TestClient
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import tiny_recommender
@@ -424,6 +426,43 @@ def test_many_requests_at_once_on_one_connection(recommender):
         received = everything(connect(server, many[0] * 1000))
         assert 1 <= received.count("HTTP/1.1 200 OK") < 100
         assert "connection: close" in received
+
+
+def test_who_sends_no_more_is_answered(recommender):
+    whole = post("/recommend", HISTORY)
+    with served(recommender) as server:
+        for sent, statuses in {
+            b"": [],
+            whole: [200],
+            whole * 3: [200] * 3,
+            whole[:40]: [400],
+            whole[:-5]: [400],
+            whole + whole[:-5]: [200],
+        }.items():
+            open_socket = connect(server, sent)
+            open_socket.shutdown(socket.SHUT_WR)
+            answers = everything(open_socket).split("HTTP/1.1 ")[1:]
+            assert [int(answer[:3]) for answer in answers] == statuses
+            assert all("connection: close" in answer for answer in answers[-1:])
+
+
+def test_requests_leave_no_cycles_of_references(recommender):
+    """To find them Python would search all objects, and answer nobody for milliseconds."""
+    with served(recommender) as server:
+        gc.collect()
+        gc.disable()
+        try:
+            for _ in range(20):
+                kept = connect(server, post("/recommend", HISTORY) * 2)
+                kept.shutdown(socket.SHUT_WR)
+                assert everything(kept).count("200 OK") == 2
+            deadline = time.monotonic() + 20
+            while server.server_state.connections and time.monotonic() < deadline:
+                time.sleep(0.01)
+            left = sum(isinstance(one, RequestResponseCycle) for one in gc.get_objects())
+        finally:
+            gc.enable()
+    assert left < 5
 
 
 def test_another_log_is_no_new_run(tiny_data, recommenders):

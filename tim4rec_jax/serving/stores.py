@@ -162,13 +162,23 @@ class MemoryStore:
 
 
 _VERSION = 1
-_SCHEMA = f"""
+_SCHEMA = """
 CREATE TABLE events (
   user TEXT, timestamp INTEGER, number INTEGER, item TEXT, PRIMARY KEY (user, timestamp, number)
 ) WITHOUT ROWID;
 CREATE TABLE users (user TEXT PRIMARY KEY, events INTEGER, last INTEGER, model TEXT, state BLOB);
-PRAGMA user_version = {_VERSION};
 """
+# What to do, by the beginning of SQLite's name of an error.
+_REMEDIES = {
+    "SQLITE_READONLY": "make the file and its folder writable, or name another file",
+    "SQLITE_CANTOPEN": "name a file in a folder that exists and is writable",
+    "SQLITE_BUSY": "end the other process that writes to it, or wait for it",
+    "SQLITE_CORRUPT": "put a copy of the file in its place, or name another file",
+    "SQLITE_NOTADB": "name another file",
+    "SQLITE_FULL": "free space on the disk",
+    "SQLITE_IOERR": "see to the disk, or name another file",
+    "SQLITE_ERROR": "name another file",
+}
 
 
 class SQLiteStore:
@@ -186,7 +196,7 @@ class SQLiteStore:
             timeout: how many seconds to wait for other processes that write.
 
         Raises:
-            StoreError: the file cannot be opened.
+            StoreError: the file cannot be opened, or not be written to.
             UserError: the file is not such a store.
         """
         self.path = Path(path)
@@ -204,6 +214,8 @@ class SQLiteStore:
                 with self._transaction():
                     for statement in _SCHEMA.split(";") if self._is_new() else ():
                         self._connection.execute(statement)
+                    # Also where it is there already: only a write tells whether one can write.
+                    self._connection.execute(f"PRAGMA user_version = {_VERSION}")
                 self._reader = self._connect(timeout)
             except BaseException:
                 self._connection.close()
@@ -228,6 +240,21 @@ class SQLiteStore:
                 "name another file"
             )
         return not tables
+
+    def check(self) -> None:
+        """Reads the whole file, some seconds for each GB, to see whether it is sound.
+
+        Raises:
+            StoreError: it is damaged.
+        """
+        with self._naming_what_fails(), self._reading:
+            # Of a file with other tables than ours it would find nothing.
+            self._reader.execute("SELECT user, timestamp, number, item FROM events LIMIT 1")
+            self._reader.execute("SELECT user, events, last, model, state FROM users LIMIT 1")
+            [found] = self._reader.execute("PRAGMA quick_check(1)").fetchone()
+        if found != "ok":
+            remedy = _REMEDIES["SQLITE_CORRUPT"]
+            raise StoreError(f"the store {self.path} is damaged ({found}); {remedy}")
 
     def snapshots(self, users: Sequence[str], model: str) -> list[Snapshot]:
         """See `Store`."""
@@ -297,7 +324,7 @@ class SQLiteStore:
 
     def close(self) -> None:
         """Closes the file."""
-        with self._lock, self._reading:
+        with self._naming_what_fails(), self._lock, self._reading:
             self._reader.close()
             self._connection.close()
 
@@ -318,4 +345,7 @@ class SQLiteStore:
         try:
             yield
         except sqlite3.Error as error:
-            raise StoreError(f"the store {self.path} cannot be used: {error}") from error
+            name = getattr(error, "sqlite_errorname", "SQLITE_ERROR")  # Python's own have none
+            remedy = next((text for start, text in _REMEDIES.items() if name.startswith(start)), "")
+            message = f"the store {self.path} cannot be used: {error}"
+            raise StoreError(f"{message}; {remedy}" if remedy else message) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel, NewEvents
 from tim4rec_jax.serving.history import Events
-from tim4rec_jax.serving.stores import Change, Snapshot, Store
+from tim4rec_jax.serving.stores import Change, Snapshot, Store, StoreError
 from tim4rec_jax.serving.training_users import TrainingUsers
 
 NewOnes = list[tuple[int, int]]  # the items (as indices) and times of events of one user
@@ -114,8 +115,10 @@ class Users:
             with self._deleting:
                 # The store refuses the state of a user who has got an event meanwhile. But it
                 # could not tell the log of somebody who was deleted from a new one.
+                # Where the store cannot be written to, the state is right all the same.
                 if deletions == self._deletions:
-                    self.store.apply(changes, self.fingerprint)
+                    with contextlib.suppress(StoreError):
+                        self.store.apply(changes, self.fingerprint)
         return [states[user] for user in users]
 
     def delete(self, user: str) -> bool:

@@ -24,6 +24,7 @@ class Client(Protocol):
     """What a connection does for an `Admission`."""
 
     address: str
+    half_closed: bool  # whether it sends no more, so that it may have left
     greed: float | None  # `None` for a new connection, which has had no answer yet
 
     def start(self, cycle: Any, room: Room) -> None:
@@ -57,7 +58,9 @@ class Admission:
     A quarter of the places are kept free for modest clients, who need not wait for others to be
     done: those that spend less than half of their time waiting, or have one request in the service.
 
-    Refusals are held back, so that clients that ask again at once do not take all the time.
+    Who has closed the sending half of a connection may have left, so it gets no turn if it has to
+    wait for one, and is refused. Refusals are held back, so that clients that ask again at once do
+    not take all the time.
     """
 
     def __init__(self, rooms: dict[str, tuple[int, int]]):
@@ -127,7 +130,7 @@ class Room:
             client, cycle, since = one = self._first()
             if not self._has_place(client):
                 return
-            if now - since > _MAX_SECONDS:
+            if now - since > _MAX_SECONDS or client.half_closed:
                 self._refuse(one)
                 continue
             self._take(one)

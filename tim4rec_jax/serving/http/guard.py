@@ -135,7 +135,7 @@ async def _send(answer: Answer, scope: Scope, send: Send) -> None:
     """Sends an answer, through the connection itself where it is one of ours."""
     if connection := scope.get("tim4rec.connection"):
         await connection.flow.drain()
-        connection.respond(scope["tim4rec.cycle"], answer)
+        connection.respond(answer)
         return
     headers = answer.all_headers()
     await send({"type": "http.response.start", "status": answer.status, "headers": headers})

@@ -72,6 +72,8 @@ def serve(
     listener = listen(host, port)
     enable_compilation_cache()
     users = SQLiteStore(store, timeout=_STORE_SECONDS) if store else None
+    if users is not None:
+        users.check()
 
     def load() -> Recommender:
         recommender = Recommender.load(workdir, users, dataset, approximate=approximate)
@@ -90,7 +92,7 @@ def serve(
     # What is there now stays, and need not be searched for garbage again and again.
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
+    gc.set_threshold(10_000)  # of what is there only for a moment, there may be much under load
     print(f"{len(recommender.catalogue):,} items at http://{host}:{port}", flush=True)
     server = Server(app, load)
     if token or host.startswith("127."):
