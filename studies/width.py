@@ -180,12 +180,16 @@ def draw(results: Results, figure: Any) -> None:
     left.legend(frameon=False, fontsize=8)
     best, counts = best_widths(results), events_of(results)
     events = [counts[dataset] for dataset in best]
+    right.set(xlabel="events in training", ylabel="best width")
+    if not best:
+        right.text(0.5, 0.5, "not run yet", ha="center", transform=right.transAxes)
+        return
     right.plot(events, list(best.values()), "o")
     if len(best) >= 2:
         exponent, constant = rule(best, counts)
         ends = np.array([min(events), max(events)])
         right.plot(ends, np.exp(constant) * ends**exponent, color=COLORS[1])
-    right.set(xscale="log", yscale="log", xlabel="events in training", ylabel="best width")
+    right.set(xscale="log", yscale="log")
 
 
 STUDY = Study(
