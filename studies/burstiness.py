@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from studies import high_dimension
-from studies.report import COLORS, Estimate, Results, Row, join, named, panels, select
+from studies.report import COLORS, Estimate, Results, Row, join, named, panels, select, short
 from studies.study import Arm, Study, Training, by_arm, difference, main
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data_prep import synthetic
@@ -92,11 +92,18 @@ def generate(name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return items, gaps.cumsum(1), long
 
 
-def room(name: str) -> float:
-    """What knowing the time is worth at best in NDCG@10 on a synthetic log."""
+@cache
+def ceilings(name: str) -> tuple[float, float]:
+    """The best NDCG@10 with time, and that of a model that knows no time and no earlier items."""
     items, _, long = generate(name)
     best = synthetic.ceilings(items[:, -2], long[:, -2], ITEMS)
-    return best["with_time"]["ndcg@10"] - best["time_blind"]["ndcg@10"]
+    return best["with_time"]["ndcg@10"], best["time_blind"]["ndcg@10"]
+
+
+def room(name: str) -> float:
+    """What knowing the time is worth in NDCG@10 on a synthetic log, next to the last item alone."""
+    with_time, without = ceilings(name)
+    return with_time - without
 
 
 def make_log(folder: Path, quick: bool) -> None:
@@ -187,15 +194,23 @@ def answer(results: Results) -> list[str]:
                 f"users (variation {bursty:.1f}) by {high}, and that of the steadiest "
                 f"(variation {steady:.1f}) by {low}: {apart.compared()} for bursty users."
             )
-    shares = []
+    shares, levels = [], []
     for process in PROCESSES:
-        if gap := results.difference(process, f"causal {WIDTH}"):
+        gap = results.difference(process, f"causal {WIDTH}")
+        plain = results.level(dataset=process, arm=f"causal {WIDTH} without time")
+        if gap and plain:
             share, error = 100 * gap.value / room(process), 100 * gap.error / room(process)
             shares.append(f"{share:.0f} ± {error:.0f} % ({process})")
+            without = ceilings(process)[1]
+            levels.append(f"{short(plain.value - without)} ± {short(plain.error)} ({process})")
     if shares:
         sentences.append(
-            "On the synthetic logs of equal rate and equal rule, the model with time gains this "
-            f"share of what time is worth at best: {join(shares)}."
+            "On the synthetic logs of equal rate and equal rule, time gains this share of what it "
+            f"is worth next to the last item alone: {join(shares)}."
+        )
+        sentences.append(
+            "The model without time differs by this from the best NDCG@10 that the last item alone "
+            f"allows: {join(levels)}; what is above it was read from the earlier items."
         )
     return sentences or ["No model has been run both with time and without."]
 
