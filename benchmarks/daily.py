@@ -141,8 +141,7 @@ def replay(flags: argparse.Namespace, log: Dataset) -> Iterator[Outcome]:
             f"dataset={data}",
             "data.split=global_time",
             f"data.valid_from={int(end - share)}",
-            # The next day tests. A training wants a test of its own, which may be a small one.
-            f"data.test_from={int(end - share / 10)}",
+            f"data.test_from={int(end - share / 2)}",
             *flags.options,
         ]
         for arm in (ANEW, *flags.warm):
@@ -269,7 +268,7 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--first", type=int, required=True, help="the first day, after which all begin alike")
     add("--last", type=int, help="the last day (default: the last but one of the log)")
     add("--warm", action="append", default=[], help="settings of a warm start, e.g. epochs=2")
-    add("--held-out", type=float, default=0.2, help="share of a day that validates (default: .2)")
+    add("--held-out", type=float, default=0.1, help="share of a day that validates (default: .1)")
     add("--runs", type=Path, default=Path("runs/daily"), help="folder of the runs")
     add("--out", type=Path, default=Path("runs/daily/table"), help="files to write, no suffix")
     add("--name", default="log", help="of the log, in the tables of results")

@@ -119,7 +119,7 @@ def test_all_libraries_and_files_make_the_same_data(data, tmp_path):
         ({}, {"kcore": 3}, "kcore is no keyword of prepare; nearest: k_core"),
         ({}, {"k_core": 0}, "k_core: '0' is no whole number"),
         ({}, {"command": "x"}, "command is no keyword"),
-        ({"at": FIRST * 1000}, {}, 'time_unit="ms"'),
+        ({"at": FIRST * 1000}, {}, '192 rows; pass time_unit="ms"'),
         ({"at": None}, {}, 'the time is empty; correct it or pass on_bad_row="skip"'),
         ({"sku": 1.5}, {}, "column 'sku' holds double"),
         ({"sku": True}, {}, "column 'sku' holds bool"),

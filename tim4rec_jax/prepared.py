@@ -165,6 +165,7 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
     except UserError as error:
         said = str(error).replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
         said = said.replace(str(table), "the table")
+        said = said.replace("give `python -m data_prep table` the flag ", "pass ")
         said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)
         said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
         raise UserError(said) from error

@@ -62,6 +62,15 @@ def test_titles_are_shown_and_are_no_feature(run, write, features):
     assert tuple(found) == features
 
 
+def test_spaces_belong_to_an_id_and_to_no_value(run, write):
+    spaced = [text.replace("i3,", "  i3,") for text in (LOG, ITEMS.replace("a|b", " a|b "))]
+    files = write("log.csv", spaced[0]), write("items.csv", spaced[1])
+    ds = run("table", files[0], "--item-features", files[1])
+    assert "  i3" in ds.item_ids.to_pylist()
+    assert ds.metadata["item_features"]["items"] == 6
+    assert "a|b" in ds.features.features[0].vocabulary
+
+
 def test_items_without_events_follow_all_others(run, write):
     flags = ("--item-features", write("items.csv", ITEMS + "new,b,7.5,1990\n"), "--keep-items")
     ds = run("table", write("log.csv", LOG), *flags)

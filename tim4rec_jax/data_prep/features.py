@@ -228,10 +228,12 @@ class _Part:
         else:
             read = _csv_rows if kind == "csv" else _json_rows
             names, rows, self.lines = read(source)
-            columns = {
-                name: _as_array(source, name, [row[place] for row in rows])
-                for place, name in enumerate(names)
-            }
+            columns = {}
+            for place, name in enumerate(names):
+                values = [row[place] for row in rows]
+                if kind == "csv" and name != choices.item:  # ids are those of the log, spaces too
+                    values = [value and value.strip() for value in values]
+                columns[name] = _as_array(source, name, values)
         if twins := [name for name, n in collections.Counter(names).items() if n > 1]:
             raise UserError(f"{source}: two columns are called {twins[0]!r}; rename one of them")
         shown = () if choices.title is None else (choices.title,)
@@ -345,7 +347,7 @@ def _csv_rows(source: files.SourceFile) -> Rows:
                     "correct the line"
                 )
             if fields:
-                rows.append([field.strip() or None for field in fields])
+                rows.append([field if field.strip() else None for field in fields])
                 lines.append(start)
             start = reader.line_num + 1
     return names, rows, lines

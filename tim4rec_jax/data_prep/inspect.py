@@ -93,6 +93,10 @@ def usual_times(ds: Dataset) -> tuple[int, int]:
     high = int(np.searchsorted(before, ds.n_events - few))
     if high + 1 - low >= len(counts) / 2:
         return first, last
+    # Events that are no farther from these times than they last are near.
+    lasting, some = high + 1 - low, np.flatnonzero(counts)
+    low = some[np.searchsorted(some, low - lasting)]
+    high = some[np.searchsorted(some, high + lasting, side="right") - 1]
     return max(first, int(edges[low])), min(last, int(edges[high + 1]))
 
 
@@ -111,17 +115,22 @@ def doubts(ds: Dataset) -> list[str]:
     )
     if far:
         first = min(int(chunk.timestamps.min()) for chunk in ds.chunks)
+        ends = {f"the first is of {day(first)}": "--since"} if first < start else {}
+        ends |= {f"the last is of {day(last)}": "--until"} if last > end else {}
         found.append(
-            f"{far:,} of {ds.n_events:,} events are far from all others, which are from "
-            f"{day(start)} to {day(end)}; the first is of {day(first)} and the last of "
-            f"{day(last)}; --since and --until leave them out"
+            f"{far:,} of {ds.n_events:,} events {'are' if far > 1 else 'is'} far from all others, "
+            f"which are from {day(start)} to {day(end)}; {' and '.join(ends)}; "
+            f"{' and '.join(ends.values())} can leave out such events"
         )
     busy = ds.lengths > max(MANY_EVENTS, 50 * np.median(ds.lengths))
     if busy.any():
+        few, most, count = ds.lengths[busy].min(), ds.lengths.max(), int(busy.sum())
+        who = "1 user has" if count == 1 else f"{count:,} users have"
+        each = f"{most:,}" if few == most else f"{few:,} to {most:,}"
         found.append(
-            f"{int(busy.sum()):,} users have {ds.lengths[busy].min():,} to {ds.lengths.max():,} "
-            f"events each, {ds.lengths[busy].sum() / ds.n_events:.0%} of all; they may be programs "
-            "and not people"
+            f"{who} {each} events{' each' * (count > 1)}, "
+            f"{ds.lengths[busy].sum() / ds.n_events:.0%} of all; "
+            + ("it may be a program and no person" if count == 1 else "they may be no people")
         )
     return found
 

@@ -91,8 +91,8 @@ def read_file(
         if unit and 2 * count > kept[0][0]:
             raise UserError(
                 f"{_place(file, layout, row - first)}: {problem} ({value}), and so for {count:,} "
-                f"of {kept[0][0]:,} rows; read the file with `python -m data_prep table` and "
-                f"--time-unit {unit}"
+                f"of {kept[0][0]:,} rows; give `python -m data_prep table` the flag --time-unit "
+                f"{unit}"
             )
     if bad and not skip:
         problem, row, value, _ = bad[0]
