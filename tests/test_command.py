@@ -62,6 +62,8 @@ def test_help_of_the_preparation(tim4rec):
         (["recommend"], "see `tim4rec recommend --help`"),
         (["prepare", "table", "--out=o"], "`tim4rec prepare table --help`"),
         (["verify", "nosuch"], "nosuch is no run directory"),
+        (["verify", "--workdir", "nosuch"], "nosuch is no run directory"),
+        (["recommend", "--workdir", "a", "--k", "3"], "see `tim4rec recommend --help`"),
     ],
 )
 def test_mistakes(tim4rec, words, says, tmp_path, monkeypatch):

@@ -45,7 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int | None:
     _add_export(commands)
     _add_explain(commands)
     _add_serve(commands)
-    flags = parser.parse_args(arguments)
+    flags, unknown = parser.parse_known_args(arguments)
+    if unknown:  # argparse would name the help of all commands
+        commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return flags.run(flags)
 
 
