@@ -150,6 +150,27 @@ def check_plain(folder: Path) -> None:
 
 
 @contextmanager
+def table_writer(path: Path, schema: Any) -> Iterator[Any]:
+    """Opens a table that is written part by part: CSV if its name ends in `.csv`, else Parquet.
+
+    Args:
+      path: the file to write or to replace; see `atomic_write`.
+      schema: its columns, as Arrow has them.
+
+    Yields:
+      What has the method `write_table`.
+
+    Raises:
+      UserError: as for `atomic_write`.
+    """
+    from pyarrow import csv, parquet
+
+    kind = csv.CSVWriter if path.suffix.lower() == ".csv" else parquet.ParquetWriter
+    with atomic_write(path) as file, kind(file, schema) as writer:
+        yield writer
+
+
+@contextmanager
 def atomic_write(path: Path, mode: Literal["wb", "w"] = "wb") -> Iterator[IO[Any]]:
     """Opens a temporary file beside `path`, which takes the place of `path` when the block ends.
 

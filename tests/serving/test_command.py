@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 
@@ -267,6 +268,14 @@ def test_whatever_the_preparation_reads(run, tmp_path):
         assert printed.count("skipped 1 rows: the ") == (2 if name == "e.csv.gz" else 0)
     for table in found.values():
         assert table == found["old.parquet"]
+    flags = ["--events", tmp_path / "old.parquet", "--out", tmp_path / "out.csv"]
+    assert run("batch", "--workdir=run", *flags)[0] == 0
+    written = pa_csv.read_csv(tmp_path / "out.csv")
+    assert written.column_names == table.column_names
+    assert (
+        written["item"] == table["item"]
+        and written["rank"].to_pylist() == table["rank"].to_pylist()
+    )
 
 
 def test_what_a_killed_job_left_is_cleared(run, tmp_path):

@@ -105,7 +105,7 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
         "--predictions",
         type=named_file,
         metavar="FILE",
-        help="the best items of every user to a Parquet file: user, rank, item, score",
+        help="the best items of every user to a file: user, rank, item, score",
     )
     add("--top-k", type=_count, default=10, metavar="K", help="how many of them (default: 10)")
     add("--dataset", type=Path, help="the prepared dataset, if it has moved since the training")

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from flax import nnx
 from jax.sharding import PartitionSpec
 from jaxtyping import Int32
@@ -29,7 +28,7 @@ from tim4rec_jax.data.splits import Split
 from tim4rec_jax.evaluation import ranking
 from tim4rec_jax.evaluation.beyond_accuracy import BeyondAccuracy
 from tim4rec_jax.evaluation.metrics import KS, Ties, metrics, tested
-from tim4rec_jax.files import atomic_write
+from tim4rec_jax.files import table_writer
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 from tim4rec_jax.runtime import check_memory, data_sharding
 from tim4rec_jax.scoring import HistoryItems
@@ -224,10 +223,10 @@ def write_predictions(
 ) -> int:
     """Writes the `k` best items of every user with a target in the split, best first.
 
-    The Parquet file has one row per user and item: `user`, `rank` (1 is best), `item` and `score`,
-    with the ids of the source. Users with short histories come first. Batches are written as they
-    are computed; the file appears under its name only when it is complete. The metadata of its
-    schema name the dataset and its content.
+    The file is CSV if its name ends in `.csv`, else Parquet. It has a row for each user and item:
+    `user`, `rank` (1 is best), `item` and `score`, with the ids of the source. Users with short
+    histories come first. Batches are written as they are computed; the file appears under its name
+    only when it is complete. The schema of a Parquet file names the dataset and its content.
 
     Args:
         path: the file to write.
@@ -255,7 +254,7 @@ def write_predictions(
             "tim4rec.content": json.dumps(ds.metadata.get("content", {})),
         }
     )
-    with atomic_write(path) as file, pq.ParquetWriter(file, schema) as writer:
+    with table_writer(path, schema) as writer:
         for batch, (scores, items) in _score_batches(
             model, batches, split, _best(k), exclude_seen=exclude_seen, progress=progress
         ):

@@ -166,7 +166,13 @@ def _add_batch(commands: Any) -> None:
         metavar="FILE",
         help="CSV, TSV, JSON lines or Parquet, plain or gzip; globs",
     )
-    add("--out", type=named_file, required=True, metavar="FILE", help="the Parquet file to write")
+    add(
+        "--out",
+        type=named_file,
+        required=True,
+        metavar="FILE",
+        help="the file to write: CSV if its name ends in .csv, else Parquet",
+    )
     _add_run_flags(parser)
     _add_ranking_flags(parser)
     add("--user", metavar="COLUMN", help="who (default: user_id, or user if there is such one)")

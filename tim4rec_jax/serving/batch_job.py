@@ -25,7 +25,7 @@ from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
 from tim4rec_jax.data_prep.sources import SOURCES
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import atomic_write
+from tim4rec_jax.files import table_writer
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.history import Events
 from tim4rec_jax.serving.recommender import Recommender
@@ -95,7 +95,8 @@ def recommend_all(
         recommender: the model.
         events: files with events in any order, as `python -m data_prep table` takes them: CSV,
             TSV, JSON lines or Parquet, plain or gzip, globs of them.
-        out: the Parquet file to write. It appears under its name only when it is complete.
+        out: the file to write, CSV if its name ends in `.csv`, else Parquet. It appears under its
+            name only when it is complete.
         columns: the names of the columns of the events.
         allow_unknown: whether there may be items that the model does not know; they are left out.
         on_bad_row: whether a row that cannot be used is an error, or is left out and counted.
@@ -142,7 +143,7 @@ def recommend_all(
             ]
         )
         ids = pa.array(catalogue.ids)
-        with atomic_write(out) as file, pq.ParquetWriter(file, schema) as writer:
+        with table_writer(out, schema) as writer:
             for part in source.parts():
                 bar.update(task, description="recommending", total=source.count)
                 scores, items = _rank_by_length(recommender, part.events, options)
