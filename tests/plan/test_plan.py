@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -37,7 +38,7 @@ def compiled_step(config, found, rows, microbatches):
     }
     frequencies = None
     if config.train.loss == "sampled_softmax":
-        frequencies = item_frequencies(jnp.ones(found.rows - 1, jnp.int32).__array__())
+        frequencies = item_frequencies(np.ones(found.rows - 1, np.int64))
     return train_step.lower(state, batch, settings, frequencies).compile()
 
 

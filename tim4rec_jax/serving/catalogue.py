@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from jaxtyping import Int32, Int64
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE, read_items, read_metadata
+from tim4rec_jax.data.ids import IdIndex, Texts
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 
@@ -25,7 +26,8 @@ class Catalogue:
     Attributes:
         directory: the folder of the dataset or of the run.
         metadata: the content of its `dataset.json`.
-        ids: the original id of every item; the item with index i is at position i - 1.
+        ids: the original id of every item; the item with index i is at position i - 1. It is a
+            list that Arrow holds.
         counts: the number of events of every item, likewise.
         titles: the title of every item, likewise, `None` for an item without one. The list is
             empty if the dataset has no titles.
@@ -40,23 +42,23 @@ class Catalogue:
         self.directory = directory
         self.metadata = read_metadata(directory)
         table = read_items(directory, self.metadata)
-        self.ids: list[str] = table.column("item").to_pylist()
+        ids = Texts(table.column("item"))
+        self.ids: Sequence[str] = ids
         self.counts: Int64[np.ndarray, " V"] = table.column("count").to_numpy()
         has_titles = "title" in table.column_names
-        self.titles: list[str | None] = table.column("title").to_pylist() if has_titles else []
-        self._index = {item: index for index, item in enumerate(self.ids, 1)}
+        self.titles: Sequence[str | None] = Texts(table.column("title")) if has_titles else []
+        self._index = IdIndex(ids.array)
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def indices(self, items: Iterable[Any]) -> Int32[np.ndarray, " items"]:
         """The index of each id, 0 for an unknown one; a number counts as its decimal digits."""
-        get = self._index.get
-        return np.fromiter((get(str(item), 0) for item in items), np.int32)
+        return self._index.find([str(item) for item in items]) + np.int32(1)
 
     def title(self, item: str) -> str | None:
         """The title of an item, or `None` where it has none."""
-        index = self._index.get(item, 0)
+        [index] = self.indices([item])
         return self.titles[index - 1] if self.titles and index else None
 
     def search(self, query: str, limit: int) -> list[int]:

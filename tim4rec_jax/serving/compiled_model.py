@@ -32,6 +32,7 @@ MAX_ROWS = 1024  # how many histories are computed at once
 # each number of users; the loop itself ends after the last event.
 _STEPS = (1, 16, 512)
 _MIN_WIDTH = 8
+_IDS_AT_ONCE = 1 << 16
 # The sizes of a service. A CPU gains nothing by more rows, and the step loop ends after the last
 # event of each user, whatever there is room for.
 _SERVICE_ROWS, _SERVICE_WIDTH = (1, 4, 16, 32, 64), 32
@@ -382,8 +383,14 @@ def _pack(carry: Any, rows: int) -> list[bytes]:
 
 
 def _fingerprint(config: Config, params: list[Any], item_ids: Sequence[str]) -> str:
-    settings = [config.model.to_dict(), config.data.convention, list(item_ids)]
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    # The digest of the JSON text of all of it, which millions of ids never are at once.
+    settings = json.dumps([config.model.to_dict(), config.data.convention], sort_keys=True)
+    digest, between = hashlib.sha256(f"{settings[:-1]}, [".encode()), ""
+    for first in range(0, len(item_ids), _IDS_AT_ONCE):
+        ids = json.dumps(list(item_ids[first : first + _IDS_AT_ONCE]))
+        digest.update(f"{between}{ids[1:-1]}".encode())
+        between = ", "
+    digest.update(b"]]")
     for leaf in params:
         digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()

@@ -7,11 +7,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int64
 
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data.format import DATASET_FILE, SEQUENCES_GLOB, read_metadata
+from tim4rec_jax.data.ids import IdIndex
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.run import check_same_dataset
 from tim4rec_jax.serving.history import Events
@@ -20,8 +20,8 @@ from tim4rec_jax.serving.history import Events
 class TrainingUsers:
     """Looks up what users did in the dataset that a model was trained on.
 
-    The dataset is opened at the first look-up, or by `open`. An index of 16 bytes for each user is
-    kept in memory; events stay in the mapped files.
+    The dataset is opened at the first look-up, or by `open`. An index of 12 bytes for each user is
+    kept in memory; events and ids stay in the mapped files.
 
     Attributes:
         directory: the dataset.
@@ -49,18 +49,15 @@ class TrainingUsers:
 
     def find(self, user: str) -> Events | None:
         """All events of a user in order of time, or `None` if the training had no such user."""
-        dataset, hashes, rows = self._index
-        place = int(np.searchsorted(hashes, hash(user)))
-        while place < len(hashes) and hashes[place] == hash(user):
-            row = int(rows[place])
-            if str(dataset.user_ids[row].as_py()) == user:
-                starts, lengths = dataset.offsets[row : row + 1], dataset.lengths[row : row + 1]
-                width = int(lengths[0])
-                items = dataset.items(starts, lengths, width)[0]
-                times = dataset.timestamps(starts, lengths, width)[0]
-                return Events(items, times, np.array([0, width]))
-            place += 1
-        return None
+        dataset, index = self._index
+        row = int(index.find([user])[0])
+        if row < 0:
+            return None
+        starts, lengths = dataset.offsets[row : row + 1], dataset.lengths[row : row + 1]
+        width = int(lengths[0])
+        items = dataset.items(starts, lengths, width)[0]
+        times = dataset.timestamps(starts, lengths, width)[0]
+        return Events(items, times, np.array([0, width]))
 
     def merge(self, before: Events, after: Events) -> Events:
         """Joins a user's events of the training with those that a store holds.
@@ -92,13 +89,10 @@ class TrainingUsers:
         return Events(items, times, np.array([0, len(items)]))
 
     @functools.cached_property
-    def _index(self) -> tuple[Dataset, Int64[np.ndarray, " U"], Int64[np.ndarray, " U"]]:
-        """The dataset, the sorted hashes of the ids, and the row of each hash."""
+    def _index(self) -> tuple[Dataset, IdIndex]:
+        """The dataset, and where each user stands in it."""
         dataset = open_dataset(self.directory)
-        ids = (str(user) for part in dataset.user_ids.chunks for user in part.to_pylist())
-        hashes = np.fromiter(map(hash, ids), np.int64)
-        rows = np.argsort(hashes, kind="stable")
-        return dataset, hashes[rows], rows
+        return dataset, IdIndex(dataset.user_ids)
 
 
 def of_run(workdir: Path, config: Config, dataset: Path | None) -> TrainingUsers | None:
