@@ -4,28 +4,39 @@ import contextlib
 import math
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from tim4rec_jax.errors import UserError
 
+# The axes of a mesh of devices: the rows of a batch are split along the first one. Tables of items
+# are split over both, where they are split.
+AXES = ("data", "items")
+
 
 class Placement(NamedTuple):
-    """How arrays lie on the devices of this process.
+    """How arrays lie on devices.
 
     Attributes:
-      devices: how many devices hold the rows of a batch.
+      devices: how many devices the rows of a batch are split over.
       by_row: the sharding of an array with a row for each sample: the rows are split evenly.
       replicated: the sharding of parameters: each device holds all of them.
+      by_item: the sharding of tables with a row for each item. None: they are replicated too.
     """
 
     devices: int
     by_row: NamedSharding
     replicated: NamedSharding
+    by_item: NamedSharding | None = None
+
+    @property
+    def mesh(self) -> Mesh:
+        """The devices."""
+        return self.replicated.mesh  # type: ignore[return-value]  # no abstract mesh
 
 
 def data_sharding(rows: int) -> Placement:
@@ -36,13 +47,65 @@ def data_sharding(rows: int) -> Placement:
         number of devices is used that divides `rows`.
     """
     devices = jax.local_devices()
-    devices = devices[: math.gcd(len(devices), rows)]
-    mesh = Mesh(np.asarray(devices), ("batch",))
+    return _placement(make_mesh(math.gcd(len(devices), rows), 1, devices))
+
+
+def item_sharding(rows: int, data: int | None, items: int) -> Placement:
+    """Spreads batches and tables of items over the devices of all processes.
+
+    Args:
+      rows: number of rows in a batch.
+      data: number of devices, or groups of devices, that share the rows. None: as many as there
+        are.
+      items: number of devices in a group. They compute scores of the same rows, of other items.
+
+    Raises:
+      UserError: there are fewer devices, or they cannot share the rows.
+    """
+    every = len(jax.devices())
+    data = math.gcd(max(every // items, 1), rows) if data is None else data
+    if data * items > every:
+        raise UserError(
+            f"config.mesh asks for {data} x {items} devices, and there are {every}; lower "
+            "config.mesh.data or config.mesh.catalogue (JAX_NUM_CPU_DEVICES=8 simulates eight)"
+        )
+    if rows % data:
+        raise UserError(
+            f"{rows} rows cannot be shared by config.mesh.data={data}; take a multiple of it for "
+            "config.train.batch_size"
+        )
+    placement = _placement(make_mesh(data, items, jax.devices()))
+    return placement._replace(by_item=NamedSharding(placement.mesh, PartitionSpec(AXES)))
+
+
+def make_mesh(data: int, items: int, devices: Sequence[jax.Device]) -> Mesh:
+    """A mesh of the first `data * items` devices."""
+    kinds = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, items), AXES, kinds, devices=devices[: data * items])
+
+
+def _placement(mesh: Mesh) -> Placement:
     return Placement(
-        devices=len(devices),
-        by_row=NamedSharding(mesh, PartitionSpec("batch")),
+        devices=mesh.shape["data"],
+        by_row=NamedSharding(mesh, PartitionSpec("data")),
         replicated=NamedSharding(mesh, PartitionSpec()),
     )
+
+
+def put(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts arrays of the host on the devices of all processes, each of which has all of them."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
+
+
+def put_rows(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts rows of a batch on the devices, of which each process has its own."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, sharding)
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def enable_compilation_cache() -> None:

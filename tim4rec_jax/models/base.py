@@ -136,6 +136,9 @@ class SequenceModel(nnx.Module):
     needs_users = False  # whether `encode` takes `users`
     needs_item_counts = False  # whether the constructor reads `DataSizes.item_counts`
     special_rows = 1  # number of rows of `item_embedding` that are no items
+    # Parameters with a row for each item, which devices can have parts of. A model with other ones
+    # than the item table names them; one that computes with whole tables names none.
+    item_rows: ClassVar[tuple[str, ...]] = ("item_embedding/embedding",)
     # Defaults of training, which a configuration can change.
     default_objective = "prefix"  # a model with "cloze" is trained with this objective only
     default_patience = 10  # epochs without improvement before training stops

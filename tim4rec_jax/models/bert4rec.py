@@ -64,6 +64,7 @@ class BERT4Rec(SequenceModel):
     Settings = BERT4RecSettings
     default_objective = "cloze"
     special_rows = 2
+    item_rows = (*SequenceModel.item_rows, "output_bias")
 
     def __init__(
         self,
@@ -157,8 +158,9 @@ class BERT4Rec(SequenceModel):
 
     def item_table(self) -> Float[Array, "V D"]:
         """The vectors of the items, without the mask, and their biases in the last column."""
-        vectors = self.item_vectors()[: self.n_items + 1]
-        return jnp.concatenate([vectors, self.output_bias[...][:, None]], axis=1)
+        vectors, biases = self.item_vectors(), self.output_bias[...][:, None]
+        count = self.n_items + 1
+        return jnp.concatenate([vectors[:count], biases[:count]], axis=1)
 
     def _head(self, h):
         h = self.head_norm(gelu(self.head(h)))

@@ -65,6 +65,7 @@ class Caser(SequenceModel):
 
     Settings = CaserSettings
     needs_users = True
+    item_rows = ()  # `penalty` needs the whole table
 
     def __init__(
         self,

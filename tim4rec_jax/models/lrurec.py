@@ -47,6 +47,7 @@ class LRURec(CausalBlocks):
     """
 
     Settings = LRURecSettings
+    item_rows = (*CausalBlocks.item_rows, "score_bias")
 
     def __init__(
         self,

@@ -20,6 +20,7 @@ class Popularity(SequenceModel):
 
     causal = supports_step = True
     needs_item_counts = True
+    item_rows = ()
     default_epochs = 1
 
     def __init__(

@@ -140,7 +140,7 @@ def block_rows(items: int) -> int:
     return max(8, min(1024, elements // items) // 8 * 8)
 
 
-def _blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+def blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts arrays [N, ...] into [blocks, rows, ...]; zeros complete the last block."""
     count = -(-arrays[0].shape[0] // rows)
 
@@ -185,7 +185,7 @@ def _forward(hidden, table, targets, weights, history):
 
     size = block_rows(table.shape[0])
     numbers = jnp.arange(len(hidden))
-    rows = _blocks(size, hidden, targets, weights.astype(accumulate), numbers)
+    rows = blocks(size, hidden, targets, weights.astype(accumulate), numbers)
 
     def block(i, carry):
         loss, d_hidden, d_table, d_bias = carry

@@ -86,7 +86,7 @@ def draw_by_frequency(
       look_up: gives rows of `frequencies.within` by their numbers, int32 [count, block]. None: they
         are all in this array.
     """
-    event = _below(jax.random.bits(key, (count, 2)), frequencies.ends[-1])
+    event = _below(jax.random.bits(key, (count, 2), jnp.uint32), frequencies.ends[-1])
     block = _search(frequencies.ends, event)
     before = jnp.where((block > 0)[:, None], frequencies.ends[block - 1], 0)
     event = _subtract(event, before)
