@@ -27,6 +27,7 @@ def text() -> str:
         ("", "The run"),
         ("data", "Data: `data.`"),
         ("train", "Training: `train.`"),
+        ("mesh", "Devices: `mesh.`"),
         ("eval", "Evaluation: `eval.`"),
     ):
         rows = [

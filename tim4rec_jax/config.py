@@ -36,7 +36,8 @@ TIME = Check(
 
 
 LOGGERS = ("tensorboard", "mlflow")
-LOSSES = ("cross_entropy", "sampled_softmax", "gbce", "bpr")
+SAMPLED_LOSSES = ("sampled_softmax", "gbce", "bpr")
+LOSSES = ("cross_entropy", *SAMPLED_LOSSES)
 
 
 class Setting(NamedTuple):
@@ -142,6 +143,12 @@ SETTINGS: dict[str, Setting] = {
         POSITIVE,
     ),
     "train.learning_rate": Setting(1e-3, "of Adam", POSITIVE),
+    "train.item_optimizer": Setting(
+        "adam",
+        "of the item table: adam changes every row in every step; lazy_adam and adagrad (one "
+        "number for each row) only the rows of the batch, which needs a sampled loss",
+        one_of("adam", "lazy_adam", "adagrad"),
+    ),
     "train.schedule": Setting(
         "constant",
         "of the learning rate: constant, or cosine, which falls to 0 over all epochs",
@@ -176,7 +183,26 @@ SETTINGS: dict[str, Setting] = {
             "commas between several",
         ),
     ),
+    "mesh.data": Setting(
+        int,
+        "devices that share the rows of a batch, each with a part of the item table; default: all "
+        "of this process, each with the whole table",
+        POSITIVE,
+    ),
+    "mesh.catalogue": Setting(
+        1,
+        "devices that share the items of the same rows, for a cross_entropy over so many items "
+        "that their scores and gradients do not fit one device",
+        POSITIVE,
+    ),
     "eval.batch_size": Setting(512, "users evaluated at once; changes the speed only", POSITIVE),
+    "eval.valid_users": Setting(
+        int, "users that validations rank, drawn once by the seed; default: all", POSITIVE
+    ),
+    "eval.valid_epochs": Setting(1, "epochs between validations", POSITIVE),
+    "eval.valid_steps": Setting(
+        int, "steps between validations instead; patience then counts validations", POSITIVE
+    ),
     "eval.ks": Setting(
         (10, 20, 50),
         "the cut-offs k of the metrics; training chooses the best epoch by NDCG@10 in any case",
@@ -206,7 +232,7 @@ def default() -> Config:
     """Settings of a run of TiM4Rec, with the values of the released 64-d model."""
     from tim4rec_jax.models import DEFAULT_MODEL
 
-    config = ConfigDict({"data": {}, "model": {}, "train": {}, "eval": {}})
+    config = ConfigDict({"data": {}, "model": {}, "train": {}, "mesh": {}, "eval": {}})
     for name, setting in SETTINGS.items():
         group, key = _place(config, name)
         group[key] = config_dict.placeholder(setting.kind) if setting.optional else setting.default
@@ -402,12 +428,44 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
             f"objective than cloze, and they are {train.loss} and {train.objective}; change them, "
             "or take config.model.repeat_bias=False"
         )
+    if train.item_optimizer != "adam" and train.loss not in SAMPLED_LOSSES:
+        yield (
+            f"config.train.item_optimizer is {train.item_optimizer!r}, which changes the rows of a "
+            f"batch only, and config.train.loss is {train.loss!r}, which has a gradient for every "
+            f"row; take one of {', '.join(SAMPLED_LOSSES)}, or item_optimizer=adam"
+        )
+    if config.eval.valid_steps is not None and config.eval.valid_epochs != 1:
+        yield (
+            f"config.eval.valid_steps is {config.eval.valid_steps} and config.eval.valid_epochs "
+            f"{config.eval.valid_epochs}; set one of them"
+        )
+    if train.item_optimizer != "adam" and train.init_from is not None:
+        yield (
+            f"config.train.item_optimizer is {train.item_optimizer!r}, which cannot begin with "
+            "another run (--init-from) yet; take item_optimizer=adam"
+        )
+    by_rows = spreads_tables(config) or train.item_optimizer != "adam"
+    if by_rows and train.loss not in LOSSES:
+        yield (
+            f"config.train.loss is {train.loss!r}, which needs the whole item table, and config."
+            "mesh spreads it over devices; take a loss of this package, or leave config.mesh out"
+        )
+    if by_rows and not model.item_rows:
+        yield (
+            f"config.model.name is {config.model.name!r}, which computes with the whole item "
+            "table; take another model, or leave config.mesh and config.train.item_optimizer out"
+        )
     buckets, longest = data.buckets, data.max_length
     if buckets is not None and (min(buckets, default=0) < 1 or max(buckets) != longest):
         yield (
             f"config.data.buckets {buckets} must be positive and the longest {longest}, which is "
             "config.data.max_length"
         )
+
+
+def spreads_tables(config: Config) -> bool:
+    """Whether the devices of a run have parts of the item table, instead of all of it."""
+    return (config.mesh.data or 1) * config.mesh.catalogue > 1
 
 
 def setting_help(config: Config) -> dict[str, str]:

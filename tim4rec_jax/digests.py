@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import read_json
@@ -20,21 +22,29 @@ from tim4rec_jax.files import read_json
 DIGESTS = "arrays.json"
 
 
-def digests(tree: Any) -> dict[str, str]:
+def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:
     """The digest of each array of a tree.
 
     Args:
       tree: arrays in containers that JAX knows. Arrays on a device are copied to the host.
+      rows: the number of rows that count, of arrays that may have more, by their places.
 
     Returns:
       The SHA-256 of dtype, shape and values of each array in hexadecimal digits, by the place of
-      the array in the tree (`blocks/0/norm/scale`).
+      the array in the tree (`blocks/0/norm/scale`). Of an array whose rows several processes have,
+      it is a sum over its rows, see `_digest_of_rows`.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): _digest(np.asarray(leaf))
-        for path, leaf in leaves
-    }
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        count = (rows or {}).get(name)
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            found[name] = _digest_of_rows(leaf, count)
+        else:
+            found[name] = _digest(np.asarray(leaf)[:count] if count else np.asarray(leaf))
+    return found
 
 
 def json_array(value: Any) -> np.ndarray:
@@ -48,13 +58,79 @@ def _digest(array: np.ndarray) -> str:
     return digest.hexdigest()
 
 
-def check_digests(tree: Any, recorded: dict[str, str]) -> None:
+_OF_ROWS = "rows-"
+
+
+def _digest_of_rows(array: Any, count: int | None) -> str:
+    """A digest to which each process adds what it knows of its own rows.
+
+    It is the sum modulo 2^64 of a number for each row, which depends on all bits of the row and on
+    its place. So it does not depend on who has which rows.
+    """
+    count = count or array.shape[0]
+    shards = [(0, array)]
+    if isinstance(array, jax.Array):
+        shards = [
+            (shard.index[0].start or 0, shard.data)
+            for shard in array.addressable_shards
+            if shard.replica_id == 0
+        ]
+    total = np.zeros(1, np.uint64)
+    for start, data in shards:
+        rows = np.asarray(data)[: max(count - start, 0)]
+        if len(rows):
+            places = np.arange(start, start + len(rows), dtype=np.uint64)
+            total += _mixed(_numbers(rows) + _mixed(places)).sum(dtype=np.uint64)
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        halves = np.array([total[0] >> 32, total[0] & 0xFFFFFFFF], np.uint32)
+        every = multihost_utils.process_allgather(halves).astype(np.uint64)
+        total = (every[:, 0] << np.uint64(32)).sum(keepdims=True) + every[:, 1].sum()
+    kind = f"{array.dtype.name}{(count, *array.shape[1:])}"
+    return f"{_OF_ROWS}{kind} {int(total[0]):016x}"
+
+
+def _numbers(rows: np.ndarray) -> np.ndarray:
+    """A number for each row: its words with odd factors, so that every bit counts."""
+    words = np.ascontiguousarray(rows).reshape(len(rows), -1)
+    words = words.view(f"uint{8 * words.dtype.itemsize}").astype(np.uint64)
+    factors = _mixed(np.arange(words.shape[1], dtype=np.uint64)) | np.uint64(1)
+    total = np.zeros(len(rows), np.uint64)
+    for column, factor in zip(words.T, factors, strict=True):
+        total += _mixed(column + factor)
+    return total
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """The finaliser of SplitMix64: a permutation of 64-bit numbers that spreads every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def check_digests(
+    tree: Any, recorded: dict[str, str], rows: Mapping[str, int] | None = None
+) -> None:
     """Makes sure that arrays are those whose digests were recorded.
+
+    Args:
+      tree: the arrays.
+      recorded: their digests.
+      rows: see `digests`.
 
     Raises:
       UserError: they are not; the message names an array that is not.
     """
-    found = digests(tree)
+    found = digests(tree, rows)
+    leaves = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for name in found.keys() & recorded.keys():
+        ours, theirs = (x.startswith(_OF_ROWS) for x in (found[name], recorded[name]))
+        if theirs and not ours:
+            found[name] = _digest_of_rows(leaves[name], (rows or {}).get(name))
+        elif ours and not theirs:  # one process cannot hash the rows of another
+            found[name] = recorded[name]
     changed = sorted(name for name in found | recorded if found.get(name) != recorded.get(name))
     if changed:
         more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""

@@ -25,6 +25,7 @@ from typing import Annotated, Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import pyarrow.parquet as pq
 from absl import logging
 from annotated_types import Len
 from flax import nnx
@@ -65,8 +66,9 @@ def silence_echoes() -> None:
 
 _EPOCHS = "train.epochs"
 
-# Settings that change nothing: how to get the data, where the settings came from, who is told.
-FOR_PEOPLE = ("prepare", "preset", "train.loggers")
+# Settings that change nothing: how to get the data, where the settings came from, who is told, on
+# which devices a run goes on.
+FOR_PEOPLE = ("prepare", "preset", "train.loggers", "mesh.data", "mesh.catalogue")
 # Settings that can be edited in `config.json`: where the data lies, where figures go, and how a run
 # is evaluated.
 _FREE = ("dataset", *FOR_PEOPLE, "eval.batch_size", "eval.ks", "eval.ties")
@@ -119,7 +121,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{path.parent} is no run directory: it has no {path.name}")
     values = read_json(path, dict[str, Any], _RESTORE)
-    for group in ("data", "model", "train", "eval"):
+    for group in ("data", "model", "train", "mesh", "eval"):
         if not isinstance(values.get(group, {}), dict):
             raise UserError(f"{path} is damaged (`{group}` holds no settings); {_RESTORE}")
     _check_digest(values, path)
@@ -397,7 +399,7 @@ def load_model(
             found: Any = checkpointer.metadata(path).item_metadata
             if found is None:
                 raise UserError("the list of its arrays is damaged")
-            sizes: Any = _sizes(config, found)
+            sizes: Any = _sizes(config, found, workdir)
             # Shapes alone: nothing is drawn only to be replaced.
             model = nnx.eval_shape(
                 lambda: build(
@@ -406,8 +408,9 @@ def load_model(
             )
             graphdef, params = nnx.split(model)
             wanted = jax.tree.map(_on_first_device, nnx.to_pure_dict(params))
-            _check_shapes(found, wanted)
-            stored = checkpointer.restore(path, wanted)
+            # Tables that were spread over devices have rows of zeros behind them.
+            rows = _check_shapes(found, wanted, model.item_rows)
+            stored = checkpointer.restore(path, wanted, strict=not rows)
         if recorded is not None:
             check_digests(stored, recorded)
     except Exception as error:  # of a damaged checkpoint, Orbax can say anything
@@ -428,8 +431,13 @@ def load_model(
     return config, best_model
 
 
-def _check_shapes(found: Any, wanted: Any) -> None:
-    """Makes sure that a checkpoint holds the arrays of a model, before any memory is taken."""
+def _check_shapes(found: Any, wanted: Any, tables: tuple[str, ...]) -> bool:
+    """Makes sure that a checkpoint holds the arrays of a model, before any memory is taken.
+
+    Returns:
+      Whether tables have more rows there.
+    """
+    more = False
     shapes = [
         {
             jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, leaf.dtype)
@@ -439,10 +447,16 @@ def _check_shapes(found: Any, wanted: Any) -> None:
     ]
     for name in sorted(shapes[0] | shapes[1]):
         held, expected = (each.get(name) for each in shapes)
+        if held and expected and held != expected and name in tables:
+            (shape, kind), (rows, same) = held, expected
+            if kind == same and shape[1:] == rows[1:] and shape[0] > rows[0]:
+                more = True
+                continue
         if held != expected:
             raise UserError(
                 f"it holds {_array(held)} for {name}, and the settings ask for {_array(expected)}"
             )
+    return more
 
 
 def _array(kind: tuple[tuple[int, ...], Any] | None) -> str:
@@ -450,14 +464,17 @@ def _array(kind: tuple[tuple[int, ...], Any] | None) -> str:
 
 
 def _on_first_device(shape: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return shape.update(sharding=jax.sharding.SingleDeviceSharding(jax.local_devices()[0]))
 
 
-def _sizes(config: config_lib.Config, stored: Any) -> dict[str, Any]:
+def _sizes(config: config_lib.Config, stored: Any, workdir: Path) -> dict[str, Any]:
     """Numbers of items and users that the stored tables are for, and shapes of the features."""
     table = stored["item_embedding"]
-    rows = table["embedding"].shape[0]
-    sizes: dict[str, Any] = {"n_items": rows - model_class(config.model).special_rows}
+    n_items = table["embedding"].shape[0] - model_class(config.model).special_rows
+    if (workdir / ITEMS_FILE).exists():
+        # A table that was spread over devices has rows of zeros behind those of the items.
+        n_items = min(n_items, pq.read_metadata(workdir / ITEMS_FILE).num_rows)
+    sizes: dict[str, Any] = {"n_items": n_items}
     if "maps" in table:
         maps = table["maps"]
         rows = maps["excluded"].shape[0]

@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tim4rec_jax.evaluation import ranking
+from tim4rec_jax.evaluation.evaluate import _score_on_shards
 from tim4rec_jax.evaluation.ranking import LARGEST_BLOCK, UNRANKED, ranks, ranks_and_ties, top_k
+from tim4rec_jax.runtime import make_mesh
 from tim4rec_jax.scoring import HistoryItems
 
 NAN, INF = float("nan"), float("inf")
@@ -176,3 +178,24 @@ def test_memory_does_not_grow_with_the_catalogue():
 
     scores_of_million = 64 * 1_000_000 * 4
     assert temporaries(1_000_000) < temporaries(10_000) + scores_of_million / 25
+
+
+@pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.slow)])
+def test_every_device_scores_its_own_items(shape):
+    """Ranks, ties and lists are those of one device, to the bit; whole numbers make many ties."""
+    rng, mesh, rows = np.random.default_rng(0), make_mesh(*shape, jax.devices()), 93
+    hidden, table = integers(rng, 5, 2), integers(rng, rows, 2)
+    targets = rng.integers(1, rows, 5).astype(np.int32)
+    items = rng.integers(0, rows, (5, 6)).astype(np.int32)
+    filled = np.pad(table, ((0, 3), (0, 0)), constant_values=50)  # they would win
+    bias = jnp.float32(-2)
+
+    def score(hidden, table, targets, **options):
+        found = ranks_and_ties(hidden, table, targets, block_size=8, **options)
+        return found, top_k(hidden, table, 20, block_size=8, **options)
+
+    expected = score(
+        hidden, table, targets, exclude=items, history=HistoryItems(jax.device_put(items), bias)
+    )
+    found = _score_on_shards(score, True, mesh, rows, hidden, targets, items, filled, bias)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)

@@ -372,8 +372,18 @@ class EvalBatches:
         batch_size: int,
         convention: Convention,
         buckets: Sequence[int] | None = None,
+        sample: tuple[int, int] | None = None,
     ):
-        """Plans the batches; see `TrainBatches` for the arguments.
+        """Plans the batches.
+
+        Args:
+          dataset: as for `TrainBatches`, and so are the others.
+          split: whose targets the rows have.
+          max_length: longest window.
+          batch_size: rows of a batch.
+          convention: of the time gaps.
+          buckets: widths of batches.
+          sample: a number of users and a seed that draws them. None: all users with a target.
 
         Raises:
           UserError: the buckets do not fit `max_length`, or no user has a target.
@@ -385,6 +395,9 @@ class EvalBatches:
         users = np.flatnonzero(ends >= 1)
         if not users.size:
             raise UserError(f"{dataset.directory}: no user has events enough for the {split} split")
+        if sample is not None and sample[0] < len(users):
+            number, seed = sample
+            users = users[np.sort(permute(np.arange(number), len(users), (seed, number)))]
         lengths = np.minimum(ends[users], max_length)
         self._users = users[np.argsort(lengths, kind="stable")]
         self._ends = ends[self._users]

@@ -14,14 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
 from flax import nnx
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Int32
 from rich.console import Console
 from rich.progress import track
 
+from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import Convention, Dataset, EvalBatches
 from tim4rec_jax.data.splits import Split
@@ -30,7 +32,7 @@ from tim4rec_jax.evaluation.beyond_accuracy import BeyondAccuracy
 from tim4rec_jax.evaluation.metrics import KS, Ties, metrics, tested
 from tim4rec_jax.files import table_writer
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
-from tim4rec_jax.runtime import check_memory, data_sharding
+from tim4rec_jax.runtime import AXES, Placement, check_memory, data_sharding, put
 from tim4rec_jax.scoring import HistoryItems
 
 # How many batches the host may be ahead of the device. The device never waits for the next batch,
@@ -66,6 +68,8 @@ def evaluate(
     progress: bool = False,
     ks: Sequence[int] = KS,
     ties: Ties = "optimistic",
+    placement: Placement | None = None,
+    sample: tuple[int, int] | None = None,
 ) -> tuple[dict[str, float], Int32[np.ndarray, " n_users"]]:
     """Ranks every user's target among all items (full ranking).
 
@@ -86,6 +90,8 @@ def evaluate(
         progress: whether to show a progress bar on standard error.
         ks: the cut-offs k.
         ties: "optimistic" or "expected"; see `tim4rec_jax.evaluation.metrics.per_user`.
+        placement: see `rank_targets`.
+        sample: a number of users and a seed that draws them. None: all users with a target.
 
     Returns:
         The metrics of `tim4rec_jax.evaluation.metrics`, and the rank of each user's target by the
@@ -105,6 +111,8 @@ def evaluate(
         buckets=buckets,
         exclude_seen=exclude_seen,
         progress=progress,
+        placement=placement,
+        sample=sample,
     )
     best, equals = tested(ranks, tied, ties)
     return metrics(best, ks, equals), ranks
@@ -117,6 +125,7 @@ def rank_targets(
     *,
     exclude_seen: bool = False,
     progress: bool = False,
+    placement: Placement | None = None,
     **batching: Any,
 ) -> tuple[Int32[np.ndarray, " n_users"], Int32[np.ndarray, " n_users"]]:
     """The rank of each user's target, and how many other items have its score.
@@ -127,6 +136,8 @@ def rank_targets(
         split: the split whose targets are ranked.
         exclude_seen: whether items of the history do not compete.
         progress: whether to show a progress bar on standard error.
+        placement: of the model's tables, where they are spread over devices; then every device
+            scores its own items. None: the local devices share the users.
         batching: the arguments of `EvalBatches`.
 
     Returns:
@@ -139,9 +150,8 @@ def rank_targets(
     batches = EvalBatches(ds, split, **batching)
     ranks, ties = np.zeros(ds.n_users, np.int32), np.zeros(ds.n_users, np.int32)
     score = ranking.ranks_and_ties
-    for batch, found in _score_batches(
-        model, batches, split, score, exclude_seen=exclude_seen, progress=progress
-    ):
+    options: Any = dict(exclude_seen=exclude_seen, progress=progress, placement=placement)
+    for batch, found in _score_batches(model, batches, split, score, **options):
         ranks[batch["users"]], ties[batch["users"]] = found
     return ranks, ties
 
@@ -184,13 +194,20 @@ def judge_lists(
     return judge.figures(), judge.sampled
 
 
-def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batching: Any) -> None:
+def compile_evaluation(
+    model: SequenceModel,
+    ds: Dataset,
+    split: Split,
+    placement: Placement | None = None,
+    **batching: Any,
+) -> None:
     """Compiles the programs of `evaluate` by ranking one batch of each width.
 
     Args:
         model: a model of the right structure. Its weights do not matter.
         ds: a prepared dataset.
         split: a split of it. The other split uses the same programs.
+        placement: see `rank_targets`.
         batching: the arguments of `EvalBatches`, as for `evaluate`.
 
     Raises:
@@ -205,6 +222,7 @@ def compile_evaluation(model: SequenceModel, ds: Dataset, split: Split, **batchi
         ranking.ranks_and_ties,
         exclude_seen=False,
         progress=False,
+        placement=placement,
         numbers=list(last_of_width.values()),
     ):
         pass
@@ -281,9 +299,9 @@ def _check_lists_fit(k: int, batch_size: int, remedy: str) -> None:
 
 @functools.cache  # compiled programs are found by the identity of the function
 def _best(k: int) -> Callable[..., Any]:
-    def best(hidden, table, targets, *, exclude, history):
+    def best(hidden, table, targets, **options):
         del targets
-        return ranking.top_k(hidden, table, k, exclude=exclude, history=history)
+        return ranking.top_k(hidden, table, k, **options)
 
     return best
 
@@ -296,6 +314,7 @@ def _score_batches(
     *,
     exclude_seen: bool,
     progress: bool,
+    placement: Placement | None = None,
     numbers: Sequence[int] | None = None,
 ) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """Yields, batch by batch, the users' rows in the dataset, their targets, and their scores.
@@ -304,22 +323,31 @@ def _score_batches(
     It has the arguments of `ranking.ranks`, sees the rows of one device, and is traced once per
     shape. `numbers` chooses batches.
     """
-    placement = data_sharding(batches.batch_size)
     graphdef, state = nnx.split(model)
-    state = jax.device_put(state, placement.replicated)
-    table, repeat_bias = _scoring_weights(graphdef, state)
+    if placement is None or placement.by_item is None:
+        placement = data_sharding(batches.batch_size)
+        state = jax.device_put(state, placement.replicated)
+        by_row = placement.by_row
+        table, repeat_bias = _scoring_weights(graphdef, state)
+        shards = None
+    else:
+        shards = model.item_rows
+        even = batches.batch_size % placement.devices == 0
+        by_row = placement.by_row if even else placement.replicated
+        table, repeat_bias = _sharded_weights(graphdef, state, placement.mesh, shards)
 
     def dispatch(batch):
         histories = {name: batch[name] for name in inputs(model) if name in batch}
         items = None
         if exclude_seen or repeat_bias is not None:
             items = _history_items(batches.dataset, split, batch["users"])
-        histories, targets, items = jax.device_put(
-            (histories, batch["targets"], items), placement.by_row
-        )
+        users = histories, batch["targets"], items
+        histories, targets, items = put(users, by_row)
         hidden = _encode(graphdef, state, histories)
-        mesh = placement.by_row.mesh
-        return _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias)
+        mesh, arrays = placement.mesh, (hidden, targets, items, table, repeat_bias)
+        if shards is None:
+            return _score(score, exclude_seen, mesh, *arrays)
+        return _score_on_shards(score, exclude_seen, mesh, model.n_items + 1, *arrays)
 
     def fetch(batch, result):
         real = batch["weights"] > 0
@@ -353,16 +381,10 @@ def _scoring_weights(graphdef, state):
 @functools.partial(jax.jit, static_argnames=("score", "exclude_seen", "mesh"))
 def _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias):
     def one_device(hidden, targets, items, table, repeat_bias):
-        return score(
-            hidden,
-            table,
-            targets,
-            exclude=items if exclude_seen else None,
-            history=None if repeat_bias is None else HistoryItems(items, repeat_bias),
-        )
+        return score(hidden, table, targets, **_marks(items, exclude_seen, repeat_bias))
 
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
-    rows, whole = PartitionSpec("batch"), PartitionSpec()
+    rows, whole = PartitionSpec("data"), PartitionSpec()
     by_device = jax.shard_map(
         one_device,
         mesh=mesh,
@@ -371,6 +393,59 @@ def _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias
         check_vma=False,
     )
     return by_device(hidden, targets, items, table, repeat_bias)
+
+
+def _marks(items, exclude_seen, repeat_bias):
+    """What the items of the history are marked for."""
+    return dict(
+        exclude=items if exclude_seen else None,
+        history=None if repeat_bias is None else HistoryItems(items, repeat_bias),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "names"))
+def _sharded_weights(graphdef, state, mesh, names):
+    """The vectors of each device's own items, and the repeat bias."""
+    dense, tables = item_rows.split(state, names)
+
+    def one_device(dense, tables):
+        model: Any = nnx.merge(graphdef, item_rows.join(dense, tables))
+        return model.item_table(), model.repeat_bias()
+
+    by_item, whole = PartitionSpec(AXES), PartitionSpec()
+    return jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(whole, by_item),
+        out_specs=(by_item, whole),
+        check_vma=False,
+    )(dense, tables)
+
+
+@functools.partial(jax.jit, static_argnames=("score", "exclude_seen", "mesh", "rows"))
+def _score_on_shards(
+    score, exclude_seen, mesh: Mesh, rows, hidden, targets, items, table, repeat_bias
+):
+    """`_score`, where every device has other items and all users of the batch."""
+
+    def one_device(hidden, targets, items, table, repeat_bias):
+        first = jax.lax.axis_index(AXES) * len(table)
+        place = targets - first
+        here = ((place >= 0) & (place < len(table)))[:, None]
+        of_targets = jnp.where(here, jnp.take(table, place, axis=0, mode="clip"), 0)
+        shard = ranking.Shard(first, rows, jax.lax.psum(of_targets, AXES))
+        marks = _marks(items, exclude_seen, repeat_bias)
+        return score(hidden, table, targets, **marks, shard=shard)
+
+    whole = PartitionSpec()
+    by_item = PartitionSpec(AXES)
+    return jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(whole, whole, whole, by_item, whole),
+        out_specs=whole,
+        check_vma=False,
+    )(hidden, targets, items, table, repeat_bias)
 
 
 def _history_items(

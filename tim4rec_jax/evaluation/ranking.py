@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from tim4rec_jax.runtime import AXES
 from tim4rec_jax.scoring import HistoryItems, add_repeat_bias, item_mask
 
 BLOCK_SIZE = 1024  # the fastest, or nearly, of benchmarks/ranking.py at every catalogue size
 LARGEST_BLOCK = 2048  # a block's numbers of greater and of equal scores share the bits of a float32
 UNRANKED = 2**31 - 1  # the rank of a target whose score is NaN
+
+
+class Shard(NamedTuple):
+    """Which part of the catalogue a device has, in a function of `jax.shard_map`.
+
+    Every device scores its own items for all users. Ranks are sums over devices, and of the best
+    items only the k best of each device are exchanged.
+
+    Attributes:
+        first: the item of the first row. Devices have consecutive items.
+        rows: the number of rows of the whole catalogue, padding included; later ones only fill up.
+        targets: the vectors of the targets, for ranks.
+    """
+
+    first: Int[Array, ""]
+    rows: int
+    targets: Float[Array, "B D"] | None = None
+
+    def vectors(self, table, ids, start, of_items):
+        """The vectors of a block of items, or, unless it is `of_items`, of targets."""
+        assert self.targets is not None
+        number = jnp.minimum(start + jnp.arange(len(ids)), len(self.targets) - 1)
+        own = table[jnp.maximum(ids - self.first, 0)]
+        return jnp.where(of_items, own, self.targets[number].astype(own.dtype))
 
 
 @partial(jax.jit, static_argnames="block_size")
@@ -25,6 +51,7 @@ def ranks_and_ties(
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
     history: HistoryItems | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Int[Array, " B"], Int[Array, " B"]]:
     """Rank of every target, and the number of other items that have its very score.
 
@@ -43,6 +70,7 @@ def ranks_and_ties(
         block_size: the number of items scored at once, at most `LARGEST_BLOCK`; static.
         exclude: the items that do not compete, 0 for none. A target among them is still ranked.
         history: the items whose scores get the model's repeat bias; `None`: it has none.
+        shard: which part of the catalogue `table` is. None: all of it.
 
     Returns:
         Two int32 arrays: the ranks, 1 to V or `UNRANKED`, and the ties, 0 to V - 1.
@@ -67,7 +95,11 @@ def ranks_and_ties(
     def step(carry, block):
         own, greater, equal = carry
         ids, start, competes = block
-        scores = _scores(hidden, table, ids)
+        if shard is None:
+            scores = _scores(hidden, table, ids)
+        else:
+            vectors = shard.vectors(table, ids, start, competes)
+            scores = _scores(hidden, vectors, jnp.arange(block_size))
         column = row - start
         here = ~competes & (column >= 0) & (column < block_size)
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
@@ -88,7 +120,7 @@ def ranks_and_ties(
         return (own, greater + whole.astype(jnp.int32), equal + equals.astype(jnp.int32)), None
 
     target_ids, target_starts = _blocks(targets, block_size)
-    ids, starts = _blocks(jnp.arange(table.shape[0]), block_size)
+    ids, starts = _item_blocks(table, block_size, shard)
     competes = jnp.arange(len(target_starts) + len(starts)) >= len(target_starts)
     blocks = (
         jnp.concatenate([target_ids, ids]),
@@ -98,6 +130,8 @@ def ranks_and_ties(
     none = jnp.zeros(targets.shape, jnp.int32)
     start = (jnp.zeros(targets.shape, hidden.dtype), none, none)
     (own, greater, equal), _ = lax.scan(step, start, blocks)
+    if shard is not None:
+        greater, equal = lax.psum((greater, equal), AXES)
     return jnp.where(jnp.isnan(own), UNRANKED, greater + 1), equal
 
 
@@ -125,6 +159,7 @@ def top_k(
     block_size: int = BLOCK_SIZE,
     exclude: Int[Array, "B S"] | None = None,
     history: HistoryItems | None = None,
+    shard: Shard | None = None,
 ) -> tuple[Float[Array, "B K"], Int[Array, "B K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index comes first.
 
@@ -138,6 +173,7 @@ def top_k(
         block_size: the number of items scored at once; static.
         exclude: the items to leave out, 0 for none.
         history: the items whose scores get the model's repeat bias; `None`: it has none.
+        shard: which part of the catalogue `table` is. None: all of it.
 
     Returns:
         The scores (float32 or wider) and the items (int32).
@@ -146,7 +182,8 @@ def top_k(
 
     def step(best, block):
         ids, start = block
-        scores = add_repeat_bias(_scores(hidden, table, ids), history, start)
+        place = ids if shard is None else jnp.maximum(ids - shard.first, 0)
+        scores = add_repeat_bias(_scores(hidden, table, place), history, start)
         barred = (ids == 0) | jnp.isnan(scores)
         if exclude is not None:
             barred |= item_mask(exclude, block_size, start)
@@ -161,8 +198,13 @@ def top_k(
 
     shape = (hidden.shape[0], k)
     nothing = (jnp.full(shape, -jnp.inf, hidden.dtype), jnp.zeros(shape, jnp.int32))
-    blocks = _blocks(jnp.arange(table.shape[0]), block_size)
-    return lax.scan(step, nothing, blocks)[0]
+    best = lax.scan(step, nothing, _item_blocks(table, block_size, shard))[0]
+    if shard is None:
+        return best
+    # The k best of every device, in the order of their items.
+    scores, items = (lax.all_gather(x, AXES, axis=1, tiled=True) for x in best)
+    scores, column = lax.top_k(scores, k)
+    return scores, jnp.take_along_axis(items, column, axis=1)
 
 
 def _accumulation_dtype(*arrays):
@@ -175,6 +217,16 @@ def _blocks(ids, block_size):
     count = -(-ids.shape[0] // block_size)
     padded = jnp.pad(ids.astype(jnp.int32), (0, count * block_size - ids.shape[0]))
     return padded.reshape(count, block_size), jnp.arange(count, dtype=jnp.int32) * block_size
+
+
+def _item_blocks(table, block_size, shard):
+    """Blocks of the items of a table, by their indices in the whole catalogue."""
+    ids = jnp.arange(table.shape[0])
+    if shard is None:
+        return _blocks(ids, block_size)
+    ids = ids + shard.first
+    blocks, starts = _blocks(jnp.where(ids < shard.rows, ids, 0), block_size)
+    return blocks, starts + shard.first
 
 
 def _scores(hidden, table, ids):

@@ -12,13 +12,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx
-from grain.checkpoint import CheckpointRestore, CheckpointSave
+from grain.checkpoint import CheckpointSave
 from orbax.checkpoint import future
 
+from tim4rec_jax import item_rows
 from tim4rec_jax.digests import DIGESTS, check_digests, digests, json_array, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import check_plain
 from tim4rec_jax.run import checkpoint_steps
+from tim4rec_jax.training import processes
 from tim4rec_jax.training.step import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
@@ -54,16 +56,25 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
     """Writes the digests of arrays, which it computes in the background while they are saved."""
 
     async def async_save(self, directory, args) -> list[Any]:
-        # The values of now; the next step of the training may overwrite the arrays on the device.
-        copy = _SaveDigests(jax.tree.map(np.asarray, args.arrays))
+        if processes.together():  # the digests of tables are computed together
+            found = digests(args.arrays, args.rows)
 
-        async def write():
-            self.save(directory, copy)
+            async def write():
+                if processes.first():
+                    (directory / DIGESTS).write_text(json.dumps(found))
+
+        else:
+            # The values of now; the next step of the training may overwrite the arrays on the
+            # device.
+            copy = _SaveDigests(jax.tree.map(np.asarray, args.arrays), args.rows)
+
+            async def write():
+                self.save(directory, copy)
 
         return [future.CommitFutureAwaitingContractedSignals(write(), name="digests")]
 
     def save(self, directory, args):
-        (directory / DIGESTS).write_text(json.dumps(digests(args.arrays)))
+        (directory / DIGESTS).write_text(json.dumps(digests(args.arrays, args.rows)))
 
     def restore(self, directory, args=None):
         return read_digests(Path(directory).parent)
@@ -72,9 +83,10 @@ class _DigestsHandler(ocp.AsyncCheckpointHandler):
 @ocp.args.register_with_handler(_DigestsHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class _SaveDigests(ocp.args.CheckpointArgs):
-    """The arrays whose digests are saved."""
+    """The arrays whose digests are saved, and the numbers of rows that count, by place."""
 
     arrays: Any
+    rows: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 class Checkpoints:
@@ -86,14 +98,26 @@ class Checkpoints:
     arrays lie their digests (`tim4rec_jax.digests`), which are compared when they are read.
     """
 
-    def __init__(self, workdir: Path):
+    def __init__(
+        self, workdir: Path, shapes: TrainState | None = None, tables: tuple[str, ...] = ()
+    ):
         """Opens the checkpoints of a run directory, or begins them.
+
+        Args:
+          workdir: the run directory.
+          shapes: those of a state whose tables have as many rows as the model has.
+          tables: the places of parameters that are spread over devices. These may have more rows
+            in the states that are saved, and other numbers of them in those that are restored.
 
         Raises:
           UserError: among them is something that is neither a file nor a folder, or a description
             of a checkpoint that is damaged.
         """
-        self.workdir = workdir
+        self.workdir, self._rows, self._rows_of_best = workdir, {}, {}
+        if shapes is not None:
+            storable = jax.eval_shape(_storable, shapes)
+            self._rows = item_rows.numbers_of_rows(storable, tables)
+            self._rows_of_best = item_rows.numbers_of_rows(storable["params"], tables)
         managers = []
         for name, keep in (("checkpoints", 2), ("best", 1)):
             folder = workdir / name
@@ -118,7 +142,7 @@ class Checkpoints:
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(arrays),
-                    digests=_SaveDigests(arrays | _as_arrays(iterator, progress)),
+                    digests=_SaveDigests(arrays | _as_arrays(iterator, progress), self._rows),
                     data=CheckpointSave(iterator),
                     progress=ocp.args.JsonSave(dict(progress)),
                 ),
@@ -132,7 +156,8 @@ class Checkpoints:
                 self.best.save(
                     step,
                     args=ocp.args.Composite(
-                        default=ocp.args.StandardSave(arrays), digests=_SaveDigests(arrays)
+                        default=ocp.args.StandardSave(arrays),
+                        digests=_SaveDigests(arrays, self._rows_of_best),
                     ),
                 )
 
@@ -149,22 +174,25 @@ class Checkpoints:
         steps = sorted(self.latest.all_steps(), reverse=True)
         for step in steps:
             try:
-                check_plain(Path(self.latest.directory) / str(step))
+                folder = Path(self.latest.directory) / str(step)
+                check_plain(folder)
+                recorded = read_digests(folder)
                 restored = self.latest.restore(
                     step,
                     args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(_storable(state)),
-                        data=CheckpointRestore(iterator),
+                        # Tables may have other numbers of rows behind those of the model. What has
+                        # a digest can have lost none without being noticed.
+                        state=ocp.args.StandardRestore(_storable(state), strict=recorded is None),
                         progress=ocp.args.JsonRestore(),
                     ),
                 )
-                recorded = read_digests(Path(self.latest.directory) / str(step))
+                _restore_iterator(iterator, folder / "data")
                 if recorded is not None:
                     found = dict(restored["state"])
                     # Earlier versions recorded the arrays only.
                     if "progress" in recorded:
                         found |= _as_arrays(iterator, restored["progress"])
-                    check_digests(found, recorded)
+                    check_digests(found, recorded, self._rows)
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
                 where = self.latest.directory / str(step)
@@ -180,6 +208,29 @@ class Checkpoints:
                 "delete the run directory to start anew"
             )
         return None
+
+    def restore_best(self, params: nnx.State) -> nnx.State:
+        """The best parameters, on the devices of those given, whose values are not used.
+
+        Raises:
+          UserError: they are damaged.
+        """
+        step = max(self.best.all_steps())
+        folder = Path(self.best.directory) / str(step)
+        try:
+            recorded = read_digests(folder)
+            wanted = ocp.args.StandardRestore(nnx.to_pure_dict(params), strict=recorded is None)
+            stored = self.best.restore(step, args=ocp.args.Composite(default=wanted))["default"]
+            if recorded is not None:
+                check_digests(stored, recorded, self._rows_of_best)
+        # Damage shows as whatever the layer that meets it raises.
+        except Exception as error:
+            raise UserError(
+                f"the best checkpoint {folder} cannot be read ({first_line(error)}); train anew"
+            ) from error
+        best = jax.tree.map(lambda x: x, params)
+        nnx.replace_by_pure_dict(best, stored)
+        return best
 
     def wait(self) -> None:
         """Returns when everything saved is on disk."""
@@ -207,6 +258,18 @@ class Checkpoints:
                 f"a checkpoint cannot be written to {self.workdir} ({reason}); the one before "
                 "it is kept: put that right and run the same command again"
             ) from error
+
+
+def _restore_iterator(iterator, folder: Path) -> None:
+    """Moves an iterator to where the run was.
+
+    Each process has saved the same place. There may have been other numbers of processes.
+    """
+    files = sorted(folder.glob("process_*-of-*.json"))
+    if not files:
+        raise ValueError(f"{folder} does not say where in the data the run was")
+    iterator.set_state(json.loads(files[0].read_text()))
+    iterator.start_prefetch()
 
 
 def read_state(workdir: Path, shapes: TrainState) -> TrainState | None:

@@ -84,6 +84,22 @@ def waiting_for(what: str) -> Iterator[None]:
     print(f"{what} took {time.perf_counter() - started:.0f} s", flush=True)
 
 
+class NoLog:
+    """The log of a process that writes none, because another one does.
+
+    Attributes:
+      result: as of `RunLog`.
+    """
+
+    result: Mapping[str, Any] | None = None
+
+    def write(self, kind: str, step: int, **values) -> None:
+        """Does nothing."""
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class RunLog:
     """Writes records of a run, and passes their figures on to loggers.
 

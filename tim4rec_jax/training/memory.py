@@ -2,6 +2,7 @@
 
 import jax
 
+from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
 from tim4rec_jax.data.pipeline import PREFETCH
 from tim4rec_jax.errors import UserError
@@ -10,7 +11,9 @@ from tim4rec_jax.runtime import host_memory
 _BYTES = 4  # of a float32 or an int32
 
 
-def check_memory(config: Config, parameters: dict) -> None:
+def check_memory(
+    config: Config, parameters: dict, tables: tuple[str, ...] = (), devices: int = 1
+) -> None:
     """Makes sure that a training can fit the memory.
 
     What is added up is the least that the training needs. It can still be too large, but nothing
@@ -19,6 +22,8 @@ def check_memory(config: Config, parameters: dict) -> None:
     Args:
       config: the settings of the run, resolved.
       parameters: the shapes of the model's parameters, as `nnx.to_pure_dict` returns them.
+      tables: the places of parameters that are spread over the devices by rows.
+      devices: number of those devices. Simulated ones share one memory.
 
     Raises:
       UserError: it does not fit; the message names the settings to lower.
@@ -28,8 +33,14 @@ def check_memory(config: Config, parameters: dict) -> None:
         config.train.batch_size,
         config.eval.batch_size,
     )
-    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
     width = parameters["item_embedding"]["embedding"].shape[-1]
+    parameters, rows_of = item_rows.split(parameters, tables)
+    count = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    spread = sum(leaf.size for leaf in rows_of.values())
+    # Parameters, their gradient, and the two means that Adam keeps; or what the optimizer of rows
+    # keeps instead, and no gradient but of the batch.
+    copies = {"adam": 4, "lazy_adam": 3, "adagrad": 1}[config.train.item_optimizer]
+    numbers = 4 * count + copies * spread // (1 if jax.default_backend() == "cpu" else devices)
     waiting = PREFETCH if jax.default_backend() == "cpu" else 1
     # Items and gaps of a row, its weight and its dropout seed.
     row = (2 * events + 2) * _BYTES
@@ -43,9 +54,8 @@ def check_memory(config: Config, parameters: dict) -> None:
             f"validation of {validated:,} users at once with {events:,} events each",
             "config.eval.batch_size or config.data.max_length",
         ),
-        # Parameters, their gradient, and the two means that Adam keeps.
-        4 * count * _BYTES: (
-            f"the model's {count:,} parameters with gradient and optimiser",
+        numbers * _BYTES: (
+            f"the model's {count + spread:,} parameters with gradient and optimiser",
             "the sizes in config.model or config.data.max_length",
         ),
     }

@@ -12,6 +12,7 @@ import optax
 from flax import nnx, struct
 from grain import DatasetIterator
 
+from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
     Batch,
@@ -27,10 +28,12 @@ from tim4rec_jax.data import (
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import SequenceModel, inputs
-from tim4rec_jax.runtime import Placement, target
+from tim4rec_jax.runtime import Placement, put, put_rows, target
+from tim4rec_jax.training import sharded_gradients
 from tim4rec_jax.training.losses import Loss, SummedLoss, full_cross_entropy
 from tim4rec_jax.training.negatives import ItemFrequencies, item_frequencies
 from tim4rec_jax.training.objectives import OBJECTIVES
+from tim4rec_jax.training.row_optimizers import OPTIMIZERS, ByRow, RowGradients, update_tables
 
 Metrics = dict[str, jax.Array]
 CROSS_ENTROPY = Loss()
@@ -74,6 +77,8 @@ class StepSettings:
       devices: number of devices that share the rows of a batch.
       num_microbatches: number of parts that a batch is cut into; it divides the number of rows.
         None: the function `num_microbatches` chooses.
+      by_row: how tables of items are treated as rows. None: they are parameters like all others,
+        and all devices have them.
     """
 
     graphdef: nnx.GraphDef
@@ -82,14 +87,23 @@ class StepSettings:
     loss: Loss = CROSS_ENTROPY
     devices: int = 1
     num_microbatches: int | None = None
+    by_row: ByRow | None = None
 
 
-def init_state(params: nnx.State, tx: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+def init_state(
+    params: nnx.State, tx: optax.GradientTransformation, seed: int, by_row: ByRow | None = None
+) -> TrainState:
+    """The state before the first step; arguments are those of `StepSettings`."""
+    changed = trained(params)[0]
+    opt_state = tx.init(changed)
+    if by_row is not None and by_row.optimizer is not None:
+        changed, tables = item_rows.split(changed, by_row.names)
+        init = OPTIMIZERS[by_row.optimizer].init
+        opt_state = {"dense": tx.init(changed), "tables": {n: init(x) for n, x in tables.items()}}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        opt_state=tx.init(trained(params)[0]),
+        opt_state=opt_state,
         rng=jax.random.key(seed),
         loss_sum=jnp.zeros((), jnp.float32),
         weight_sum=jnp.zeros((), jnp.float32),
@@ -106,8 +120,30 @@ def trained(params: nnx.State) -> tuple[nnx.State, nnx.State]:
 def start_epoch(state: TrainState) -> TrainState:
     """The same state, with the loss of an epoch that has not begun yet."""
     zeros = np.zeros((), np.float32), np.zeros((), np.float32)
-    loss_sum, weight_sum = jax.device_put(zeros, state.loss_sum.sharding)
+    loss_sum, weight_sum = put(zeros, state.loss_sum.sharding)
     return dataclasses.replace(state, loss_sum=loss_sum, weight_sum=weight_sum)
+
+
+@functools.cache  # compiled steps are found by the identity of the function
+def make_schedule(
+    learning_rate: float, cosine_steps: int | None = None, warmup_steps: int = 0
+) -> optax.ScalarOrSchedule:
+    """The learning rate of each step.
+
+    Args:
+      learning_rate: that of the first step.
+      cosine_steps: number of steps in which the learning rate falls to 0 along a cosine. None: the
+        learning rate is constant.
+      warmup_steps: number of steps in which the learning rate rises linearly to what it is
+        otherwise. 0: it does not.
+    """
+    rate: optax.ScalarOrSchedule = learning_rate
+    if cosine_steps is not None:
+        rate = optax.cosine_decay_schedule(learning_rate, cosine_steps)
+    if warmup_steps:
+        warm = rate if callable(rate) else optax.constant_schedule(rate)
+        rate = lambda step: warm(step) * jnp.minimum((step + 1) / warmup_steps, 1.0)  # noqa: E731
+    return rate
 
 
 @functools.cache  # compiled steps are found by the identity of the optimizer
@@ -120,19 +156,12 @@ def make_optimizer(
     """Adam as the published code uses it: weight decay is added to the gradient.
 
     Args:
-      learning_rate: the learning rate of the first step.
+      learning_rate: as for `make_schedule`, and so are the others.
       weight_decay: factor of the parameters in what is added to their gradient.
-      cosine_steps: number of steps in which the learning rate falls to 0 along a cosine. None: the
-        learning rate is constant.
-      warmup_steps: number of steps in which the learning rate rises linearly to what it is
-        otherwise. 0: it does not.
+      cosine_steps: number of steps until the learning rate is 0.
+      warmup_steps: number of steps in which it rises.
     """
-    rate: optax.ScalarOrSchedule = learning_rate
-    if cosine_steps is not None:
-        rate = optax.cosine_decay_schedule(learning_rate, cosine_steps)
-    if warmup_steps:
-        warm = rate if callable(rate) else optax.constant_schedule(rate)
-        rate = lambda step: warm(step) * jnp.minimum((step + 1) / warmup_steps, 1.0)  # noqa: E731
+    rate = make_schedule(learning_rate, cosine_steps, warmup_steps)
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(rate))
 
 
@@ -233,31 +262,46 @@ def update(
     key = jax.random.fold_in(state.rng, state.step)
     seeds = row_seeds(key, rows)
     model: Any = nnx.merge(settings.graphdef, state.params)
-    loss = settings.loss.prepare(jax.random.fold_in(key, 1), model.n_items, cumulative)
     objective = OBJECTIVES[settings.objective]
     batch = objective.prepare(model, batch, jax.random.fold_in(key, 2))
-    value, grads = loss_and_gradients(
-        settings.graphdef,
-        state.params,
-        batch,
-        seeds,
-        settings.num_microbatches or num_microbatches(rows, length, settings.devices),
-        settings.objective,
-        loss,
-        jax.random.fold_in(key, 3),
-    )
     before, fixed = trained(state.params)
-    updates, opt_state = settings.tx.update(grads, state.opt_state, before)
-    params = optax.apply_updates(before, updates)
+    draw, of_rows = jax.random.fold_in(key, 1), None
+    if settings.by_row is None:
+        value, grads = loss_and_gradients(
+            settings.graphdef,
+            state.params,
+            batch,
+            seeds,
+            settings.num_microbatches or num_microbatches(rows, length, settings.devices),
+            settings.objective,
+            settings.loss.prepare(draw, model.n_items, cumulative),
+            jax.random.fold_in(key, 3),
+        )
+    else:
+        # Each device cuts its own rows.
+        own = rows // settings.devices
+        value, grads, of_rows = sharded_gradients.loss_and_gradients(
+            settings.graphdef,
+            before,
+            fixed,
+            batch,
+            seeds,
+            by_row=settings.by_row,
+            microbatches=settings.num_microbatches or num_microbatches(own, length, 1),
+            objective=settings.objective,
+            loss=settings.loss,
+            key=draw,
+            frequencies=cumulative,
+        )
 
     # The largest magnitude of an array is finite if all of the array is. One test of all these
     # compiles faster than a test of each: XLA would repeat every test for every parameter below.
-    arrays = [leaf for leaf in jax.tree.leaves((value, grads)) if leaf.size]
+    tables = {} if of_rows is None else of_rows.tables
+    arrays = [leaf for leaf in jax.tree.leaves((value, grads, tables)) if leaf.size]
     largest = jnp.stack([jnp.abs(leaf).max() for leaf in arrays])
     finite = jnp.isfinite(largest).all()
     good = finite & (state.bad_step < 0)
-    new, old = (params, opt_state), (before, state.opt_state)
-    params, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+    params, opt_state = _updated(settings, state, before, grads, of_rows, good)
     params = nnx.merge_state(params, fixed)
     weight = batch["weights"].sum()
     state = dataclasses.replace(
@@ -271,6 +315,32 @@ def update(
     )
     loss_so_far = state.loss_sum / jnp.maximum(state.weight_sum, 1.0)
     return state, {"loss": loss_so_far, "bad_step": state.bad_step}
+
+
+def _updated(
+    settings: StepSettings,
+    state: TrainState,
+    before: nnx.State,
+    grads: nnx.State,
+    of_rows: RowGradients | None,
+    good: jax.Array,
+) -> tuple[nnx.State, Any]:
+    """Parameters and state of the optimizer after a step; as before unless it is `good`."""
+
+    def kept(new, old):
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    if of_rows is None:
+        updates, opt_state = settings.tx.update(grads, state.opt_state, before)
+        params = optax.apply_updates(before, updates)
+        return kept((params, opt_state), (before, state.opt_state))
+    assert settings.by_row is not None
+    dense, tables = item_rows.split(before, settings.by_row.names)
+    old, of_tables = state.opt_state["dense"], state.opt_state["tables"]
+    updates, new = settings.tx.update(grads, old, dense)
+    dense, new = kept((optax.apply_updates(dense, updates), new), (dense, old))
+    tables, of_tables = update_tables(settings.by_row, tables, of_tables, of_rows, state.step, good)
+    return item_rows.join(dense, tables), {"dense": new, "tables": of_tables}
 
 
 train_step = jax.jit(update, static_argnames="settings", donate_argnames="state")
@@ -318,7 +388,7 @@ class HostSteps:
         Returns:
           The next state, and the metrics. The device is still at work on both.
         """
-        batch = jax.device_put(self._needed(next(self.iterator)), self._placement.by_row)
+        batch = put_rows(self._needed(next(self.iterator)), self._placement.by_row)
         return train_step(state, batch, self.settings, self._cumulative)
 
     def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
@@ -431,7 +501,7 @@ class DeviceSteps:
         Arguments are those of `gathered_train_step` and `HostSteps`.
         """
         self.settings = settings
-        self._log = jax.device_put(batches.dataset.all_events(), placement.replicated)
+        self._log = put(batches.dataset.all_events(), placement.replicated)
         self._batches, self._gather, self._cumulative = batches, gather, cumulative
         self._by_row = placement.by_row
 
@@ -444,7 +514,7 @@ class DeviceSteps:
         """See `HostSteps.run`."""
         indices = dict(next(self.iterator))
         width = self._batches.buckets[indices.pop("bucket")]
-        indices = jax.device_put(indices, self._by_row)
+        indices = put_rows(indices, self._by_row)
         return gathered_train_step(
             state, self._log, indices, self.settings, self._gather, width, self._cumulative
         )
@@ -509,17 +579,27 @@ def make_steps(
     # It does not depend on the number of epochs, so that more epochs only go on.
     rewarms = train.init_from and train.init_optimizer == "rewarm"
     warmup_steps = max(batches.batches_per_epoch // 10, 1) if rewarms else 0
+    by_row = None
+    if placement.by_item is not None:
+        by_row = ByRow(
+            placement.mesh,
+            model.item_rows,
+            None if train.item_optimizer == "adam" else train.item_optimizer,
+            make_schedule(train.learning_rate, cosine_steps, warmup_steps),
+            train.weight_decay,
+        )
     settings = StepSettings(
         graphdef=nnx.graphdef(model),
         tx=make_optimizer(train.learning_rate, train.weight_decay, cosine_steps, warmup_steps),
         objective=train.objective,
         loss=Loss(train.loss, train.negatives, train.calibration),
         devices=placement.devices,
+        by_row=by_row,
     )
     cumulative = None
     if train.loss == "sampled_softmax":
         counts = item_frequencies(train_item_counts(batches.dataset))
-        cumulative = jax.device_put(counts, placement.replicated)
+        cumulative = item_rows.spread(counts, ("within",), placement)
     fields = (*inputs(model), "targets", "weights")
     if choose_placement(config.data.placement, batches.dataset) == "host":
         return HostSteps(batches, settings, fields, placement, cumulative)

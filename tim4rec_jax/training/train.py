@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from flax import nnx
 from rich.console import Console
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
     Dataset,
@@ -43,9 +44,17 @@ from tim4rec_jax.run import (
     read_figures,
     silence_echoes,
 )
-from tim4rec_jax.runtime import data_sharding, enable_compilation_cache, keep_bits
+from tim4rec_jax.runtime import (
+    Placement,
+    data_sharding,
+    enable_compilation_cache,
+    item_sharding,
+    keep_bits,
+)
+from tim4rec_jax.training import processes
 from tim4rec_jax.training.checkpoints import Checkpoints
 from tim4rec_jax.training.log import (
+    NoLog,
     ProgressLine,
     RunLog,
     describe_data,
@@ -116,6 +125,17 @@ def train_and_report(
     keep_bits()
     enable_compilation_cache()
     silence_echoes()
+    processes.join()
+    with processes.one_voice():
+        _train_and_report(config, workdir, prepare, loggers)
+
+
+def _train_and_report(
+    config: Config,
+    workdir: Path,
+    prepare: Callable[[Config], None] | None,
+    loggers: Sequence[Logger],
+) -> None:
     figures = _run(config, workdir, prepare, loggers)
     dataset = open_dataset(config.dataset)
     report = {
@@ -168,16 +188,47 @@ def _run(
         raise UserError(f"config.model: {first_line(error)}") from error
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
-    check_memory(config, nnx.to_pure_dict(nnx.state(structure, nnx.Param)))
-    batches, warm_start = make_batches(config, dataset), None
+    placement = choose_devices(config)
+    if placement.by_item is not None and structure.feature_maps is not None:
+        raise UserError(
+            f"{dataset.directory} has item features, which are not spread over devices yet; take "
+            "config.model.item_features=False, or leave config.mesh and config.train."
+            "item_optimizer out"
+        )
+    names = structure.item_rows if placement.by_item is not None else ()
+    check_memory(
+        config, nnx.to_pure_dict(nnx.state(structure, nnx.Param)), names, placement.mesh.size
+    )
+    part = processes.share(placement.devices) if processes.together() else (0, 1)
+    batches, warm_start = make_batches(config, dataset, *part), None
     if config.train.init_from and not checkpoint_steps(workdir / "checkpoints"):
         warm_start = read_warm_start(config, workdir, dataset, make_model, structure)
     loggers = [*make_loggers(config.train.loggers), *loggers]
-    with claim(workdir, config, dataset, dates):
+    claimed = claim(workdir, config, dataset, dates) if processes.first() else nullcontext()
+    with claimed:
+        processes.agreed(False, False)  # the others begin when the first one has the directory
         if (workdir / "metrics.json").exists():
             print(f"{workdir} is finished already; its figures are in {workdir / 'metrics.json'}")
             return read_figures(workdir)
-        return _train(config, workdir, batches, make_model, structure, loggers, warm_start)
+        return _train(
+            config, workdir, batches, make_model, structure, placement, loggers, warm_start
+        )
+
+
+def choose_devices(config: Config) -> Placement:
+    """The devices of a run, and how its arrays lie on them.
+
+    Args:
+      config: the settings, resolved.
+
+    Raises:
+      UserError: there are fewer devices than the settings ask for.
+    """
+    mesh, train = config.mesh, config.train
+    spread = config_lib.spreads_tables(config) or processes.together()
+    if spread or train.item_optimizer != "adam":
+        return item_sharding(train.batch_size, mesh.data, mesh.catalogue)
+    return data_sharding(train.batch_size)
 
 
 def feature_arrays(dataset: Dataset) -> FeatureArrays | None:
@@ -189,12 +240,16 @@ def feature_arrays(dataset: Dataset) -> FeatureArrays | None:
     return FeatureArrays(codes, weights, dense, counts, values)
 
 
-def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatches:
+def make_batches(
+    config: Config, dataset: Dataset, part: int = 0, parts: int = 1
+) -> TrainBatches | PackedBatches:
     """The batches that a run trains on.
 
     Args:
       config: the settings of the run, resolved.
       dataset: the dataset, split as the settings say.
+      part: which part of the rows of each batch to make, from 0.
+      parts: number of parts.
 
     Raises:
       UserError: there is nothing to train or to validate on, or there are too many batches.
@@ -203,7 +258,13 @@ def make_batches(config: Config, dataset: Dataset) -> TrainBatches | PackedBatch
     for split in ("valid", "test"):
         if not (getattr(dataset.splits, split) > 0).any():
             raise UserError(f"{dataset.directory}: no user has events enough for the {split} split")
-    settings = dict(max_length=data.max_length, batch_size=train.batch_size, seed=config.seed)
+    settings: dict[str, Any] = dict(
+        max_length=data.max_length,
+        batch_size=train.batch_size,
+        seed=config.seed,
+        process_index=part,
+        process_count=parts,
+    )
     if train.objective == "every_position":
         batches = PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
     else:
@@ -224,6 +285,7 @@ def _train(
     batches: TrainBatches | PackedBatches,
     make_model: Callable[[], SequenceModel],
     structure: SequenceModel,
+    placement: Placement,
     loggers: Sequence[Logger],
     warm_start: WarmStart | None,
 ) -> dict:
@@ -235,6 +297,7 @@ def _train(
       batches: what to train on.
       make_model: draws the initial weights.
       structure: the same model with shapes for weights.
+      placement: of arrays on the devices.
       loggers: where figures go besides `log.jsonl`.
       warm_start: what the training begins with instead.
     """
@@ -246,37 +309,49 @@ def _train(
 
     # Programs are compiled by threads while the weights are drawn and while the model trains.
     graphdef, shapes = nnx.split(structure)
-    placement, batching = data_sharding(config.train.batch_size), batch_settings(config)
+    batching, spread = batch_settings(config), placement.by_item is not None
     # The best epoch is that of the best NDCG@10.
     how: Any = dict(ks=sorted({10, *config.eval.ks}), ties=config.eval.ties)
-    rank = partial(evaluate, **batching, **how)
+    users = config.eval.valid_users
+    validated: Any = batching | dict(sample=users and (users, config.seed), placement=placement)
+    rank = partial(evaluate, **validated, **how)
     steps = make_steps(config, batches, structure, placement)
-    make_state = partial(init_state, tx=steps.settings.tx, seed=config.seed)
+    make_state = partial(
+        init_state, tx=steps.settings.tx, seed=config.seed, by_row=steps.settings.by_row
+    )
+    names = structure.item_rows if spread else ()
+    whole_shapes = jax.eval_shape(make_state, shapes)
     pool = ThreadPoolExecutor(2)
     with waiting_for("compiling the training step"):
-        state_shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=placement.replicated
-            ),
-            jax.eval_shape(make_state, shapes),
-        )
+        state_shapes = item_rows.shapes(whole_shapes, names, placement)
         compiling = [pool.submit(lowered.compile) for lowered in steps.lowered(state_shapes)]
-        zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-        compiling_evaluation = pool.submit(
-            compile_evaluation, nnx.merge(graphdef, zeros), dataset, "valid", **batching
-        )
+        if spread:
+            # Two programs whose devices wait for each other must not run at the same time.
+            compiling_evaluation = pool.submit(lambda: None)
+        else:
+            zeros = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+            compiling_evaluation = pool.submit(
+                compile_evaluation, nnx.merge(graphdef, zeros), dataset, "valid", **validated
+            )
         pool.shutdown(wait=False)
         print(describe_model(structure), flush=True)
-        state = make_state(nnx.state(make_model()))
+        params = nnx.state(make_model())
         if warm_start is not None:
-            state = warm_start.state(state)
+            state = warm_start.state(make_state(params))
             print(warm_start.words, flush=True)
-        state = jax.device_put(state, placement.replicated)
+            state = item_rows.spread(state, names, placement)
+        elif spread:
+            params = item_rows.spread(params, names, placement)
+            shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes)
+            state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)(params)
+        else:
+            state = jax.device_put(make_state(params), placement.replicated)
+        del params
         for program in compiling:
             program.result()
 
     # What earlier starts of this run have done.
-    checkpoints = Checkpoints(workdir)
+    checkpoints = Checkpoints(workdir, whole_shapes, names)
     progress = {
         "best": None,  # validation metrics of the best epoch
         "best_epoch": 0,
@@ -311,20 +386,29 @@ def _train(
         if shown := line.update(step, float(metrics["loss"])):
             log.write("train", step, **shown)
 
-    open_log = partial(RunLog, workdir, step, loggers, config_lib.flatten(config))
+    open_log: Any = NoLog
+    if processes.first():
+        open_log = partial(RunLog, workdir, step, loggers, config_lib.flatten(config))
+    # Steps between validations, and between the questions whether to stop or to save.
+    interval = config.eval.valid_steps or config.eval.valid_epochs * per_epoch
+    ask_every = 8 if processes.together() else 1
     with closing(checkpoints), closing(open_log()) as log, stop_on_signal() as stop:
         check_finite(int(state.bad_step))
         if warm_start is not None:
             save()  # so that the run goes on whatever becomes of the one that it begins with
         while step < max_epochs * per_epoch and progress["stale_epochs"] <= config.train.patience:
-            # Train to the end of the running epoch.
-            end = (step // per_epoch + 1) * per_epoch
+            # Train up to the next validation.
+            end = min((step // interval + 1) * interval, max_epochs * per_epoch)
             dispatched: deque = deque()
             saved = time.perf_counter()
-            # The checkpoint of the end of an epoch is written after its validation. Otherwise a
-            # run that goes on from there would leave the validation out.
+            # The checkpoint there is written after the validation. Otherwise a run that goes on
+            # from it would leave the validation out.
             while step < end:
-                if stop:
+                stops = saves = False
+                if step % ask_every == 0:
+                    due = time.perf_counter() - saved > 60 * config.train.checkpoint_minutes
+                    stops, saves = processes.agreed(bool(stop), due)
+                if stops:
                     save()
                     checkpoints.wait()
                     line.clear()
@@ -333,7 +417,7 @@ def _train(
                     )
                 if compiling_evaluation.done():
                     compiling_evaluation.result()  # raises what it has failed with
-                if time.perf_counter() - saved > 60 * config.train.checkpoint_minutes:
+                if saves:
                     save()
                     saved = time.perf_counter()
                 state, metrics = steps.run(state)
@@ -346,7 +430,7 @@ def _train(
             line.clear()
 
             # Validate; keep the parameters if they are the best; save.
-            epoch, loss = step // per_epoch, float(state.loss_sum) / float(state.weight_sum)
+            epoch, loss = -(-step // per_epoch), float(state.loss_sum) / float(state.weight_sum)
             state = start_epoch(state)
             compiling_evaluation.result()
             figures, _ = rank(nnx.merge(graphdef, state.params), dataset, "valid")
@@ -362,8 +446,9 @@ def _train(
             # After a crash between the two, the epoch is done again and its record removed.
             log.write("valid", step, epoch=epoch, train_loss=loss, **figures)
             save()
+            where = f"epoch {epoch}" if step % per_epoch == 0 else f"step {step:,}, epoch {epoch}"
             print(
-                f"epoch {epoch}: loss {loss:.4f}, validation Hit@10 {figures['hit@10']:.4f}, "
+                f"{where}: loss {loss:.4f}, validation Hit@10 {figures['hit@10']:.4f}, "
                 f"NDCG@10 {figures['ndcg@10']:.4f}{' (best)' if better else ''}, "
                 f"{duration(progress['seconds'])} so far",
                 flush=True,
@@ -376,7 +461,11 @@ def _train(
             )
 
         # Test the best parameters.
-        _, best_model = load_model(workdir)
+        if spread:
+            best_model = nnx.merge(graphdef, checkpoints.restore_best(state.params))
+            batching["placement"] = placement
+        else:
+            _, best_model = load_model(workdir)
         ranks, ties = rank_targets(best_model, dataset, "test", **batching)
         ranks, ties = tested(ranks, ties, how["ties"])
         figures = means_of_users(ranks, how["ks"], ties)
@@ -395,7 +484,8 @@ def _train(
             "device": jax.devices()[0].device_kind,
             "jax": jax.__version__,
         }
-        write_json(workdir / "metrics.json", result)
+        if processes.first():
+            write_json(workdir / "metrics.json", result)
         log.write("test", step, **figures)
         log.result = result
         return result
