@@ -10,6 +10,7 @@ import os
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -129,6 +130,47 @@ def test_what_is_no_json(client, body):
         client.post("/recommend", content=body, headers={"content-type": "text/plain"}).status_code
         == 415
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "key"),
+    [
+        ("/recommend", b'{"items": ["i1"], "timestamps": [1], "k": 1, "k": 3}', "k"),
+        ("/events", b'{"events": [{"user": "a:b", "us\\u0065r": "b", %s}]}', "user"),
+        ("/events", b'{"sort": true, "sort": true, "events": [{"user": "a", %s}]}', "sort"),
+    ],
+)
+def test_of_equal_keys_none_is_lost(client, path, body, key):
+    body = body.replace(b"%s", b'"item": "i1", "timestamp": 1')
+    answer = client.post(path, content=body, headers={"content-type": "application/json"})
+    message = f"the key {key!r} stands 2 times in one object"
+    assert (answer.status_code, answer.json()["error"]["message"]) == (422, message)
+
+
+def test_ids_with_any_marks(client):
+    """A user with any id can be told of, and forgotten."""
+    for user in ('a": 1, "b":', "a/b//", "line\r\nX: y", "...", "caf\u00e9"):
+        event = {"user": user, "item": "i1", "timestamp": 1}
+        assert client.post("/events", json={"events": [event]}).json()["known"] == 1
+        assert client.delete("/users/" + quote(user, safe="")).json() == {"deleted": True}
+    client.post("/events", json={"events": [{"user": "\ufffd", "item": "i1", "timestamp": 1}]})
+    for address in ("/users/%ff", "/users/%ED%A0%80"):  # would stand for that user
+        assert client.delete(address).status_code == 400
+    assert client.delete("/users/%EF%BF%BD").json() == {"deleted": True}
+
+
+def test_what_would_be_passed_over_is_refused(client):
+    json_type = {"content-type": "application/json"}
+    for headers, path, status in (
+        (json_type | {"content-encoding": "gzip"}, "/recommend", 415),
+        (json_type, "/recommend?k=5", 422),
+        (json_type, "/recommend/", 404),
+    ):
+        answer = client.post(path, json=HISTORY, headers=headers, follow_redirects=False)
+        assert (answer.status_code, "error" in answer.json()) == (status, True)
+    answer = client.post("/reload", json={"path": "/etc"})
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "path")
+    assert client.get("/items?query=" + "a" * 101).json()["error"]["field"] == "query"
 
 
 def test_large_requests_are_the_same(client, recommender):
@@ -463,6 +505,16 @@ def test_requests_leave_no_cycles_of_references(recommender):
         finally:
             gc.enable()
     assert left < 5
+
+
+def test_clients_that_would_rather_speak_http_2(recommender):
+    """Their requests and those that follow are answered in HTTP/1.1."""
+    asks = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHost"
+    upgrade = post("/recommend", HISTORY).replace(b"Host", asks)
+    with served(recommender) as server:
+        open_socket = connect(server, upgrade * 2 + post("/recommend", HISTORY))
+        open_socket.shutdown(socket.SHUT_WR)
+        assert everything(open_socket).count("HTTP/1.1 200 OK") == 3
 
 
 def test_another_log_is_no_new_run(tiny_data, recommenders):

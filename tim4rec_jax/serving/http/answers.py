@@ -71,10 +71,12 @@ def answer_to(error: Exception) -> Answer:
     """The answer to a request that has raised an error."""
     match error:
         case RequestValidationError():
-            return _wrong(error.errors()[0])
+            wrong = error.errors()[0]  # its place begins with "query", "path" or the like
+            return _wrong(wrong, wrong["loc"][1:])
         case ValidationError():
             quiet: Any = dict(include_url=False, include_input=False, include_context=False)
-            return _wrong(error.errors(**quiet)[0])
+            wrong = error.errors(**quiet)[0]
+            return _wrong(wrong, wrong["loc"])
         case StoreError():
             # The message has paths of this machine in it, which are the operator's business.
             _log.error("%s", error)
@@ -98,7 +100,6 @@ def answer_to(error: Exception) -> Answer:
             return refusal(500, "internal", "the service has failed; its log says why")
 
 
-def _wrong(error: Any) -> Answer:
-    place = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+def _wrong(error: Any, place: Sequence[str | int]) -> Answer:
     message = error["msg"].removeprefix("Value error, ")
-    return refusal(422, "invalid_request", message, ".".join(place) or None)
+    return refusal(422, "invalid_request", message, ".".join(map(str, place)) or None)

@@ -12,6 +12,8 @@ FastAPI describes all requests. Those that take JSON, `/health` and `/ready` are
 from __future__ import annotations
 
 import asyncio
+import collections
+import json
 from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from pathlib import Path
@@ -25,6 +27,7 @@ from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel
 from pydantic_core import from_json, to_json
+from starlette.convertors import StringConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
@@ -41,6 +44,15 @@ from tim4rec_jax.serving.recommender import Recommender
 
 # A longer body is read and checked in a thread: the event loop would answer nobody else meanwhile.
 _LARGE_BODY = 1 << 14
+
+
+class _IdConvertor(StringConvertor):
+    """Any text as a part of an address, with slashes and ends of lines in it."""
+
+    regex = r"[\s\S]*"
+
+
+register_url_convertor("id", _IdConvertor())
 
 _PAGE = Path(__file__).with_name("page.html")
 _PAGE_HEADERS = {
@@ -85,6 +97,7 @@ def create_app(
         lifespan=service.running,
         docs_url=None,  # the pages of FastAPI load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         responses=schema.ERRORS,
         # It only describes the token; the guard asks for it.
         dependencies=[] if token is None else [Depends(HTTPBearer(auto_error=False))],
@@ -174,6 +187,10 @@ def _takes_json(
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":
             raise HTTPException(415, "send JSON with the header Content-Type: application/json")
+        if request.headers.get("content-encoding", "identity").lower() != "identity":
+            raise HTTPException(415, "send the body as it is, without the header Content-Encoding")
+        if scope["query_string"]:
+            raise HTTPException(422, "send all of the request in the body, nothing after a ?")
         body = await read_body()
         read = partial(_read_json, model, body)
         large = len(body) > _LARGE_BODY
@@ -196,7 +213,24 @@ def _read_json(model: type[BaseModel], body: bytes) -> Any:
         content = from_json(body, allow_inf_nan=False)
     except ValueError as error:
         raise HTTPException(422, f"the body is no JSON: {error}"[:200]) from None
-    return model.model_validate(content)
+    checked = model.model_validate(content)
+    # Of equal keys the last one has counted, and the others were lost. Each key has a colon, so
+    # most bodies need no second look.
+    if body.count(b":") > _count_keys(checked):
+        json.loads(body, object_pairs_hook=_refuse_equal_keys)
+    return checked
+
+
+def _count_keys(content: BaseModel) -> int:
+    events: list[BaseModel] = getattr(content, "events", [])
+    return len(content.model_fields_set) + sum(map(_count_keys, events))
+
+
+def _refuse_equal_keys(pairs: list[tuple[str, Any]]) -> None:
+    keys = collections.Counter(key for key, _ in pairs)
+    for key, times in keys.items():
+        if times > 1:
+            raise HTTPException(422, f"the key {key!r} stands {times} times in one object")
 
 
 def _alive(request: Request) -> Callable[[], bool]:
@@ -206,7 +240,7 @@ def _alive(request: Request) -> Callable[[], bool]:
 
 
 def _add_other_routes(app: FastAPI, service: Service) -> None:
-    @app.delete("/users/{user:path}")
+    @app.delete("/users/{user:id}")
     async def delete(
         user: Annotated[str, PathParameter(min_length=1, max_length=256)], request: Request
     ) -> schema.DeleteAnswer:

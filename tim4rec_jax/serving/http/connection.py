@@ -8,6 +8,7 @@ requests: the application is called when a request has arrived whole and its tur
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import (
@@ -34,6 +35,10 @@ _LAST_SECONDS = 1  # in which the client of a refused request can read why
 _MAX_URL, _MAX_HEAD, _MAX_HEADERS = 8 << 10, 32 << 10, 100  # in bytes, bytes, and number
 _MAX_AHEAD = 32  # requests that a client may send before it has got the first answer
 MAX_CONNECTIONS = 4096
+# Clients that ask for HTTP/2 in this header (Java, curl --http2) go on with HTTP/1.1. The parser
+# would take their body, and all later requests, for the other protocol's. A JSON text cannot hold
+# it, because it has no end of a line before a word.
+_UPGRADE = re.compile(rb"(\r\n)upgrade:", re.IGNORECASE)
 _LONG_HEAD = 431, "too_large", f"a request may have {_MAX_HEADERS} headers of {_MAX_HEAD:,} bytes"
 _LONG_BODY = 413, "too_large", f"a request may have {MAX_BODY:,} bytes"
 _AHEAD = 503, "unavailable", f"more than {_MAX_AHEAD} requests wait on this connection"
@@ -98,7 +103,7 @@ class Connection(HttpToolsProtocol):
         self.pipeline.clear()
         self.cycle = self.scope = self._current = None  # type: ignore[assignment]
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more, but may still read: what has arrived whole is answered."""
         self.half_closed = True
         if (self.in_head or self.in_body) and not self.refused:
@@ -118,6 +123,8 @@ class Connection(HttpToolsProtocol):
         """Takes a part of a request."""
         if self.refused:
             return
+        if b"pgrade" in data:
+            data = _UPGRADE.sub(rb"\1x-asked:", data)
         super().data_received(data)
         if self.in_head:
             self.head_bytes += len(data)
@@ -263,6 +270,10 @@ class Connection(HttpToolsProtocol):
             self.refuse(503, "unavailable", "the service is ending")
         else:
             super().shutdown()
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """The parser has stopped, because the request asks for another protocol."""
+        self.refuse(400, "invalid_request", "send the request without the header Upgrade")
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
+from urllib.parse import unquote_to_bytes
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -92,6 +93,10 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Answer | None:
         """The refusal of a request, if there is a reason for one."""
+        raw_path = scope.get("raw_path") or b""
+        if b"%" in raw_path and not _is_utf8(unquote_to_bytes(raw_path)):
+            # Otherwise it would stand for another address, with marks in the place of these bytes.
+            return refusal(400, "invalid_request", "the address is no UTF-8")
         headers = dict(scope["headers"])  # of several with one name, the last
         host = headers.get(b"host")
         if sum(name == b"host" for name, _ in scope["headers"]) > 1:
@@ -118,6 +123,14 @@ def _host(header: bytes) -> str:
     text = header.decode("latin-1").lower()
     name, colon, port = text.rpartition(":")
     return name if colon and port.isdigit() else text
+
+
+def _is_utf8(text: bytes) -> bool:
+    try:
+        text.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 async def _body(receive: Receive) -> bytes:
