@@ -9,17 +9,22 @@ import threading
 from pathlib import Path
 
 import duckdb
+import jax
 import numpy as np
 import pandas as pd
 import polars as pl
 import pyarrow as pa
 import pytest
+from flax import nnx
 
 import tim4rec_jax as t4r
 from tests.training.tiny_run import LastItem
 from tim4rec_jax import api, frames, prepared
+from tim4rec_jax.commands.train import main as train_command
+from tim4rec_jax.data_prep.__main__ import main as data_prep
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.evaluate_run import evaluate_run
+from tim4rec_jax.run import load_model
 
 FIRST = 1_700_000_000
 N_USERS, N_EVENTS, N_ITEMS = 24, 8, 12
@@ -264,6 +269,27 @@ def test_evaluation_equals_that_of_the_training(model, data):
     assert model.evaluate(exclude_seen=True) == report["metrics"]
     with pytest.raises(UserError, match="it must be test or valid"):
         model.evaluate("train")
+
+
+def test_it_is_what_the_commands_do(model, tmp_path):
+    """From a CSV file and a command line: the same parameters, bit for bit, and figures."""
+    log = tmp_path / "log.csv"
+    events().to_csv(log, index=False, date_format="%Y-%m-%dT%H:%M:%S")
+    columns = ["--user=customer", "--item=sku", "--time=at", "--time-unit=iso"]
+    data_prep(["table", "--source", str(log), *columns, "--out", str(tmp_path / "data")])
+    settings = {"train.epochs" if name == "epochs" else name: QUICK[name] for name in QUICK}
+    settings["data.max_length"] = settings.pop("max_length")
+    words = [f"--config.{name}={value}" for name, value in settings.items()]
+    words += ["--config=causal", f"--config.dataset={tmp_path / 'data'}"]
+    train_command([*words, f"--workdir={tmp_path / 'run'}"])
+    ours, theirs = (
+        jax.tree.leaves(nnx.state(load_model(run)[1])) for run in (model.run, tmp_path / "run")
+    )
+    assert len(ours) == len(theirs) > 0
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+    report = evaluate_run(tmp_path / "run", accuracy_only=True)
+    assert report["metrics"] == model.evaluate() == model.metrics["test"]
 
 
 def test_similar_items(model):
