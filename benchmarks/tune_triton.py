@@ -18,7 +18,7 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd import ssd, time_aware_ssd_block
+from tim4rec_jax.ssd import finite_inputs, ssd, time_aware_ssd_block
 from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, random_inputs
 from tim4rec_jax.ssd.triton import block as triton_block
 from tim4rec_jax.ssd.triton import launch as table
@@ -71,7 +71,7 @@ def seconds(
         return jax.grad(lambda inputs: jnp.sum(forward(inputs), dtype=jnp.float32))(inputs)
 
     function = gradient if kernel.endswith("backward") else forward
-    with mock.patch.object(table, "tile_sizes", chosen):
+    with mock.patch.object(table, "tile_sizes", chosen), finite_inputs():
         try:
             program = jax.jit(function).lower(inputs).compile()
             jax.block_until_ready(program(inputs))

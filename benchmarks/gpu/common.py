@@ -38,7 +38,11 @@ class Session:
             action="store_true",
             help="run on a CPU at tiny sizes, with XLA in the place of the kernels",
         )
-        self.rehearse = parser.parse_args().rehearse
+        parser.add_argument(
+            "--warm", action="store_true", help="time once and write nothing, to fill caches"
+        )
+        flags = parser.parse_args()
+        self.rehearse, self.warm = flags.rehearse, flags.warm
         if not self.rehearse and jax.default_backend() != "gpu":
             sys.exit(f"there is no GPU here, JAX runs on {jax.default_backend()!r}")
         default = FOLDER / "results" / datetime.date.today().isoformat()
@@ -60,6 +64,8 @@ class Session:
     def write(self, **row: Any) -> None:
         """Prints a line and appends it to the file. `ok=False` makes the script fail."""
         self.failures += row.get("ok") is False
+        if self.warm:
+            return
         line = json.dumps(row | {"device": jax.devices()[0].device_kind})
         print(line, flush=True)
         with self._path.open("a") as file:

@@ -22,7 +22,8 @@ def main() -> None:
         for gradient in (False, True):
 
             def figures(shape=shape, sets=sets, gradient=gradient):
-                seconds = time_mamba(shape, sets, 1 if session.rehearse else 30, gradient)
+                repeats = 1 if session.rehearse or session.warm else 30
+                seconds = time_mamba(shape, sets, repeats, gradient)
                 # None where it is not installed
                 return {"us": None if seconds is None else round(seconds * 1e6, 1)}
 
