@@ -329,7 +329,7 @@ def _forward(s: Settings, save: bool, rows: Rows, parameters: Parameters):
             state[...] = jnp.zeros_like(state)
             tails[...] = jnp.zeros_like(tails)
 
-        def row(i, _):
+        def row(i):
             age = None if v.age is None else v.age[i, 0]
             c = _prepare(s, number, v.projected[i], tails[i], v.factor[i, 0], age, parameters)
             old = state[i] if plan.stateful else None
@@ -341,7 +341,7 @@ def _forward(s: Settings, save: bool, rows: Rows, parameters: Parameters):
                 state[i] = new
                 tails[i] = c.mixed[0][plan.chunk - TAIL :]
 
-        jax.lax.fori_loop(0, blocks.rows, row, None)
+        blocks.for_rows(row)
 
     shape = plan.state_shape
     result = jax.ShapeDtypeStruct((*rows.projected.shape[:2], s.inner), rows.projected.dtype)
@@ -381,7 +381,7 @@ def _backward(s: Settings, rows, parameters: Parameters):
             for gradient in (dstate, spilled, *dparameters):
                 gradient[...] = jnp.zeros_like(gradient)
 
-        def row(i, _):
+        def row(i):
             age = None if v.age is None else v.age[i, 0]
             tail = jnp.zeros((TAIL, s.channels), jnp.float32)
             if before is not None:
@@ -415,7 +415,7 @@ def _backward(s: Settings, rows, parameters: Parameters):
             dparameters.features[i] += jnp.concatenate([dskip, dscale], axis=0)
             dparameters.heads[i] += dheads
 
-        jax.lax.fori_loop(0, blocks.rows, row, None)
+        blocks.for_rows(row)
 
     shape = plan.state_shape
     before = None

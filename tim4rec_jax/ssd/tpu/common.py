@@ -19,6 +19,7 @@ FORGET_ALL = -1000.0
 _BLOCK_BYTES = 6 * 2**20
 MOST_BYTES = 11 * 2**20
 _MOST_ROWS = 8
+_ROWS_AT_ONCE = 2
 
 
 class Heads(NamedTuple):
@@ -148,6 +149,20 @@ class Blocks:
     def row(self, *shape: int) -> pl.BlockSpec:
         """The block of an array [B,*shape], which is the same for all chunks."""
         return pl.BlockSpec((self.rows, *shape), lambda i, step: (i, 0, 0))
+
+    def for_rows(self, row) -> None:
+        """Calls a function with the number of each row of a program, in a kernel.
+
+        Rows do not depend on each other. Where a turn of the loop does several of them, the
+        compiler fills the time in which the results of one are under way with work on the other.
+        """
+        together = max(n for n in range(1, _ROWS_AT_ONCE + 1) if self.rows % n == 0)
+
+        def some(turn, _):
+            for i in range(together):
+                row(turn * together + i)
+
+        jax.lax.fori_loop(0, self.rows // together, some, None)
 
     def launch(self, kernel, inputs, outputs, scratch):
         """Runs a kernel over all blocks; the chunks of a row follow each other.

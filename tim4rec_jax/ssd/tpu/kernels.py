@@ -32,12 +32,7 @@ def dot(a, b, axes: str, precision: str):
             product: "1" rounds both matrices to 8 bits, "2" keeps 16 bits of `a`, and "3" keeps 16
             bits of both.
     """
-    left, right = _CONTRACT[axes]
-    dot = functools.partial(
-        jax.lax.dot_general,
-        dimension_numbers=(((left,), (right,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )
+    dot = _product(axes)
     if precision == "float32":
         return dot(a, b, precision=jax.lax.Precision.HIGHEST)
     (a, a_rest), (b, b_rest) = _halves(a), _halves(b)
@@ -55,9 +50,35 @@ def _halves(v):
     return upper, (v - upper.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def exact_dot(a, b, axes: str = "nn"):
-    """Multiplies float32 matrices like `dot`, with the precision "float32"."""
-    return dot(a, b, axes, "float32")
+def _product(axes: str):
+    """The matrix product with these axes and sums in float32."""
+    left, right = _CONTRACT[axes]
+    return functools.partial(
+        jax.lax.dot_general,
+        dimension_numbers=(((left,), (right,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def add_up(a, b, axes: str = "nn", bits: int = 24):
+    """Multiplies a float32 matrix with one of zeros and ones, which has the dtype bfloat16.
+
+    A number of 24 bits is the sum of three bfloat16 numbers, and a one has no rest. So three
+    products are exact, where those of any two float32 matrices are six.
+
+    Args:
+        a: the left matrix.
+        b: the right matrix.
+        axes: see `dot`.
+        bits: how many of the numbers count, 8 for each product.
+    """
+    dot, total = _product(axes), 0.0
+    rest = b if a.dtype == jnp.bfloat16 else a
+    for _ in range(bits // 8):
+        part = rest.astype(jnp.bfloat16)
+        rest -= part.astype(jnp.float32)
+        total += dot(a, part) if a.dtype == jnp.bfloat16 else dot(part, b)
+    return total
 
 
 def related(size: int, relation: str):
@@ -71,18 +92,18 @@ def related(size: int, relation: str):
 
 
 def ones(size: int, relation: str):
-    """A matrix [Q,Q]: one where `related`, else zero."""
-    return related(size, relation).astype(jnp.float32)
+    """A matrix [Q,Q] for `add_up`: one where `related`, else zero."""
+    return related(size, relation).astype(jnp.bfloat16)
 
 
 def columns(rows):
     """Transposes [H,Q] to [Q,H], by a product with the unit matrix, which is fast on a TPU."""
-    return exact_dot(ones(rows.shape[1], "eq"), rows, "nt")
+    return add_up(ones(rows.shape[1], "eq"), rows, "nt")
 
 
 def rows_of(columns):
     """Transposes [Q,H] to [H,Q]."""
-    return exact_dot(ones(columns.shape[1], "eq"), columns, "nt")
+    return add_up(ones(columns.shape[1], "eq"), columns, "nt")
 
 
 def _lane(shape, heads: Heads, h: int, members: range):
@@ -126,17 +147,17 @@ def for_groups(heads: Heads, members: range, v, tile, axes: str, precision):
 
 
 def indicator(heads: Heads, members: range):
-    """A matrix [H,T]: one where the lane belongs to the head, else zero."""
+    """A matrix [H,T] for `add_up`: one where the lane belongs to the head, else zero."""
     shape = (heads.number, len(members) * heads.width)
     head = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
     first = (head - members[0]) * heads.width
-    return ((lane >= first) & (lane < first + heads.width)).astype(jnp.float32)
+    return ((lane >= first) & (lane < first + heads.width)).astype(jnp.bfloat16)
 
 
 def by_head(heads: Heads, members: range, v):
     """Sums a tile [Q,T] over the lanes of each head: [H,Q]."""
-    return exact_dot(indicator(heads, members), v, "nt")
+    return add_up(indicator(heads, members), v, "nt")
 
 
 def head_number(shape, axis: int):
@@ -168,13 +189,13 @@ class DecaySums:
     """
 
     def __init__(self, decay):
-        coarse = jnp.round(decay * 16) / 16
-        parts, size = [coarse, decay - coarse], decay.shape[1]
-        upto, after = ones(size, "ge"), ones(size, "lt")
-        self._rows = [exact_dot(v, upto, "nt") for v in parts]
-        self._columns = [exact_dot(upto, v, "nt") for v in parts]
+        coarse = jnp.round(decay * 16) / 16  # at most 16,000 times 1/16: 14 bits
+        parts, size = [(coarse, 16), (decay - coarse, 24)], decay.shape[1]
+        upto = ones(size, "ge")
+        self._rows = [add_up(v, upto, "nt", bits) for v, bits in parts]
+        self._columns = [add_up(upto, v, "nt", bits) for v, bits in parts]
         self.from_start = jnp.exp(sum(self._columns))
-        self.to_end = jnp.exp(sum(exact_dot(after, v, "nt") for v in parts))
+        self.to_end = jnp.exp(sum(v[size - 1 :] - v for v in self._columns))
         self.whole = self.from_start[size - 1 :]
 
     def between(self, h: int, transposed: bool = False):
@@ -260,6 +281,7 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
     sums = DecaySums(decay)
     size = decay.shape[1]
     reaches, before = ones(size, "ge"), ones(size, "lt")
+    bits = 24 if precision == "float32" else 16
     steps = columns(dt)
     scores = [
         dot(group_part(B, g, heads), group_part(C, g, heads), "nt", precision)
@@ -280,9 +302,10 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
             dscores[g] += dmixing * weight
             # The decay of position t acts on all pairs k < t <= q. Sums over these rectangles keep
             # digits that differences of sums of rows and of columns would lose.
-            later = dot(dmixing * scores[g], reaches, "nn", "2" if precision == "1" else precision)
+            later = add_up(dmixing * scores[g], reaches, "nn", bits)
             dsteps = jnp.where(head_number(dsteps.shape, 1) == h, later[:, :1], dsteps)
-            taken = jnp.sum(later * weight * before, axis=0, keepdims=True)
+            taken = jnp.where(related(size, "lt"), later * weight, 0.0)
+            taken = jnp.sum(taken, axis=0, keepdims=True)
             ddecay += jnp.where(head_number(ddecay.shape, 0) == h, taken, 0.0)
         if state is not None:
             old, dnew = state[:, lanes], dleft[:, lanes]
@@ -293,8 +316,8 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
             shown = spread(sums.from_start, heads, members) * dyt
             seen = shown * for_groups(heads, members, C, old, "nn", precision)
             lasting = spread(sums.whole, heads, members) * dnew
-            ddecay += exact_dot(by_head(heads, members, fed * arrived), before)
-            ddecay += exact_dot(by_head(heads, members, seen), reaches)
+            ddecay += add_up(by_head(heads, members, fed * arrived), before)
+            ddecay += add_up(by_head(heads, members, seen), reaches)
             lost = jnp.sum(lasting * old, axis=0, keepdims=True)
             ddecay += jnp.sum(indicator(heads, members) * lost, axis=1, keepdims=True)
             for g, own in groups_of(heads, members):

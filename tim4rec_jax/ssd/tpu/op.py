@@ -176,7 +176,7 @@ def _forward(plan: Plan, save: bool, inputs: Inputs, skip):
         def _():
             state[...] = jnp.zeros_like(state) if v.state is None else v.state[...]
 
-        def row(i, _):
+        def row(i):
             x, maps = load(plan, number, v.x[i], v.maps[i])
             B, C = jnp.split(maps, 2, axis=1)
             before = state[i] if plan.stateful else None
@@ -189,7 +189,7 @@ def _forward(plan: Plan, save: bool, inputs: Inputs, skip):
             if plan.final:
                 final[i] = after
 
-        jax.lax.fori_loop(0, blocks.rows, row, None)
+        blocks.for_rows(row)
 
     shape = plan.state_shape
     nothing = (None, None)
@@ -226,7 +226,7 @@ def _backward(plan: Plan, rows, skip):
             dstate[...] = jnp.zeros_like(dstate) if dfinal is None else dfinal[...]
             dskip[...] = jnp.zeros_like(dskip)
 
-        def row(i, _):
+        def row(i):
             x, maps, dout = load(plan, number, v.x[i], v.maps[i], dy[i])
             B, C = jnp.split(maps, 2, axis=1)
             states = (entering[i, 0], dstate[i]) if plan.stateful else (None, None)
@@ -242,7 +242,7 @@ def _backward(plan: Plan, rows, skip):
             if v.state is not None:
                 dinputs.state[i] = g.state
 
-        jax.lax.fori_loop(0, blocks.rows, row, None)
+        blocks.for_rows(row)
 
     shape = plan.state_shape
     return blocks.launch(
