@@ -6,6 +6,9 @@ or a column [Q,H].
 
 A product for one head does not cut its lanes out. It sets the lanes of the other heads of a tile to
 zero. That costs nothing, because the matrix unit always works on 128 lanes.
+
+Matrices over pairs of positions [Q,Q] of few positions would leave lanes empty. Those of several
+heads of a group lie side by side then, [Q,KQ] for a pack of K heads, as many as fill a register.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from tim4rec_jax.ssd.tpu.common import Heads
+from tim4rec_jax.ssd.tpu.common import LANES, Heads
 
 _CONTRACT = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}
 
@@ -81,19 +84,65 @@ def add_up(a, b, axes: str = "nn", bits: int = 24):
     return total
 
 
-def related(size: int, relation: str):
-    """A matrix [Q,Q]: whether the number of the row and that of the column stand in a relation.
+def _places(shape, size: int):
+    """For each lane: which of the squares [Q,Q] side by side it is in, and its number there."""
+    lane = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
+    square = sum((lane >= first).astype(jnp.int32) for first in range(size, shape[1], size))
+    return square, lane - size * square
+
+
+def related(size: int, relation: str, count: int = 1):
+    """Squares [Q,Q] side by side: whether the numbers of row and column stand in a relation.
 
     Relations are those of `jax.lax`: "ge" is a lower triangle with its diagonal.
     """
-    row = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
-    column = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
-    return getattr(jax.lax, relation)(row, column)
+    shape = (size, count * size)
+    row = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    return getattr(jax.lax, relation)(row, _places(shape, size)[1])
 
 
-def ones(size: int, relation: str):
-    """A matrix [Q,Q] for `add_up`: one where `related`, else zero."""
-    return related(size, relation).astype(jnp.bfloat16)
+def ones(size: int, relation: str, count: int = 1):
+    """The same for `add_up`: one where `related`, else zero."""
+    return related(size, relation, count).astype(jnp.bfloat16)
+
+
+def diagonal(size: int, relation: str, count: int):
+    """The same squares along the diagonal of a matrix [KQ,KQ], for `add_up`."""
+    wide, square = related(size, relation, count), _places((size, count * size), size)[0]
+    return stack([(wide & (square == i)).astype(jnp.bfloat16) for i in range(count)])
+
+
+def side_by_side(heads: list[int], size: int, values):
+    """Joins what `values` returns for each head, [1,KQ] or [Q,1], in the lanes of its square."""
+    found = [values(h) for h in heads]
+    if len(found) == 1:
+        return found[0]
+    shape = (max(v.shape[0] for v in found), len(found) * size)
+    square, joined = _places(shape, size)[0], jnp.broadcast_to(found[0], shape)
+    for i, v in enumerate(found[1:], 1):
+        joined = jnp.where(square >= i, v, joined)
+    return joined
+
+
+def stack(parts):
+    """Puts matrices below each other."""
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=0)
+
+
+def pack_size(heads: Heads, size: int) -> int:
+    """Returns K: as many heads of a tile and group as have their squares [Q,Q] in one register."""
+    sets = [len(own) for _, members in heads.tiles() for _, own in groups_of(heads, members)]
+    most = max(1, LANES // size)
+    return next(k for k in range(most, 0, -1) if all(n % k == 0 for n in sets))
+
+
+def packs(heads: Heads, members: range, count: int):
+    """The packs of a tile: the group of each, and its heads."""
+    return [
+        (g, own[i : i + count])
+        for g, own in groups_of(heads, members)
+        for i in range(0, len(own), count)
+    ]
 
 
 def columns(rows):
@@ -188,29 +237,30 @@ class DecaySums:
         whole: over the whole chunk [1,H].
     """
 
-    def __init__(self, decay):
+    def __init__(self, decay, count: int):
+        """Adds up log decays [H,Q] for packs of `count` heads."""
         coarse = jnp.round(decay * 16) / 16  # at most 16,000 times 1/16: 14 bits
-        parts, size = [(coarse, 16), (decay - coarse, 24)], decay.shape[1]
-        upto = ones(size, "ge")
-        self._rows = [add_up(v, upto, "nt", bits) for v, bits in parts]
+        parts, self._size = [(coarse, 16), (decay - coarse, 24)], decay.shape[1]
+        upto, from_ = ones(self._size, "ge"), ones(self._size, "le", count)
+        self._rows = [add_up(v, from_, "nn", bits) for v, bits in parts]  # [H,KQ], K times the same
         self._columns = [add_up(upto, v, "nt", bits) for v, bits in parts]
         self.from_start = jnp.exp(sum(self._columns))
-        self.to_end = jnp.exp(sum(v[size - 1 :] - v for v in self._columns))
-        self.whole = self.from_start[size - 1 :]
+        self.to_end = jnp.exp(sum(v[-1:] - v for v in self._columns))
+        self.whole = self.from_start[-1:]
 
-    def between(self, h: int, transposed: bool = False):
-        """For head h, exp(decay[k+1] + ... + decay[q]) at [q,k] for k <= q, and 0 elsewhere.
+    def between(self, pack: list[int], transposed: bool = False):
+        """For each head, exp(decay[k+1] + ... + decay[q]) at [q,k] for k <= q, and 0 elsewhere.
 
         Args:
-            h: the head.
+            pack: the heads, side by side in the result [Q,KQ].
             transposed: whether to return [k,q] instead.
         """
-        difference = sum(
-            column[:, h : h + 1] - row[h : h + 1]
-            for row, column in zip(self._rows, self._columns, strict=True)
-        )
+        difference = 0.0
+        for rows, columns in zip(self._rows, self._columns, strict=True):
+            own = side_by_side(pack, self._size, lambda h, v=columns: v[:, h : h + 1])
+            difference += own - side_by_side(pack, self._size, lambda h, v=rows: v[h : h + 1])
         difference = -difference if transposed else difference
-        visible = related(self._rows[0].shape[1], "le" if transposed else "ge")
+        visible = related(self._size, "le" if transposed else "ge", len(pack))
         # The mask comes before exp, which may overflow beyond the diagonal.
         return jnp.exp(jnp.where(visible, difference, -jnp.inf))
 
@@ -227,18 +277,22 @@ def chunk_forward(heads: Heads, x, B, C, dt, decay, state):
         decay: logarithms of the decays [H,Q], finite.
         state: the state before the chunk [N,I]. None if no state enters or leaves the chunk.
     """
-    precision = heads.precision
-    sums = DecaySums(decay)
+    precision, size = heads.precision, decay.shape[1]
+    count = pack_size(heads, size)
+    sums = DecaySums(decay, count)
+    steps = dt if count == 1 else add_up(dt, ones(size, "eq", count))  # [H,KQ]
     scores = [
-        dot(group_part(C, g, heads), group_part(B, g, heads), "nt", precision)
+        dot(group_part(C, g, heads), stack([group_part(B, g, heads)] * count), "nt", precision)
         for g in range(heads.groups)
     ]
     y, left = [], []
     for lanes, members in heads.tiles():
         tile = 0.0
-        for h in members:
-            mixing = scores[heads.group(h)] * sums.between(h) * dt[h : h + 1]
-            tile += dot(mixing, only(x[:, lanes], heads, members, [h]), "nn", precision)
+        for g, pack in packs(heads, members, count):
+            mixing = scores[g] * sums.between(pack)
+            mixing *= side_by_side(pack, size, lambda h: steps[h : h + 1])
+            fed = stack([only(x[:, lanes], heads, members, [h]) for h in pack])
+            tile += dot(mixing, fed, "nn", precision)
         if state is not None:
             old = state[:, lanes]
             seen = for_groups(heads, members, C, old, "nn", precision)
@@ -277,36 +331,41 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
         state: the state before the chunk [N,I], or None.
         dleft: gradient of the state after the chunk [N,I], or None.
     """
-    precision = heads.precision
-    sums = DecaySums(decay)
-    size = decay.shape[1]
-    reaches, before = ones(size, "ge"), ones(size, "lt")
+    precision, size = heads.precision, decay.shape[1]
+    count = pack_size(heads, size)
+    sums = DecaySums(decay, count)
+    reaches, before = diagonal(size, "ge", count), ones(size, "lt")
     bits = 24 if precision == "float32" else 16
     steps = columns(dt)
     scores = [
-        dot(group_part(B, g, heads), group_part(C, g, heads), "nt", precision)
+        dot(group_part(B, g, heads), stack([group_part(C, g, heads)] * count), "nt", precision)
         for g in range(heads.groups)
     ]
     dscores, dB, dC = ([jnp.float32(0)] * heads.groups for _ in range(3))
     dx, dstate, dsteps = [], [], jnp.zeros_like(steps)
-    ddt, ddecay = jnp.zeros_like(dt), jnp.zeros_like(decay)
+    ddt, ddecay = jnp.zeros_like(dt), 0.0
+    takens = jnp.zeros((heads.number, count * size), jnp.float32)
     for lanes, members in heads.tiles():
         step = spread(steps, heads, members)
         xt, dyt, dfed = x[:, lanes], dy[:, lanes], 0.0
-        for h in members:
-            g, decays = heads.group(h), sums.between(h, transposed=True)
-            own = only(dyt, heads, members, [h])
+        for g, pack in packs(heads, members, count):
+            decays = sums.between(pack, transposed=True)
+            own = stack([only(dyt, heads, members, [h]) for h in pack])
             dfed += dot(scores[g] * decays, own, "nn", precision)
-            weight = steps[:, h : h + 1]
+            weight = side_by_side(pack, size, lambda h: steps[:, h : h + 1])
             dmixing = dot(xt, own, "nt", precision) * decays
             dscores[g] += dmixing * weight
             # The decay of position t acts on all pairs k < t <= q. Sums over these rectangles keep
             # digits that differences of sums of rows and of columns would lose.
             later = add_up(dmixing * scores[g], reaches, "nn", bits)
-            dsteps = jnp.where(head_number(dsteps.shape, 1) == h, later[:, :1], dsteps)
-            taken = jnp.where(related(size, "lt"), later * weight, 0.0)
+            taken = jnp.where(related(size, "lt", count), later * weight, 0.0)
             taken = jnp.sum(taken, axis=0, keepdims=True)
-            ddecay += jnp.where(head_number(ddecay.shape, 0) == h, taken, 0.0)
+            square = _places(takens.shape, size)[0]
+            for i, h in enumerate(pack):
+                first = later[:, i * size : i * size + 1]
+                dsteps = jnp.where(head_number(dsteps.shape, 1) == h, first, dsteps)
+                here = (head_number(takens.shape, 0) == h) & (square == i)
+                takens += jnp.where(here, taken, 0.0)
         if state is not None:
             old, dnew = state[:, lanes], dleft[:, lanes]
             kept, fed = spread(sums.to_end, heads, members), xt * step
@@ -317,7 +376,7 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
             seen = shown * for_groups(heads, members, C, old, "nn", precision)
             lasting = spread(sums.whole, heads, members) * dnew
             ddecay += add_up(by_head(heads, members, fed * arrived), before)
-            ddecay += add_up(by_head(heads, members, seen), reaches)
+            ddecay += add_up(by_head(heads, members, seen), ones(size, "ge"))
             lost = jnp.sum(lasting * old, axis=0, keepdims=True)
             ddecay += jnp.sum(indicator(heads, members) * lost, axis=1, keepdims=True)
             for g, own in groups_of(heads, members):
@@ -326,9 +385,11 @@ def chunk_backward(heads: Heads, x, B, C, dt, decay, dy, state, dleft) -> Gradie
             dstate.append(lasting + for_groups(heads, members, C, shown, "tn", precision))
         dx.append(step * dfed)
     for g in range(heads.groups):
-        dB[g] += dot(dscores[g], group_part(C, g, heads), "nn", precision)
-        dC[g] += dot(dscores[g], group_part(B, g, heads), "tn", precision)
+        dB[g] += dot(dscores[g], stack([group_part(C, g, heads)] * count), "nn", precision)
+        dC_ = dot(dscores[g], group_part(B, g, heads), "tn", precision)  # [KQ,N]
+        dC[g] += sum(dC_[i * size : (i + 1) * size] for i in range(count))
     ddt += rows_of(dsteps)
+    ddecay += takens if count == 1 else add_up(takens, ones(size, "eq", count), "nt")
     return Gradients(
         join(dx), join(dB), join(dC), ddt, ddecay, None if state is None else join(dstate)
     )
