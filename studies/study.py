@@ -334,6 +334,21 @@ def make_data(study: Study, planned: Sequence[Arm], data: Path, quick: bool) -> 
             data_prep(words)
 
 
+def plan(chosen: Sequence[Arm], runs: Path, seeds: int) -> list[tuple[Arm, int]]:
+    """The trainings to do, one seed after the other, and those of further seeds that are there.
+
+    Otherwise a call with fewer seeds than one before would lose what is known already.
+    """
+    asked = [(arm, FIRST_SEED + number) for number in range(seeds) for arm in chosen]
+    more = range(FIRST_SEED + seeds, FIRST_SEED + SEEDS)
+    there = [(arm, seed) for seed in more for arm in chosen]
+    return asked + [
+        (arm, seed)
+        for arm, seed in there
+        if (arm.folder(runs, seed) / "run" / "metrics.json").exists()
+    ]
+
+
 def flags_of(study: Study, words: Sequence[str] | None) -> argparse.Namespace:
     """Reads the command line.
 
@@ -355,7 +370,12 @@ def flags_of(study: Study, words: Sequence[str] | None) -> argparse.Namespace:
         metavar="DATASET",
         help=f"of {', '.join(study.datasets)} (default: all); without a name: no training",
     )
-    add("--arms", nargs="+", metavar="ARM", help="names of arms (default: all)")
+    add(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="names of arms (default: all); those that they are compared with come along",
+    )
     add("--seeds", type=positive_count, default=SEEDS, help=f"from {FIRST_SEED} (default: {SEEDS})")
     add("--processes", type=positive_count, default=1, help="trainings at once (default: 1)")
     add("--data", type=Path, default=Path("data"), help="folder of prepared data sets")
@@ -390,16 +410,13 @@ def main(study: Study, words: Sequence[str] | None = None) -> None:
         if unknown := sorted(set(flags.arms or ()) - {arm.name for arm in grid}):
             known = ", ".join(dict.fromkeys(arm.name for arm in grid))
             raise UserError(f"--arms {unknown[0]}: there is no such arm; there are {known}")
-        chosen = [
-            arm
-            for arm in grid
-            if (flags.quick or arm.dataset in flags.datasets)
-            and arm.name in (flags.arms or [arm.name])
-        ]
+        chosen = [arm for arm in grid if flags.quick or arm.dataset in flags.datasets]
+        if flags.arms:  # with those that they are compared with
+            names = {*flags.arms, *(arm.against for arm in chosen if arm.name in flags.arms)}
+            chosen = [arm for arm in chosen if arm.name in names]
         enable_compilation_cache()
         make_data(study, chosen, flags.data, flags.quick)
-        seeds = range(FIRST_SEED, FIRST_SEED + flags.seeds)
-        planned = [(arm, seed) for seed in seeds for arm in chosen]
+        planned = plan(chosen, flags.runs, flags.seeds)
         found, problems = train_all(planned, flags.data, flags.runs, flags.processes)
         flags.out.mkdir(parents=True, exist_ok=True)
         update(path, (training.row(flags.data) for training in found), KEYS["runs"])

@@ -188,6 +188,38 @@ def test_quick_figures_never_become_results(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+def test_what_a_call_trains(tmp_path, monkeypatch):
+    study = replace(STUDIES["width"], datasets=("ml100k",))
+    calls = []
+
+    def stop(planned, *_):
+        calls.append([(arm.name, seed) for arm, seed in planned])
+        return [], []
+
+    monkeypatch.setattr("studies.study.train_all", stop)
+    words = ["--out", str(tmp_path), "--runs", str(tmp_path), "--arms", "32 x 32 x 32"]
+    main(study, [*words, "--seeds", "2"])
+    arms = ("32 x 32 x 32", "64 x 32 x 32")  # the second is what the first is compared with
+    assert calls.pop() == [(arm, seed) for seed in (2020, 2021) for arm in arms]
+    [there] = [arm for arm in study.grid() if arm.name == arms[0]]
+    folder = there.folder(tmp_path, 2022) / "run"
+    folder.mkdir(parents=True)
+    (folder / "metrics.json").write_text("{}")
+    main(study, [*words, "--seeds", "1"])
+    assert calls.pop() == [(arms[0], 2020), (arms[1], 2020), (arms[0], 2022)]
+    main(study, [*words[:-2], "--datasets"])
+    assert calls.pop() == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_study_has_a_page_with_its_answer(name):
+    page = (RESULTS.parents[1] / "docs" / "studies" / f"{name}.md").read_text()
+    results = f"../../studies/results/{name}"
+    assert f"](../../studies/results/{name}.png)" in page
+    assert f"```{{include}} {results}.md\n```" in page
+    assert "**Question.**" in page and "**Hypothesis.**" in page and "## Method" in page
+
+
 def test_a_training_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
     arms = [Arm(name, "quick", "quickstart:causal", (f"train.epochs={n}",), data="none")
             for n, name in enumerate(("a", "b", "c"), 1)]  # fmt: skip
