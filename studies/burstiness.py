@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from studies import high_dimension
-from studies.report import COLORS, Estimate, Results, Row, join, named, panels, select, short
+from studies.report import COLORS, Estimate, Results, Row, join, named, panels, select
 from studies.study import Arm, Study, Training, by_arm, difference, main
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data_prep import synthetic
@@ -194,15 +194,16 @@ def answer(results: Results) -> list[str]:
                 f"users (variation {bursty:.1f}) by {high}, and that of the steadiest "
                 f"(variation {steady:.1f}) by {low}: {apart.compared()} for bursty users."
             )
-    shares, levels = [], []
+    shares, levels, above = [], [], []
     for process in PROCESSES:
         gap = results.difference(process, f"causal {WIDTH}")
         plain = results.level(dataset=process, arm=f"causal {WIDTH} without time")
         if gap and plain:
             share, error = 100 * gap.value / room(process), 100 * gap.error / room(process)
             shares.append(f"{share:.0f} ± {error:.0f} % ({process})")
-            without = ceilings(process)[1]
-            levels.append(f"{short(plain.value - without)} ± {short(plain.error)} ({process})")
+            over = Estimate(plain.value - ceilings(process)[1], plain.error, plain.seeds)
+            levels.append(f"{over} ({process})")
+            above += [process] * (over.clear and over.value > 0)
     if shares:
         sentences.append(
             "On the synthetic logs of equal rate and equal rule, time gains this share of what it "
@@ -210,7 +211,9 @@ def answer(results: Results) -> list[str]:
         )
         sentences.append(
             "The model without time differs by this from the best NDCG@10 that the last item alone "
-            f"allows: {join(levels)}; what is above it was read from the earlier items."
+            f"allows: {join(levels)}. "
+            + (f"It is clearly above it in {join(above)}: there " if above else "Nowhere ")
+            + "the earlier items tell it something about the last gap."
         )
     return sentences or ["No model has been run both with time and without."]
 

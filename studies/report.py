@@ -233,7 +233,8 @@ def write_report(path: Path, results: Results, study: Any) -> None:
         if not figure.axes:
             figure.text(0.5, 0.5, "not run yet", ha="center", va="center", color=GREY)
         elif results.missing:
-            figure.text(0.995, 0.005, "not all arms have run yet", ha="right", color=GREY, size=8)
+            note = "not all arms have run yet"
+            figure.text(0.995, 0.995, note, ha="right", va="top", color=GREY, size=8)
         # Without a date and a version, so that the same rows give the same file.
         figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
         plt.close(figure)
