@@ -272,10 +272,12 @@ def _table(results: Results) -> list[str]:
             cells = [dataset, arm, str(level.seeds), str(level), short(hit.value), told, seconds]
             lines.append(cells)
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return [
-        table,
-        "± is a standard error over users and seeds. Differences of NDCG@10 are paired over users.",
-    ]
+    legend = (
+        "± is a standard error over users and seeds. Differences of NDCG@10 are paired over users."
+    )
+    if any(row["seeds"] == 1 for row in results.pairs):
+        legend += " Where there is one seed, the error knows nothing about other seeds."
+    return [table, legend]
 
 
 def _missing(results: Results, study: Any) -> list[str]:
