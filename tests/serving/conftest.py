@@ -1,7 +1,8 @@
 import pytest
 
+from tests.serving.redis_server import RedisServer
 from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
-from tim4rec_jax.serving import MemoryStore, SQLiteStore
+from tim4rec_jax.serving import MemoryStore, RedisStore, SQLiteStore
 
 KINDS = {
     "masked": dict(time_encoding="masked"),
@@ -46,8 +47,21 @@ def recommenders(tiny_data):
     return get
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(scope="session")
+def redis_server(tmp_path_factory):
+    """A server of this machine, on a socket in a folder of its own."""
+    with RedisServer(tmp_path_factory.mktemp("redis")) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "sqlite", "redis"])
 def store(request, tmp_path):
-    store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")
+    if request.param == "memory":
+        store = MemoryStore()
+    elif request.param == "sqlite":
+        store = SQLiteStore(tmp_path / "users.db")
+    else:
+        server = request.getfixturevalue("redis_server")
+        store = RedisStore(server.url, prefix=f"{tmp_path}:")
     yield store
     store.close()

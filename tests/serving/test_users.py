@@ -16,10 +16,17 @@ from flax import nnx
 
 from tests.data.small_dataset import random_histories
 from tests.serving.conftest import KINDS
-from tests.serving.tiny_run import LENGTHS, MAX_LENGTH, ONE_DEVICE, tiny_recommender
+from tests.serving.tiny_run import (
+    LENGTHS,
+    MAX_LENGTH,
+    ONE_DEVICE,
+    tiny_model,
+    tiny_recommender,
+)
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import Recommender, SQLiteStore
+from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.stores import Change, Snapshot
 
 ROOT = Path(__file__).parents[2]
@@ -319,3 +326,20 @@ def test_a_store_that_fills_its_disk(tmp_path):
     assert store.history("u") == ([], [])
     assert store.apply([Change("u", 0, ["i1"], [5], b"small")], "m") == [True]
     store.close()
+
+
+def test_states_in_half_the_bytes(tiny_data, recommenders):
+    """Each of n events rounds the state of each of two layers, by at most 2^-9 of it."""
+    whole = recommenders("causal")
+    config, model = tiny_model(tiny_data, **KINDS["causal"])
+    half = CompiledModel(config, model, whole.catalogue.ids, "bfloat16")
+    assert half.fingerprint != whole.model.fingerprint
+    width = half.hidden(half.no_events).nbytes
+    assert 2 * (len(half.no_events) - width) == len(whole.model.no_events) - width
+    recommender = Recommender(half, whole.catalogue)
+    for event in interleaved(enumerate(HISTORIES[:5])):
+        recommender.update(*event)
+    for user, (items, times) in enumerate(HISTORIES[:5]):
+        hidden = half.hidden(recommender._users.state(f"u{user}"))
+        expected = full_forward(whole, items, times)
+        assert np.abs(hidden - expected).max() <= 2 * len(items) * 2**-9 * np.abs(expected).max()

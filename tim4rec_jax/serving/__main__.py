@@ -301,7 +301,18 @@ def _add_serve(commands: Any) -> None:
     )
     _add_run_flags(parser)
     add = parser.add_argument
-    add("--store", type=Path, metavar="FILE", help="keep users in this SQLite file, not in memory")
+    add(
+        "--store",
+        metavar="FILE",
+        help="keep users in this SQLite file, or in the Redis or Valkey server redis://HOST:PORT, "
+        "not in memory",
+    )
+    add(
+        "--state-dtype",
+        choices=["float32", "bfloat16"],
+        default="float32",
+        help="of the states that users have in the store; bfloat16 halves them (default: float32)",
+    )
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     add("--port", type=int, default=8000, help="default: 8000; 0: any that is free")
     add(
@@ -340,6 +351,7 @@ def _serve(flags: argparse.Namespace) -> None:
         host=flags.host,
         port=flags.port,
         approximate=flags.approximate,
+        state_dtype=flags.state_dtype,
         token_file=flags.token_file,
         allowed_hosts=flags.allowed_host,
     )

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -98,13 +98,22 @@ class CompiledModel:
             `compile_ahead`.
     """
 
-    def __init__(self, config: Config, model: SequenceModel, item_ids: Sequence[str]):
+    def __init__(
+        self,
+        config: Config,
+        model: SequenceModel,
+        item_ids: Sequence[str],
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
+    ):
         """Prepares a model; nothing is compiled yet.
 
         Args:
             config: the settings of the run, as `tim4rec_jax.run.load_model` returns them.
             model: the model, likewise.
             item_ids: the original id of every item.
+            state_dtype: of the states of users between events. bfloat16 halves what a store
+                keeps, and rounds the state after each call of `advance`. The hidden state, with
+                which items are scored, stays float32.
         """
         self.sequence_model = model
         # A call with a list of arrays takes a third of the time of one with the state of a module.
@@ -118,6 +127,8 @@ class CompiledModel:
         self.table: Array = model.item_table()
         self.repeat_bias: Array | None = model.repeat_bias()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
+        if state_dtype != "float32":
+            self.fingerprint += f" {state_dtype}"
         self.no_events = b""
         if self.supports_step:
             one = jnp.zeros(1, jnp.int32), jnp.zeros(1)
@@ -125,7 +136,11 @@ class CompiledModel:
             _, hidden = jax.eval_shape(model.step, state, *one)
             initial = jax.tree.map(np.asarray, state), np.zeros(hidden.shape, hidden.dtype)
             self._initial, self._carry = jax.tree.flatten(initial)
-            [self.no_events] = _pack(initial, 1)
+            narrow = jnp.dtype(state_dtype)
+            self._stored = [
+                narrow if leaf.dtype == np.float32 else leaf.dtype for leaf in self._initial[:-1]
+            ] + [self._initial[-1].dtype]
+            [self.no_events] = self._pack(initial, 1)
 
     @property
     def max_rows(self) -> int:
@@ -284,7 +299,7 @@ class CompiledModel:
             # From the host, because arrays of the device would be a program of their own.
             carry = jax.tree.map(np.asarray, carry)
             carry = self._programs.advance(self._params, carry, *part, left)
-        return _pack(carry, len(users))
+        return self._pack(carry, len(users))
 
     def hidden(self, state: bytes) -> Float[np.ndarray, "1 D"]:
         """The hidden state that a user's state ends with; see `condition`."""
@@ -309,17 +324,33 @@ class CompiledModel:
 
     def _unpack(self, states: Sequence[bytes | None], rows: int) -> Any:
         """The states of users as arrays, for `advance`; the initial state where there is none."""
-        ends = list(itertools.accumulate(leaf.nbytes for leaf in self._initial))
-        leaves = [np.zeros((rows, leaf.nbytes), np.uint8) for leaf in self._initial]
+        sizes = [
+            leaf.size * stored.itemsize
+            for leaf, stored in zip(self._initial, self._stored, strict=True)
+        ]
+        ends = list(itertools.accumulate(sizes))
+        leaves = [np.zeros((rows, size), np.uint8) for size in sizes]
         for row, state in enumerate(states):
             packed = np.frombuffer(state or self.no_events, np.uint8)
             for leaf, end in zip(leaves, ends, strict=True):
                 leaf[row] = packed[end - leaf.shape[1] : end]
         leaves = [
-            leaf.view(like.dtype).reshape(rows, *like.shape[1:])
-            for leaf, like in zip(leaves, self._initial, strict=True)
+            leaf.view(stored).reshape(rows, *like.shape[1:]).astype(like.dtype, copy=False)
+            for leaf, stored, like in zip(leaves, self._stored, self._initial, strict=True)
         ]
         return jax.tree.unflatten(self._carry, leaves)
+
+    def _pack(self, carry: Any, rows: int) -> list[bytes]:
+        """The first rows of all arrays of a state, one after the other.
+
+        A state is tens of kilobytes, so a needless copy of a thousand states would be felt.
+        """
+        leaves = [
+            np.ascontiguousarray(np.asarray(leaf).astype(stored, copy=False))
+            for leaf, stored in zip(jax.tree.leaves(carry), self._stored, strict=True)
+        ]
+        leaves = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
+        return [b"".join([leaf[row] for leaf in leaves]) for row in range(rows)]
 
 
 class _Programs(NamedTuple):
@@ -370,16 +401,6 @@ def _time_to_next(events: Events, moments: Int64[np.ndarray, " B"]) -> Float32[n
 
 def _padded(values: Float32[np.ndarray, " B"], rows: int) -> Float32[np.ndarray, " R"]:
     return np.pad(values, (0, rows - len(values)))
-
-
-def _pack(carry: Any, rows: int) -> list[bytes]:
-    """The first rows of all arrays of a state, one after the other.
-
-    A state is tens of kilobytes, so a needless copy of a thousand states would be felt.
-    """
-    leaves = [np.ascontiguousarray(leaf) for leaf in jax.tree.leaves(carry)]
-    leaves = [leaf.reshape(len(leaf), -1).view(np.uint8) for leaf in leaves]
-    return [b"".join([leaf[row] for leaf in leaves]) for row in range(rows)]
 
 
 def _fingerprint(config: Config, params: list[Any], item_ids: Sequence[str]) -> str:

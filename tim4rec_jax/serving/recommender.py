@@ -6,7 +6,7 @@ import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -83,6 +83,7 @@ class Recommender:
         dataset: str | Path | None = None,
         *,
         approximate: bool = False,
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
     ) -> Recommender:
         """Loads the best model of a run.
 
@@ -96,13 +97,15 @@ class Recommender:
             approximate: whether to search an index (extra `ann`) instead of scoring all items. An
                 index is faster for catalogues of some 100,000 items and more, and misses an item
                 now and then. It is kept in the run directory.
+            state_dtype: of the states that the store keeps. bfloat16 takes half the bytes and
+                changes scores a little; see docs/serving.md.
 
         Raises:
             UserError: the run or the dataset is missing or damaged, they do not belong together, or
                 the library of the index is not installed.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
-        compiled = CompiledModel(config, model, catalogue.ids)
+        compiled = CompiledModel(config, model, catalogue.ids, state_dtype)
         index = None
         if approximate:
             index = ApproximateIndex(compiled.table, Path(workdir) / "index.faiss")

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Collection
 from pathlib import Path
 from types import FrameType
+from typing import Literal
 
 import uvicorn
 from fastapi import FastAPI
@@ -26,7 +27,8 @@ from tim4rec_jax.serving.http.app import create_app
 from tim4rec_jax.serving.http.connection import IDLE_SECONDS, MAX_CONNECTIONS, Connection
 from tim4rec_jax.serving.http.service import Service
 from tim4rec_jax.serving.recommender import Recommender
-from tim4rec_jax.serving.stores import SQLiteStore
+from tim4rec_jax.serving.redis_store import SCHEMES, RedisStore
+from tim4rec_jax.serving.stores import SQLiteStore, Store
 
 # How long answers that are being computed may take after SIGTERM, and when the process ends at the
 # latest.
@@ -40,10 +42,11 @@ def serve(
     workdir: Path,
     *,
     dataset: Path | None = None,
-    store: Path | None = None,
+    store: str | Path | None = None,
     host: str = "127.0.0.1",
     port: int = 8000,
     approximate: bool = False,
+    state_dtype: Literal["float32", "bfloat16"] = "float32",
     token_file: Path | None = None,
     allowed_hosts: Collection[str] = (),
 ) -> None:
@@ -55,10 +58,12 @@ def serve(
     Args:
         workdir: the run directory.
         dataset: the prepared dataset, if it has moved since the training.
-        store: an SQLite file that keeps the users; `None` keeps them in memory.
+        store: an SQLite file that keeps the users, or the address of a Redis or Valkey server
+            (`redis://HOST:PORT`); `None` keeps them in memory.
         host: the address to listen on.
         port: the port to listen on; 0 takes any that is free.
         approximate: whether to search an index; see `Recommender.load`.
+        state_dtype: see `Recommender.load`.
         token_file: a file whose first line callers must send as bearer token; `None`: anybody may
             call.
         allowed_hosts: the names under which callers reach the service. Without any, a service on a
@@ -71,12 +76,14 @@ def serve(
     token = None if token_file is None else _read_token(token_file)
     listener = listen(host, port)
     enable_compilation_cache()
-    users = SQLiteStore(store, timeout=_STORE_SECONDS) if store else None
+    users = _open_store(store) if store else None
     if users is not None:
         users.check()
 
     def load() -> Recommender:
-        recommender = Recommender.load(workdir, users, dataset, approximate=approximate)
+        recommender = Recommender.load(
+            workdir, users, dataset, approximate=approximate, state_dtype=state_dtype
+        )
         recommender.model.compile_ahead()
         print(recommender.open_training(), file=sys.stderr, flush=True)
         return recommender
@@ -98,6 +105,12 @@ def serve(
     if token or host.startswith("127."):
         app.state.service.reload = server.load_again
     server.run(sockets=[listener])
+
+
+def _open_store(name: str | Path) -> Store:
+    if str(name).startswith(SCHEMES):
+        return RedisStore(str(name), timeout=_STORE_SECONDS)
+    return SQLiteStore(name, timeout=_STORE_SECONDS)
 
 
 def listen(host: str, port: int) -> socket.socket:

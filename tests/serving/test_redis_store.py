@@ -1,0 +1,135 @@
+"""What is special about the store in Redis; `test_users.py` has what all stores do."""
+
+import threading
+
+import pytest
+
+from tests.serving.redis_server import RedisServer
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.serving import RedisStore
+from tim4rec_jax.serving.stores import Change, Snapshot, StoreError
+
+
+@pytest.fixture
+def server(tmp_path):
+    with RedisServer(tmp_path) as server:
+        yield server
+
+
+def add(store, user, number, name=b"s"):
+    """Adds an event, and tries again as long as others were faster."""
+    done = False
+    while not done:
+        [snapshot] = store.snapshots([user], "m")
+        state = (snapshot.state or b"") + name
+        [done] = store.apply([Change(user, snapshot.events, [f"i{number}"], [5], state)], "m")
+
+
+def test_what_was_acknowledged_survives_a_kill_of_the_server(server):
+    store, done = RedisStore(server.url), []
+
+    def work():
+        try:
+            for number in range(10**6):
+                add(store, f"u{number % 3}", number)
+                done.append(number)
+        except StoreError:
+            pass
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while len(done) < 200:
+        assert thread.is_alive()
+    server.kill()
+    thread.join()
+    with pytest.raises(StoreError, match="cannot be used"):
+        store.history("u0")
+    server.start()
+    found = {user: store.history(user)[0] for user in ("u0", "u1", "u2")}
+    # Everything that was reported is there; the last one may be, before it was reported.
+    assert sum(map(len, found.values())) - len(done) in (0, 1)
+    for user, items in found.items():
+        assert items == [f"i{number}" for number in range(int(user[1]), 10**6, 3)][: len(items)]
+        assert store.snapshots([user], "m") == [Snapshot(len(items), 5, b"s" * len(items))]
+    store.close()
+
+
+def test_writers_of_two_connections_lose_nothing(server):
+    stores, errors = [RedisStore(server.url) for _ in range(2)], []
+
+    def work(store, name):
+        try:
+            for number in range(30):
+                add(store, "u", number, name)
+        except BaseException as error:
+            errors.append(error)
+
+    pairs = zip(stores, (b"a", b"b"), strict=True)
+    threads = [threading.Thread(target=work, args=pair) for pair in pairs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    [snapshot] = stores[0].snapshots(["u"], "m")
+    assert (snapshot.events, snapshot.last) == (60, 5)
+    assert (snapshot.state.count(b"a"), snapshot.state.count(b"b")) == (30, 30)
+    assert sorted(stores[1].history("u")[0]) == sorted([f"i{n}" for n in range(30)] * 2)
+    for store in stores:
+        store.close()
+
+
+def test_a_deleted_user_leaves_no_trace_in_the_files(server):
+    store = RedisStore(server.url)
+    changes = [Change(user, 0, [f"item of {user}"], [5], b"state") for user in ("anna", "berta")]
+    assert store.apply(changes, "m") == [True, True]
+    files = lambda: (
+        b"".join(  # noqa: E731
+            path.read_bytes() for path in server.folder.rglob("*.aof") if path.is_file()
+        )
+        + b"".join(path.read_bytes() for path in server.folder.rglob("*.rdb") if path.is_file())
+    )
+    assert b"anna" in files()
+    assert store.delete("anna") and not store.delete("anna")
+    assert b"anna" not in files() and b"berta" in files()
+    assert store.history("berta") == (["item of berta"], [5])
+    store.close()
+
+
+def test_events_are_in_the_order_of_their_times(server):
+    store, late = RedisStore(server.url), 2**53
+    events = [(late + 1, "b"), (late, "a"), (late + 1, "a"), (9, "\ud800"), (9, "\x00}:events")]
+    for number, (time, item) in enumerate(events):
+        assert store.apply([Change("u{", number, [item], [time], None)], "m") == [True]
+    assert store.history("u{") == (
+        ["\ud800", "\x00}:events", "a", "b", "a"],
+        [9, 9, late, late + 1, late + 1],
+    )
+    assert store.snapshots(["u{", "u"], "m") == [
+        Snapshot(5, late + 1, None),
+        Snapshot(0, None, None),
+    ]
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["--appendonly", "no"], "keeps users in memory only; start it with `--appendonly yes`"),
+        (
+            ["--appendonly", "yes", "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"],
+            "throws users away when its memory is full; set `maxmemory-policy noeviction`",
+        ),
+    ],
+)
+def test_servers_that_would_lose_users_are_refused(tmp_path, settings, says):
+    with RedisServer(tmp_path, *settings) as server, pytest.raises(UserError, match=says):
+        RedisStore(server.url)
+
+
+def test_addresses_that_are_none():
+    pytest.importorskip("redis", reason="the client of the extra redis is not installed")
+    with pytest.raises(UserError, match="is no address of a Redis server"):
+        RedisStore("http://localhost")
+    with pytest.raises(StoreError, match="the store localhost:1 cannot be used"):
+        RedisStore("redis://:secret@localhost:1")
