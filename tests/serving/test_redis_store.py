@@ -83,12 +83,11 @@ def test_a_deleted_user_leaves_no_trace_in_the_files(server):
     store = RedisStore(server.url)
     changes = [Change(user, 0, [f"item of {user}"], [5], b"state") for user in ("anna", "berta")]
     assert store.apply(changes, "m") == [True, True]
-    files = lambda: (
-        b"".join(  # noqa: E731
-            path.read_bytes() for path in server.folder.rglob("*.aof") if path.is_file()
-        )
-        + b"".join(path.read_bytes() for path in server.folder.rglob("*.rdb") if path.is_file())
-    )
+
+    def files():
+        found = [*server.folder.rglob("*.aof"), *server.folder.rglob("*.rdb")]
+        return b"".join(path.read_bytes() for path in found)
+
     assert b"anna" in files()
     assert store.delete("anna") and not store.delete("anna")
     assert b"anna" not in files() and b"berta" in files()

@@ -133,17 +133,55 @@ def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
 
 
 def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
-    """Removes users and items with fewer than k events until each remaining one has k."""
-    before, after = -1, _events(con)
-    while after != before:
-        enough = "SELECT {0} FROM events GROUP BY {0} HAVING count(*) >= {1}"
+    """Removes users and items with fewer than k events until each remaining one has k.
+
+    A round looks only for the events of users and items that the round before made too few, and
+    lowers the numbers of events of others by those. The table is rewritten when half of it is gone,
+    and at the end, so that all of its copies together are no larger than three tables.
+    """
+    for column in ("user", "item"):
         con.execute(
-            "CREATE TABLE kept AS SELECT * FROM events "
-            f'SEMI JOIN ({enough.format(quote_name("user"), k)}) USING ("user") '
-            f"SEMI JOIN ({enough.format('item', k)}) USING (item)"
+            f"CREATE TABLE {column}_counts AS SELECT {quote_name(column)} AS number, "
+            f"count(*) AS events FROM events GROUP BY {quote_name(column)}"
         )
-        con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
-        before, after = after, _events(con)
+    rows = left = _events(con)
+    few = "SELECT number FROM {0}_counts WHERE events < {1}"
+    known = "SELECT number FROM {0}_counts"
+    while True:
+        # What a removed user has left of items that were removed before has been counted already.
+        con.execute(
+            'CREATE TABLE lost AS SELECT "user", item FROM events '
+            f'WHERE ("user" IN ({few.format("user", k)}) OR item IN ({few.format("item", k)})) '
+            f'AND "user" IN ({known.format("user")}) AND item IN ({known.format("item")})'
+        )
+        lost = con.execute("SELECT count(*) FROM lost").fetchall()[0][0]
+        if not lost:
+            break
+        left -= lost
+        for column in ("user", "item"):
+            con.execute(
+                f"CREATE TABLE kept AS SELECT number, counts.events - coalesce(gone.events, 0) "
+                f"AS events FROM {column}_counts AS counts LEFT JOIN "
+                f"(SELECT {quote_name(column)} AS number, count(*) AS events FROM lost "
+                f"GROUP BY {quote_name(column)}) AS gone USING (number) WHERE counts.events >= {k}"
+            )
+            con.execute(f"DROP TABLE {column}_counts; ALTER TABLE kept RENAME TO {column}_counts")
+        con.execute("DROP TABLE lost")
+        if 2 * left <= rows:
+            _keep_known(con)
+            rows = left
+    if left < rows:
+        _keep_known(con)
+    con.execute("DROP TABLE lost; DROP TABLE user_counts; DROP TABLE item_counts")
+
+
+def _keep_known(con: duckdb.DuckDBPyConnection) -> None:
+    con.execute(
+        "CREATE TABLE kept AS SELECT * FROM events "
+        'WHERE "user" IN (SELECT number FROM user_counts) '
+        "AND item IN (SELECT number FROM item_counts)"
+    )
+    con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
 
 
 def _events(con: duckdb.DuckDBPyConnection) -> int:

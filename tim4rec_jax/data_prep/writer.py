@@ -1,7 +1,6 @@
 """Writes a prepared dataset, complete or not at all."""
 
 import contextlib
-import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,6 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.features import FEATURES_FILE
@@ -107,15 +105,15 @@ def write(
             f'CAST(row_number() OVER (ORDER BY min("row")) AS INTEGER) AS "index" '
             f'FROM events GROUP BY "{table}"'
         )
-    users = _index(con, "user")
+    shards, users, events = _write_sequences(con, directory, order, shard_events)
     items = _index(con, "item")
-    lengths = users.column("events").to_numpy()
-    shards = _write_sequences(con, directory, order, users.column("id"), lengths, shard_events)
     first, last = con.execute(
         "SELECT min(time) // 1000000000, max(time) // 1000000000 FROM events"
     ).fetchall()[0]
-    ids, counts = items.column("id").to_pylist(), items.column("events").to_numpy()
+    ids, counts = items.column("id").combine_chunks(), items.column("events").to_numpy()
     told = {}
+    if item_table is not None or titles:
+        ids = ids.to_pylist()
     if item_table is not None:
         titles = (titles or {}) | item_table.titles
         item_table.of(ids)  # refuses the table of another log before its items are added
@@ -130,9 +128,9 @@ def write(
     metadata = {
         "format_version": fmt.FORMAT_VERSION,
         "name": metadata.pop("name"),
-        "users": len(lengths),
+        "users": users,
         "items": len(table),
-        "events": int(lengths.sum()),
+        "events": events,
         "order": order,
         "shards": shards,
         "time_unit": "s",
@@ -183,42 +181,60 @@ def _index(con: duckdb.DuckDBPyConnection, table: str) -> pa.Table:
 
 
 def _write_sequences(
-    con: duckdb.DuckDBPyConnection,
-    directory: Path,
-    order: str,
-    users: pa.ChunkedArray,
-    lengths: Int64[np.ndarray, "users"],
-    shard_events: int,
-) -> int:
-    """Writes the sequences files with one record batch each, and returns their number."""
-    ends = np.cumsum(lengths)
+    con: duckdb.DuckDBPyConnection, directory: Path, order: str, shard_events: int
+) -> tuple[int, int, int]:
+    """Writes the sequences files with one record batch each.
+
+    Only the users and the events of one file are in memory at once.
+
+    Returns:
+      The number of files, of users and of events.
+    """
     # A user belongs to the shard of its first event. Some shards may be empty, so we renumber them.
-    _, firsts = np.unique((ends - lengths) // shard_events, return_index=True)
-    bounds = [*firsts.tolist(), len(lengths)]
-    stream = con.sql(
-        "SELECT items.index AS item, time // 1000000000 AS time FROM events "
-        'JOIN user_index AS users ON events."user" = users.number '
-        "JOIN item_index AS items ON events.item = items.number "
-        f'ORDER BY users.index, {ORDERS[order]}, "row"'
-    ).to_arrow_reader(STREAM_EVENTS)
-    held = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
-    shards = len(bounds) - 1
-    for shard, (first, last) in enumerate(itertools.pairwise(bounds)):
-        size = int(lengths[first:last].sum())
-        while len(held) < size:
-            held = pa.concat_tables([held, pa.table(stream.read_next_batch())])
-        part, held = held.slice(0, size).combine_chunks(), held.slice(size)
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths[first:last])]), pa.int32())
+    con.execute(
+        'CREATE TABLE shard_users AS SELECT "index", id, events, '
+        f'CAST((sum(events) OVER (ORDER BY "index") - events) // {shard_events} AS BIGINT) '
+        'AS shard FROM user_index JOIN users USING (number) ORDER BY "index"'
+    )
+    sizes = con.execute(
+        "SELECT shard, count(*), CAST(sum(events) AS BIGINT) FROM shard_users "
+        "GROUP BY shard ORDER BY shard"
+    ).fetchall()
+    stream = (
+        con.cursor()
+        .sql(
+            "SELECT items.index AS item, time // 1000000000 AS time FROM events "
+            'JOIN user_index AS users ON events."user" = users.number '
+            "JOIN item_index AS items ON events.item = items.number "
+            f'ORDER BY users.index, {ORDERS[order]}, "row"'
+        )
+        .to_arrow_reader(STREAM_EVENTS)
+    )
+    left = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
+    for number, (shard, _, size) in enumerate(sizes):
+        flat = np.empty(size, np.int32), np.empty(size, np.int64)
+        done = 0
+        while done < size:
+            if not len(left):
+                left = pa.table(stream.read_next_batch())
+            part, left = left.slice(0, size - done), left.slice(size - done)
+            for values, column in zip(flat, part.columns, strict=True):
+                values[done : done + len(part)] = column.to_numpy()
+            done += len(part)
+        users = con.sql(
+            f'SELECT id, events FROM shard_users WHERE shard = {shard} ORDER BY "index"'
+        ).to_arrow_table()
+        lengths = users.column("events").to_numpy()
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
         columns = [
-            users.slice(first, last - first).combine_chunks(),
-            pa.ListArray.from_arrays(offsets, _flat(part, "item"), fmt.SEQUENCES_SCHEMA[1].type),
-            pa.ListArray.from_arrays(offsets, _flat(part, "time"), fmt.SEQUENCES_SCHEMA[2].type),
+            users.column("id").combine_chunks(),
+            *(
+                pa.ListArray.from_arrays(offsets, pa.array(values), field.type)
+                for values, field in zip(flat, list(fmt.SEQUENCES_SCHEMA)[1:], strict=True)
+            ),
         ]
-        path = directory / fmt.sequences_file(shard, shards)
+        path = directory / fmt.sequences_file(number, len(sizes))
         with pa.ipc.new_file(path, fmt.SEQUENCES_SCHEMA) as writer:
             writer.write_batch(pa.record_batch(columns, schema=fmt.SEQUENCES_SCHEMA))
-    return shards
-
-
-def _flat(part: pa.Table, column: str) -> pa.Array:
-    return part.column(column).combine_chunks()
+    con.execute("DROP TABLE shard_users")
+    return len(sizes), sum(users for _, users, _ in sizes), sum(size for *_, size in sizes)
