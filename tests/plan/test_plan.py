@@ -186,8 +186,8 @@ def test_what_the_command_says(capsys):
     [
         (["--devices", "16xv9"], "kinds are v5e, v5p, v6e"),
         (["--devices", "0xv5e"], "kinds are v5e"),
-        (["--along-items", "2"], "does not divide 1 devices"),
-        (["--item-optimizer", "adagrad"], "has gradients for all rows; take sampled_softmax"),
+        (["--config.mesh.data=2"], "are 2 devices, and --devices names 1; make them equal"),
+        (["--config.train.item_optimizer=adagrad"], "config.train.item_optimizer"),
         (["--users", "1e6"], "less than 3 for each of 1,000,000 users"),
         (["--config.model.hiden_size=3"], "nearest: model.hidden_size"),
     ],

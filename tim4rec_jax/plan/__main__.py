@@ -20,7 +20,7 @@ from tim4rec_jax.errors import UserError, run_main
 _EXAMPLES = """\
 examples:
   %(prog)s --items 1e6 --users 1e6 --events 1e8 --devices h100
-  %(prog)s --items 100e6 --users 100e6 --events 1e9 --devices 16xv5e --spread-items \\
+  %(prog)s --items 100e6 --users 100e6 --events 1e9 --devices 16xv5e --config.mesh.data=16 \\
       --config.train.loss=sampled_softmax --config.train.batch_size=4096
   %(prog)s --config beauty:causal --config.model.hidden_size=128 --items 12101 --users 22363 \\
       --events 198502 --devices cpu"""
@@ -41,23 +41,17 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m tim4rec_jax.
 
     config, _ = parse([prog, f"--config={flags.config}", *settings], "")
     count, kind = devices.parse(flags.devices)
-    if count % flags.along_items:
+    data, catalogue = config.mesh.data, config.mesh.catalogue
+    if data is not None and data * catalogue != count:
         raise UserError(
-            f"--along-items {flags.along_items} does not divide {count} devices; name a divisor"
+            f"config.mesh.data={data} and config.mesh.catalogue={catalogue} are "
+            f"{data * catalogue} devices, and --devices names {count}; make them equal"
         )
     sizes = formulas.Sizes(flags.items, flags.users, flags.events)
+    spread = data is not None and count > 1
     layout = formulas.Layout(
-        kind,
-        count // flags.along_items,
-        flags.along_items,
-        flags.spread_items and count > 1,
-        flags.item_optimizer,
+        kind, data or count, catalogue if spread else 1, spread, config.train.item_optimizer
     )
-    if layout.optimizer != "adam" and config.train.loss == "cross_entropy":
-        raise UserError(
-            f"--item-optimizer {layout.optimizer} updates the rows of a batch, and "
-            "config.train.loss=cross_entropy has gradients for all rows; take sampled_softmax"
-        )
     if flags.events < 3 * flags.users:
         raise UserError(
             f"--events {flags.events:,} is less than 3 for each of {flags.users:,} users, which "
@@ -81,21 +75,6 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--devices", default="cpu", help="such as 16xv5e, 8xh100, h200, a100, v5p, v6e, cpu")
     add("--config", default="causal", metavar="FILE[:VARIANT]", help="as for train.py")
-    add("--spread-items", action="store_true", help="spread the item table over all devices")
-    add(
-        "--along-items",
-        type=_count,
-        default=1,
-        metavar="N",
-        help="devices that share the scores of the same rows, each for its part of the items "
-        "(default: 1)",
-    )
-    add(
-        "--item-optimizer",
-        choices=["adam", "lazy_adam", "adagrad"],
-        default="adam",
-        help="adam updates all rows of the item table in each step, the others those of the batch",
-    )
     return parser
 
 
@@ -158,11 +137,11 @@ def advice(config, layout, plan) -> list[str]:
     """Which limit binds, and what to change; each a sentence."""
     said, available, needed = [], layout.device.memory, sum(plan.memory.values())
     remedies = {
-        "item table": "spread the item table (--spread-items), or take more devices",
-        "optimizer": "spread the item table (--spread-items), or keep one number for each row "
-        "(--item-optimizer adagrad)",
+        "item table": "spread the item table (--config.mesh.data=N), or take more devices",
+        "optimizer": "spread the item table (--config.mesh.data=N), or keep one number for each "
+        "row (--config.train.item_optimizer=adagrad)",
         "gradients": "take a sampled loss (--config.train.loss=sampled_softmax) with "
-        "--item-optimizer lazy_adam or adagrad",
+        "--config.train.item_optimizer=lazy_adam or adagrad",
         "activations": "lower config.train.batch_size, or take --config.model.dtype=bfloat16",
         "loss": "take a sampled loss (--config.train.loss=sampled_softmax), or more devices",
         "batches": "lower config.train.batch_size",
@@ -172,7 +151,7 @@ def advice(config, layout, plan) -> list[str]:
     if layout.spread:
         remedies["item table"] = remedies["optimizer"] = "take more devices"
         if layout.optimizer != "adagrad":
-            remedies["optimizer"] += ", or --item-optimizer adagrad"
+            remedies["optimizer"] += ", or --config.train.item_optimizer=adagrad"
     largest = max(plan.memory, key=lambda name: plan.memory[name])
     if needed > available:
         said.append(
@@ -184,8 +163,8 @@ def advice(config, layout, plan) -> list[str]:
     limit = max(plan.seconds, key=lambda name: plan.seconds[name])
     changes = {
         "computing": "a sampled loss, a smaller model, bfloat16, or more devices make it faster",
-        "memory": "an optimizer of the rows of the batch (--item-optimizer) and a sampled loss "
-        "touch less memory; a larger batch spreads the update of the table over more events"
+        "memory": "an optimizer of the rows of the batch (config.train.item_optimizer) and a "
+        "sampled loss touch less memory; a larger batch spreads the update over more events"
         if layout.optimizer == "adam"
         else "bfloat16 or more devices make it faster",
         "network": "a larger batch, fewer devices, or faster links make it faster",
