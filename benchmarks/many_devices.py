@@ -29,6 +29,7 @@ from functools import partial
 from pathlib import Path
 
 ROWS, LENGTH, NEGATIVES, WIDTH = 256, 50, 512, 64
+MANY_ROWS = 2048  # of `devices`: the batch of the paper
 
 
 def settings_for(items: int, loss: str, item_optimizer: str, rows: int, length: int):
@@ -78,7 +79,14 @@ def prepared_step(config, structure, placement, items: int):
     return settings, frequencies
 
 
-def measure(items: int, loss: str, item_optimizer: str, mesh: tuple[int, int] | None, steps: int):
+def measure(
+    items: int,
+    loss: str,
+    item_optimizer: str,
+    mesh: tuple[int, int] | None,
+    steps: int,
+    rows: int = ROWS,
+):
     """Seconds and processor seconds of a step, and the largest memory of the process."""
     import jax
     import numpy as np
@@ -88,28 +96,28 @@ def measure(items: int, loss: str, item_optimizer: str, mesh: tuple[int, int] | 
     from tim4rec_jax.runtime import data_sharding, item_sharding
     from tim4rec_jax.training.step import init_state, train_step
 
-    config, make, structure = settings_for(items, loss, item_optimizer, ROWS, LENGTH)
+    config, make, structure = settings_for(items, loss, item_optimizer, rows, LENGTH)
     spread = mesh is not None or item_optimizer != "adam"
-    placement = item_sharding(ROWS, *(mesh or (1, 1))) if spread else data_sharding(ROWS)
+    placement = item_sharding(rows, *(mesh or (1, 1))) if spread else data_sharding(rows)
     settings, frequencies = prepared_step(config, structure, placement, items)
     names = structure.item_rows if spread else ()
-    params = item_rows.spread(nnx.state(make()), names, placement)
     make_state = partial(init_state, tx=settings.tx, seed=0, by_row=settings.by_row)
-    shardings = jax.tree.map(
-        lambda shape: shape.sharding,
-        item_rows.shapes(jax.eval_shape(make_state, params), names, placement),
-    )
-    state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)(params)
-    del params
+
+    def draw():  # as `train` does
+        return make_state(item_rows.completed(nnx.state(make()), names, placement.mesh.size))
+
+    whole = jax.eval_shape(lambda: make_state(nnx.state(make())))
+    shapes = item_rows.shapes(whole, names, placement)
+    state = jax.jit(draw, out_shardings=jax.tree.map(lambda shape: shape.sharding, shapes))()
     rng = np.random.default_rng(0)
 
     def batch():
         x = {
-            "items": rng.integers(1, items + 1, (ROWS, LENGTH)).astype(np.int32),
-            "lengths": np.full(ROWS, LENGTH, np.int32),
-            "gaps": rng.exponential(1e5, (ROWS, LENGTH)).astype(np.float32),
-            "targets": rng.integers(1, items + 1, ROWS).astype(np.int32),
-            "weights": np.ones(ROWS, np.float32),
+            "items": rng.integers(1, items + 1, (rows, LENGTH)).astype(np.int32),
+            "lengths": np.full(rows, LENGTH, np.int32),
+            "gaps": rng.exponential(1e5, (rows, LENGTH)).astype(np.float32),
+            "targets": rng.integers(1, items + 1, rows).astype(np.int32),
+            "weights": np.ones(rows, np.float32),
         }
         return jax.device_put(x, placement.by_row)
 
@@ -144,13 +152,15 @@ def in_a_process(devices: int, *arguments) -> dict:
 
 def devices(flags) -> None:
     """Prints the table of `devices`."""
-    print(f"{flags.items[0]:,} items, cross_entropy over all, {ROWS} rows of {LENGTH} events")
+    print(
+        f"{flags.items[0]:,} items, cross_entropy over all, {MANY_ROWS:,} rows of {LENGTH} events"
+    )
     print("| devices | s a step | processor s a step | of one device | loss |")
     print("|---|---|---|---|---|", flush=True)
     one = None
     for mesh in (None, (8, 1), (2, 4), (1, 8)):
         found = in_a_process(
-            8 if mesh else 1, flags.items[0], "cross_entropy", "adam", mesh, flags.steps
+            8 if mesh else 1, flags.items[0], "cross_entropy", "adam", mesh, flags.steps, MANY_ROWS
         )
         name = "1" if mesh is None else f"{mesh[0]} x {mesh[1]}"
         if "error" in found:

@@ -90,6 +90,18 @@ def spread(tree: Any, names: tuple[str, ...], placement: Placement) -> Any:
     return jax.tree_util.tree_map_with_path(put, tree)
 
 
+def completed(tree: Any, names: tuple[str, ...], devices: int) -> Any:
+    """What `spread` puts on the devices, for a program that makes the arrays there."""
+
+    def pad(path, leaf):
+        if not _is_table(path, leaf, names):
+            return leaf
+        more = padded(len(leaf), devices) - len(leaf)
+        return jnp.pad(leaf, [(0, more)] + [(0, 0)] * (leaf.ndim - 1)) if more else leaf
+
+    return jax.tree_util.tree_map_with_path(pad, tree)
+
+
 def shapes(tree: Any, names: tuple[str, ...], placement: Placement) -> Any:
     """Shapes and shardings that the arrays of a tree have after `spread`."""
 

@@ -97,10 +97,14 @@ def loss_and_gradients(
             value, (d_dense, d_found, d_whole) = take(dense, part[0], whole, part[1])
             return jax.tree.map(jnp.add, carry, (value, d_dense, d_whole)), d_found
 
-        zero = jnp.zeros((), total.dtype), *jax.tree.map(jnp.zeros_like, (dense, whole))
-        (value, d_dense, d_whole), d_found = jax.lax.scan(accumulate, zero, (found, small))
+        if microbatches == 1:  # there is nothing to add up, and sums would touch whole tables
+            one, part = jax.tree.map(lambda x: x[0], (found, small))
+            value, (d_dense, d_found, d_whole) = take(dense, one, whole, part)
+        else:
+            zero = jnp.zeros((), total.dtype), *jax.tree.map(jnp.zeros_like, (dense, whole))
+            (value, d_dense, d_whole), d_found = jax.lax.scan(accumulate, zero, (found, small))
+            d_found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), d_found)
         value, d_dense = jax.lax.psum((value, d_dense), DATA)
-        d_found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), d_found)
         places, d_found = item_rows.gradient_rows(ids.reshape(-1), d_found, rows)
         if only_rows:
             if microbatches > 1 or jax.lax.axis_size(AXES) > 1:

@@ -335,18 +335,20 @@ def _train(
             )
         pool.shutdown(wait=False)
         print(describe_model(structure), flush=True)
-        params = nnx.state(make_model())
         if warm_start is not None:
-            state = warm_start.state(make_state(params))
+            state = warm_start.state(make_state(nnx.state(make_model())))
             print(warm_start.words, flush=True)
             state = item_rows.spread(state, names, placement)
         elif spread:
-            params = item_rows.spread(params, names, placement)
+            # Each device draws its own rows, so that no table is ever in one place.
+            def draw():
+                params = nnx.state(make_model())
+                return make_state(item_rows.completed(params, names, placement.mesh.size))
+
             shardings = jax.tree.map(lambda shape: shape.sharding, state_shapes)
-            state = jax.jit(make_state, out_shardings=shardings, donate_argnums=0)(params)
+            state = jax.jit(draw, out_shardings=shardings)()
         else:
-            state = jax.device_put(make_state(params), placement.replicated)
-        del params
+            state = jax.device_put(make_state(nnx.state(make_model())), placement.replicated)
         for program in compiling:
             program.result()
 
