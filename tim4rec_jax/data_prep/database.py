@@ -33,6 +33,20 @@ def connect(work: Path, memory_limit: str | None = None) -> duckdb.DuckDBPyConne
     return con
 
 
+def leave_memory(con: duckdb.DuckDBPyConnection, bytes: int) -> None:
+    """Has the database take less memory from now on, so that Python can have the rest.
+
+    Args:
+      con: the database.
+      bytes: what Python needs. At most half of the memory is taken from the database.
+    """
+    [(text,)] = con.execute("SELECT current_setting('memory_limit')").fetchall()
+    number, _, unit = text.partition(" ")  # "953.6 MiB"
+    power = ("bytes", "KiB", "MiB", "GiB", "TiB").index(unit)
+    limit = int(float(number) * 1024**power)
+    con.execute("SET memory_limit = ?", [f"{max(limit - bytes, limit // 2)}B"])
+
+
 def quote_text(value: object) -> str:
     """Quotes a value as an SQL string."""
     return "'" + str(value).replace("'", "''") + "'"

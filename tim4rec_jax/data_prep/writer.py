@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.features import FEATURES_FILE
+from tim4rec_jax.data_prep.database import leave_memory
 from tim4rec_jax.data_prep.features import ItemTable, fit
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, read_regular
@@ -211,6 +212,8 @@ def _write_sequences(
         .to_arrow_reader(STREAM_EVENTS)
     )
     left = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
+    # The events of a file, and as much again for its users and what Arrow has read ahead.
+    leave_memory(con, 2 * 12 * max(size for *_, size in sizes))
     for number, (shard, _, size) in enumerate(sizes):
         flat = np.empty(size, np.int32), np.empty(size, np.int64)
         done = 0
