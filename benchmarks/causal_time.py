@@ -31,12 +31,11 @@ from rich.console import Console
 from rich.table import Table
 
 from tim4rec_jax.layers import CausalBlock, FeedForward
-from tim4rec_jax.layers.basic import Dense, dropout, fold, take_position
+from tim4rec_jax.layers.basic import Dense, dropout, fold
 from tim4rec_jax.layers.time import KNOTS, GapModulation, GapModulator
 from tim4rec_jax.models import tim4rec
 from tim4rec_jax.presets import load_config
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.ssd.segments import first_positions
 from tim4rec_jax.training import losses
 from tim4rec_jax.training.train import train
 
@@ -118,41 +117,6 @@ class GatedBlock(CausalBlock):
         return super().finish(y * (2 * jax.nn.sigmoid(self.gate(h))), h, seeds)
 
 
-class BandsBlock(CausalBlock):
-    """Adds the low and the high frequencies of the input, each weighed by channel.
-
-    Low is a mean of the history that halves a weight every few events, and high is the input less
-    that. It is what BSARec's filter is to a row, without looking ahead.
-    """
-
-    EVENTS = 5.0
-
-    def __init__(self, *args, width: int, **kwargs):
-        super().__init__(*args, width=width, **kwargs)
-        self.bands = nnx.Param(jnp.zeros((2, width)))
-
-    def added(self, h, segment_ids):
-        """The two bands of each segment of `h`, weighed."""
-        index = jnp.arange(h.shape[1])
-        segments = jnp.zeros(h.shape[:2], jnp.int32) if segment_ids is None else segment_ids
-        seen = (index >= first_positions(segments)[..., None]) & (index <= index[:, None])
-        weights = jnp.where(seen, 0.5 ** ((index[:, None] - index) / self.EVENTS), 0.0)
-        low = jnp.matmul(weights / weights.sum(-1, keepdims=True), h)
-        of_low, of_high = self.bands[...]
-        return of_low * low + of_high * (h - low)
-
-    def __call__(self, h, features, segment_ids, seeds=None):
-        """See `CausalBlock`."""
-        y = self.ssd(h, self._time(features), segment_ids) + self.added(h, segment_ids)
-        return self.finish(y, h, seeds)
-
-    def last(self, h, features, lengths, seeds=None):
-        """See `CausalBlock`."""
-        y = self.ssd.last(h, self._time(features), lengths)
-        y += take_position(self.added(h, None), lengths - 1)
-        return self.finish(y, take_position(h, lengths - 1), seeds)
-
-
 def zeros(width: int, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs, **_) -> Dense:
     """A map that gives zeros at first."""
     kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
@@ -168,7 +132,7 @@ CANDIDATES = {
     "gap: step + rate": only("step", "rate"),
     "gap: networks": Candidate(parts={"GapModulator": GapNetworks}),
     "gates": Candidate(parts={"CausalBlock": GatedBlock, "FeedForward": GatedFeedForward}),
-    "bands": Candidate(parts={"CausalBlock": BandsBlock}),
+    "bands": Candidate({"model.band_events": 5}),
     "label smoothing .1": Candidate(smoothing=0.1),
     "4 layers": Candidate({"model.num_layers": 4}),
     "width 128": Candidate({"model.hidden_size": 128, "model.dropout_prob": 0.35}),

@@ -39,8 +39,10 @@ def test_a_candidate_begins_by_changing_nothing():
 
     def outputs(name, shared, items, lengths, gaps, segments):
         """Of the fresh candidate with the parameters it shares, and with all of it moved."""
+        added = CANDIDATES[name].settings.items()
+        changes = {key.removeprefix("model."): value for key, value in added}
         with in_use(CANDIDATES[name]):
-            model = build(SETTINGS, **SIZES)
+            model = build(SETTINGS | changes, **SIZES)
         nnx.update(model, shared)
         for moved in (0.0, 0.3):
             graph, state = nnx.split(model)

@@ -63,7 +63,7 @@ def step(graph, params, state, items, gaps):
 VARIANTS = [
     {},
     {"num_layers": 1, "is_time": False},
-    {"num_layers": 1, "is_ffn": False},
+    {"num_layers": 1, "is_ffn": False, "band_events": 3},
     pytest.param({"is_time": False}, marks=pytest.mark.slow),
     pytest.param({"chunk_size": 5}, marks=pytest.mark.slow),
 ]

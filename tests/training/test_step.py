@@ -224,3 +224,11 @@ def test_micro_batches_divide_the_rows_of_every_device(rows, length, devices):
         assert rows // count >= 8 * devices
     if rows % 256 == 0:
         assert rows // count <= max(3072 // length, 8 * devices)
+    # Each event of a packed row has a row of scores.
+    packed = num_microbatches(rows, length, devices, "every_position")
+    assert packed >= count
+    assert rows % (packed * devices) == 0
+    if packed > 1:
+        assert rows // packed >= 8 * devices
+    if rows % 256 == 0:
+        assert rows // packed <= max(512 // length, 8 * devices)

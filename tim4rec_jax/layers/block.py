@@ -5,13 +5,14 @@ Models are made of them, and their inputs are finite: nothing looks for NaN here
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from tim4rec_jax.layers.bands import BandsState, FrequencyBands
 from tim4rec_jax.layers.basic import Dense, dropout, fold, layer_norm, take_position
 from tim4rec_jax.layers.checks import activation_function, check_eps, check_rate, check_sizes
 from tim4rec_jax.layers.ssd import CausalSSD, LayerState, TimeAwareSSD
@@ -175,13 +176,30 @@ class Block(ResidualBlock):
         return factor, self.mixer.advance(tau, factor, real, fold(seeds, 2))
 
 
-class CausalBlock(ResidualBlock):
-    """A layer that the gaps modulate, or a layer without time if it has no `modulator`."""
+class BlockState(NamedTuple):
+    """What a layer with frequency bands keeps of the past."""
 
-    def __init__(self, ssd: CausalSSD, modulator: GapModulator | None, *args, **kwargs):
+    layer: LayerState
+    bands: BandsState
+
+
+class CausalBlock(ResidualBlock):
+    """A layer that the gaps modulate, or a layer without time if it has no `modulator`.
+
+    With `bands`, the frequency bands of the input are added to what the layer gives.
+    """
+
+    def __init__(
+        self,
+        ssd: CausalSSD,
+        modulator: GapModulator | None,
+        *args,
+        bands: FrequencyBands | None = None,
+        **kwargs,
+    ):
         """Takes the layer, what gaps do to it or None, and the arguments of `ResidualBlock`."""
         super().__init__(*args, **kwargs)
-        self.ssd, self.modulator = ssd, modulator
+        self.ssd, self.modulator, self.bands = ssd, modulator, bands
 
     @finite_inputs()
     def __call__(
@@ -200,11 +218,15 @@ class CausalBlock(ResidualBlock):
             one history.
           seeds: dropout seeds of the rows; None switches dropout off.
         """
-        return self.finish(self.ssd(h, self._time(features), segment_ids), h, seeds)
+        y = self.ssd(h, self._time(features), segment_ids)
+        if self.bands is not None:
+            y = y + self.bands(h, segment_ids)
+        return self.finish(y, h, seeds)
 
-    def init_state(self, batch: int) -> LayerState:
+    def init_state(self, batch: int) -> LayerState | BlockState:
         """The state before the first event."""
-        return self.ssd.init_state(batch)
+        layer = self.ssd.init_state(batch)
+        return layer if self.bands is None else BlockState(layer, self.bands.init_state(batch))
 
     def mask(
         self, h: Float[Array, "B L D"], features: Float[Array, "B L K"] | None
@@ -222,14 +244,23 @@ class CausalBlock(ResidualBlock):
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history, for a model's last layer."""
         y = self.ssd.last(h, self._time(features), lengths)
+        if self.bands is not None:
+            y = y + self.bands.last(h, lengths)
         return self.finish(y, take_position(h, lengths - 1), seeds)
 
     def step(
-        self, state: LayerState, h: Float[Array, "B D"], features: Float[Array, "B K"] | None
-    ) -> tuple[LayerState, Float[Array, "B D"]]:
+        self,
+        state: LayerState | BlockState,
+        h: Float[Array, "B D"],
+        features: Float[Array, "B K"] | None,
+    ) -> tuple[LayerState | BlockState, Float[Array, "B D"]]:
         """`__call__` for one more event of each user."""
-        state, y = self.ssd.step(state, h, self._time(features))
-        return state, self.finish(y, h, None)
+        layer = state.layer if isinstance(state, BlockState) else state
+        layer, y = self.ssd.step(layer, h, self._time(features))
+        if self.bands is None or not isinstance(state, BlockState):
+            return layer, self.finish(y, h, None)
+        bands, added = self.bands.step(state.bands, h)
+        return BlockState(layer, bands), self.finish(y + added, h, None)
 
     def _time(self, features):
         return None if self.modulator is None else self.modulator(features)

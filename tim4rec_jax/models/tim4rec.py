@@ -23,6 +23,7 @@ from tim4rec_jax.layers import (
     TimeMixer,
     gap_features,
 )
+from tim4rec_jax.layers.bands import FrequencyBands
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm
 from tim4rec_jax.layers.time import NextTime
 from tim4rec_jax.models.base import (
@@ -41,8 +42,8 @@ from tim4rec_jax.models.base import (
 class TiM4RecSettings(ModelSettings):
     """Names and defaults are those of the 64-d configurations in the TiM4Rec repository.
 
-    `time_encoding`, `output_std`, `knows_next_time` and `conv_path` are ours. Their defaults
-    reproduce the published model.
+    `time_encoding`, `output_std`, `knows_next_time`, `band_events` and `conv_path` are ours. Their
+    defaults reproduce the published model.
 
     Attributes:
       time_encoding: "paper": the published time stream. "masked": the same, but its statistics
@@ -67,6 +68,9 @@ class TiM4RecSettings(ModelSettings):
         is. With less than the paper's 0.02 a new layer changes little, as in attention and Mamba.
       knows_next_time: whether predictions depend on the time of the next event. A recommender
         knows that time only if it is asked at that moment. Needs `time_encoding` "causal".
+      band_events: reach, in events, of the moving average that splits the input of each layer into
+        low and high frequencies, see `tim4rec_jax.layers.bands`. 0: a layer has no such bands.
+        Needs `time_encoding` "causal".
       conv_path: the activation after the convolutions, "hardswish" or "silu". By default the one
         that the published code takes, see `activation`.
     """
@@ -88,6 +92,7 @@ class TiM4RecSettings(ModelSettings):
     is_kai_ming_init: bool = True
     output_std: float = 0.02
     knows_next_time: bool = False
+    band_events: int = not_negative(0)
     conv_path: str = one_of("", "hardswish", "silu")
 
     def __post_init__(self):
@@ -97,11 +102,12 @@ class TiM4RecSettings(ModelSettings):
             raise ValueError(
                 f"head_dim is {self.head_dim}; it must divide expand * hidden_size = {inner}"
             )
-        if self.knows_next_time and self.time_encoding != "causal":
-            raise ValueError(
-                "knows_next_time is True, which needs config.model.time_encoding=causal; "
-                f"it is {self.time_encoding}"
-            )
+        for name in ("knows_next_time", "band_events"):
+            if (value := getattr(self, name)) and self.time_encoding != "causal":
+                raise ValueError(
+                    f"{name} is {value}, which needs config.model.time_encoding=causal; "
+                    f"it is {self.time_encoding}"
+                )
 
     @property
     def convention(self) -> str:
@@ -275,8 +281,11 @@ class CausalTiM4Rec(CausalBlocks):
             modulator = None
             if settings.is_time:
                 modulator = GapModulator(width, settings.heads, param_dtype=param_dtype)
+            bands = None
+            if settings.band_events:
+                bands = FrequencyBands(width, settings.band_events, param_dtype=param_dtype)
             arguments = block_arguments(settings, self.dtype, param_dtype, rngs)
-            return CausalBlock(ssd, modulator, **arguments)
+            return CausalBlock(ssd, modulator, bands=bands, **arguments)
 
         self.blocks = nnx.List([block() for _ in range(settings.num_layers)])
         self.next_time = (

@@ -384,7 +384,7 @@ def plan(config: Config, sizes: Sizes, layout: Layout) -> Plan:
     found = structure(config, sizes.items, sizes.users)
     rows = -(-config.train.batch_size // layout.data)
     with compile_for(platform(layout.kind)):
-        microbatches = num_microbatches(rows, config.data.max_length, 1)
+        microbatches = num_microbatches(rows, config.data.max_length, 1, config.train.objective)
     memory = step_memory(config, found, rows, microbatches, layout)
     log = ON_DEVICE * sizes.events
     if platform(layout.kind) != "cpu" and log <= _SHARE * layout.device.memory:

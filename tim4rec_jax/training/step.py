@@ -165,21 +165,25 @@ def make_optimizer(
     return optax.chain(optax.add_decayed_weights(weight_decay), optax.adam(rate))
 
 
-def num_microbatches(rows: int, length: int, devices: int) -> int:
+def num_microbatches(rows: int, length: int, devices: int, objective: str = "prefix") -> int:
     """Chooses the number of micro-batches of a batch.
 
     On a CPU, a micro-batch has at most 3,072 events and 128 rows of scores, so that its temporary
-    arrays fit the cache (see `loss_and_gradients`), but at least 8 rows per device. Other devices
-    take the batch as a whole.
+    arrays fit the cache (see `loss_and_gradients`), but at least 8 rows per device. With the
+    objective `every_position` each event has a row of scores, and 512 of them are taken at once if
+    they come from 8 rows or more. Other devices take the batch as a whole.
 
     Args:
       rows: number of rows of the batch.
       length: number of positions of a row.
       devices: number of devices that share the rows.
+      objective: a key of `tim4rec_jax.training.objectives.OBJECTIVES`.
     """
     if target().platform != "cpu":
         return 1
     largest = min(3072 // length, 128)
+    if objective == "every_position":
+        largest = min(largest, 512 // length)
     count = 1
     while (
         rows // count > largest
@@ -272,7 +276,8 @@ def update(
             state.params,
             batch,
             seeds,
-            settings.num_microbatches or num_microbatches(rows, length, settings.devices),
+            settings.num_microbatches
+            or num_microbatches(rows, length, settings.devices, settings.objective),
             settings.objective,
             settings.loss.prepare(draw, model.n_items, cumulative),
             jax.random.fold_in(key, 3),
@@ -287,7 +292,8 @@ def update(
             batch,
             seeds,
             by_row=settings.by_row,
-            microbatches=settings.num_microbatches or num_microbatches(own, length, 1),
+            microbatches=settings.num_microbatches
+            or num_microbatches(own, length, 1, settings.objective),
             objective=settings.objective,
             loss=settings.loss,
             key=draw,
