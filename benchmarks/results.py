@@ -183,6 +183,19 @@ TABLES = {
         _models("ml-100k", "causal hstu sasrec", compared="model.repeat_bias=True"),
         COMPARISON,
     ),
+    "ml-100k-pure": Table(
+        MASKED,
+        _models("ml-100k", "causal sasrec esasrec", own=NO_BIAS),
+        ("model", "seeds", "Hit@10", "NDCG@10", "best"),
+        seed="2020",
+    ),
+    "ml-100k-bands": Table(
+        RANKED,
+        [("ml-100k", "causal", ""), ("ml-100k", "causal", "model.band_events=5")],
+        BOTH,
+        seed="2020",
+        masked=True,
+    ),
     "beauty-mixed": Table(
         RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
     ),
