@@ -74,6 +74,14 @@ def test_who_pauses_goes_first(monkeypatch):
     assert [name for what, name in log if what == "busy"] == ["worst"]
 
 
+def test_of_the_greedy_nobody_starves(monkeypatch):
+    """They go in the order in which they came; otherwise who has waited once would wait longer."""
+    greeds = {"first": 0.7, "a": 0.9, "b": 0.6, "c": 1.0, "d": 0.8}
+    clients = {name: dict(address="x", greed=greed) for name, greed in greeds.items()}
+    log = scenario(monkeypatch, clients, 4)
+    assert [name for what, name in log if what == "start"] == ["first", "a", "b", "c", "d"]
+
+
 @pytest.mark.parametrize("greed", [0.1, 0.9, None])
 def test_new_connections_take_turns_with_the_others(monkeypatch, greed):
     """At one address, a single client of the other kind is neither refused nor kept waiting."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 # How much the last request counts in the share of a client's time that is spent waiting.
 _NEWEST = 0.25
 _FIRST = 0.6  # what that share is taken to be before the first request
-_MODEST = 0.5  # a client with a smaller share is modest
+_MODEST = 0.5  # a client whose share is no larger is modest
 USUAL_SECONDS = 0.05  # what an answer under load takes, which a refused client would have waited
 _MAX_SECONDS = 1.0  # how long a request may wait for its turn
 # How long a refusal for want of time is held back, at least and at most. In between, so many are
@@ -51,12 +51,12 @@ class Admission:
        connections takes its own time and not that of others.
     2. At one address, new connections take turns with those that have had an answer. The kind of
        which more wait is refused. So neither can keep the other out.
-    3. Of the connections that have had an answer, the least greedy goes first. Greed is the share
-       of its time that a connection has spent waiting for answers lately. One that asks again at
-       once has nearly 1. One that pauses between its requests has less.
+    3. Of the connections that have had an answer, the greediest is refused, and the modest go
+       first. Greed is the share of its time that a connection has spent waiting for answers lately.
+       One that asks again at once has nearly 1. One that pauses between its requests has less.
 
     A quarter of the places are kept free for modest clients, who need not wait for others to be
-    done: those that spend less than half of their time waiting, or have one request in the service.
+    done: those that spend at most half of their time waiting, or have one request in the service.
 
     Who has closed the sending half of a connection may have left, so it gets no turn if it has to
     wait for one, and is refused. Refusals are held back, so that clients that ask again at once do
@@ -146,7 +146,7 @@ class Room:
     def _is_modest(self, client: Client) -> bool:
         if self._open[client.address] == 1:
             return True
-        return client.greed is not None and client.greed < _MODEST
+        return client.greed is not None and client.greed <= _MODEST
 
     def _start(self, client: Client, cycle: Any) -> None:
         self._working += 1
@@ -194,9 +194,13 @@ class _Waiting(NamedTuple):
 
     @property
     def turn(self) -> tuple[float, float]:
-        """Compares requests of one kind; the smallest goes first."""
+        """Compares requests of one kind; the smallest goes first.
+
+        Clients that are not modest are equal in this. Otherwise those that have waited for long
+        would be taken for greedier, and wait for even longer.
+        """
         greed = self.client.greed
-        return _FIRST if greed is None else greed, self.since
+        return 1.0 if greed is None or greed > _MODEST else greed, self.since
 
     @property
     def fault(self) -> tuple[float, float]:
@@ -205,8 +209,8 @@ class _Waiting(NamedTuple):
         Nothing is known of new clients. The one that has waited for the longest time is refused, so
         that all have the same chance. Otherwise it would be those who come while the room is full.
         """
-        greed, since = self.turn
-        return greed, -since if self.client.greed is None else since
+        greed = self.client.greed
+        return (_FIRST, -self.since) if greed is None else (greed, self.since)
 
 
 class _Line:
@@ -235,7 +239,7 @@ class _Line:
         """The request that is refused if one must be."""
         if len(self._new) > len(self._known):
             return self._new[0]
-        return self._known[-1]
+        return max(self._known, key=lambda one: one.fault)
 
     def remove(self, one: _Waiting) -> None:
         """Takes a request out. After the first one it is the turn of the other kind."""
