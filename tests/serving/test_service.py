@@ -14,6 +14,7 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
+import pyarrow as pa
 import pytest
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -24,6 +25,7 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import tiny_recommender
+from tim4rec_jax.data.ids import IdIndex
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
 from tim4rec_jax.serving.http import connection
@@ -521,9 +523,7 @@ def test_another_log_is_no_new_run(tiny_data, recommenders):
     shared = recommenders("causal")
     other = Recommender(shared.model, shared.catalogue)
     other.catalogue = copy.copy(shared.catalogue)
-    other.catalogue._index = {
-        f"x{item}": number for item, number in shared.catalogue._index.items()
-    }
+    other.catalogue._index = IdIndex(pa.array([f"x{item}" for item in shared.catalogue.ids]))
     server = Server(create_app(shared), lambda: other)
     with pytest.raises(UserError, match="knows 0 of the 30 items that are served now"):
         server.load_again()
