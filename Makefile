@@ -30,15 +30,21 @@ test-all: lint docs $(VENV)/.tpu $(VENV)/.cuda $(VENV)/.mlflow
 docs: $(VENV)/.docs
 	$(PY) -m sphinx --fresh-env --fail-on-warning --keep-going --quiet --builder html docs docs/_build/html
 
-# Newer versions may be typed in another way, so that there is no lint here.
+# Newer versions may be typed in another way, so that there is no lint here. The anyio that these
+# versions take has a plugin that pytest warns of.
 test-lowest: .venv-lowest/lowest.txt
-	PIP_CONSTRAINT=$(CURDIR)/$< $(MAKE) VENV=.venv-lowest .venv-lowest/.tpu .venv-lowest/.cuda
-	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow"
+	$(MAKE) VENV=.venv-lowest .venv-lowest/.tpu .venv-lowest/.cuda
+	.venv-lowest/bin/python -m pytest -n 2 --dist worksteal -m "not slow" -p no:anyio
 
+# The tools of the tests are the newest ones. uv finds the versions, which pip does not.
 .venv-lowest/lowest.txt: pyproject.toml
 	$(PYTHON) -m venv .venv-lowest
 	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check uv
-	.venv-lowest/bin/python -m uv pip compile --quiet --resolution lowest-direct --output-file $@ $<
+	.venv-lowest/bin/python -m uv pip compile --quiet --no-deps --resolution lowest-direct \
+	  --extra serve --extra ann --extra redis --extra tune --extra kernels --output-file $@ $<
+	.venv-lowest/bin/python -m uv pip install --quiet --python .venv-lowest/bin/python \
+	  --constraint $@ --editable '.[dev,kernels]'
+	touch .venv-lowest/.base .venv-lowest/.dev
 
 # The kernels on an NVIDIA GPU. The environment needs JAX for CUDA.
 test-gpu: $(VENV)/.dev
