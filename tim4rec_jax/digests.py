@@ -67,8 +67,8 @@ def _digest_of_rows(array: Any, count: int | None) -> str:
     It is the sum modulo 2^64 of a number for each row, which depends on all bits of the row and on
     its place. So it does not depend on who has which rows.
     """
-    count = count or array.shape[0]
-    shards = [(0, array)]
+    rows_in_all: int = count or array.shape[0]
+    shards: list[tuple[int, Any]] = [(0, array)]
     if isinstance(array, jax.Array):
         shards = [
             (shard.index[0].start or 0, shard.data)
@@ -77,7 +77,7 @@ def _digest_of_rows(array: Any, count: int | None) -> str:
         ]
     total = np.zeros(1, np.uint64)
     for start, data in shards:
-        rows = np.asarray(data)[: max(count - start, 0)]
+        rows = np.asarray(data)[: max(rows_in_all - start, 0)]
         if len(rows):
             places = np.arange(start, start + len(rows), dtype=np.uint64)
             total += _mixed(_numbers(rows) + _mixed(places)).sum(dtype=np.uint64)
@@ -85,7 +85,7 @@ def _digest_of_rows(array: Any, count: int | None) -> str:
         halves = np.array([total[0] >> 32, total[0] & 0xFFFFFFFF], np.uint32)
         every = multihost_utils.process_allgather(halves).astype(np.uint64)
         total = (every[:, 0] << np.uint64(32)).sum(keepdims=True) + every[:, 1].sum()
-    kind = f"{array.dtype.name}{(count, *array.shape[1:])}"
+    kind = f"{array.dtype.name}{(rows_in_all, *array.shape[1:])}"
     return f"{_OF_ROWS}{kind} {int(total[0]):016x}"
 
 

@@ -28,6 +28,7 @@ SIZES: dict[str, Any] = dict(n_items=9, max_length=6)
 ADDED = ("as it is", "gap: networks", "gates", "bands")
 
 
+@pytest.mark.slow
 def test_a_candidate_begins_by_changing_nothing():
     items = np.array([[3, 1, 4, 1, 5, 9], [2, 6, 5, 3, 5, 8]], np.int32)
     gaps = np.array([[0, 60, 7, 86400, 1, 5], [0, 3, 0, 9, 4000, 2]], np.float32)

@@ -20,7 +20,7 @@ _CHUNK = 1 << 20  # texts that are hashed at once, which bounds the memory for t
 _RECENT = 1 << 17  # ids whose place is kept in a dictionary
 
 
-class Texts(Sequence):
+class Texts(Sequence[Any]):
     """A list of texts, or of texts and None, that an Arrow array holds.
 
     Attributes:

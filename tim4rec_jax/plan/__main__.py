@@ -92,7 +92,7 @@ def _print(config, sizes, layout, plan, console: Console) -> None:
     device, memory = layout.device, sum(plan.memory.values())
     console.print(
         f"{sizes.items:,} items, {sizes.users:,} users, {sizes.events:,} events; "
-        f"{layout.count} x {layout.kind}; {config.model.name}, {config.train.objective}, "
+        f"{layout.number} x {layout.kind}; {config.model.name}, {config.train.objective}, "
         f"{config.train.loss}, {config.train.batch_size:,} rows of {config.data.max_length}",
         highlight=False,
         soft_wrap=True,

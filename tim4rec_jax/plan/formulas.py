@@ -70,7 +70,7 @@ class Layout(NamedTuple):
         return DEVICES[self.kind]
 
     @property
-    def count(self) -> int:
+    def number(self) -> int:
         """Number of devices."""
         return self.data * self.items
 
@@ -205,7 +205,7 @@ def loss_cost(config: Config, found: Structure, rows: int, items: int) -> Cost:
     batch, drawn = batch_shapes(config, found.model, rows), None
     targets = math.prod(batch["targets"].shape)
     how = Loss(config.train.loss, config.train.negatives, config.train.calibration)
-    shape = jax.ShapeDtypeStruct
+    shape: Any = jax.ShapeDtypeStruct
     if how.is_sampled:
         count = (how.negatives,)
         drawn = Drawn(shape(count, jnp.int32), shape(count, jnp.float32))
@@ -279,7 +279,7 @@ def step_memory(
 
 def table_rows(found: Structure, layout: Layout) -> int:
     """Rows of the item table on each device."""
-    return -(-found.rows // layout.count) if layout.spread else found.rows
+    return -(-found.rows // layout.number) if layout.spread else found.rows
 
 
 def _is_sampled(config: Config) -> bool:
@@ -317,7 +317,7 @@ def sent(config: Config, found: Structure, rows: int, layout: Layout) -> dict[st
 
     A sum over n devices sends 2 (n - 1) / n times its bytes, and a part of it half of that.
     """
-    n, width = layout.count, found.width * BYTES
+    n, width = layout.number, found.width * BYTES
     if n == 1:
         return {}
 
@@ -357,7 +357,7 @@ def step_seconds(
     updated = _rows_of_gradient(config, found, rows, layout) * found.width + found.others
     traffic += 7 * updated * BYTES
     speed = device.bfloat16 if found.model.dtype == jnp.bfloat16 else device.float32
-    link = device.link if layout.count <= device.group else device.outside
+    link = device.link if layout.number <= device.group else device.outside
     return {
         "computing": operations / speed,
         "memory": traffic / device.bandwidth,

@@ -19,32 +19,38 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend.core import Literal
 
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # Operations on single elements, and those that only change the shape. XLA fuses all of them.
-_FUSED = """
+_FUSED = _words(
+    """
     abs add add_any and atan2 bitcast_convert_type broadcast_in_dim cbrt ceil clamp concatenate
     convert_element_type copy cos div dynamic_slice eq erf erf_inv exp exp2 expand_dims expm1
     floor ge gt imag integer_pow iota is_finite le log log1p logistic lt max min mul ne neg
     nextafter not or pad pow pvary real reduce_precision rem reshape rev round rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sign sin slice sqrt square squeeze
     stop_gradient sub tan tanh transpose xor
-"""
-_EXPENSIVE = "cbrt cos div erf exp expm1 log log1p logistic pow rem rsqrt sin sqrt"
-_SHAPES = "broadcast_in_dim convert_element_type expand_dims iota reshape squeeze"
+    """
+)
+_EXPENSIVE = _words("cbrt cos div erf exp expm1 log log1p logistic pow rem rsqrt sin sqrt")
+_SHAPES = _words("broadcast_in_dim convert_element_type expand_dims iota reshape squeeze")
 # XLA counts these by themselves and not among the floating-point operations.
-_NO_OPERATIONS = """
+_NO_OPERATIONS = _words(
+    """
     bitcast_convert_type broadcast_in_dim concatenate copy cos dynamic_slice erf erf_inv exp
     exp2 expand_dims expm1 iota log log1p logistic pad pow reshape rev rsqrt sin slice sqrt
     squeeze stop_gradient tanh transpose
-"""
-_FUSED, _EXPENSIVE, _SHAPES, _NO_OPERATIONS = (
-    frozenset(words.split()) for words in (_FUSED, _EXPENSIVE, _SHAPES, _NO_OPERATIONS)
+    """
 )
 _CALLS = {"custom_vjp_call_jaxpr": "fun_jaxpr"}
 _CALLS |= dict.fromkeys(
@@ -121,7 +127,7 @@ class _Program:
         self.shapes.append(shape)
         return len(self.shapes) - 1
 
-    def _inline(self, jaxpr: Any, arguments: list[int | None]) -> list[int | None]:
+    def _inline(self, jaxpr: Any, arguments: Sequence[int | None]) -> list[int | None]:
         known: dict[Any, int] = {}
         for variable, value in zip(jaxpr.invars, arguments, strict=True):
             known[variable] = self._new(variable.aval) if value is None else value

@@ -42,8 +42,7 @@ class Catalogue:
         self.directory = directory
         self.metadata = read_metadata(directory)
         table = read_items(directory, self.metadata)
-        ids = Texts(table.column("item"))
-        self.ids: Sequence[str] = ids
+        self.ids = ids = Texts(table.column("item"))
         self.counts: Int64[np.ndarray, " V"] = table.column("count").to_numpy()
         has_titles = "title" in table.column_names
         self.titles: Sequence[str | None] = Texts(table.column("title")) if has_titles else []

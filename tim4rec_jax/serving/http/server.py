@@ -77,8 +77,6 @@ def serve(
     listener = listen(host, port)
     enable_compilation_cache()
     users = _open_store(store) if store else None
-    if users is not None:
-        users.check()
 
     def load() -> Recommender:
         recommender = Recommender.load(
@@ -110,7 +108,9 @@ def serve(
 def _open_store(name: str | Path) -> Store:
     if str(name).startswith(SCHEMES):
         return RedisStore(str(name), timeout=_STORE_SECONDS)
-    return SQLiteStore(name, timeout=_STORE_SECONDS)
+    users = SQLiteStore(name, timeout=_STORE_SECONDS)
+    users.check()
+    return users
 
 
 def listen(host: str, port: int) -> socket.socket:

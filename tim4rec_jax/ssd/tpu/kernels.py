@@ -14,7 +14,7 @@ heads of a group lie side by side then, [Q,KQ] for a pack of K heads, as many as
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -63,7 +63,7 @@ def _product(axes: str):
     )
 
 
-def add_up(a, b, axes: str = "nn", bits: int = 24):
+def add_up(a, b, axes: str = "nn", bits: int = 24) -> Any:
     """Multiplies a float32 matrix with one of zeros and ones, which has the dtype bfloat16.
 
     A number of 24 bits is the sum of three bfloat16 numbers, and a one has no rest. So three
