@@ -208,8 +208,7 @@ def answer_page(results: Results, study: Any) -> str:
     parts = [
         f"<!-- Made by `python -m studies.{study.name} --report` from the tables beside it. -->",
         " ".join(sentences),
-        *_protocol(results.runs),
-        *_table(results),
+        *_tables(results),
         *_missing(results, study),
     ]
     return "\n\n".join(parts) + "\n"
@@ -240,26 +239,38 @@ def write_report(path: Path, results: Results, study: Any) -> None:
         plt.close(figure)
 
 
-def _protocol(runs: list[Row]) -> list[str]:
-    if not runs:
-        return []
-    told = {name: list(dict.fromkeys(str(row[name]) for row in runs)) for name in PROTOCOL}
-    words = ", ".join(f"{name} {' or '.join(values)}" for name, values in told.items())
-    machines = join(list(dict.fromkeys(str(row["hardware"]) for row in runs)))
-    dates = sorted({str(row["date"]) for row in runs})
-    when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return [
-        f"Protocol: full ranking, {words}. Machine: {machines}; jax "
-        f"{join(list(dict.fromkeys(str(row['jax']) for row in runs)))}; {when}."
-    ]
+def _tables(results: Results) -> list[str]:
+    """A table for each protocol, because figures of two do not belong into one column."""
+    by_protocol: dict[str, list[Row]] = {}
+    for row in results.runs:
+        words = ", ".join(f"{name} {row[name]}" for name in PROTOCOL)
+        by_protocol.setdefault(words, []).append(row)
+    parts = []
+    for words, runs in by_protocol.items():
+        machines = join(list(dict.fromkeys(str(row["hardware"]) for row in runs)))
+        versions = join(list(dict.fromkeys(str(row["jax"]) for row in runs)))
+        dates = sorted({str(row["date"]) for row in runs})
+        when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+        parts += [
+            f"Protocol: full ranking, {words}. Machine: {machines}; jax {versions}; {when}.",
+            _table(
+                results, [dataset for dataset in results.datasets if select(runs, dataset=dataset)]
+            ),
+        ]
+    if parts:
+        legend = (
+            "± is a standard error over users and seeds. Differences of NDCG@10 are paired over "
+            "users."
+        )
+        if any(row["seeds"] == 1 for row in results.pairs):
+            legend += " Where there is one seed, the error knows nothing about other seeds."
+        parts.append(legend)
+    return parts
 
 
-def _table(results: Results) -> list[str]:
-    if not results.runs:
-        return []
-    header = ["data", "arm", "seeds", "NDCG@10", "Hit@10", "difference", "processor s"]
-    lines = [header, ["---"] * len(header)]
-    for dataset in results.datasets:
+def _table(results: Results, datasets: Sequence[str]) -> str:
+    rows = [["data", "arm", "seeds", "NDCG@10", "Hit@10", "difference", "processor s"]]
+    for dataset in datasets:
         for arm in results.arms(dataset):
             level = results.level(dataset=dataset, arm=arm)
             hit = results.level("hit@10", dataset=dataset, arm=arm)
@@ -270,25 +281,25 @@ def _table(results: Results) -> list[str]:
             told = f"{gap} against {against[0]}" if gap else ""
             seconds = "" if math.isnan(cost.value) else f"{cost.value:,.0f}"
             cells = [dataset, arm, str(level.seeds), str(level), short(hit.value), told, seconds]
-            lines.append(cells)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    legend = (
-        "± is a standard error over users and seeds. Differences of NDCG@10 are paired over users."
-    )
-    if any(row["seeds"] == 1 for row in results.pairs):
-        legend += " Where there is one seed, the error knows nothing about other seeds."
-    return [table, legend]
+            rows.append(cells)
+    return _markdown(rows)
 
 
 def _missing(results: Results, study: Any) -> list[str]:
     if not results.missing:
         return []
-    parts = []
+    rows = [["data", "arms", "processor hours of all arms"]]
     for dataset, arms in results.missing.items():
+        none = not select(results.runs, dataset=dataset)
         hours = study.hours.get(dataset)
-        cost = f" (about {hours:g} processor hours for all arms)" if hours else ""
-        parts.append(f"{dataset}{cost}: {', '.join(arms)}")
-    return [f"Not run yet, or with fewer seeds than planned: {'; '.join(parts)}."]
+        told = f"all {len(arms)}" if none else ", ".join(arms)
+        rows.append([dataset, told, f"{hours:g}" if hours else ""])
+    return ["Not run yet, or with fewer seeds than planned:", _markdown(rows)]
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def panels(figure: Figure, titles: Sequence[str], **kwargs: Any) -> list[Axes]:
