@@ -64,13 +64,13 @@ def _train(words: list[str]) -> None:
 def _eval(words: list[str]) -> None:
     from tim4rec_jax.commands.eval import main
 
-    main(words)
+    main(words, prog="tim4rec eval")
 
 
 def _compare(words: list[str]) -> None:
     from tim4rec_jax.commands.compare import main
 
-    main(words)
+    main(words, prog="tim4rec compare")
 
 
 def _tune(words: list[str]) -> None:
@@ -101,7 +101,7 @@ def _serving(command: str) -> Callable[[list[str]], int | None]:
     def run(words: list[str]) -> int | None:
         from tim4rec_jax.serving.__main__ import main
 
-        return main([command, *words])
+        return main([command, *words], prog="tim4rec")
 
     return run
 

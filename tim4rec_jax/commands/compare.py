@@ -192,10 +192,10 @@ def write_csv(path: Path, found: list[Run]) -> None:
         writer.writerows(rows)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.compare") -> None:
     """Runs the command line, or the given words."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.compare",
+        prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

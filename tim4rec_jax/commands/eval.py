@@ -48,9 +48,9 @@ def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 
-def _flags(words: Sequence[str] | None) -> argparse.Namespace:
+def _flags(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = _Parser(
-        prog="python eval.py",
+        prog=prog,
         description=__doc__,
         epilog="Beyond accuracy, for lists of the k best items:\n"
         + "\n".join(
@@ -112,9 +112,9 @@ def _flags(words: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def main(words: Sequence[str] | None = None) -> None:
+def main(words: Sequence[str] | None = None, prog: str = "python eval.py") -> None:
     """Runs the command line, or the given words."""
-    flags = _flags(words)
+    flags = _flags(words, prog)
     # Imports JAX, which `--help` and a mistyped flag need not wait for.
     from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 

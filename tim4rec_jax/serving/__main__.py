@@ -33,10 +33,12 @@ _LARGEST_TEXT = 1 << 30  # bytes
 _CSV = "a CSV file with the columns item and timestamp (whole seconds since 1970)"
 
 
-def main(arguments: Sequence[str] | None = None) -> int | None:
+def main(
+    arguments: Sequence[str] | None = None, prog: str = "python -m tim4rec_jax.serving"
+) -> int | None:
     """Runs the command line, or the given arguments."""
     parser = _Parser(
-        prog="python -m tim4rec_jax.serving",
+        prog=prog,
         description="Recommendations from a run of train.py.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
