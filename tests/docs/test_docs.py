@@ -152,7 +152,10 @@ def test_a_command_has_the_flags_that_a_page_gives_it(page, words, own_modules, 
     monkeypatch.setattr(sys, "argv", start)
     with pytest.raises(Understood):
         if words[1] == "-m":
+            # What another test has imported is not what runs.
             monkeypatch.delitem(sys.modules, f"{start[0]}.__main__", raising=False)
+            if not hasattr(sys.modules.get(start[0]), "__path__"):
+                monkeypatch.delitem(sys.modules, start[0], raising=False)
             runpy.run_module(start[0], run_name="__main__", alter_sys=True)
         else:
             runpy.run_path(str(ROOT / start[0]), run_name="__main__")
