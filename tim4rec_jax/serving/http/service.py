@@ -27,7 +27,7 @@ from tim4rec_jax.serving.recommender import Recommendations, Recommender
 _LARGE_REQUEST = 500
 # Of each kind, how many requests are worked on at once, and how many may wait.
 _ROOMS = {
-    "/recommend": (28, 100),  # of which 30 are kept by no modest client: a batch of 32 rows
+    "/recommend": (40, 88),  # of which 30 are kept by no modest client: a batch of 32 rows
     "/events": (128, 128),
     "/health": (32, 512),
     "/ready": (32, 512),
