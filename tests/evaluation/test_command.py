@@ -180,7 +180,7 @@ def test_results_name_their_data(folder, command, tmp_path):
         (["--json", "{out}", "--csv", "{out}"], "two results cannot both be written to"),
         (["--json", "{run}/config.json"], "belongs to a run or a dataset and is not replaced"),
         (["--csv", "{data}/items.parquet"], "belongs to a run or a dataset and is not replaced"),
-        (["--predictions", "{run}/best/1/commit_success.txt"], "belongs to a run"),
+        (["--predictions", "{run}/best/1/_CHECKPOINT_METADATA"], "belongs to a run"),
     ],
 )
 def test_nothing_of_a_run_or_a_dataset_is_replaced(folder, command, tmp_path, capsys, flags, words):
