@@ -22,6 +22,14 @@ from tim4rec_jax.files import read_json
 DIGESTS = "arrays.json"
 
 
+def by_place(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree by their places in it, such as `blocks/0/norm/scale`."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:
     """The digest of each array of a tree.
 
@@ -35,8 +43,7 @@ def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:
       it is a sum over its rows, see `_digest_of_rows`.
     """
     found = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+    for name, leaf in by_place(tree).items():
         count = (rows or {}).get(name)
         if isinstance(leaf, jax.Array) and not (
             leaf.is_fully_addressable or leaf.is_fully_replicated
@@ -121,10 +128,7 @@ def check_digests(
       UserError: they are not; the message names an array that is not.
     """
     found = digests(tree, rows)
-    leaves = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    leaves = by_place(tree)
     for name in found.keys() & recorded.keys():
         ours, theirs = (x.startswith(_OF_ROWS) for x in (found[name], recorded[name]))
         if theirs and not ours:

@@ -35,7 +35,7 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset
 from tim4rec_jax.data.features import FEATURES_FILE
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
-from tim4rec_jax.digests import check_digests, read_digests
+from tim4rec_jax.digests import by_place, check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import atomic_write, check_plain, check_schema, read_json, write_json
 from tim4rec_jax.models import FeatureArrays, SequenceModel, build, model_class
@@ -439,10 +439,7 @@ def _check_shapes(found: Any, wanted: Any, tables: tuple[str, ...]) -> bool:
     """
     more = False
     shapes = [
-        {
-            jax.tree_util.keystr(path, simple=True, separator="/"): (leaf.shape, leaf.dtype)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-        }
+        {name: (leaf.shape, leaf.dtype) for name, leaf in by_place(tree).items()}
         for tree in (found.tree if hasattr(found, "tree") else found, wanted)
     ]
     for name in sorted(shapes[0] | shapes[1]):
