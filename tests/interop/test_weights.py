@@ -45,9 +45,12 @@ def test_half_precision_weights_become_float32(golden):
         np.testing.assert_array_equal(back[name], value.astype(np.float32))
 
 
-def test_a_model_of_ours_alone_has_no_torch_names():
-    model = build({"name": "popularity"}, n_items=3, max_length=4)
-    with pytest.raises(UserError, match="a model like Popularity"):
+@pytest.mark.parametrize(
+    "name, shown", [("popularity", "Popularity"), ("bsarec", "BSARec"), ("esasrec", "ESASRec")]
+)
+def test_a_model_without_torch_names_is_refused(name, shown):
+    model = nnx.eval_shape(lambda: build({"name": name}, n_items=3, max_length=4))
+    with pytest.raises(UserError, match=f"a model like {shown}: weights of BERT4Rec, .*Mamba4Rec"):
         to_torch(model)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.models.small_models import small_model
 from tests.serving.conftest import KINDS
 from tests.serving.tiny_run import MAX_LENGTH, N_ITEMS, ONE_DEVICE, save_run
 from tim4rec_jax.data import days, time_gaps
@@ -20,7 +21,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation import top_k
 from tim4rec_jax.models import condition_on_time
 from tim4rec_jax.run import load_model
-from tim4rec_jax.serving.export import PLATFORMS, export, program
+from tim4rec_jax.serving.export import PLATFORMS, export, lower, program
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "run_export.py"
 # 16 events are more than the model's window.
@@ -121,6 +122,27 @@ def test_scores_of_history_items_get_the_repeat_bias(recommenders):
     found = recommender.recommend(ids, times[0, :4], 12, exclude_seen=False)
     assert [recommender.catalogue.ids[item - 1] for item in best[0].tolist()] == found.items
     np.testing.assert_allclose(scores[0], found.scores, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow  # the fast tests export models whose layers lie between these two
+@pytest.mark.parametrize("name", ["bsarec", "esasrec"])
+def test_attention_models(name):
+    """The program for any number of rows finds what the model itself finds."""
+    settings = {"name": name, "hidden_size": 8, "n_heads": 2, "n_layers": 2}
+    graph, params = small_model(settings, spread=0.5, n_items=N_ITEMS, max_length=MAX_LENGTH)
+    model = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    recommend, weights = program(model, 5)
+    exported = lower(recommend, weights, model)
+    assert exported.platforms == PLATFORMS
+    lengths = np.array([3, MAX_LENGTH, 1], np.int32)
+    items = np.random.default_rng(0).integers(1, N_ITEMS + 1, (3, MAX_LENGTH), np.int32)
+    items = np.where(np.arange(MAX_LENGTH) < lengths[:, None], items, 0)
+    gaps, exclude = np.zeros((3, MAX_LENGTH), np.float32), items[:, :2]
+    scores, best = exported.call(weights, items, lengths, gaps, exclude)
+    hidden = model.encode(*map(jnp.asarray, (items, lengths, gaps)))
+    expected, items_of_model = top_k(hidden, model.item_table(), 5, exclude=exclude)
+    np.testing.assert_array_equal(best, items_of_model)
+    np.testing.assert_allclose(scores, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_folder_says_what_it_is(runs):

@@ -54,7 +54,10 @@ def _format_of(model: SequenceModel) -> Format:
     for form in FORMATS.values():
         if MODELS[form.model] is type(model):
             return form
-    raise UserError(f"no published PyTorch code has a model like {type(model).__name__}")
+    raise UserError(
+        f"there are no PyTorch names for a model like {type(model).__name__}: weights of "
+        f"{', '.join(sorted(FORMATS))} can be converted"
+    )
 
 
 def _parameters(model: SequenceModel) -> list[tuple[tuple, nnx.Param]]:
