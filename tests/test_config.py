@@ -23,6 +23,7 @@ from tim4rec_jax.errors import UserError
         ("data.valid_from", "soon", "must be an ISO date"),
         ("data.test_from", str(2**63), "must be an ISO date"),
         ("data.windows_per_user", 2, "which the objective prefix does not use"),
+        ("data.shuffle_ties", True, "which the objective prefix does not use"),
         ("seed", 2**32, "must be less than 2^32"),
         ("train.epochs", 10**30, "must be less than 2^32"),
         ("train.learning_rate", float("inf"), "float32"),

@@ -112,6 +112,11 @@ SETTINGS: dict[str, Setting] = {
         "default: all",
         POSITIVE,
     ),
+    "data.shuffle_ties": Setting(
+        False,
+        "give events of one user and one moment, whose order nobody knows, a new order in each "
+        "epoch, with every_position",
+    ),
     "data.placement": Setting(
         "auto",
         "where batches are gathered: host, device (which then holds all events), or auto: the "
@@ -394,6 +399,17 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
             f"config.data.windows_per_user is {data.windows_per_user}, which the objective "
             f"{train.objective} does not use; take config.train.objective=every_position, or "
             "leave windows_per_user out"
+        )
+    if data.shuffle_ties and train.objective != "every_position":
+        yield (
+            "config.data.shuffle_ties is True, which the objective "
+            f"{train.objective} does not use; take config.train.objective=every_position, or "
+            "leave shuffle_ties out"
+        )
+    if data.shuffle_ties and data.placement == "device":
+        yield (
+            "config.data.shuffle_ties is True, and config.data.placement is 'device', where the "
+            "events have the order of the dataset; take config.data.placement=host"
         )
     if train.init_optimizer != "carry" and train.init_from is None:
         yield (

@@ -51,6 +51,7 @@ def test_settings_of_record(path):
         found = json.loads(json.dumps(found))  # makes lists of tuples
         # A setting that came later has the value that changes nothing.
         assert found.pop("model.conv_path", "") == ""
+        assert not found.pop("data.shuffle_ties")
         # No dataset of these configurations has item features.
         assert found.pop("model.item_features") and found.pop("model.id_dropout")
         assert found == expected, variant

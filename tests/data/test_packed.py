@@ -130,6 +130,41 @@ def test_processes_share_the_batches(plan, processes):
             np.testing.assert_array_equal(shared, values)
 
 
+@pytest.mark.parametrize("order", ["exact", "recbole"])
+def test_events_of_one_moment_change_places(order):
+    """Each event is a target once an epoch, with its time, and moments stay in order."""
+    items = np.arange(1, 61, dtype=np.int32)
+    times = 880_000_000 + np.arange(40) // 8 * 70  # as float32, they stay different
+    dataset = in_memory([(items[:40], times), (items, np.arange(60) * 9)], n_items=60)
+    dataset.metadata["order"] = order
+    time_of = dict(zip(items.tolist(), times.tolist(), strict=False))
+    plan = dict(max_length=7, batch_size=2, seed=1)
+    batches = PackedBatches(dataset, shuffle_ties=True, **plan)
+    parts = [
+        PackedBatches(dataset, shuffle_ties=True, process_index=i, process_count=2, **plan)
+        for i in range(2)
+    ]
+    orders = set()
+    for epoch in range(4):
+        targets = []
+        for number, batch in enumerate(epoch_of(batches, epoch)):
+            for name, values in batch.items():
+                shares = [part[epoch * batches.batches_per_epoch + number][name] for part in parts]
+                np.testing.assert_array_equal(np.concatenate(shares), values)
+            for segment in segments_of(batch):
+                run = [*segment["items"].tolist(), int(segment["targets"][-1])]
+                assert run[1:] == segment["targets"].tolist()
+                if segment["dates"][0] > 365:  # the user with many events of one moment
+                    times = [time_of[item] for item in run]
+                    assert times == sorted(times)
+                    assert segment["time_to_next"].tolist() == np.diff(times).tolist()
+                    assert segment["gaps"].tolist() == [0, *np.diff(times)[:-1]]
+                    targets += run[1:]
+        assert sorted(targets) == items[1:38].tolist()
+        orders.add(tuple(targets))
+    assert len(orders) == 4 and tuple(items[1:38]) not in orders
+
+
 def test_batches_are_a_function_of_their_number():
     arguments = dict(lengths=[9, 30, 4, 22], max_length=6, batch_size=2, seed=3)
     _, batches = packed(**arguments)

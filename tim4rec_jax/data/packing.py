@@ -11,10 +11,11 @@ import functools
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from tim4rec_jax.data.batches import Batch, ShuffledBatches, permute
 from tim4rec_jax.data.dataset import Dataset, train_targets
-from tim4rec_jax.data.events import DeviceLog, EventLog
+from tim4rec_jax.data.events import DeviceLog, EventLog, windows
 
 
 def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
@@ -47,6 +48,39 @@ def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
     }
 
 
+def shuffle_ties(
+    log: EventLog,
+    starts: Int[np.ndarray, "S"],
+    lengths: Int[np.ndarray, "S"],
+    order: str,
+    ranks: Int[np.ndarray, "S L"],
+) -> EventLog:
+    """A log of some segments, in which the events of one moment stand in another order.
+
+    Nobody knows the order of events of the same time; that of the source is one of many. The first
+    and the last event of a segment stay where they are, because another segment may share them.
+
+    Args:
+      log: the events.
+      starts: number of the first event of each segment.
+      lengths: number of events of each segment, up to L.
+      order: of the events of the dataset, which says what is one moment: "exact", the same second,
+        or "recbole", the same time as float32.
+      ranks: events of one moment come in the order of their ranks.
+
+    Returns:
+      The segments one after the other, each padded to L events.
+    """
+    width = ranks.shape[1]
+    items, times = (windows(x, starts, lengths, width) for x in (log.items, log.timestamps))
+    moments = times.astype(np.float32) if order == "recbole" else times
+    column = np.arange(width)
+    begins = np.diff(moments, axis=1, prepend=0) != 0
+    begins |= (column <= 1) | (column >= lengths[:, None] - 1)
+    places = np.lexsort((ranks, begins.cumsum(1)), axis=1)
+    return EventLog(*(np.take_along_axis(x, places, axis=1).ravel() for x in (items, times)))
+
+
 class PackedBatches(ShuffledBatches):
     """Training batches of the objective `every_position`: each event of a row has a target.
 
@@ -63,6 +97,7 @@ class PackedBatches(ShuffledBatches):
         batch_size: int,
         seed: int,
         windows_per_user: int | None = None,
+        shuffle_ties: bool = False,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -75,6 +110,8 @@ class PackedBatches(ShuffledBatches):
           seed: chooses the shuffles and the windows.
           windows_per_user: an epoch takes at most `windows_per_user * max_length` targets of a
             user, consecutive ones that are drawn anew in every epoch. `None` takes all.
+          shuffle_ties: whether events of one moment come in a new order in each epoch, see
+            `shuffle_ties`. `indices` knows nothing of that.
           process_index: which share of each batch to make, from 0.
           process_count: number of equal shares.
 
@@ -82,6 +119,7 @@ class PackedBatches(ShuffledBatches):
           UserError: the numbers do not fit together, or there is nothing to train on.
         """
         super().__init__(dataset, max_length, batch_size, seed, process_index, process_count)
+        self._shuffles = shuffle_ties
         targets = train_targets(dataset)
         self._users = np.flatnonzero(targets)
         self._targets = targets[self._users]
@@ -106,7 +144,15 @@ class PackedBatches(ShuffledBatches):
         # The log has one event more, because this process may have no segment in an epoch's last
         # batch.
         log, places = self.dataset.events(np.append(begins, 0), np.append(lengths + 1, 1))
-        return pack(log, self._indices(places[:-1], lengths))
+        places = places[:-1]
+        if self._shuffles and len(lengths):
+            events = begins[:, None] + np.arange(lengths.max() + 1)
+            events = np.minimum(events, self.dataset.n_events - 1).ravel()
+            key = (self.seed, number // self.batches_per_epoch, 2)
+            ranks = permute(events, self.dataset.n_events, key).reshape(len(lengths), -1)
+            log = shuffle_ties(log, places, lengths + 1, self.dataset.order, ranks)
+            places = np.arange(len(lengths)) * ranks.shape[1]
+        return pack(log, self._indices(places, lengths))
 
     def indices(self, number: int) -> Batch:
         """What `pack` gathers batch `number` from, if the log holds all events of the dataset.

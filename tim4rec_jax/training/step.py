@@ -607,7 +607,9 @@ def make_steps(
         counts = item_frequencies(train_item_counts(batches.dataset))
         cumulative = item_rows.spread(counts, ("within",), placement)
     fields = (*inputs(model), "targets", "weights")
-    if choose_placement(config.data.placement, batches.dataset) == "host":
+    # The events that a device holds have one order.
+    asked = "host" if config.data.shuffle_ties else config.data.placement
+    if choose_placement(asked, batches.dataset) == "host":
         return HostSteps(batches, settings, fields, placement, cumulative)
     gather = Gather(
         packed=isinstance(batches, PackedBatches),

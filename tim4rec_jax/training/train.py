@@ -266,7 +266,12 @@ def make_batches(
         process_count=parts,
     )
     if train.objective == "every_position":
-        batches = PackedBatches(dataset, windows_per_user=data.windows_per_user, **settings)
+        batches = PackedBatches(
+            dataset,
+            windows_per_user=data.windows_per_user,
+            shuffle_ties=data.shuffle_ties,
+            **settings,
+        )
     else:
         batches = TrainBatches(
             dataset, convention=data.convention, buckets=data.buckets, **settings
