@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from tests.serving.tiny_run import tiny_dataset
 from tim4rec_jax.cli import parse
@@ -20,6 +21,7 @@ from tim4rec_jax.commands.compare_report import (
     markdown,
     p_values,
     picture,
+    print_result,
     spread,
 )
 from tim4rec_jax.commands.results import COLUMNS, changed_settings, read, rows_of_run
@@ -85,6 +87,14 @@ def test_tables_and_files(tmp_path):
     assert all(f"test {name}" in written[0] for name in GOOD.figures["test"])
     picture(found, tmp_path / "table.png")
     assert (tmp_path / "table.png").stat().st_size > 5000
+
+
+def test_the_figures_are_printed_and_no_column_is_empty(capsys):
+    print_result(Console(width=90), [GOOD, BAD, FAILED])
+    said = capsys.readouterr().out
+    assert "NDCG@10" in said and "p against a" in said
+    assert all(spread([each.figures["test"]["ndcg@10"]]) in said for each in (GOOD, BAD))
+    assert "published" not in markdown([GOOD, BAD])
 
 
 def test_tables_name_their_protocol(tmp_path):

@@ -38,7 +38,14 @@ from flax import nnx
 from rich.console import Console
 
 from tim4rec_jax.commands import trainings
-from tim4rec_jax.commands.compare_report import Run, Tuning, markdown, picture
+from tim4rec_jax.commands.compare_report import (
+    Run,
+    Tuning,
+    markdown,
+    picture,
+    print_result,
+    spread,
+)
 from tim4rec_jax.commands.results import append, rows_of_run
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
@@ -170,13 +177,13 @@ def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
                     why = f"error: {error}"
             for seed in range(FIRST_SEED, FIRST_SEED + flags.seeds):
                 folder = flags.runs / dataset / model / str(seed)
-                console.print(f"{dataset} {model} {seed}", end=" ", highlight=False)
+                console.print(f"{dataset} {model}, seed {seed}:", end=" ", highlight=False)
                 problem = why or train(folder, arguments(config, model, seed, options))
                 figures, ranks, ties = {}, None, None
                 if not problem:
                     figures = measure(folder)
                     ranks, ties = (np.load(folder / f"{name}.npy") for name in ("ranks", "ties"))
-                said = problem or "NDCG@10 {test[ndcg@10]:.4f}".format(**figures)
+                said = problem or f"test NDCG@10 {spread([figures['test']['ndcg@10']])}"
                 console.print(said, highlight=False)
                 found.append(Run(dataset, model, seed, problem, figures, ranks, ties))
     return found, tunings
@@ -227,6 +234,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.c
     flags.out.with_suffix(".md").write_text(markdown(found, tunings))
     write_csv(flags.out.with_suffix(".csv"), found)
     picture(found, flags.out.with_suffix(".png"))
+    print_result(console, found)
     console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)
     for run in found if flags.results else ():
         if not run.problem:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib.ticker import LogFormatter
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from scipy import stats
 
 from tim4rec_jax.evaluation.metrics import per_user
@@ -186,6 +190,31 @@ def _protocol(runs: list[Run]) -> list[str]:
     return lines
 
 
+def print_result(console: Console, found: list[Run]) -> None:
+    """Prints the test figures at 10 of the finished runs, a table for each dataset."""
+    for dataset, models in _groups(found).items():
+        finished = {name: runs for name, runs in models.items() if runs}
+        if not finished:
+            continue
+        first, p = next(iter(finished)), p_values(finished)
+        names = [name for name in finished[first][0].figures["test"] if name.endswith("@10")]
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+        table.add_column("model")
+        for name in (*map(_label, names), f"p against {first}", "processor s"):
+            table.add_column(name, justify="right")
+        for model, runs in finished.items():
+            values = [spread([run.figures["test"][name] for run in runs]) for name in names]
+            chance = f"{p[model]:.2g}" if model in p else ""
+            cost = sum(run.figures["cpu"] for run in runs)
+            table.add_row(model, *values, chance, _rounded(cost))
+        console.print(f"\n{dataset}, test figures in the mean over seeds:", highlight=False)
+        console.print(table)
+
+
+def _label(metric: str) -> str:
+    return metric.upper().replace("HIT", "Hit")
+
+
 def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
     first, p = next(iter(models)), p_values(models)
     published = _published(dataset)
@@ -194,13 +223,19 @@ def _quality(dataset: str, models: dict[str, list[Run]]) -> list[str]:
         values = [spread([run.figures["test"][metric] for run in runs]) for metric in names]
         chance = f"{p[name]:.2g}" if name in p else ""
         rows.append([name, str(len(runs)), *values, chance, published.get(name, "")])
-    labels = [metric.upper().replace("HIT", "HR") for metric in names]
-    header = ["model", "seeds", *labels, f"p against {first}", "published HR@10 / NDCG@10"]
-    return _table(header, rows)
+    header = ["model", "seeds", *map(_label, names), f"p against {first}"]
+    header.append("published Hit@10 / NDCG@10")
+    if not any(published.get(name) for name in models):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    caption = (
+        f"Mean and standard deviation over seeds. p is that of a paired t-test of NDCG@10 over "
+        f"users against {first}, corrected for the number of models (Holm)."
+    )
+    return [caption, "", *_table(header, rows)]
 
 
 def _published(dataset: str) -> dict[str, str]:
-    """Published HR@10 / NDCG@10 by the name of the model, for the config of this name."""
+    """Published Hit@10 / NDCG@10 by the name of the model, for the config of this name."""
     with open(QUOTED, newline="") as file:
         named = [(row["compare"].partition(":"), row) for row in csv.DictReader(file)]
     return {
@@ -226,7 +261,11 @@ def _searches(tunings: list[Tuning]) -> list[str]:
         figure = f"{found.valid:.4f}".replace("0.", ".", 1) if found.settings else ""
         count = str(sum(found.trials.values()))
         rows.append([found.model, count, stopped, failed, figure, f"{found.cpu:.0f}", chosen])
-    return _table([*header, "chosen"], rows)
+    caption = (
+        "Settings were searched with the first seed and the same number of trials for each model, "
+        "and judged on validation. Seconds are those of all trials."
+    )
+    return [caption, "", *_table([*header, "chosen"], rows)]
 
 
 def _cost(models: dict[str, list[Run]]) -> list[str]:
@@ -236,7 +275,11 @@ def _cost(models: dict[str, list[Run]]) -> list[str]:
         [name, *(_rounded(statistics.mean(cost[key] for cost in each)) for key in keys)]
         for name, each in costs.items()
     ]
-    return _table(["model", *keys], rows)
+    caption = (
+        "Cost, in the mean over seeds. Seconds are processor seconds of all threads, those of "
+        "training with start and compilation."
+    )
+    return [caption, "", *_table(["model", *keys], rows)]
 
 
 def _rounded(value: float | int) -> str:
@@ -264,6 +307,8 @@ def picture(found: list[Run], path: Path) -> None:
             panel.errorbar(*at, yerr=deviation, fmt="o", capsize=3)
             panel.annotate(name, at, textcoords="offset points", xytext=(6, 5))
         panel.set(xscale="log", title=dataset, ylabel="test NDCG@10")
+        panel.xaxis.set_major_formatter(LogFormatter())  # 20 instead of 2 x 10^1
+        panel.xaxis.set_minor_formatter(LogFormatter())
         panel.set_xlabel("processor seconds to the best epoch")
         panel.margins(0.15)
         panel.grid(alpha=0.3)
