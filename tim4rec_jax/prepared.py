@@ -137,6 +137,7 @@ class _Refusing(argparse.ArgumentParser):
 def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
     """Runs `python -m data_prep table`; messages speak of keywords and of the table instead."""
     from tim4rec_jax.data_prep.__main__ import main
+    from tim4rec_jax.data_prep.read import GIVE_FLAG
 
     parser = data_prep_parser(_Refusing)
     known = vars(parser.parse_args(["table", "--source", "events", "--out", "folder"]))
@@ -165,7 +166,7 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
     except UserError as error:
         said = str(error).replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
         said = said.replace(str(table), "the table")
-        said = said.replace("give `python -m data_prep table` the flag ", "pass ")
+        said = said.replace(GIVE_FLAG, "pass ")
         said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)
         said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
         raise UserError(said) from error

@@ -62,7 +62,7 @@ def test_a_history_as_a_table(run, tmp_path, recommenders):
     assert code == 0
     for item in recommenders("causal").recommend(["i8", "i7"], [10, 30], 3).items:
         assert item in printed
-    assert "1 events left out" in printed
+    assert "1 event left out, of items" in printed
 
 
 def test_standard_input_and_filters(run, monkeypatch, tmp_path):

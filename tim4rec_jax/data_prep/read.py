@@ -41,6 +41,7 @@ _TEXT = r"""u?(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")"""
 _LITERAL = rf"""^\{{{{(?:{_TEXT}: (?:{_TEXT}|[^'"]+?), )*?u?'{{key}}': u?({_TEXT[2:]})"""
 UNREADABLE = "the line is not readable"
 _REMEDY = "correct it or pass --on-bad-row=skip"
+GIVE_FLAG = "give `table` or `batch` the flag "  # other commands know the unit
 
 
 def create(con: duckdb.DuckDBPyConnection) -> None:
@@ -91,8 +92,7 @@ def read_file(
         if unit and 2 * count > kept[0][0]:
             raise UserError(
                 f"{_place(file, layout, row - first)}: {problem} ({value}), and so for {count:,} "
-                f"of {kept[0][0]:,} rows; give `python -m data_prep table` the flag --time-unit "
-                f"{unit}"
+                f"of {kept[0][0]:,} rows; {_other_unit(unit)}"
             )
     if bad and not skip:
         problem, row, value, _ = bad[0]
@@ -411,9 +411,13 @@ def refuse_coarser_times(con: duckdb.DuckDBPyConnection, units: Collection[str])
         if _OUR_DAYS[0] <= start and end <= _OUR_DAYS[1]:
             raise UserError(
                 f"the times are in another unit than {unit}: the first, {ticks}, is in January "
-                f"1970, or in {time.gmtime(start).tm_year} if it is in {coarser}; read the files "
-                f"with `python -m data_prep table` and --time-unit {coarser}"
+                f"1970, or in {time.gmtime(start).tm_year} if it is in {coarser}; "
+                f"{_other_unit(coarser)}"
             )
+
+
+def _other_unit(unit: str) -> str:
+    return f"{GIVE_FLAG}--time-unit {unit}"
 
 
 def _guess_unit(value: str | None, unit: str) -> str | None:

@@ -147,7 +147,8 @@ def _print_table(found: Recommendations, recommender: Recommender) -> None:
         table.add_row(str(rank), escape(item), *title, number)
     console.print(table)
     if found.unknown:
-        console.print(f"{found.unknown:,} events left out: the model does not know their items")
+        events = f"{found.unknown:,} event{'s' * (found.unknown > 1)}"
+        console.print(f"{events} left out, of items that the model does not know")
     if found.fallback:
         console.print("no known event: these are the most popular items of the training")
 
@@ -399,7 +400,7 @@ def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
     """The items and times of `--history`, of `--file` or of standard input."""
     rule = "times are whole seconds since 1970"
     if flags.event:
-        where = [f"{' '.join(event)!r} has another" for event in flags.event]
+        where = [f"{' '.join(event)!r} has another time" for event in flags.event]
         return _parse_events(map(tuple, flags.event), f"--event takes ITEM TIME, {rule}", where)
     if flags.history:
         events = [event for text in flags.history for event in _HISTORY.findall(text)]
