@@ -1,7 +1,8 @@
 """The tables of results in README.md, docs/results.md and benchmarks/RESULTS.md, and the picture.
 
     python -m benchmarks.results             # writes them anew from the files below
-    python -m benchmarks.results add RUN...  # first adds the figures of finished runs
+    python -m benchmarks.results add RUN...  # first adds the figures of finished runs, and the
+                                             # means of those that differ in their seed alone
 
 `results.csv` has a row for each run and protocol. The figures of other people are in
 `tim4rec_jax/commands/quoted.csv`, because `tim4rec compare` prints them, too. Only what stands
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tim4rec_jax.commands.compare_report import QUOTED
-from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, read, rows_of_run
+from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, means, read, rows_of_run
 from tim4rec_jax.errors import UserError, run_main
 
 HERE = Path(__file__).parent
@@ -492,10 +493,11 @@ def main(words: Sequence[str] | None = None) -> None:
     add = commands.add_parser("add", help="add the figures of finished runs to results.csv")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
     flags = parser.parse_args(words)
-    for run in flags.runs if flags.command else ():
-        rows = rows_of_run(run)
+    if flags.command:
+        rows = [row for run in flags.runs for row in rows_of_run(run)]
+        rows += means(rows)
         append(RESULTS, rows)
-        print(f"added {len(rows)} rows of {run} to {RESULTS}")
+        print(f"added {len(rows)} rows to {RESULTS}")
     from benchmarks.results_picture import draw  # late, because matplotlib takes long to import
 
     draw(read(RESULTS), PICTURE)

@@ -7,7 +7,7 @@ import pytest
 from benchmarks import results
 from benchmarks.results import BLOCK, PAGES, RANKED, RESULTS, TABLES, pick, table
 from tim4rec_jax.commands import compare_report
-from tim4rec_jax.commands.results import COLUMNS, KEY, METRICS, PROTOCOL, append, read
+from tim4rec_jax.commands.results import COLUMNS, KEY, METRICS, PROTOCOL, append, means, read
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
@@ -114,6 +114,21 @@ def test_a_row_replaces_the_same_figure_and_no_other(tmp_path):
         ("ranked", "0.2"),
         ("masked", "0.1"),
     ]
+
+
+def test_runs_of_consecutive_seeds_have_a_mean():
+    row = dict.fromkeys(COLUMNS, "") | {"ndcg@10": "0.1", "best_epoch": "3", "epochs": "9"}
+    rows = [
+        row | {"seed": "2021", "ndcg@10": "0.3", "best_epoch": "5", "command": "x --seed=2021"},
+        row | {"seed": "2020", "mrr@10": "0.5", "train_cpu_s": "10", "p": "0.1"},
+        row | {"seed": "2020", "seen": "masked"},  # another figure, of one seed
+    ]
+    [mean] = means(rows)
+    assert mean["seed"] == "2020-2021 (mean)" and mean["command"] == "x --seed=SEED"
+    assert (mean["ndcg@10"], mean["ndcg@10_sd"]) == ("0.200000", "0.141421")
+    assert (mean["best_epoch"], mean["epochs"], mean["p"]) == ("3 5", "9", "")
+    assert mean["mrr@10"] == mean["mrr@10_sd"] == mean["train_cpu_s"] == ""  # not of both seeds
+    assert not means(row | {"seed": seed} for seed in ("2020", "2022"))
 
 
 def test_a_table_of_something_else_is_not_replaced(tmp_path):

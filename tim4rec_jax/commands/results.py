@@ -9,6 +9,7 @@ import csv
 import json
 import os
 import platform
+import statistics
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -72,6 +73,39 @@ def append(path: Path, rows: Iterable[dict[str, str]]) -> None:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(kept.values())
+
+
+def means(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
+    """For each figure that runs of consecutive seeds have, a row with the mean over the seeds.
+
+    Figures have their standard deviation beside them. Costs are means too, and what the runs have
+    in common, such as the command, is that of the last seed.
+    """
+    by_figure: dict[tuple[str, ...], dict[int, dict[str, str]]] = {}
+    for row in rows:
+        same = tuple(row[column] for column in KEY if column != "seed")
+        by_figure.setdefault(same, {})[int(row["seed"])] = row
+    found = []
+    for runs in by_figure.values():
+        first, last = min(runs), max(runs)
+        if len(runs) == 1 or len(runs) <= last - first:
+            continue
+        ordered = [runs[seed] for seed in sorted(runs)]
+        mean = ordered[-1] | {"seed": f"{first}-{last} (mean)", "p": "", "p_against": ""}
+        mean["command"] = mean["command"].replace(f"seed={last}", "seed=SEED")
+        for column in ("epochs", "best_epoch"):
+            values = [row[column] for row in ordered]
+            mean[column] = " ".join(values if len(set(values)) > 1 else values[:1])
+        for column in (*METRICS, "train_cpu_s", "inference_cpu_s", "peak_mb"):
+            values = [float(row[column]) for row in ordered if row[column]]
+            if len(values) < len(ordered):
+                continue
+            digits = 6 if column in METRICS else 2 if column == "inference_cpu_s" else 0
+            mean[column] = f"{statistics.mean(values):.{digits}f}"
+            if column in METRICS:
+                mean[f"{column}_sd"] = f"{statistics.stdev(values):.6f}"
+        found.append(mean)
+    return found
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:
