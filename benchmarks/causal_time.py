@@ -137,6 +137,8 @@ CANDIDATES = {
     "4 layers": Candidate({"model.num_layers": 4}),
     "width 128": Candidate({"model.hidden_size": 128, "model.dropout_prob": 0.35}),
     "learning rate .003": Candidate({"train.learning_rate": 3e-3}),
+    "ties": Candidate({"data.shuffle_ties": True}),
+    "ties, learning rate .003": Candidate({"data.shuffle_ties": True, "train.learning_rate": 3e-3}),
 }
 
 
