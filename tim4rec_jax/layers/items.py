@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from tim4rec_jax.layers.basic import NORMAL
+from tim4rec_jax.layers.draws import in_parts
 from tim4rec_jax.layers.lookup import lookup
 
 # The score of an item that takes no part in the loss. Its exponential is 0 in every dtype.
@@ -147,7 +148,7 @@ class ItemEmbedding(nnx.Embed):
         super().__init__(
             rows,
             width,
-            embedding_init=embedding_init,
+            embedding_init=in_parts(embedding_init),
             dtype=dtype,
             param_dtype=param_dtype,
             rngs=rngs,
