@@ -140,6 +140,11 @@ def block_rows(items: int) -> int:
     return max(8, min(1024, elements // items) // 8 * 8)
 
 
+def few_scores(rows: int, items: int) -> bool:
+    """Whether there are so few scores that to compute them in blocks would cost more."""
+    return rows * items <= (2**23 if target().platform == "cpu" else 2**27)
+
+
 def blocks(rows: int, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Cuts arrays [N, ...] into [blocks, rows, ...]; zeros complete the last block."""
     count = -(-arrays[0].shape[0] // rows)
@@ -248,8 +253,7 @@ def full_cross_entropy(
 
     The arguments are those of `summed_cross_entropy`.
     """
-    at_once = 2**23 if target().platform == "cpu" else 2**27
-    if len(hidden) * len(table) <= at_once:
+    if few_scores(len(hidden), len(table)):
         return jnp.sum(weights * cross_entropy(hidden, table, targets, history))
     return summed_cross_entropy(hidden, table, targets, weights, history)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from tim4rec_jax.item_rows import AXES, DATA, ITEMS
 from tim4rec_jax.scoring import HistoryItems
-from tim4rec_jax.training.losses import block_rows, blocks
+from tim4rec_jax.training.losses import block_rows, blocks, few_scores
 
 
 def gathered(table: Float[Array, " V *row"]) -> Float[Array, " G *row"]:
@@ -66,7 +66,7 @@ def sharded_cross_entropy(
 ) -> Float[Array, ""]:
     """sum_n weights[n] * cross_entropy(hidden[n], ...) over the items of all devices.
 
-    The rows go through in blocks, as in `tim4rec_jax.training.losses.summed_cross_entropy`.
+    Many rows go through in blocks, as in `tim4rec_jax.training.losses.summed_cross_entropy`.
 
     Args:
       hidden: the states that predict the targets, the same on all devices along `items`.
@@ -90,7 +90,8 @@ def _forward(hidden, table, targets, weights, history, items):
     rows = count // jax.lax.axis_size(DATA)
     counts: Bool[Array, " G"] = row_ids(rows) < items
 
-    size = block_rows(count)
+    # Each block costs one more pass over the gradient of the table.
+    size = len(hidden) if few_scores(len(hidden), count) else block_rows(count)
     cut = blocks(size, hidden, targets, weights.astype(accumulate), jnp.arange(len(hidden)))
 
     def block(i, carry):
@@ -122,10 +123,13 @@ def _forward(hidden, table, targets, weights, history, items):
 
     zero = jnp.zeros((), accumulate)
     start = zero, jnp.zeros(cut[0].shape, accumulate), jnp.zeros(table.shape, accumulate), zero
-    # All devices take as many turns: each turn has messages.
-    end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
-    turns = (jax.lax.pmax(end, AXES) + size - 1) // size
-    loss, d_hidden, d_table, d_bias = jax.lax.fori_loop(0, turns, block, start)
+    if len(cut[0]) == 1:
+        loss, d_hidden, d_table, d_bias = block(0, start)
+    else:
+        # All devices take as many turns: each turn has messages.
+        end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
+        turns = (jax.lax.pmax(end, AXES) + size - 1) // size
+        loss, d_hidden, d_table, d_bias = jax.lax.fori_loop(0, turns, block, start)
     moved = -weights.astype(accumulate)[:, None] * hidden.astype(accumulate)
     d_table = d_table.at[columns(targets, rows)].add(moved, mode="drop")
     d_hidden, d_bias = jax.lax.psum((d_hidden, d_bias), ITEMS)
