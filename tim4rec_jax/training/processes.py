@@ -8,8 +8,11 @@ one process would wait in a step that another one never takes.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +82,46 @@ def agreed(stop: bool, save: bool) -> tuple[bool, bool]:
     return bool(wishes[:, 0].any()), bool(wishes[0, 1])
 
 
+class Stop:
+    """Whether a signal asked the run to stop, and which one."""
+
+    def __init__(self):
+        self.signal: int | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Stop]:
+    """Turns the first Ctrl-C or SIGTERM into a request. A second one acts at once.
+
+    Python lets only the main thread do this. In another one, nothing is ever requested.
+    """
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before: dict[Any, Any] = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+
+    def restore():
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def request(number, frame):
+        stop.signal = number
+        restore()
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
 def share(data: int) -> tuple[int, int]:
     """Which part of the rows of every batch this process makes.
 
@@ -113,6 +156,9 @@ def one_voice() -> Iterator[None]:
     if not together():
         yield
         return
+    # JAX aborts the process when the first one is gone. It runs no code of Python before that (a
+    # `missed_heartbeat_callback` fails on the type of its argument), so C is told what to call.
+    ctypes.CDLL(None).signal(signal.SIGABRT, _aborted)
     try:
         with contextlib.ExitStack() as stack:
             if not first():
@@ -121,13 +167,24 @@ def one_voice() -> Iterator[None]:
             yield
     except BaseException as raised:
         error: Any = raised
-        # At the normal end of a program, JAX would wait for processes that do not come.
         if isinstance(error, jax.errors.JaxRuntimeError):
-            text = (
-                f"another process of this training is gone ({first_line(error)}); start all of "
-                "them again to go on from the last checkpoint"
-            )
-        else:
-            text = str(error) or type(error).__name__
-        print(f"error: {text}", file=sys.stderr, flush=True)
-        os._exit(130 if isinstance(error, KeyboardInterrupt) else 1)
+            _end(_GONE.format(first_line(error)))
+        _end(str(error) or type(error).__name__, isinstance(error, KeyboardInterrupt))
+
+
+_GONE = (
+    "another process of this training is gone ({}); start all of them again to go on from the last "
+    "checkpoint"
+)
+
+
+def _end(words: str, interrupted: bool = False) -> None:
+    print(f"error: {words}", file=sys.stderr, flush=True)
+    # At the normal end of a program, JAX would wait for processes that do not come.
+    os._exit(130 if interrupted else 1)
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int)
+def _aborted(number: int) -> None:
+    del number
+    _end(_GONE.format("JAX says above what it noticed"))
