@@ -22,7 +22,8 @@ from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.evaluation import evaluate, standard_errors
 from tim4rec_jax.models import build, inputs
 from tim4rec_jax.runtime import enable_compilation_cache
-from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, train_step
 
 # Test Hit@10, NDCG@10 of the published code after epochs 1, 2, ...
 REFERENCE = {

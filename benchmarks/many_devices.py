@@ -59,7 +59,8 @@ def prepared_step(config, structure, placement, items: int):
     from tim4rec_jax.training.losses import Loss
     from tim4rec_jax.training.negatives import item_frequencies
     from tim4rec_jax.training.row_optimizers import ByRow
-    from tim4rec_jax.training.step import StepSettings, make_optimizer
+    from tim4rec_jax.training.state import make_optimizer
+    from tim4rec_jax.training.step import StepSettings
 
     train, by_row = config.train, None
     if placement.by_item is not None:
@@ -94,7 +95,8 @@ def measure(
 
     from tim4rec_jax import item_rows
     from tim4rec_jax.runtime import data_sharding, item_sharding
-    from tim4rec_jax.training.step import init_state, train_step
+    from tim4rec_jax.training.state import init_state
+    from tim4rec_jax.training.step import train_step
 
     config, make, structure = settings_for(items, loss, item_optimizer, rows, LENGTH)
     spread = mesh is not None or item_optimizer != "adam"
@@ -205,7 +207,8 @@ def tpu(flags) -> None:
     from tim4rec_jax.runtime import AXES, Placement, make_mesh
     from tim4rec_jax.ssd import compile_for
     from tim4rec_jax.training.negatives import ItemFrequencies
-    from tim4rec_jax.training.step import init_state, train_step
+    from tim4rec_jax.training.state import init_state
+    from tim4rec_jax.training.step import train_step
 
     chips = topologies.get_topology_desc(flags.topology, "tpu").devices
     items, rows = flags.items[0], flags.rows * len(chips)

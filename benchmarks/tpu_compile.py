@@ -46,7 +46,8 @@ from tim4rec_jax.ssd import (
     ssd,
     time_aware_ssd_block,
 )
-from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, train_step
 
 HEADS, WIDTH, STATE, N_ITEMS = 4, 32, 32, 12_101
 INNER, MIXED = HEADS * WIDTH, HEADS * WIDTH + 2 * STATE

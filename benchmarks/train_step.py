@@ -30,15 +30,10 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import open_dataset, train_dates
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
-from tim4rec_jax.training.step import (
-    StepSettings,
-    init_state,
-    make_optimizer,
-    make_steps,
-    num_microbatches,
-    train_step,
-)
-from tim4rec_jax.training.train import make_batches
+from tim4rec_jax.training.dispatch import make_steps
+from tim4rec_jax.training.inputs import make_batches
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, num_microbatches, train_step
 
 # name: config file, rows, items, and seconds for a step of the published code: on two cores (torch
 # 2.13 with an allocator that keeps its memory, minimum of 5), and as others measured on an H200.

@@ -23,11 +23,13 @@ DIGESTS = "arrays.json"
 
 
 def by_place(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree by their places in it, such as `blocks/0/norm/scale`."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
+    """The leaves of a tree by their places in it, see `place`."""
+    return {place(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def place(path: Any) -> str:
+    """The place of a leaf whose path JAX names, such as `blocks/0/norm/scale`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:

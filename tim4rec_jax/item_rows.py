@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
+from tim4rec_jax.digests import place
 from tim4rec_jax.runtime import AXES, Placement
 
 DATA, ITEMS = AXES
@@ -59,7 +60,7 @@ def join(params: Any, tables: Mapping[str, Any]) -> Any:
 
 
 def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value")
+    return place(path).removesuffix("/value")
 
 
 def padded(rows: int, devices: int) -> int:
@@ -116,14 +117,13 @@ def shapes(tree: Any, names: tuple[str, ...], placement: Placement) -> Any:
 
 def _is_table(path, leaf, names: tuple[str, ...]) -> bool:
     """Whether an array is a table, or what an optimizer keeps of its rows."""
-    place = jax.tree_util.keystr(path, simple=True, separator="/")
-    return leaf.ndim > 0 and any(f"/{name}/" in f"/{place}/" for name in names)
+    return leaf.ndim > 0 and any(f"/{name}/" in f"/{place(path)}/" for name in names)
 
 
 def numbers_of_rows(tree: Any, names: tuple[str, ...]) -> dict[str, int]:
     """The number of rows of each table and of what belongs to it, by its place in a tree."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape[0]
+        place(path): leaf.shape[0]
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if _is_table(path, leaf, names)
     }
@@ -159,9 +159,9 @@ def look_up(table: Shaped[Array, " V *row"], ids: Int[Array, " N"]) -> Shaped[Ar
     if devices == 1:
         return jnp.take(table, ids, axis=0, mode="clip")
     everybodys = jax.lax.all_gather(ids, DATA, tiled=True)
-    place = everybodys - jax.lax.axis_index(AXES) * rows
-    here = ((place >= 0) & (place < rows)).reshape(-1, *[1] * (table.ndim - 1))
-    found = jnp.where(here, jnp.take(table, place, axis=0, mode="clip"), 0)
+    row = everybodys - jax.lax.axis_index(AXES) * rows
+    here = ((row >= 0) & (row < rows)).reshape(-1, *[1] * (table.ndim - 1))
+    found = jnp.where(here, jnp.take(table, row, axis=0, mode="clip"), 0)
     # Each row is found on one device, and all others add zeros to it.
     return jax.lax.psum(jax.lax.psum_scatter(found, DATA, tiled=True), ITEMS)
 
@@ -184,8 +184,8 @@ def gradient_rows(
         ids, gradients = jax.tree.map(
             lambda x: jax.lax.all_gather(x, DATA, tiled=True), (ids, gradients)
         )
-    place = ids - jax.lax.axis_index(AXES) * rows
-    return jnp.where((place >= 0) & (place < rows), place, rows), gradients
+    row = ids - jax.lax.axis_index(AXES) * rows
+    return jnp.where((row >= 0) & (row < rows), row, rows), gradients
 
 
 def summed_rows(

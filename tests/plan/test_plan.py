@@ -17,7 +17,8 @@ from tim4rec_jax.plan.devices import DEVICES
 from tim4rec_jax.plan.program import cost
 from tim4rec_jax.training.losses import Loss
 from tim4rec_jax.training.negatives import item_frequencies
-from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, train_step
 
 slow = pytest.mark.slow
 CPU = formulas.Layout("cpu")

@@ -20,7 +20,8 @@ from triton.backends.nvidia import driver
 from tests.training.tiny_run import MAX_LENGTH, tiny_config
 from tim4rec_jax.models import build
 from tim4rec_jax.ssd import compile_for
-from tim4rec_jax.training.step import StepSettings, init_state, make_optimizer, train_step
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, train_step
 
 ROWS = 16
 

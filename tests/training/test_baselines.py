@@ -16,7 +16,8 @@ from tim4rec_jax.data import TrainBatches, train_item_counts
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build, inputs
 from tim4rec_jax.training.objectives import mask_batch
-from tim4rec_jax.training.step import init_state, loss_and_gradients, make_optimizer
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import loss_and_gradients
 
 ITEMS, LENGTH, STEPS = 20, 8, 120
 SMALL = dict(hidden_size=16, inner_size=32, n_layers=1, num_layers=1, n_heads=2, head_dim=8)

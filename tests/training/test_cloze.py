@@ -15,13 +15,8 @@ from tim4rec_jax.data import TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.training.objectives import cloze_loss, mask_batch
-from tim4rec_jax.training.step import (
-    StepSettings,
-    init_state,
-    loss_and_gradients,
-    make_optimizer,
-    train_step,
-)
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, loss_and_gradients, train_step
 
 LENGTH, ITEMS = 20, 30
 mask = jax.jit(

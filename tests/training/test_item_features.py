@@ -22,8 +22,9 @@ from tim4rec_jax.models import MODELS, FeatureArrays, build
 from tim4rec_jax.models.base import DataSizes, ModelSettings
 from tim4rec_jax.run import load_model
 from tim4rec_jax.serving import Recommender
+from tim4rec_jax.training.inputs import feature_arrays
 from tim4rec_jax.training.objectives import every_position_loss
-from tim4rec_jax.training.train import feature_arrays, train
+from tim4rec_jax.training.train import train
 from tim4rec_jax.verify import verify
 
 N_ITEMS, COLD = 20, 20  # item 20 is in test events only

@@ -29,9 +29,9 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.protocol import best_epoch
 from tim4rec_jax.models import build
 from tim4rec_jax.run import only_process, read_date_range
-from tim4rec_jax.training import step as steps
+from tim4rec_jax.training import dispatch
 from tim4rec_jax.training import train as loop
-from tim4rec_jax.training.step import make_optimizer
+from tim4rec_jax.training.state import make_optimizer
 from tim4rec_jax.training.train import train
 
 
@@ -153,7 +153,7 @@ def test_a_run_keeps_the_dates_of_what_it_was_trained_on(packed, dataset):
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
-    monkeypatch.setattr(steps, "train_step", None)
+    monkeypatch.setattr(dispatch, "train_step", None)
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     figures = train(quick_config(dataset, epochs=8, learning_rate=0.01), finished)
     assert figures == json.loads((finished / "metrics.json").read_text())
@@ -184,7 +184,7 @@ def scripted(monkeypatch, scores):
         ndcg = next(scores) if split == "valid" else 0.5
         return {"hit@10": ndcg, "ndcg@10": ndcg}, np.array([1, 2, 0])
 
-    monkeypatch.setattr(steps, "train_step", scripted_step)
+    monkeypatch.setattr(dispatch, "train_step", scripted_step)
     monkeypatch.setattr(loop, "evaluate", evaluate)
     monkeypatch.setattr(loop, "compile_evaluation", lambda *_, **__: None)
 
@@ -219,9 +219,9 @@ def test_early_stopping(dataset, tmp_path, monkeypatch, scores, epochs, best):
     assert [path.name for path in (tmp_path / "best").iterdir()] == [str(best * per_epoch)]
 
 
-def last_of_epoch(dispatch, state):
+def last_of_epoch(steps, state):
     """Whether the step that comes next is the last one of its epoch."""
-    return (int(state.step) + 1) % dispatch._batches.batches_per_epoch == 0
+    return (int(state.step) + 1) % steps._batches.batches_per_epoch == 0
 
 
 def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
@@ -230,7 +230,7 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     """A signal that comes while the last step of an epoch runs."""
     config = quick_config(dataset, epochs=3)
     scripted(monkeypatch, [0.1, 0.3])
-    run = steps.HostSteps.run
+    run = dispatch.HostSteps.run
 
     def signalled(self, state):
         if last_of_epoch(self, state):
@@ -238,7 +238,7 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
         return run(self, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(steps.HostSteps, "run", signalled)
+        patch.setattr(dispatch.HostSteps, "run", signalled)
         for epoch in (1, 2):
             with pytest.raises(KeyboardInterrupt):
                 train(config, tmp_path)
@@ -253,7 +253,7 @@ def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypa
     config = quick_config(dataset, epochs=2)
     config.train.loggers = f"tensorboard,{Recorder.__module__}:Recorder"
     scripted(monkeypatch, [0.1])
-    run = steps.HostSteps.run
+    run = dispatch.HostSteps.run
     with monkeypatch.context() as patch:
 
         def signalled(self, state):
@@ -261,7 +261,7 @@ def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypa
                 signal.raise_signal(signal.SIGTERM)
             return run(self, state)
 
-        patch.setattr(steps.HostSteps, "run", signalled)
+        patch.setattr(dispatch.HostSteps, "run", signalled)
         with pytest.raises(KeyboardInterrupt):
             train(config, tmp_path)
     scripted(monkeypatch, [0.2])
@@ -297,8 +297,8 @@ def test_batches_are_spread_over_all_devices(dataset, tmp_path, monkeypatch, all
             "bad_step": state.bad_step,
         }
 
-    monkeypatch.setattr(steps, "train_step", step)
-    monkeypatch.setattr(steps.HostSteps, "lowered", lambda *_: ())
+    monkeypatch.setattr(dispatch, "train_step", step)
+    monkeypatch.setattr(dispatch.HostSteps, "lowered", lambda *_: ())
     train(config, tmp_path / "eight")
     assert set(map(tuple, ran_on)) == {(8,)}
 
@@ -369,7 +369,7 @@ def test_an_end_before_the_first_step_leaves_nothing_behind(dataset, tmp_path, m
         raise KeyboardInterrupt
 
     config = quick_config(dataset)
-    monkeypatch.setattr(steps.HostSteps, "lowered", interrupted)
+    monkeypatch.setattr(dispatch.HostSteps, "lowered", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -12,14 +12,9 @@ from tests.training.tiny_run import last_item, quick_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
 from tim4rec_jax.runtime import data_sharding
-from tim4rec_jax.training import step
-from tim4rec_jax.training.step import (
-    DeviceSteps,
-    Gather,
-    choose_placement,
-    init_state,
-    make_steps,
-)
+from tim4rec_jax.training import dispatch
+from tim4rec_jax.training.dispatch import DeviceSteps, Gather, choose_placement, make_steps
+from tim4rec_jax.training.state import init_state
 
 HISTORIES = random_histories([9, 4, 30, 12, 2, 5, 21])
 
@@ -74,7 +69,7 @@ def dataset(tmp_path_factory):
 @pytest.mark.parametrize("objective", ["prefix", "every_position"])
 def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkeypatch, objective):
     # Not Adam: it would blow up the rounding of gradients that are all but zero.
-    monkeypatch.setattr(step, "make_optimizer", lambda *_: sgd())
+    monkeypatch.setattr(dispatch, "make_optimizer", lambda *_: sgd())
     config = quick_config(
         dataset, objective=objective, batch_size=16 if objective == "prefix" else 4
     )
@@ -88,20 +83,20 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
     def trained(where, stop=()):
         """Parameters after seven steps, going on from a saved state after the steps in `stop`."""
         config.data.placement = where
-        dispatch = make_steps(config_lib.resolve(config), batches, model, placement)
-        state = init_state(nnx.state(model, nnx.Param), dispatch.settings.tx, 0)
-        state = jax.tree.map(jnp.copy, state)  # the first dispatch donates it
+        steps = make_steps(config_lib.resolve(config), batches, model, placement)
+        state = init_state(nnx.state(model, nnx.Param), steps.settings.tx, 0)
+        state = jax.tree.map(jnp.copy, state)  # the first step donates it
         for done in range(7):
             if done in stop:
-                saved = dispatch.iterator.get_state()
-                dispatch = make_steps(config_lib.resolve(config), batches, model, placement)
-                dispatch.iterator.set_state(saved)
-            state, _ = dispatch.run(state)
-        return dispatch, jax.tree.leaves(nnx.to_pure_dict(state.params))
+                saved = steps.iterator.get_state()
+                steps = make_steps(config_lib.resolve(config), batches, model, placement)
+                steps.iterator.set_state(saved)
+            state, _ = steps.run(state)
+        return steps, jax.tree.leaves(nnx.to_pure_dict(state.params))
 
     _, host = trained("host")
-    dispatch, device = trained("device")
-    assert isinstance(dispatch, DeviceSteps)
+    steps, device = trained("device")
+    assert isinstance(steps, DeviceSteps)
     # The programs are not the same, and round otherwise.
     check_close(device, host, ROUNDING)
     _, resumed = trained("device", stop=(3, 6))
@@ -109,8 +104,8 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
         np.testing.assert_array_equal(ours, theirs)
 
     # A program for each width, and nothing in it at which a GPU would have to ask the host.
-    state = init_state(nnx.state(model, nnx.Param), dispatch.settings.tx, 0)
-    texts = [lowered.as_text() for lowered in dispatch.lowered(state)]
+    state = init_state(nnx.state(model, nnx.Param), steps.settings.tx, 0)
+    texts = [lowered.as_text() for lowered in steps.lowered(state)]
     assert len(texts) == len(batches.buckets)
     for text in texts:
         assert "stablehlo.case" not in text

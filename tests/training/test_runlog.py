@@ -10,7 +10,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.run import only_process
 from tim4rec_jax.training.log import ProgressLine, RunLog, duration
 from tim4rec_jax.training.loggers import TensorBoard
-from tim4rec_jax.training.train import stop_on_signal
+from tim4rec_jax.training.processes import stop_on_signal
 
 
 def records(workdir):

@@ -17,15 +17,9 @@ from tim4rec_jax.data import PackedBatches, TrainBatches
 from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
-from tim4rec_jax.training.step import (
-    StepSettings,
-    init_state,
-    loss_and_gradients,
-    make_optimizer,
-    make_steps,
-    num_microbatches,
-    train_step,
-)
+from tim4rec_jax.training.dispatch import make_steps
+from tim4rec_jax.training.state import init_state, make_optimizer
+from tim4rec_jax.training.step import StepSettings, loss_and_gradients, num_microbatches, train_step
 
 slow = pytest.mark.slow
 ROWS = 16

@@ -21,7 +21,7 @@ from tim4rec_jax.digests import read_digests
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
 from tim4rec_jax.run import load_model, read_settings, write_settings
-from tim4rec_jax.training import step as steps
+from tim4rec_jax.training import dispatch
 from tim4rec_jax.training.row_matching import (
     BIAS,
     KERNEL,
@@ -32,7 +32,7 @@ from tim4rec_jax.training.row_matching import (
     new_rows,
     zeros,
 )
-from tim4rec_jax.training.step import make_optimizer
+from tim4rec_jax.training.state import make_optimizer
 from tim4rec_jax.training.train import train
 from tim4rec_jax.training.warm_start import _entity_axes
 
@@ -83,7 +83,7 @@ def first_state(config, workdir, monkeypatch):
         raise RuntimeError("stopped")
 
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
-        patch.setattr(steps.HostSteps, "run", stopped)
+        patch.setattr(dispatch.HostSteps, "run", stopped)
         train(config, workdir)
     return found[0]
 

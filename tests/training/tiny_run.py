@@ -14,8 +14,8 @@ from tim4rec_jax.layers import dropout
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.models.base import DataSizes, ModelSettings
 from tim4rec_jax.run import load_model
-from tim4rec_jax.training import step as steps
-from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
+from tim4rec_jax.training import dispatch
+from tim4rec_jax.training.state import TrainState, init_state, make_optimizer
 
 MAX_LENGTH = 12
 MODEL = dict(hidden_size=16, num_layers=1, head_dim=8, d_state=8)
@@ -111,7 +111,7 @@ def die_at(call, monkeypatch):
     """Has the dispatch of steps fail once, at the given call."""
     calls = iter(range(1, 1000))
 
-    for kind in (steps.HostSteps, steps.DeviceSteps):
+    for kind in (dispatch.HostSteps, dispatch.DeviceSteps):
 
         def dying(self, *args, run=kind.run):
             if next(calls) == call:

@@ -21,7 +21,7 @@ from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import check_plain
 from tim4rec_jax.run import checkpoint_steps
 from tim4rec_jax.training import processes
-from tim4rec_jax.training.step import TrainState
+from tim4rec_jax.training.state import TrainState
 
 # Orbax reports every file it touches and warns of optional ones; what fails, raises as well.
 logging.set_verbosity(logging.FATAL)

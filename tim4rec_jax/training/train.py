@@ -1,12 +1,10 @@
 """The training of a run, from its settings to its metrics."""
 
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
-    Dataset,
     PackedBatches,
     TrainBatches,
     open_dataset,
@@ -35,7 +32,7 @@ from tim4rec_jax.evaluation.metrics import tested
 from tim4rec_jax.evaluation.protocol import protocol
 from tim4rec_jax.evaluation.report import print_report
 from tim4rec_jax.files import write_json
-from tim4rec_jax.models import FeatureArrays, SequenceModel, build
+from tim4rec_jax.models import SequenceModel, build
 from tim4rec_jax.run import (
     check_unchanged,
     checkpoint_steps,
@@ -46,13 +43,13 @@ from tim4rec_jax.run import (
 )
 from tim4rec_jax.runtime import (
     Placement,
-    data_sharding,
     enable_compilation_cache,
-    item_sharding,
     keep_bits,
 )
 from tim4rec_jax.training import processes
 from tim4rec_jax.training.checkpoints import Checkpoints
+from tim4rec_jax.training.dispatch import make_steps
+from tim4rec_jax.training.inputs import choose_devices, feature_arrays, make_batches
 from tim4rec_jax.training.log import (
     NoLog,
     ProgressLine,
@@ -64,7 +61,7 @@ from tim4rec_jax.training.log import (
 )
 from tim4rec_jax.training.loggers import Logger, make_loggers
 from tim4rec_jax.training.memory import check_memory
-from tim4rec_jax.training.step import init_state, make_steps, start_epoch
+from tim4rec_jax.training.state import init_state, start_epoch
 from tim4rec_jax.training.warm_start import WarmStart, read_warm_start
 
 # Number of steps that the host may be ahead of the device. The device never waits, and a
@@ -215,75 +212,6 @@ def _run(
         )
 
 
-def choose_devices(config: Config) -> Placement:
-    """The devices of a run, and how its arrays lie on them.
-
-    Args:
-      config: the settings, resolved.
-
-    Raises:
-      UserError: there are fewer devices than the settings ask for.
-    """
-    mesh, train = config.mesh, config.train
-    spread = config_lib.spreads_tables(config) or processes.together()
-    if spread or train.item_optimizer != "adam":
-        return item_sharding(train.batch_size, mesh.data, mesh.catalogue)
-    return data_sharding(train.batch_size)
-
-
-def feature_arrays(dataset: Dataset) -> FeatureArrays | None:
-    """The features of a dataset's items with their training events; None if there are none."""
-    if dataset.features is None:
-        return None
-    codes, weights, dense, values = dataset.features.arrays()
-    counts = np.append(1, train_item_counts(dataset))  # padding is no item that nobody wants
-    return FeatureArrays(codes, weights, dense, counts, values)
-
-
-def make_batches(
-    config: Config, dataset: Dataset, part: int = 0, parts: int = 1
-) -> TrainBatches | PackedBatches:
-    """The batches that a run trains on.
-
-    Args:
-      config: the settings of the run, resolved.
-      dataset: the dataset, split as the settings say.
-      part: which part of the rows of each batch to make, from 0.
-      parts: number of parts.
-
-    Raises:
-      UserError: there is nothing to train or to validate on, or there are too many batches.
-    """
-    data, train = config.data, config.train
-    for split in ("valid", "test"):
-        if not (getattr(dataset.splits, split) > 0).any():
-            raise UserError(f"{dataset.directory}: no user has events enough for the {split} split")
-    settings: dict[str, Any] = dict(
-        max_length=data.max_length,
-        batch_size=train.batch_size,
-        seed=config.seed,
-        process_index=part,
-        process_count=parts,
-    )
-    if train.objective == "every_position":
-        batches = PackedBatches(
-            dataset,
-            windows_per_user=data.windows_per_user,
-            shuffle_ties=data.shuffle_ties,
-            **settings,
-        )
-    else:
-        batches = TrainBatches(
-            dataset, convention=data.convention, buckets=data.buckets, **settings
-        )
-    if train.epochs * batches.batches_per_epoch >= 2**31:
-        raise UserError(
-            f"config.train.epochs is {train.epochs}, which makes 2^31 steps or more; steps are "
-            "counted in 32 bits, so take fewer epochs"
-        )
-    return batches
-
-
 def _train(
     config: Config,
     workdir: Path,
@@ -399,7 +327,7 @@ def _train(
     # Steps between validations, and between the questions whether to stop or to save.
     interval = config.eval.valid_steps or config.eval.valid_epochs * per_epoch
     ask_every = 8 if processes.together() else 1
-    with closing(checkpoints), closing(open_log()) as log, stop_on_signal() as stop:
+    with closing(checkpoints), closing(open_log()) as log, processes.stop_on_signal() as stop:
         check_finite(int(state.bad_step))
         if warm_start is not None:
             save()  # so that the run goes on whatever becomes of the one that it begins with
@@ -496,43 +424,3 @@ def _train(
         log.write("test", step, **figures)
         log.result = result
         return result
-
-
-class Stop:
-    """Whether a signal asked the run to stop, and which one."""
-
-    def __init__(self):
-        self.signal: int | None = None
-
-    def __bool__(self) -> bool:
-        return self.signal is not None
-
-
-@contextmanager
-def stop_on_signal() -> Iterator[Stop]:
-    """Turns the first Ctrl-C or SIGTERM into a request. A second one acts at once.
-
-    Python lets only the main thread do this. In another one, nothing is ever requested.
-    """
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before: dict[Any, Any] = {
-        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-
-    def restore():
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def request(number, frame):
-        stop.signal = number
-        restore()
-
-    for number in before:
-        signal.signal(number, request)
-    try:
-        yield stop
-    finally:
-        restore()

@@ -30,6 +30,7 @@ from tim4rec_jax.data.format import (
     read_items,
     read_metadata,
 )
+from tim4rec_jax.digests import by_place, place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
@@ -45,7 +46,7 @@ from tim4rec_jax.training.row_matching import (
     new_rows,
     zeros,
 )
-from tim4rec_jax.training.step import TrainState, init_state, make_optimizer
+from tim4rec_jax.training.state import TrainState, init_state, make_optimizer
 
 # Dates of the training data, which may differ from day to day as long as there are some.
 _DATES = "model.date_bias_knots"
@@ -95,7 +96,7 @@ class WarmStart:
         def filled(tree: nnx.State, arrays: Arrays) -> nnx.State:
             def one(path, leaf):
                 # What is known of the items' features is no parameter, and that of today.
-                return jnp.asarray(arrays.get(_name(path), leaf), leaf.dtype)
+                return jnp.asarray(arrays.get(place(path), leaf), leaf.dtype)
 
             pure = jax.tree_util.tree_map_with_path(one, nnx.to_pure_dict(tree))
             copy = jax.tree.map(lambda x: x, tree)
@@ -168,7 +169,7 @@ def read_warm_start(
     if features is not None:
         vocabularies |= features.vocabularies
         axes |= {VALUES: ("values", 0), KERNEL: ("numbers", 0)}
-    wanted = {name: leaf.shape for name, leaf in _named(nnx.state(structure, nnx.Param))}
+    wanted = {name: leaf.shape for name, leaf in _named(nnx.state(structure, nnx.Param)).items()}
 
     def moved(arrays: Arrays, filled_by: Callable[[str], Fill]) -> Arrays:
         result = {}
@@ -302,11 +303,11 @@ def _entity_axes(make_model: MakeModel, structure: Any) -> dict[str, tuple[str, 
     sizes = {"n_items": structure.n_items}
     if structure.needs_users:
         sizes["n_users"] = structure.user_embedding.num_embeddings - 1
-    before = {name: leaf.shape for name, leaf in _named(nnx.state(structure, nnx.Param))}
+    before = {name: leaf.shape for name, leaf in _named(nnx.state(structure, nnx.Param)).items()}
     axes = {}
     for kind, size in sizes.items():
         grown: Any = nnx.eval_shape(lambda kind=kind, size=size: make_model(**{kind: size + 1}))
-        for name, leaf in _named(nnx.state(grown, nnx.Param)):
+        for name, leaf in _named(nnx.state(grown, nnx.Param)).items():
             changes = [b - a for a, b in zip(before[name], leaf.shape, strict=True)]
             if any(changes):
                 if sorted(changes)[-1] != 1 or sum(map(abs, changes)) != 1 or name in axes:
@@ -375,15 +376,10 @@ def _replace_adam(opt_state: Any, new: Callable[[Any], Any]) -> Any:
     )
 
 
-def _named(state: Any) -> list[tuple[str, Any]]:
-    """The arrays of an `nnx.State` with their places in it."""
-    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
-    return [(_name(path), leaf) for path, leaf in leaves]
+def _named(state: Any) -> dict[str, Any]:
+    """The arrays of an `nnx.State` by their places in it."""
+    return by_place(nnx.to_pure_dict(state))
 
 
 def _arrays(state: Any) -> Arrays:
-    return {name: np.asarray(leaf) for name, leaf in _named(state)}
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name: np.asarray(leaf) for name, leaf in _named(state).items()}
