@@ -72,9 +72,9 @@ $(VENV)/.docs: $(VENV)/.base
 	$(PIP) --editable '.[docs]'
 	touch $@
 
-# Large, for a single slow test.
+# Large, for a few slow tests.
 $(VENV)/.mlflow: $(VENV)/.dev
-	$(PIP) --editable '.[mlflow]'
+	$(PIP) --editable '.[mlflow,spark]'
 	touch $@
 
 # The TPU's compiler, for the tests that compile for it: the version that fits jax, and out of the

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data_prep import filters, read, writer
 from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.duckdb_engine import DuckDBEngine
+from tim4rec_jax.data_prep.engine import Reading
 
 HEADER = "user_id,item_id,timestamp,rating\n"
 # Few users, items and times: many ties, and cores that take several rounds.
@@ -54,15 +56,17 @@ def test_k_core_and_order(tmp_path_factory, database, histories, events, k, orde
     for table in ("raw", "events", "users", "items", "user_index", "item_index"):
         database.execute(f"DROP TABLE IF EXISTS {table}")
     read.create(database)
+    engine = DuckDBEngine(database)
     database.executemany("INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)", rows)
+    reading = Reading(len(rows), len(rows), len(rows), collections.Counter(), [])
     if not kept:
         message = f"'{k}-core' leaves no event of {len(events)}"
         with pytest.raises(filters.UserError, match=message):
-            filters.apply(database, filters.Filters(k_core=k))
+            filters.apply(engine, filters.Filters(k_core=k), reading)
         return
-    filters.apply(database, filters.Filters(k_core=k))
+    filters.apply(engine, filters.Filters(k_core=k), reading)
     (work / "out").mkdir()
-    writer.write(database, work / "out", {"name": "x"}, order=order)
+    writer.write(engine, work / "out", {"name": "x"}, order=order)
     key = {"exact": lambda event: event[2], "recbole": lambda event: np.float32(event[2])}[order]
     expected = collections.defaultdict(list)
     for user, item, time in kept:

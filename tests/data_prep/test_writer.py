@@ -15,7 +15,7 @@ import pytest
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset
-from tim4rec_jax.data_prep import filters, prepare, writer
+from tim4rec_jax.data_prep import duckdb_engine, filters, prepare
 from tim4rec_jax.data_prep.__main__ import main
 from tim4rec_jax.errors import UserError, run_main
 
@@ -148,7 +148,7 @@ def test_shards_hold_whole_users(run, write, histories):
 def test_batches_of_the_stream_do_not_show(run, write, histories, monkeypatch):
     path = write("a.csv", ROWS)
     whole = run("table", path).directory.joinpath("sequences.arrow").read_bytes()
-    monkeypatch.setattr(writer, "STREAM_EVENTS", 5)
+    monkeypatch.setattr(duckdb_engine, "STREAM_EVENTS", 5)
     assert run("table", path).directory.joinpath("sequences.arrow").read_bytes() == whole
 
 

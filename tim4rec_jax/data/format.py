@@ -5,7 +5,8 @@ it.
 
 - `sequences.arrow` (or `sequences-00000-of-00004.arrow` and so on) holds the events. It is an
   uncompressed Arrow IPC file, so that it can be mapped into memory. It has one row for each user.
-  Users are in the order of their first appearance in the filtered source, one file after the other.
+  Users are in the order of their first appearance in the filtered source, or of their ids
+  (`--stable-ids`), one file after the other.
 - `items.parquet` has one row for each item. `index` counts from 1, because 0 is padding. An item
   without events has the `count` 0.
 - `item_features.arrow` holds what else is known of the items (`tim4rec_jax.data.features`). Most

@@ -1,23 +1,20 @@
 """`python -m data_prep`: the command line."""
 
 import argparse
-import contextlib
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-import duckdb
-import pyarrow as pa
 from rich.console import Console
 
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data_prep import flags as flags_
 from tim4rec_jax.data_prep import inspect, synthetic, writer
 from tim4rec_jax.data_prep.download import fetch
+from tim4rec_jax.data_prep.failures import one_sentence
 from tim4rec_jax.data_prep.prepare import prepare, print_steps
 from tim4rec_jax.data_prep.sources import MD5, SOURCES
-from tim4rec_jax.errors import UserError, first_line, one_line, run_main
+from tim4rec_jax.errors import UserError, one_line, run_main
 
 
 def main(
@@ -38,34 +35,8 @@ def main(
     if flags.command == "inspect":
         _inspect(flags, console)
     else:
-        with _one_sentence(flags.out):
+        with one_sentence(flags.out):
             _make(flags, console)
-
-
-@contextlib.contextmanager
-def _one_sentence(out: Path) -> Iterator[None]:
-    """Turns what DuckDB and Arrow say of a disk, of memory and of data into one sentence."""
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException, OSError) as error:
-        message = first_line(error)
-        # DuckDB has several exceptions for a full disk; the last two are of quotas.
-        if any(text in str(error) for text in ("No space left", "File too large", "quota")):
-            raise UserError(
-                f"the disk that {out} is on is full ({message}); make room there or choose "
-                "another --out"
-            ) from error
-        if isinstance(error, duckdb.OutOfMemoryException):
-            raise UserError(f"{message}; free memory or pass a higher --memory-limit") from error
-        if isinstance(error, duckdb.InterruptException):
-            raise KeyboardInterrupt from error
-        if isinstance(error, OSError):
-            raise
-        raise UserError(f"the source cannot be prepared ({message}); check it") from error
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
 
 
 def _inspect(flags: argparse.Namespace, console: Console) -> None:

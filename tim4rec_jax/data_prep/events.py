@@ -160,7 +160,7 @@ def read_all(
       console: where progress is shown.
 
     Raises:
-      UserError: see `layout.check_columns`, `read.read_file` and `read.refuse_coarser_times`.
+      UserError: see `read_one` and `read.refuse_coarser_times`.
     """
     bad: collections.Counter[str] = collections.Counter()
     units = []
@@ -168,11 +168,35 @@ def read_all(
     with (console or Console(quiet=True)).status("") as status:
         for file in sources:
             status.update(Text(one_line(f"reading {file}")))
-            layout = _layout(source, file, flags)
-            units.append(layout.time_unit)
-            bad += read.read_file(con, file, layout, skip=flags.on_bad_row == "skip")
-    read.refuse_coarser_times(con, units)
+            found, unit = read_one(con, source, file, flags)
+            units.append(unit)
+            bad += found
+    read.refuse_coarser_times(*read.span(con), units)
     return bad
+
+
+def read_one(
+    con: duckdb.DuckDBPyConnection,
+    source: Source,
+    file: files.SourceFile,
+    flags: argparse.Namespace,
+) -> tuple[collections.Counter[str], str]:
+    """Reads a file into the table `raw`, which is there.
+
+    Args:
+      con: the database.
+      source: the family of the file.
+      file: the file.
+      flags: as for `read_all`.
+
+    Returns:
+      The number of bad rows by reason, and the unit of the times.
+
+    Raises:
+      UserError: see `layout.check_columns` and `read.read_file`.
+    """
+    layout = _layout(source, file, flags)
+    return read.read_file(con, file, layout, skip=flags.on_bad_row == "skip"), layout.time_unit
 
 
 def _layout(source: Source, file: files.SourceFile, flags: argparse.Namespace):

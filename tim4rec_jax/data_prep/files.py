@@ -259,19 +259,19 @@ def damaged_gzip(file: SourceFile) -> UserError:
     return UserError(f"{file} is a truncated or damaged gzip file; fetch it again")
 
 
-def fingerprint(file: SourceFile, stop: threading.Event) -> dict:
+def fingerprint(file: SourceFile, stop: threading.Event | None = None) -> dict:
     """Returns the name, the size in bytes and the SHA-256 of a file, for dataset.json.
 
     Args:
       file: the file or table.
-      stop: ends the reading early, with a digest of no meaning.
+      stop: ends the reading early once it is set, with a digest of no meaning; None: never.
 
     Raises:
       UserError: a gzip file ends too early or fails its checksum, which DuckDB does not check.
     """
     if file.table is not None:
         return {"file": file.name, "bytes": file.table.nbytes}
-    digest = hashlib.sha256()
+    stop, digest = stop or threading.Event(), hashlib.sha256()
     with open(file.path, "rb") as content:
         while (block := content.read(1 << 20)) and not stop.is_set():
             digest.update(block)

@@ -1,11 +1,14 @@
-"""Filters events in SQL over tables on disk, and counts what each step leaves."""
+"""Filters events in SQL over tables on disk, and counts what each step leaves.
+
+DuckDB and Spark both run this SQL (see `engine`).
+"""
 
 import dataclasses
 import datetime
 
-import duckdb
-
 from tim4rec_jax.data_prep.database import quote_name
+from tim4rec_jax.data_prep.engine import Engine, Reading
+from tim4rec_jax.data_prep.read import UNREADABLE
 from tim4rec_jax.errors import UserError
 
 
@@ -40,64 +43,61 @@ class Step:
 
 
 def apply(
-    con: duckdb.DuckDBPyConnection,
-    filters: Filters,
-    *,
-    where: str | None = None,
-    unreadable: int = 0,
+    engine: Engine, filters: Filters, reading: Reading, *, where: str | None = None
 ) -> list[Step]:
-    """Turns the table `raw` into the table `events` with the kept events.
+    """Turns the rows that were read into the table `events` with the kept events.
 
     Its columns are the source row, user, item, time and rating. `user` and `item` are numbers, the
     keys of the tables `users` and `items`.
 
     Args:
-      con: holds `raw`.
+      engine: holds the rows.
       filters: what to keep.
-      where: the condition that filled `raw.kept`; named in the report.
-      unreadable: number of rows of the source that are not in `raw`; counted in the report.
+      reading: what was read.
+      where: the condition that rows met; named in the report.
 
     Raises:
       UserError: no event is left. The message names the step that removed the last one.
     """
-    rows, kept, good = con.execute(
-        "SELECT count(kept), count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) "
-        "FROM raw"
-    ).fetchall()[0]
-    _number_ids(con)
-    reading = {"rows in the source": rows + unreadable}
+    unreadable = reading.bad[UNREADABLE]
+    _number_ids(engine)
+    counts = {"rows in the source": reading.rows + unreadable}
     if where:
-        reading[f"where {where}"] = kept + unreadable
-    if good < kept + unreadable:
-        reading["bad rows skipped"] = good
-    steps = [Step(step, events) for step, events in reading.items()]
-    steps[-1] = _count(con, steps[-1].step)
+        counts[f"where {where}"] = reading.kept + unreadable
+    if reading.good < reading.kept + unreadable:
+        counts["bad rows skipped"] = reading.good
+    steps = [Step(step, events) for step, events in counts.items()]
+    steps[-1] = _count(engine, steps[-1].step)
     _refuse_empty(steps)
     for step, condition in _conditions(filters):
-        _keep(con, condition)
-        steps.append(_count(con, step))
+        engine.create(
+            "events",
+            f'SELECT "row", "user", item, time, rating FROM (SELECT *, {condition} AS good '
+            "FROM events) AS judged WHERE good",
+        )
+        steps.append(_count(engine, step))
         _refuse_empty(steps)
     if filters.k_core > 1:
-        _k_core(con, filters.k_core)
-        steps.append(_count(con, f"{filters.k_core}-core"))
+        _k_core(engine, filters.k_core)
+        steps.append(_count(engine, f"{filters.k_core}-core"))
         _refuse_empty(steps)
     return steps
 
 
-def _number_ids(con: duckdb.DuckDBPyConnection) -> None:
-    good = "kept AND problem IS NULL"
+def _number_ids(engine: Engine) -> None:
     for column in ("user", "item"):
-        con.execute(
-            f"CREATE TABLE {column}s AS SELECT id, row_number() OVER () AS number "
-            f"FROM (SELECT DISTINCT {quote_name(column)} AS id FROM raw WHERE {good})"
+        engine.create(
+            f"{column}s",
+            f"SELECT id, {engine.number} AS number "
+            f"FROM (SELECT DISTINCT {quote_name(column)} AS id FROM {engine.good} AS good) AS ids",
         )
-    con.execute(
-        'CREATE TABLE events AS SELECT raw.rowid AS "row", CAST(users.number AS INTEGER) AS "user",'
-        " CAST(items.number AS INTEGER) AS item, time, rating FROM raw "
-        'JOIN users ON raw."user" = users.id JOIN items ON raw.item = items.id '
-        f"WHERE {good}"
+    engine.create(
+        "events",
+        'SELECT "row", users.number AS "user", items.number AS item, time, rating '
+        f'FROM {engine.good} AS good JOIN users ON good."user" = users.id '
+        "JOIN items ON good.item = items.id",
     )
-    con.execute("DROP TABLE raw")
+    engine.drop("raw")
 
 
 def _conditions(filters: Filters) -> list[tuple[str, str]]:
@@ -124,15 +124,7 @@ def _nanoseconds(moment: datetime.datetime) -> int:
     return since // datetime.timedelta(microseconds=1) * 1000
 
 
-def _keep(con: duckdb.DuckDBPyConnection, condition: str) -> None:
-    con.execute(
-        "CREATE TABLE kept AS SELECT * EXCLUDE (good) "
-        f"FROM (SELECT *, {condition} AS good FROM events) WHERE good"
-    )
-    con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
-
-
-def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
+def _k_core(engine: Engine, k: int) -> None:
     """Removes users and items with fewer than k events until each remaining one has k.
 
     A round looks only for the events of users and items that the round before made too few, and
@@ -140,58 +132,59 @@ def _k_core(con: duckdb.DuckDBPyConnection, k: int) -> None:
     and at the end, so that all of its copies together are no larger than three tables.
     """
     for column in ("user", "item"):
-        con.execute(
-            f"CREATE TABLE {column}_counts AS SELECT {quote_name(column)} AS number, "
-            f"count(*) AS events FROM events GROUP BY {quote_name(column)}"
-        )
-    rows = left = _events(con)
+        engine.create(f"{column}_counts", _counted(column, "events"))
+    rows = left = _events(engine, "events")
     few = "SELECT number FROM {0}_counts WHERE events < {1}"
     known = "SELECT number FROM {0}_counts"
     while True:
         # What a removed user has left of items that were removed before has been counted already.
-        con.execute(
-            'CREATE TABLE lost AS SELECT "user", item FROM events '
+        engine.create(
+            "lost",
+            'SELECT "user", item FROM events '
             f'WHERE ("user" IN ({few.format("user", k)}) OR item IN ({few.format("item", k)})) '
-            f'AND "user" IN ({known.format("user")}) AND item IN ({known.format("item")})'
+            f'AND "user" IN ({known.format("user")}) AND item IN ({known.format("item")})',
         )
-        lost = con.execute("SELECT count(*) FROM lost").fetchall()[0][0]
+        lost = _events(engine, "lost")
         if not lost:
             break
         left -= lost
         for column in ("user", "item"):
-            con.execute(
-                f"CREATE TABLE kept AS SELECT number, counts.events - coalesce(gone.events, 0) "
-                f"AS events FROM {column}_counts AS counts LEFT JOIN "
-                f"(SELECT {quote_name(column)} AS number, count(*) AS events FROM lost "
-                f"GROUP BY {quote_name(column)}) AS gone USING (number) WHERE counts.events >= {k}"
+            engine.create(
+                f"{column}_counts",
+                "SELECT number, counts.events - coalesce(gone.events, 0) AS events "
+                f"FROM {column}_counts AS counts "
+                f"LEFT JOIN ({_counted(column, 'lost')}) AS gone USING (number) "
+                f"WHERE counts.events >= {k}",
             )
-            con.execute(f"DROP TABLE {column}_counts; ALTER TABLE kept RENAME TO {column}_counts")
-        con.execute("DROP TABLE lost")
         if 2 * left <= rows:
-            _keep_known(con)
+            _keep_known(engine)
             rows = left
     if left < rows:
-        _keep_known(con)
-    con.execute("DROP TABLE lost; DROP TABLE user_counts; DROP TABLE item_counts")
+        _keep_known(engine)
+    engine.drop("lost", "user_counts", "item_counts")
 
 
-def _keep_known(con: duckdb.DuckDBPyConnection) -> None:
-    con.execute(
-        "CREATE TABLE kept AS SELECT * FROM events "
-        'WHERE "user" IN (SELECT number FROM user_counts) '
-        "AND item IN (SELECT number FROM item_counts)"
+def _counted(column: str, table: str) -> str:
+    name = quote_name(column)
+    return f"SELECT {name} AS number, count(*) AS events FROM {table} GROUP BY {name}"
+
+
+def _keep_known(engine: Engine) -> None:
+    engine.create(
+        "events",
+        'SELECT * FROM events WHERE "user" IN (SELECT number FROM user_counts) '
+        "AND item IN (SELECT number FROM item_counts)",
     )
-    con.execute("DROP TABLE events; ALTER TABLE kept RENAME TO events")
 
 
-def _events(con: duckdb.DuckDBPyConnection) -> int:
-    return con.execute("SELECT count(*) FROM events").fetchall()[0][0]
+def _events(engine: Engine, table: str) -> int:
+    return engine.rows(f"SELECT count(*) FROM {table}")[0][0]
 
 
-def _count(con: duckdb.DuckDBPyConnection, step: str) -> Step:
-    counts = con.execute(
+def _count(engine: Engine, step: str) -> Step:
+    counts = engine.rows(
         'SELECT count(*), count(DISTINCT "user"), count(DISTINCT item) FROM events'
-    ).fetchall()[0]
+    )[0]
     return Step(step, *counts)
 
 

@@ -205,7 +205,19 @@ def _reader(commands, name: str, short: str, long: str, *examples: str) -> argpa
     _protocol(command.add_argument_group("what to keep, step by step, and its order"))
     _features(command.add_argument_group("features of items, from a table of items"))
     machine = command.add_argument_group("resources")
-    machine.add_argument("--memory-limit", metavar="SIZE", help="e.g. 4GB (default: 80 %% of all)")
+    machine.add_argument(
+        "--engine",
+        choices=["duckdb", "spark"],
+        default="duckdb",
+        help="what filters and sorts: DuckDB on this machine, or Spark on many, whose settings are "
+        "read as spark-submit reads them; the result is the same (default: duckdb)",
+    )
+    machine.add_argument(
+        "--memory-limit",
+        metavar="SIZE",
+        help="of DuckDB, e.g. 4GB (default: 80 %% of all); with Spark, of each task that reads a "
+        "file (default: 1GB)",
+    )
     machine.add_argument(
         "--shard-events",
         type=_whole(1, 2 * 10**9),
@@ -271,6 +283,12 @@ def _protocol(group) -> None:
         default="exact",
         help="sort a user's events by time, or as RecBole does, by time rounded to 32 bits: most "
         "published numbers, the paper's too, stand on that (default: exact)",
+    )
+    group.add_argument(
+        "--stable-ids",
+        action="store_true",
+        help="number users and items in the order of their ids, so that the numbers do not depend "
+        "on the order of the rows (default: in the order in which they appear)",
     )
 
 

@@ -1,11 +1,9 @@
 """Prepares a dataset from source files, from start to end."""
 
 import argparse
-import concurrent.futures
 import contextlib
 import dataclasses
-import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,8 +12,10 @@ from rich.table import Table
 from rich.text import Text
 
 import tim4rec_jax
-from tim4rec_jax.data_prep import events, features, files, filters, read, writer
+from tim4rec_jax.data_prep import events, features, files, filters, writer
 from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.duckdb_engine import DuckDBEngine
+from tim4rec_jax.data_prep.engine import Engine
 from tim4rec_jax.data_prep.inspect import PLAIN
 from tim4rec_jax.data_prep.sources import SOURCES, read_titles
 from tim4rec_jax.errors import UserError, one_line
@@ -41,7 +41,8 @@ def prepare(
       The content of dataset.json.
 
     Raises:
-      UserError: see `files.find_files`, `events.read_all` and `filters.apply`.
+      UserError: see `files.find_files`, `Engine.read` and `filters.apply`; or the engine is not
+        there.
     """
     source, work = SOURCES[name], folder.parent
     table = _item_table(flags, work)
@@ -51,42 +52,45 @@ def prepare(
         flags.deduplicate, flags.min_rating, flags.since, flags.until, flags.k_core
     )
     where = getattr(flags, "where", None)
-    with (
-        contextlib.closing(connect(work, flags.memory_limit)) as con,
-        concurrent.futures.ThreadPoolExecutor(1) as pool,
-    ):
-        # Checksums are computed while DuckDB reads, because both mostly wait for the disk or zlib.
-        stop = threading.Event()
-        read_files = [*found.events, *(table.sources if table else ())]
-        fingerprints = [pool.submit(files.fingerprint, file, stop) for file in read_files]
-        try:
-            skipped = events.read_all(con, source, found.events, flags, console)
-        except BaseException:
-            stop.set()
-            raise
-        sources = [fingerprint.result() for fingerprint in fingerprints]
+    with _engine(flags, work) as engine:
+        reading = engine.read(source, found.events, flags, console)
+        sources = [files.fingerprint(file) for file in (table.sources if table else ())]
         with console.status("filtering") as status:
-            steps = filters.apply(con, settings, where=where, unreadable=skipped[read.UNREADABLE])
+            steps = filters.apply(engine, settings, reading, where=where)
             status.update("writing")
             metadata = {
                 "name": flags.name,
                 "filters": dataclasses.asdict(settings) | {"where": where},
                 "steps": [dataclasses.asdict(step) for step in steps],
-                "bad_rows": dict(skipped),
-                "sources": sources,
+                "bad_rows": dict(reading.bad),
+                "sources": reading.sources + sources,
                 "prepared_by": f"tim4rec-jax {tim4rec_jax.__version__}",
             }
             return writer.write(
-                con,
+                engine,
                 folder,
                 metadata,
                 order=flags.order,
                 shard_events=flags.shard_events,
+                stable_ids=flags.stable_ids,
                 titles=read_titles(found.titles),
                 item_table=table,
                 min_count=flags.feature_min_count,
                 keep_items=flags.keep_items,
             )
+
+
+@contextlib.contextmanager
+def _engine(flags: argparse.Namespace, work: Path) -> Iterator[Engine]:
+    if flags.engine == "spark":
+        # Here and not above, because it is an extra.
+        from tim4rec_jax.data_prep.spark_engine import spark_engine
+
+        with spark_engine(work, flags.memory_limit) as engine:
+            yield engine
+    else:
+        with contextlib.closing(connect(work, flags.memory_limit)) as con:
+            yield DuckDBEngine(con)
 
 
 def _item_table(flags: argparse.Namespace, work: Path) -> features.ItemTable | None:

@@ -385,14 +385,30 @@ def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: i
         )
 
 
-def refuse_coarser_times(con: duckdb.DuckDBPyConnection, units: Collection[str]) -> None:
+def count(con: duckdb.DuckDBPyConnection) -> tuple[int, int, int]:
+    """Counts the rows of `raw`, those that meet the condition, and those of them that are good."""
+    return con.execute(
+        "SELECT count(kept), count(*) FILTER (kept), count(*) FILTER (kept AND problem IS NULL) "
+        "FROM raw"
+    ).fetchall()[0]
+
+
+def span(con: duckdb.DuckDBPyConnection) -> tuple[int | None, int | None]:
+    """Returns the first and the last time of the good rows of `raw`, in nanoseconds."""
+    return con.execute(
+        "SELECT min(time), max(time) FROM raw WHERE kept AND problem IS NULL"
+    ).fetchall()[0]
+
+
+def refuse_coarser_times(first: int | None, last: int | None, units: Collection[str]) -> None:
     """Refuses a log in which each time would be a date of our days in a coarser unit.
 
     Seconds that are read as milliseconds all lie in January 1970. A log that counts from its own
     start has events near that start, which are no such dates.
 
     Args:
-      con: holds the table `raw`, filled.
+      first: the first time of all good rows, in nanoseconds; None if there are none.
+      last: the last one.
       units: the `Layout.time_unit` of all files.
 
     Raises:
@@ -400,11 +416,8 @@ def refuse_coarser_times(con: duckdb.DuckDBPyConnection, units: Collection[str])
     """
     if len(set(units)) != 1 or (unit := next(iter(units))) in ("s", "iso"):
         return
-    first, last = con.execute(
-        "SELECT min(time), max(time) FROM raw WHERE kept AND problem IS NULL"
-    ).fetchall()[0]
     for coarser, scale in NANOSECONDS.items():
-        if first is None or scale <= NANOSECONDS[unit]:
+        if first is None or last is None or scale <= NANOSECONDS[unit]:
             return
         ticks = first // NANOSECONDS[unit]
         start, end = (tick // NANOSECONDS[unit] * scale / 1e9 for tick in (first, last))

@@ -33,6 +33,7 @@ from rich.table import Table
 
 from tim4rec_jax.data_prep import writer
 from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.data_prep.duckdb_engine import DuckDBEngine
 from tim4rec_jax.errors import UserError
 
 FOCUS = 0.9
@@ -181,7 +182,7 @@ def write(flags: argparse.Namespace, folder: Path) -> dict:
         for name, columns in tables.items():
             con.register("columns", pa.table(columns))
             con.execute(f"CREATE TABLE {name} AS SELECT * FROM columns")
-        return writer.write(con, folder, metadata, order="exact")
+        return writer.write(DuckDBEngine(con), folder, metadata, order="exact")
 
 
 def _free_memory() -> int:

@@ -1,24 +1,23 @@
 """Writes a prepared dataset, complete or not at all."""
 
 import contextlib
+import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data.features import FEATURES_FILE
-from tim4rec_jax.data_prep.database import leave_memory
+from tim4rec_jax.data_prep.engine import Engine, File
 from tim4rec_jax.data_prep.features import ItemTable, fit
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, read_regular
 
 _LARGEST_METADATA = 1 << 26  # bytes
-STREAM_EVENTS = 1_000_000  # read from DuckDB at once
 SHARD_EVENTS = 16_000_000  # about 200 MB in each file
 # The files of a dataset, which --overwrite may remove: those of `write`, and `inspect`'s picture.
 _SHARD = "sequences-{0}-of-{0}.arrow".format("[0-9]" * 5)
@@ -30,8 +29,8 @@ _OURS = (
     _SHARD,
     "inspect.png",
 )
-# `events.time` is in nanoseconds. A plain `time` would mean the rounded column of the result.
-ORDERS = {"exact": "events.time", "recbole": "CAST(events.time // 1000000000 AS FLOAT)"}
+# What the events of a user are sorted by: nanoseconds, or seconds as 32-bit floats.
+ORDERS = {"exact": "nanoseconds", "recbole": "CAST(time AS FLOAT)"}
 
 
 @contextlib.contextmanager
@@ -69,12 +68,13 @@ def _is_dataset(directory: Path) -> bool:
 
 
 def write(
-    con: duckdb.DuckDBPyConnection,
+    engine: Engine,
     directory: Path,
     metadata: dict,
     *,
     order: str,
     shard_events: int = SHARD_EVENTS,
+    stable_ids: bool = False,
     titles: dict[str, str] | None = None,
     item_table: ItemTable | None = None,
     min_count: int = 2,
@@ -83,11 +83,13 @@ def write(
     """Writes the tables `events`, `users` and `items` as a dataset.
 
     Args:
-      con: holds the tables.
+      engine: holds the tables.
       directory: exists and is empty.
       metadata: further entries of dataset.json; the counts are added here.
       order: how the events of a user are sorted, `exact` or `recbole`. Ties stay in source order.
       shard_events: a sequences file takes no further user once it holds this many events.
+      stable_ids: users and items are numbered in the order of their ids as UTF-8, and not in that
+        of their first appearance among the events that the filters left.
       titles: the title of each original item id.
       item_table: the features of items, and their titles.
       min_count: how many items a value of a feature must have to count.
@@ -100,17 +102,20 @@ def write(
       UserError: the table of items has nothing to say about these items.
     """
     for table in ("user", "item"):
-        # The index follows the first appearance among the events that the filters left.
-        con.execute(
-            f'CREATE TABLE {table}_index AS SELECT "{table}" AS number, count(*) AS events, '
-            f'CAST(row_number() OVER (ORDER BY min("row")) AS INTEGER) AS "index" '
-            f'FROM events GROUP BY "{table}"'
+        engine.rank(
+            f"{table}_index",
+            'SELECT counts.number, id, events, "first" FROM ('
+            f'SELECT "{table}" AS number, count(*) AS events, min("row") AS "first" '
+            f'FROM events GROUP BY "{table}") AS counts '
+            f"JOIN {table}s AS ids ON counts.number = ids.number",
+            "id" if stable_ids else "first",
         )
-    shards, users, events = _write_sequences(con, directory, order, shard_events)
-    items = _index(con, "item")
-    first, last = con.execute(
-        "SELECT min(time) // 1000000000, max(time) // 1000000000 FROM events"
-    ).fetchall()[0]
+    shards, users, events = _write_sequences(engine, directory, order, shard_events)
+    [(known,)] = engine.rows("SELECT count(*) FROM item_index")
+    items = engine.ranked("item_index", 0, known)
+    first, last = (
+        time // 1_000_000_000 for time in engine.rows("SELECT min(time), max(time) FROM events")[0]
+    )
     ids, counts = items.column("id").combine_chunks(), items.column("events").to_numpy()
     told = {}
     if item_table is not None or titles:
@@ -137,6 +142,7 @@ def write(
         "time_unit": "s",
         "first_time": first,
         "last_time": last,
+        **({"stable_ids": True} if stable_ids else {}),
         **metadata,
         **told,
     }
@@ -174,70 +180,59 @@ def _write_features(
     }
 
 
-def _index(con: duckdb.DuckDBPyConnection, table: str) -> pa.Table:
-    return con.sql(
-        f'SELECT "index", id, events FROM {table}_index JOIN {table}s USING (number) '
-        'ORDER BY "index"'
-    ).to_arrow_table()
-
-
 def _write_sequences(
-    con: duckdb.DuckDBPyConnection, directory: Path, order: str, shard_events: int
+    engine: Engine, directory: Path, order: str, shard_events: int
 ) -> tuple[int, int, int]:
     """Writes the sequences files with one record batch each.
-
-    Only the users and the events of one file are in memory at once.
 
     Returns:
       The number of files, of users and of events.
     """
     # A user belongs to the shard of its first event. Some shards may be empty, so we renumber them.
-    con.execute(
-        'CREATE TABLE shard_users AS SELECT "index", id, events, '
-        f'CAST((sum(events) OVER (ORDER BY "index") - events) // {shard_events} AS BIGINT) '
-        'AS shard FROM user_index JOIN users USING (number) ORDER BY "index"'
+    shard = f"before {engine.divide} {shard_events}"
+    found = engine.rows(
+        "SELECT shard, count(*), CAST(sum(events) AS BIGINT) FROM "
+        f"(SELECT {shard} AS shard, events FROM user_index) AS users GROUP BY shard ORDER BY shard"
     )
-    sizes = con.execute(
-        "SELECT shard, count(*), CAST(sum(events) AS BIGINT) FROM shard_users "
-        "GROUP BY shard ORDER BY shard"
-    ).fetchall()
-    stream = (
-        con.cursor()
-        .sql(
-            "SELECT items.index AS item, time // 1000000000 AS time FROM events "
-            'JOIN user_index AS users ON events."user" = users.number '
-            "JOIN item_index AS items ON events.item = items.number "
-            f'ORDER BY users.index, {ORDERS[order]}, "row"'
-        )
-        .to_arrow_reader(STREAM_EVENTS)
+    files, users = [], 0
+    for number, (place, count, events) in enumerate(found):
+        files.append(File(number, place, users, count, events))
+        users += count
+    engine.write_files(
+        directory,
+        files,
+        shard,
+        'FROM (SELECT items."index" AS item, users."index" AS place, users.before AS before, '
+        f'time AS nanoseconds, time {engine.divide} 1000000000 AS time, "row" FROM events '
+        'JOIN user_index AS users ON events."user" = users.number '
+        "JOIN item_index AS items ON events.item = items.number) AS joined",
+        f'place, {ORDERS[order]}, "row"',
+        functools.partial(_write_file, len(files)),
     )
-    left = pa.table({"item": pa.array([], pa.int32()), "time": pa.array([], pa.int64())})
-    # The events of a file, and as much again for its users and what Arrow has read ahead.
-    leave_memory(con, 2 * 12 * max(size for *_, size in sizes))
-    for number, (shard, _, size) in enumerate(sizes):
-        flat = np.empty(size, np.int32), np.empty(size, np.int64)
-        done = 0
-        while done < size:
-            if not len(left):
-                left = pa.table(stream.read_next_batch())
-            part, left = left.slice(0, size - done), left.slice(size - done)
-            for values, column in zip(flat, part.columns, strict=True):
-                values[done : done + len(part)] = column.to_numpy()
-            done += len(part)
-        users = con.sql(
-            f'SELECT id, events FROM shard_users WHERE shard = {shard} ORDER BY "index"'
-        ).to_arrow_table()
-        lengths = users.column("events").to_numpy()
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
-        columns = [
-            users.column("id").combine_chunks(),
-            *(
-                pa.ListArray.from_arrays(offsets, pa.array(values), field.type)
-                for values, field in zip(flat, list(fmt.SEQUENCES_SCHEMA)[1:], strict=True)
-            ),
-        ]
-        path = directory / fmt.sequences_file(number, len(sizes))
-        with pa.ipc.new_file(path, fmt.SEQUENCES_SCHEMA) as writer:
-            writer.write_batch(pa.record_batch(columns, schema=fmt.SEQUENCES_SCHEMA))
-    con.execute("DROP TABLE shard_users")
-    return len(sizes), sum(users for _, users, _ in sizes), sum(size for *_, size in sizes)
+    return len(files), users, sum(file.events for file in files)
+
+
+def _write_file(
+    files: int, directory: Path, file: File, users: pa.Table, pieces: Iterable[pa.Table]
+) -> None:
+    """Writes a sequences file; see `engine.WriteFile`."""
+    flat = np.empty(file.events, np.int32), np.empty(file.events, np.int64)
+    done = 0
+    for piece in pieces:
+        for values, column in zip(flat, piece.columns, strict=True):
+            values[done : done + len(piece)] = column.to_numpy()
+        done += len(piece)
+    if done != file.events:
+        raise RuntimeError(f"{done} events for a file of {file.events}")
+    lengths = users.column("events").to_numpy()
+    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+    columns = [
+        users.column("id").combine_chunks(),
+        *(
+            pa.ListArray.from_arrays(offsets, pa.array(values), field.type)
+            for values, field in zip(flat, list(fmt.SEQUENCES_SCHEMA)[1:], strict=True)
+        ),
+    ]
+    path = directory / fmt.sequences_file(file.number, files)
+    with pa.ipc.new_file(path, fmt.SEQUENCES_SCHEMA) as writer:
+        writer.write_batch(pa.record_batch(columns, schema=fmt.SEQUENCES_SCHEMA))
