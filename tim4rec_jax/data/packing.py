@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from tim4rec_jax.data.batches import Batch, ShuffledBatches, permute
 from tim4rec_jax.data.dataset import Dataset, train_targets
-from tim4rec_jax.data.events import DeviceLog, EventLog, windows
+from tim4rec_jax.data.events import DeviceLog, EventLog
 
 
 def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
@@ -50,35 +50,39 @@ def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
 
 def shuffle_ties(
     log: EventLog,
-    starts: Int[np.ndarray, "S"],
-    lengths: Int[np.ndarray, "S"],
+    starts: Int[np.ndarray, "H"],
+    lengths: Int[np.ndarray, "H"],
     order: str,
-    ranks: Int[np.ndarray, "S L"],
+    ranks: Int[np.ndarray, "E"],
 ) -> EventLog:
-    """A log of some segments, in which the events of one moment stand in another order.
+    """A log of some histories, in which the events of one moment stand in another order.
 
-    Nobody knows the order of events of the same time; that of the source is one of many. The first
-    and the last event of a segment stay where they are, because another segment may share them.
+    Nobody knows the order of events of the same time; that of the source is one of many.
 
     Args:
       log: the events.
-      starts: number of the first event of each segment.
-      lengths: number of events of each segment, up to L.
+      starts: number of the first event of each history.
+      lengths: number of events of each history; E in all.
       order: of the events of the dataset, which says what is one moment: "exact", the same second,
         or "recbole", the same time as float32.
-      ranks: events of one moment come in the order of their ranks.
+      ranks: events of one moment come in the order of their ranks. The events of the histories have
+        them one after the other.
 
     Returns:
-      The segments one after the other, each padded to L events.
+      The histories one after the other.
     """
-    width = ranks.shape[1]
-    items, times = (windows(x, starts, lengths, width) for x in (log.items, log.timestamps))
-    moments = times.astype(np.float32) if order == "recbole" else times
-    column = np.arange(width)
-    begins = np.diff(moments, axis=1, prepend=0) != 0
-    begins |= (column <= 1) | (column >= lengths[:, None] - 1)
-    places = np.lexsort((ranks, begins.cumsum(1)), axis=1)
-    return EventLog(*(np.take_along_axis(x, places, axis=1).ravel() for x in (items, times)))
+    events = _runs(starts, lengths)
+    items, times = log.items[events], log.timestamps[events]
+    begins = np.diff(times.astype(np.float32) if order == "recbole" else times, prepend=0) != 0
+    begins[np.cumsum(lengths) - lengths] = True
+    places = np.lexsort((ranks, begins.cumsum()))
+    return EventLog(items[places], times[places])
+
+
+def _runs(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """The numbers `start`, `start + 1` and so on of each run, one run after the other."""
+    ends = np.cumsum(lengths)
+    return np.repeat(starts - (ends - lengths), lengths) + np.arange(ends[-1])
 
 
 class PackedBatches(ShuffledBatches):
@@ -120,7 +124,7 @@ class PackedBatches(ShuffledBatches):
         """
         super().__init__(dataset, max_length, batch_size, seed, process_index, process_count)
         self._shuffles = shuffle_ties
-        targets = train_targets(dataset)
+        self._of_users = targets = train_targets(dataset)
         self._users = np.flatnonzero(targets)
         self._targets = targets[self._users]
         most = int(targets.max()) if windows_per_user is None else windows_per_user * max_length
@@ -141,18 +145,31 @@ class PackedBatches(ShuffledBatches):
     def __getitem__(self, number: int) -> Batch:
         """Makes batch `number`, counted from 0 at the start of training."""
         begins, lengths = self._segments(number)
-        # The log has one event more, because this process may have no segment in an epoch's last
-        # batch.
-        log, places = self.dataset.events(np.append(begins, 0), np.append(lengths + 1, 1))
-        places = places[:-1]
-        if self._shuffles and len(lengths):
-            events = begins[:, None] + np.arange(lengths.max() + 1)
-            events = np.minimum(events, self.dataset.n_events - 1).ravel()
-            key = (self.seed, number // self.batches_per_epoch, 2)
-            ranks = permute(events, self.dataset.n_events, key).reshape(len(lengths), -1)
-            log = shuffle_ties(log, places, lengths + 1, self.dataset.order, ranks)
-            places = np.arange(len(lengths)) * ranks.shape[1]
+        if self._shuffles and len(begins):
+            log, places = self._shuffled(number, begins)
+        else:
+            # The log has one event more, because this process may have no segment in an epoch's
+            # last batch.
+            log, places = self.dataset.events(np.append(begins, 0), np.append(lengths + 1, 1))
+            places = places[:-1]
         return pack(log, self._indices(places, lengths))
+
+    def _shuffled(self, number: int, begins: np.ndarray) -> tuple[EventLog, np.ndarray]:
+        """A log with the segments of a batch after `shuffle_ties`, and where they begin in it.
+
+        It holds the training events of all users of the batch, because the ties of a moment may lie
+        in several segments, and each event of them must be the target of one.
+        """
+        data, offsets = self.dataset, self.dataset.offsets
+        users, user = np.unique(
+            np.searchsorted(offsets, begins, side="right") - 1, return_inverse=True
+        )
+        first, counts = offsets[users], self._of_users[users] + 1
+        key = (self.seed, number // self.batches_per_epoch, 2)
+        ranks = permute(_runs(first, counts), data.n_events, key)
+        log, places = data.events(first, counts)
+        log = shuffle_ties(log, places, counts, data.order, ranks)
+        return log, (np.cumsum(counts) - counts - first)[user] + begins
 
     def indices(self, number: int) -> Batch:
         """What `pack` gathers batch `number` from, if the log holds all events of the dataset.
