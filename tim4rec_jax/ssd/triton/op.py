@@ -195,7 +195,7 @@ def _backward(options, rows_and_cotangents, parameters):
             *(jax.ShapeDtypeStruct((batch, length, parts, S.N), kind) for kind in kinds),
             _float32(batch, chunks, *skip_shape, needed=S.HAS_D),
             _float32(batch, heads, width, S.N, needed=S.HAS_INITIAL),
-            _float32(batch, chunks, heads, width, S.N, needed=S.SEVERAL_CHUNKS),
+            _float32(batch, chunks + 1, heads, width, S.N, needed=S.SEVERAL_CHUNKS),
         ),
         programs=batch * parts,
         specialisation=S,

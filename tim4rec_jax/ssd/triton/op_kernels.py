@@ -96,6 +96,15 @@ def load_projections(array, chunk, group, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def score(v, chunk, group, S: tl.constexpr):
+    """The products of C and B, [to, from] with paired columns."""
+    B_ = tl.trans(pair_rows(load_projections(v.B, chunk, group, S)))
+    C_ = load_projections(v.C, chunk, group, S)
+    return product(operand(C_, S), operand(B_, S), S)
+
+
+@triton.jit
+@no_type_check
 def load_channels(array, chunk, head, S: tl.constexpr):
     """X or dy of a head: [Q, P]."""
     return load_tile(array, (chunk.at * S.H + head) * S.P, chunk.inside, tl.arange(0, S.P))
@@ -218,13 +227,16 @@ def forward(
 
 @triton.jit
 @no_type_check
-def leave_states(v, states, row, first, group, length, chunks, S: tl.constexpr):
-    """Leaves the state that enters each chunk in `states`, as the forward kernel computed it."""
+def leave_states(v, dfinal_state, states, row, first, group, length, chunks, S: tl.constexpr):
+    """Leaves the state that enters each chunk in `states`, as the forward kernel computed it.
+
+    Behind these comes the gradient of the state after the last chunk.
+    """
     own = tl.arange(0, S.P)[:, None] * S.N + tl.arange(0, S.N)[None, :]
     for i in tl.range(0, S.HEADS, disable_licm=True):
         head = first + i
         rate = tl.load(v.A + head).to(tl.float32)
-        here = states + (row * chunks * S.H + head) * (S.P * S.N)
+        here = states + (row * (chunks + 1) * S.H + head) * (S.P * S.N)
         state = load_initial_state(v, (row * S.H + head) * (S.P * S.N) + own, S)
         tl.store(here + own, state)
         for c in tl.range(0, chunks - 1, disable_licm=True):
@@ -236,6 +248,11 @@ def leave_states(v, states, row, first, group, length, chunks, S: tl.constexpr):
             state = add_product(kept * state, x_, operand(B_, S), S)
             here += S.H * S.P * S.N
             tl.store(here + own, state)
+        if S.HAS_FINAL:
+            dstate = tl.load(dfinal_state + (row * S.H + head) * (S.P * S.N) + own)
+        else:
+            dstate = tl.zeros([S.P, S.N], tl.float32)
+        tl.store(here + S.H * S.P * S.N + own, dstate)
 
 
 @triton.jit
@@ -247,14 +264,9 @@ def load_entering(initial_state, here, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def load_dstate(dfinal_state, here, behind, S: tl.constexpr):
-    """The gradient of the state after a chunk: the chunk behind it has left it in its place."""
-    dstate = tl.zeros([S.P, S.N], tl.float32)
-    if S.HAS_FINAL:
-        dstate += tl.load(dfinal_state, mask=behind == 0, other=0)
-    if S.SEVERAL_CHUNKS:
-        dstate += tl.load(here + S.H * S.P * S.N, mask=behind > 0, other=0)
-    return dstate
+def load_dstate(dfinal_state, dleaving, S: tl.constexpr):
+    """The gradient of the state after a chunk, which the chunk behind it has left, if any."""
+    return tl.load(dleaving if S.SEVERAL_CHUNKS else dfinal_state)
 
 
 @triton.jit
@@ -288,9 +300,10 @@ def backward(
     [B, chunks, H] and dD [B, chunks, H(, P)] have a share for each chunk, dB and dC
     [B, L, H / HEADS, N] one for each program of a row. The gradient of the bias is the sum of ddt.
 
-    `states` [B, chunks, H, P, N] is the kernel's own memory where there are several chunks. A first
-    pass leaves the state that enters each chunk there. The second pass goes from the last chunk to
-    the first. Once it has read a state, it leaves the gradient of that state in its place.
+    `states` [B, chunks + 1, H, P, N] is the kernel's own memory where there are several chunks. A
+    first pass leaves the state that enters each chunk there. The second pass goes from the last
+    chunk to the first. The last place holds the gradient of the state between the chunk behind and
+    this one. As it is one place for all chunks, it stays in the cache.
 
     The heads are a loop, as registers do not suffice for all of them at once. The grid is that of
     `forward`.
@@ -309,7 +322,7 @@ def backward(
     own = p[:, None] * S.N + n[None, :]
     chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
     if S.SEVERAL_CHUNKS:
-        leave_states(v, states, row, first, group, length, chunks, S)
+        leave_states(v, dfinal_state, states, row, first, group, length, chunks, S)
 
     # Not pipelined: a state must not be loaded before the chunk after it has left it.
     for behind in tl.range(0, chunks, disable_licm=True, num_stages=1):
@@ -318,9 +331,8 @@ def backward(
             tl.debug_barrier()
         c = chunks - 1 - behind
         chunk = locate_chunk(v, c, length, S)
-        C_ = operand(load_projections(v.C, chunk, group, S), S)
-        B_ = tl.trans(pair_rows(load_projections(v.B, chunk, group, S)))
-        scores = product(C_, operand(B_, S), S)
+        if S.SEVERAL_CHUNKS:
+            scores = score(v, chunk, group, S)
         dscores = tl.zeros([S.Q, S.Q], tl.float32)
         dB_ = tl.zeros([S.Q, S.N], tl.float32)
         dC_ = tl.zeros([S.Q, S.N], tl.float32)
@@ -329,7 +341,8 @@ def backward(
             rate = tl.load(v.A + head).to(tl.float32)
             raw, step = load_steps(v, chunk, head, S)
             total = log_decays(step, rate, chunk.restarts)
-            here = states + ((row * chunks + c) * S.H + head) * (S.P * S.N) + own
+            here = states + ((row * (chunks + 1) + c) * S.H + head) * (S.P * S.N) + own
+            dleaving = states + ((row * (chunks + 1) + chunks) * S.H + head) * (S.P * S.N) + own
             whole = (row * S.H + head) * (S.P * S.N) + own
 
             # What each stage reads is loaded anew, and barriers keep the stages apart. All their
@@ -339,11 +352,11 @@ def backward(
             of_position = tl.zeros([S.Q], tl.float32)
             if S.HAS_LEAVING_STATE:
                 to_end, kept = decay_to_end(total, S)
-                dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                dstate = load_dstate(dfinal_state + whole, dleaving, S)
                 seeing = operand(load_projections(v.B, chunk, group, S), S)
                 dx_ = product(seeing, operand(tl.trans(dstate), S), S) * to_end[:, None]
                 tl.debug_barrier()
-                dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                dstate = load_dstate(dfinal_state + whole, dleaving, S)
                 left = operand(load_channels(v.x, chunk, head, S), S)
                 dB_head = product(left, operand(dstate, S), S) * (step * to_end)[:, None]
                 dB_ += dB_head
@@ -360,7 +373,7 @@ def backward(
                 tl.debug_barrier()
                 dentering = tl.zeros([S.P, S.N], tl.float32)
                 if S.HAS_LEAVING_STATE:
-                    dstate = load_dstate(dfinal_state + whole, here, behind, S)
+                    dstate = load_dstate(dfinal_state + whole, dleaving, S)
                     state = load_entering(initial_state + whole, here, S)
                     dlog_decay += kept * tl.sum(state * dstate)
                     dentering = kept * dstate
@@ -369,23 +382,35 @@ def backward(
                 dentering = add_product(dentering, seen, queries, S)
                 if S.HAS_INITIAL:
                     tl.store(dinitial_state + whole, dentering, mask=c == 0)
-                tl.debug_barrier()  # all threads have read the state
+                tl.debug_barrier()  # all threads have read the gradient of the state after it
                 if S.SEVERAL_CHUNKS:
-                    tl.store(here, dentering)
+                    tl.store(dleaving, dentering)
 
+            if not S.SEVERAL_CHUNKS:
+                # Computed anew for each head, as a large chunk leaves no registers to keep them.
+                scores = score(v, chunk, group, S)
             x_ = load_channels(v.x, chunk, head, S)
             dy_ = load_channels(dy, chunk, head, S)
             decay = paired_decay_between(total, S)
             pairs = product(operand(dy_, S), operand(tl.trans(pair_rows(x_)), S), S)
-            pairs *= decay * pair_columns(step[None, :])
-            dscores += pairs
+            pairs *= pair_columns(step[None, :])
+            dscores += pairs * decay
+            mixing = scores * decay
+            pairs *= mixing
+            tl.debug_barrier()
+            dy_ = load_channels(dy, chunk, head, S)
+            mixing = tl.trans(unpair_columns(mixing))
+            dx_ = add_product(dx_, operand(mixing, S), operand(dy_, S), S)
+            tl.debug_barrier()
             # Position t decays what goes from k < t to q >= t. Sums over these rectangles keep
             # digits that differences of row and column sums would lose.
-            to_later = tl.cumsum(pairs * scores, 0, reverse=True)
-            to_later += pair_columns(of_position[None, :])
+            to_later = tl.cumsum(pairs, 0, reverse=True)
+            if S.HAS_LEAVING_STATE:
+                to_later += pair_columns(of_position[None, :])
             dlog_decay += tl.sum(tl.where(before, to_later, 0), 1)
-            mixing = tl.trans(unpair_columns(scores * decay))
-            dx_ = add_product(dx_, operand(mixing, S), operand(dy_, S), S)
+            tl.debug_barrier()
+            x_ = load_channels(v.x, chunk, head, S)
+            dy_ = load_channels(dy, chunk, head, S)
             dstep = tl.sum(dx_ * x_, 1) + dlog_decay * rate
             dx_ *= step[:, None]
             if S.HAS_D:
