@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import tim4rec_jax
-from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.errors import UsageError, UserError, run_main
 
 _EXAMPLES = """\
 examples:
@@ -140,14 +140,14 @@ def main(words: Sequence[str] | None = None) -> int | None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(COMMANDS)}"
-        raise UserError(f"{name!r} is no command of tim4rec; {hint}")
+        raise UsageError(f"{name!r} is no command of tim4rec; {hint}")
     helps = {"-h", "--help"} & set(rest)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed) if helps else contextlib.nullcontext():
             return COMMANDS[name].run(rest)
     except UserError as error:
-        raise UserError(_named(str(error))) from error
+        raise type(error)(_named(str(error))) from error
     finally:
         if helps:
             print(_named(printed.getvalue()), end="")

@@ -15,7 +15,7 @@ from ml_collections import config_flags
 
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.config import Config
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UsageError, UserError
 from tim4rec_jax.presets import load_config
 
 
@@ -78,9 +78,9 @@ def parse(argv: list[str], usage: str) -> tuple[Config, Path]:
     except (flags.Error, TypeError, ValueError) as error:
         # ml_collections wraps some messages in a tuple.
         message = re.sub(r"\('(.*?)', '.*'\)$", r"\1", str(error).strip())
-        raise UserError(f"{message}; see train.py --help") from error
+        raise UsageError(f"{message}; see train.py --help") from error
     if rest:
-        raise UserError(f"{rest[0]!r} is not a flag; see train.py --help")
+        raise UsageError(f"{rest[0]!r} is not a flag; see train.py --help")
     if workdir.value == "":
         raise UserError("--workdir is empty; name a folder, or leave it out for one in runs/")
     resolved = config_lib.resolve(config.value).lock()
@@ -97,7 +97,7 @@ def _load(named: str | None, workdir: str | None) -> Config:
     if named:
         return load_config(named)
     if not workdir or not (Path(workdir) / "config.json").exists():
-        raise UserError("--config FILE.py is missing; see train.py --help")
+        raise UsageError("--config FILE.py is missing; see train.py --help")
     from tim4rec_jax.run import read_settings
 
     return read_settings(Path(workdir) / "config.json")

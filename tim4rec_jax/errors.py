@@ -1,9 +1,11 @@
 """How mistakes reach the user: as one sentence and an exit code, without a traceback."""
 
+import argparse
 import errno
 import os
 import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 # Errors of the operating system that another path or other permissions correct.
 _OF_PATHS = {
@@ -23,6 +25,22 @@ LONGEST_SENTENCE = 300  # characters; a longer one loses its middle
 class UserError(Exception):
     """A mistake that the user can correct. The message names the mistake and the remedy."""
 
+    exit_code = 1
+
+
+class UsageError(UserError):
+    """A command line that has a wrong flag, or lacks one."""
+
+    exit_code = 2  # as usual on Unix
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Tells a mistake in one sentence, without the list of all flags before it."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises a `UsageError`."""
+        raise UsageError(f"{message}; see `{self.prog} --help`")
+
 
 def run_main(main: Callable[[], int | None]) -> int:
     """Runs the main function of a command and reports what the user can correct.
@@ -31,14 +49,14 @@ def run_main(main: Callable[[], int | None]) -> int:
       main: returns an exit code, or None for 0.
 
     Returns:
-      The exit code. It is 1 after a `UserError`, an error of the operating system (full disk, no
-      permission) or want of memory, 130 after Ctrl-C, and otherwise that of `main`. All other
-      exceptions are bugs and keep their traceback.
+      The exit code. It is 2 after a `UsageError`, 1 after any other `UserError`, an error of the
+      operating system (full disk, no permission) or want of memory, 130 after Ctrl-C, and otherwise
+      that of `main`. All other exceptions are bugs and keep their traceback.
     """
     try:
         return main() or 0
     except UserError as error:
-        return _fail(str(error))
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("interrupted", 130)
     except BrokenPipeError:

@@ -6,7 +6,6 @@ flags.
 
 from __future__ import annotations
 
-import argparse
 import difflib
 import json
 import os
@@ -15,7 +14,7 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -129,17 +128,12 @@ def _feature_paths(table: Any, item: str, work: Path) -> list[str]:
     return [str(work / _ITEM_TABLE)]
 
 
-class _Refusing(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
 def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
     """Runs `python -m data_prep table`; messages speak of keywords and of the table instead."""
     from tim4rec_jax.data_prep.__main__ import main
     from tim4rec_jax.data_prep.read import GIVE_FLAG
 
-    parser = data_prep_parser(_Refusing)
+    parser = data_prep_parser()
     known = vars(parser.parse_args(["table", "--source", "events", "--out", "folder"]))
     words = ["table", "--source", *paths]
     try:
@@ -164,7 +158,8 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
         # Rich shows nothing that moves in a notebook, for which it would need ipywidgets.
         main(words, Console(force_jupyter=False))
     except UserError as error:
-        said = str(error).replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
+        said = str(error).partition("; see `")[0]  # what a command line is told to read
+        said = said.replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
         said = said.replace(str(table), "the table")
         said = said.replace(GIVE_FLAG, "pass ")
         said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)

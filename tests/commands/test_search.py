@@ -15,7 +15,7 @@ from tim4rec_jax.commands import search_report, trainings, tune
 from tim4rec_jax.commands.search import Plan, ends, search, validations
 from tim4rec_jax.commands.search_report import best_trial, print_result
 from tim4rec_jax.config import flatten
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import UserError, run_main
 from tim4rec_jax.presets import load_config
 from tim4rec_jax.run import write_settings
 
@@ -260,9 +260,7 @@ def test_a_torn_log(tmp_path):
     ],
 )
 def test_wrong_flags(words, says, capsys):
-    with pytest.raises(SystemExit) as exit:
-        tune.main(["--config=causal", *words.split()])
-    assert exit.value.code == 2
+    assert run_main(lambda: tune.main(["--config=causal", *words.split()])) == 2
     assert says in capsys.readouterr().err
 
 

@@ -201,6 +201,5 @@ def test_mistakes(words, says, capsys):
 
 @pytest.mark.parametrize("number", ["0", "1.5", "-1", "1e99", "nan", "ten", "1" * 40])
 def test_numbers_that_are_none(number, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        main(["--users", "1", "--events", "9", f"--items={number}"])
-    assert stopped.value.code == 2 and "is no" in capsys.readouterr().err
+    assert run_main(lambda: main(["--users", "1", "--events", "9", f"--items={number}"])) == 2
+    assert "is no" in capsys.readouterr().err

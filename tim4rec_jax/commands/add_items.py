@@ -7,7 +7,6 @@ Nothing is trained. The new run serves, exports and recommends like any other.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from tim4rec_jax.data.features import Categorical, Dense, FeatureTable
-from tim4rec_jax.errors import UserError, one_line
+from tim4rec_jax.errors import ArgumentParser, UserError, one_line
 from tim4rec_jax.files import named_folder
 
 # What a run needs to recommend, besides what is written anew.
@@ -26,7 +25,7 @@ _KEPT = ("config.json", "date_range.json")
 
 def main(words: Sequence[str] | None = None) -> None:
     """Runs the command line, or the given words."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tim4rec add-items",
         description="Adds items to a run that was trained with item features. Their features tell "
         "whom they are recommended to. Nothing is trained.",

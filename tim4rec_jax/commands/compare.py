@@ -48,7 +48,7 @@ from tim4rec_jax.commands.compare_report import (
 )
 from tim4rec_jax.commands.results import append, rows_of_run
 from tim4rec_jax.data import open_dataset
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import ArgumentParser, UserError
 from tim4rec_jax.evaluation import metrics
 from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
 from tim4rec_jax.evaluation.metrics import tested
@@ -201,7 +201,7 @@ def write_csv(path: Path, found: list[Run]) -> None:
 
 def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.compare") -> None:
     """Runs the command line, or the given words."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -6,9 +6,8 @@ import argparse
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import ArgumentParser
 from tim4rec_jax.files import named_file
 
 # What `tim4rec_jax.evaluation.beyond_accuracy` measures, for `--help`.
@@ -25,11 +24,6 @@ BEYOND_ACCURACY = {
     "items; P = (items + 1 - place) / items, for the place in the list and in the order of "
     "popularity",
 }
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _folder(text: str) -> Path:
@@ -49,7 +43,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _flags(words: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = _Parser(
+    parser = ArgumentParser(
         prog=prog,
         description=__doc__,
         epilog="Beyond accuracy, for lists of the k best items:\n"

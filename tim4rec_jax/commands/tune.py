@@ -16,7 +16,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tim4rec_jax.errors import UserError
+from tim4rec_jax.errors import ArgumentParser, UserError
 from tim4rec_jax.files import named_folder, positive_count
 
 _EXAMPLES = """\
@@ -36,7 +36,7 @@ def _range(text: str) -> tuple[str, str]:
 
 
 def _flags(words: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tim4rec tune",
         description=__doc__,
         epilog=_EXAMPLES,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
+
+from tim4rec_jax.errors import ArgumentParser
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line, or the given words; gives the exit code, 1 if something is wrong."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="tim4rec verify",
         description="Checks the settings, the checkpoints and the dataset of a run, part by part.",
     )

@@ -8,12 +8,11 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
 
 from tim4rec_jax.data_prep.read import NUMBER
 from tim4rec_jax.data_prep.sources import MD5
 from tim4rec_jax.data_prep.writer import SHARD_EVENTS
-from tim4rec_jax.errors import one_line
+from tim4rec_jax.errors import ArgumentParser, one_line
 from tim4rec_jax.files import named_folder
 
 _DESCRIPTION = """\
@@ -33,24 +32,13 @@ examples:
 _DEEPEST = 100
 
 
-class Parser(argparse.ArgumentParser):
-    """Tells each mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Ends the program with the exit code 2."""
-        super().error(one_line(message))
-
-
-def parser(
-    kind: type[argparse.ArgumentParser] = Parser, prog: str = "python -m data_prep"
-) -> argparse.ArgumentParser:
+def parser(prog: str = "python -m data_prep") -> ArgumentParser:
     """Builds the parser; `command` of its result is the name of a source, inspect or synthetic.
 
     Args:
-      kind: its class, which says what happens after a mistake.
       prog: what the command is called.
     """
-    top = kind(
+    top = ArgumentParser(
         prog=prog,
         description=_DESCRIPTION,
         epilog=_EXAMPLES,

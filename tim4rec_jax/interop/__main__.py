@@ -17,7 +17,7 @@ from flax import nnx
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
-from tim4rec_jax.errors import UserError, one_line, run_main
+from tim4rec_jax.errors import ArgumentParser, UserError, one_line, run_main
 from tim4rec_jax.files import atomic_directory, named_folder, read_regular, write_json
 from tim4rec_jax.interop.torch_file import read_checkpoint
 from tim4rec_jax.interop.weights import from_torch, model_config, parameter_names, to_torch
@@ -30,7 +30,7 @@ _LARGEST_YAML = 1 << 20  # settings are much smaller
 
 
 def _flags(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tim4rec_jax.interop",
         description="Turns a checkpoint of the published PyTorch code into a run for eval.py.",
     )

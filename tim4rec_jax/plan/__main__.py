@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.errors import ArgumentParser, UserError, run_main
 
 _EXAMPLES = """\
 examples:
@@ -61,7 +61,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m tim4rec_jax.
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog=prog,
         description=__doc__,
         epilog=_EXAMPLES,

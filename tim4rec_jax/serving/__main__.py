@@ -15,14 +15,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tim4rec_jax.errors import UserError, run_main
+from tim4rec_jax.errors import ArgumentParser, UserError, run_main
 from tim4rec_jax.files import named_file, named_folder, read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
@@ -37,7 +37,7 @@ def main(
     arguments: Sequence[str] | None = None, prog: str = "python -m tim4rec_jax.serving"
 ) -> int | None:
     """Runs the command line, or the given arguments."""
-    parser = _Parser(
+    parser = ArgumentParser(
         prog=prog,
         description="Recommendations from a run of train.py.",
     )
@@ -51,11 +51,6 @@ def main(
     if unknown:  # argparse would name the help of all commands
         commands.choices[flags.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return flags.run(flags)
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see `{self.prog} --help`")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser) -> None:
