@@ -13,7 +13,7 @@ MAY_IMPORT = {
     "checks": (),
     "files": ("errors",),
     "runtime": ("errors",),
-    "item_rows": ("runtime", "errors"),
+    "item_rows": ("digests", "runtime", "errors"),
     "digests": ("files", "errors"),
     "ssd": ("runtime", "errors"),
     "layers": ("ssd", "runtime", "errors"),
