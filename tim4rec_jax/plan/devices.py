@@ -45,9 +45,9 @@ DEVICES = {
     "a100": Device(80e9, 312e12, 156e12, 2039e9, 300e9, 8, 25e9, _NVIDIA + "a100/"),
     "h100": Device(80e9, 989e12, 494e12, 3350e9, 450e9, 8, 50e9, _NVIDIA + "h100/"),
     "h200": Device(141e9, 989e12, 494e12, 4800e9, 450e9, 8, 50e9, _NVIDIA + "h200/"),
-    # Two cores of an AMD EPYC, measured: thin matrix products, and copies of large arrays
-    # (benchmarks/RESULTS.md). Other machines differ by their number of cores.
-    "cpu": Device(16e9, 2e11, 2e11, 2e10, 1e9, 1, 1e9, "measured on 2 cores"),
+    # Two cores of an AMD EPYC, measured (benchmarks/RESULTS.md): a large matrix product, and the
+    # most that a training step moved in a second. Other machines differ by their number of cores.
+    "cpu": Device(16e9, 1.6e11, 1.6e11, 1.85e10, 1e9, 1, 1e9, "measured on 2 cores"),
 }
 
 
