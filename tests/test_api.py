@@ -138,6 +138,7 @@ def test_what_cannot_be_prepared(columns, flags, words):
         t4r.prepare(events(**columns), **NAMES | flags)
     assert words in str(raised.value)
     assert "/tmp" not in str(raised.value)
+    assert not isinstance(raised.value.__cause__, UserError)  # a notebook shows one sentence
 
 
 def test_columns_of_one_name():

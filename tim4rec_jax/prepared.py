@@ -164,7 +164,8 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
         said = said.replace(GIVE_FLAG, "pass ")
         said = re.sub(r"--([a-z-]+)=(\w+)|--(time-unit) (\w+)", _as_keyword, said)
         said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
-        raise UserError(said) from error
+        # A notebook would show both, the one with flags and the name of a temporary file first.
+        raise UserError(said) from None
 
 
 def _as_keyword(flag: re.Match[str]) -> str:
