@@ -9,6 +9,7 @@ import duckdb
 import pytest
 
 from tim4rec_jax.data_prep.database import connect
+from tim4rec_jax.prepared import quiet_in_notebooks
 
 CELLS = [
     """
@@ -50,6 +51,14 @@ model.recommend(users=["c3"], k=3)
 ]
 
 
+def test_nothing_moves_in_a_notebook(monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as a kernel does
+    assert quiet_in_notebooks().is_terminal
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    console = quiet_in_notebooks()
+    assert not console.is_terminal and not console.is_jupyter
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the notebook's own libraries
 def test_a_notebook(tmp_path, monkeypatch):
@@ -78,6 +87,7 @@ def test_a_notebook(tmp_path, monkeypatch):
     shown = [out["data"]["text/plain"] for out in outputs if out["output_type"] == "execute_result"]
     assert not errors
     assert "epoch 2: loss" in "".join(texts)
+    assert "\x1b[2K" not in "".join(texts)  # no frame of a spinner
     assert shown[0] == "<24 users, 12 items, 192 events>"
     assert "customer" in shown[1]
 

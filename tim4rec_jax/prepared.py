@@ -155,8 +155,7 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
                 else:
                     words.append(f"{flag}={','.join(value) if listed else value}")
         parser.parse_args(words)
-        # Rich shows nothing that moves in a notebook, for which it would need ipywidgets.
-        main(words, Console(force_jupyter=False))
+        main(words, quiet_in_notebooks())
     except UserError as error:
         said = str(error).partition("; see `")[0]  # what a command line is told to read
         said = said.replace(str(table.with_name(_ITEM_TABLE)), "the table of item features")
@@ -166,6 +165,16 @@ def _data_prep(paths: list[str], flags: dict[str, Any], table: Path) -> None:
         said = re.sub(r"--([a-z]+(?:-[a-z]+)*)", lambda m: m[1].replace("-", "_"), said)
         # A notebook would show both, the one with flags and the name of a temporary file first.
         raise UserError(said) from None
+
+
+def quiet_in_notebooks() -> Console:
+    """A console that shows nothing that moves in a notebook, for which Rich needs ipywidgets.
+
+    Kernels set FORCE_COLOR, by which Rich takes their output for a terminal and writes each frame
+    of a spinner below the one before.
+    """
+    in_notebook = Console().is_jupyter
+    return Console(force_jupyter=False, force_terminal=False if in_notebook else None)
 
 
 def _as_keyword(flag: re.Match[str]) -> str:

@@ -66,8 +66,9 @@ def print_plan(
 ) -> None:
     """Prints what will be searched, and how."""
     width = max(map(len, ranges), default=0)
+    epochs = f"{config.train.epochs} epoch{'s' * (config.train.epochs > 1)}"
     lines = [
-        f"{trials} trials of at most {config.train.epochs} epochs, judged by NDCG@10 on validation"
+        f"{trials} trial{'s' * (trials > 1)} of at most {epochs}, judged by NDCG@10 on validation"
         + (f"; {done} are done" if done else ""),
         *(f"  {name:<{width}}  {text}" for name, text in ranges.items()),
     ]
