@@ -79,18 +79,22 @@ class Program(NamedTuple):
     shape: Shape
     precision: str = "tf32x3"
     block: bool = False
+    causal: bool = False  # the block of the causal layer, else of the paper's
 
     def abstract(self) -> tuple[Callable, dict]:
         """Returns the function, and the shapes of its inputs."""
         if self.block:
             settings = {"activation": "hardswish", "state": self.shape.state}
-            return functools.partial(time_aware_ssd_block, **settings), self.shape.block_inputs()
+            inputs = self.shape.block_inputs(self.causal)
+            return functools.partial(time_aware_ssd_block, **settings), inputs
         settings = {"dt_softplus": True, "precision": self.precision}
         return functools.partial(ssd, **settings), self.shape.op_inputs()
 
     def bytes_moved(self, backward: bool) -> int:
         """Returns the bytes that a kernel must move."""
-        moved = self.shape.block_bytes if self.block else self.shape.op_bytes
+        moved: Callable[[bool], int] = self.shape.op_bytes
+        if self.block:
+            moved = functools.partial(self.shape.block_bytes, causal=self.causal)
         return moved(True) - moved(False) if backward else moved(False)
 
 
@@ -108,7 +112,7 @@ def programs() -> list[Program]:
     found += [Program(s) for sizes in wide for s in (*both(**sizes), *both(**sizes, **half))]
     for sizes in ({}, half, {"width": 64, "state": 64}, {"width": 64, "state": 64, **half}):
         found += [Program(s, block=True) for s in both(**sizes)]
-    return found
+    return found + [Program(s, block=True, causal=True) for s in both()]
 
 
 class Launch(NamedTuple):
@@ -267,7 +271,7 @@ def rows(chosen: list[Program], capabilities: list[int]) -> Iterator[dict]:
                 for gpu in gpus:
                     bounds[f"memory us {gpu.name}"] = round(moved / gpu.bandwidth * 1e6, 1)
                 yield {
-                    "kernel": launch.name,
+                    "kernel": launch.name + (", causal" if program.causal else ""),
                     "sm": capability,
                     **sizes,
                     "precision": launch.specialisation.PRECISION,

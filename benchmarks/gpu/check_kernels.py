@@ -102,6 +102,9 @@ def check_errors(session):
             ids = segments(shape)
             name = f"block, segments, L{shape.length}"
             compare(session, name, block, inputs, kind, segment_ids=ids)
+            name = f"block of the causal layer, segments, L{shape.length}"
+            inputs = random_inputs(shape.block_inputs(causal=True), 1)
+            compare(session, name, block, inputs, kind, segment_ids=ids)
 
 
 def check_bits(session):

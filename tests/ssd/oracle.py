@@ -19,7 +19,7 @@ def recurrence(
     """Computes what `cases.outcome` returns, and the sizes of the sums over rows and positions.
 
     Args:
-        inputs: arrays by the names of `ssd`'s arguments.
+        inputs: arrays by the names of `ssd`'s arguments, and perhaps `time_rate` of the block.
         weights: of `y` [B,L,H,P] and of the final state [B,H,P,N] in the objective.
         dt_softplus: as in `ssd`.
         dt_limit: as in `ssd`.
@@ -41,7 +41,8 @@ def recurrence(
     skip = np.zeros((heads, 1))
     if "D" in v:
         skip = v["D"] if v["D"].ndim == 2 else v["D"][:, None]
-    decay = np.exp(step * A)
+    rate = A * np.exp(v.get("time_rate", np.zeros_like(step)))
+    decay = np.exp(step * rate)
     if segment_ids is not None:
         ids = np.asarray(segment_ids)
         decay[:, 1:][ids[:, 1:] != ids[:, :-1]] = 0
@@ -64,15 +65,16 @@ def recurrence(
         dstep[:, t] = np.sum(added * x[:, t], -1)
         dlog_decay[:, t] = decay[:, t] * np.sum(dstate * states[t], (-1, -2))
         dstate *= decay[:, t, :, None, None]
-    ddt = (dstep + dlog_decay * A) * ((smooth >= dt_limit[0]) & (smooth <= dt_limit[1]))
+    ddt = (dstep + dlog_decay * rate) * ((smooth >= dt_limit[0]) & (smooth <= dt_limit[1]))
     if dt_softplus:
         ddt *= np.exp(-np.logaddexp(0, -raw))
 
-    terms = {"A": dlog_decay * step, "dt_bias": ddt, "D": wy * x}
+    terms = {"A": dlog_decay * step * rate / A, "dt_bias": ddt, "D": wy * x}
     if "D" in v and v["D"].ndim == 1:
         terms["D"] = np.sum(terms["D"], -1)
     dB, dC = (d.reshape(*v["B"].shape[:3], -1, size).sum(3) for d in (dB, dC))
     gradients = {"x": dx, "dt": ddt, "B": dB, "C": dC, "initial_state": dstate}
+    gradients["time_rate"] = dlog_decay * step * rate
     gradients |= {name: d.sum((0, 1)) for name, d in terms.items()}
     results = {"y": y, "final_state": states[-1]}
     magnitudes = {name: np.abs(d).sum((0, 1)) for name, d in terms.items() if name in v}
@@ -132,7 +134,8 @@ def block(
         "x": x.reshape(rows, length, heads, -1),
         "B": B.reshape(rows, length, groups, -1),
         "C": C.reshape(rows, length, groups, -1),
-        "dt": dt * factor,
+        "dt": dt * factor + v.get("time_step", 0),
+        **{name: v[name] for name in ("time_rate",) if name in v},
         **{name: v[name] for name in ("A", "D", "dt_bias")},
     }
     final = np.zeros((rows, heads, inner // heads, state))
@@ -160,6 +163,8 @@ def block(
     gradients = {
         "projected": np.concatenate([dz, dmixed, d["dt"] * factor], axis=-1),
         "time_factor": d["dt"] * dt,
+        "time_step": d["dt"],
+        "time_rate": d.get("time_rate"),
         "conv_kernel": dkernel,
         "conv_bias": np.sum(du, (0, 1)),
         **{name: d[name] for name in ("A", "D", "dt_bias")},

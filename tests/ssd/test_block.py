@@ -37,6 +37,10 @@ def make(length, *, batch=2, heads=2, groups=1, width=5, size=8, taps=4, **optio
     options = {"activation": "hardswish", "state": size, "groups": groups} | options
     if "time_factor" in options:
         del inputs["time_factor"]
+    if options.pop("causal", False):
+        del inputs["time_factor"]
+        for name in ("time_step", "time_rate"):
+            inputs[name] = rng.normal(size=(batch, length, heads))
     return inputs, rng.normal(size=(batch, length, inner)), options
 
 
@@ -64,11 +68,14 @@ FURTHER = {
     "L1": {"length": 1, "taps": 1},
     "no factor": {"length": 31, "chunk_size": 16, "time_factor": None},
     "L65": {"length": 65},
+    "causal": {"length": 33, "causal": True, "chunk_size": 16, "segments": True},
+    "causal in one chunk": {"length": 20, "causal": True},
 }
 RUNS = [
     *((name, *run) for name in ("xla", "tpu") for run in itertools.product(CASES, ["float32"])),
     *itertools.product(("xla", "tpu"), ("L2", "chunks"), ["bfloat16"]),
     *((name, "chunks", "float64") for name in ("xla", "reference")),
+    ("xla", "causal", "float32"),
 ]
 HEAVY = {
     *(("xla", "L257", "float32"), ("tpu", "L257", "float32"), ("xla", "groups", "float32")),
@@ -84,7 +91,7 @@ def heavy_ones_slow(runs, heavy):
 
 @pytest.mark.parametrize(("implementation", "case", "dtype"), heavy_ones_slow(RUNS, HEAVY))
 def test_equals_the_float64_recurrence(implementation, case, dtype, x64):
-    check(implementation, dtype, **CASES[case])
+    check(implementation, dtype, **(CASES | FURTHER)[case])
 
 
 TRITON_RUNS = [

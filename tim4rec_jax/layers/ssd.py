@@ -144,13 +144,11 @@ class SSDLayer(nnx.Module):
     def block_arguments(
         self,
         projected: Float[Array, "B L E"],
-        time_factor: Float[Array, "B L H"] | None,
         segment_ids: Int[AnyArray, "B L"] | None = None,
     ) -> dict[str, Any]:
-        """Arguments of `time_aware_ssd_block`, which is all between the two projections."""
+        """Arguments of `time_aware_ssd_block`, all between the projections, but for time's."""
         return dict(
             projected=projected,
-            time_factor=time_factor,
             conv_kernel=self.conv.kernel[...],
             conv_bias=self.conv.bias[...],
             A=self.decay_rates(),
@@ -238,10 +236,11 @@ class CausalSSD(SSDLayer):
 
     def _mix(self, h, time, segment_ids):
         projected = self.in_proj(_with_inputs(h, time))
-        if time is None:  # the kernels of the block have one step size for input and decay
-            arguments = self.block_arguments(projected, None, segment_ids)
-            if has_kernel(**arguments):
-                return self.out_proj(time_aware_ssd_block(**arguments))
+        arguments = self.block_arguments(projected, segment_ids)
+        if time is not None:
+            arguments |= {"time_step": time.step, "time_rate": time.rate}
+        if has_kernel(**arguments):
+            return self.out_proj(time_aware_ssd_block(**arguments))
         z, mixed, dt = self._split(projected)
         x, B, C = self.op_inputs(self.conv(mixed, segment_ids))
         inputs, decay = self._for_op(x, dt, time)
@@ -388,7 +387,7 @@ class TimeAwareSSD(SSDLayer):
 
     def _mix(self, h, factor, segment_ids):
         projected = self.in_proj(h)
-        arguments = self.block_arguments(projected, factor, segment_ids)
+        arguments = self.block_arguments(projected, segment_ids) | {"time_factor": factor}
         if has_kernel(**arguments):
             return self.out_proj(time_aware_ssd_block(**arguments))
         z, mixed_dt = jnp.split(projected, [self.inner], axis=-1)

@@ -35,6 +35,8 @@ class BlockArguments(NamedTuple):
     eps: float = 1e-5
     segment_ids: jax.Array | None = None
     chunk_size: int | None = None
+    time_step: jax.Array | None = None
+    time_rate: jax.Array | None = None
 
 
 def _composed(v: BlockArguments, op: str | None) -> jax.Array:
@@ -47,19 +49,22 @@ def _composed(v: BlockArguments, op: str | None) -> jax.Array:
         mixed, v.conv_kernel.astype(dtype), v.conv_bias.astype(dtype), v.segment_ids
     )
     x, B, C = jnp.split(ACTIVATIONS[v.activation](mixed), [inner, inner + cells], axis=-1)
-    y: Any = ssd(
-        x.reshape(*x.shape[:2], heads, -1),
-        dt if v.time_factor is None else dt * v.time_factor,
-        v.A,
-        B.reshape(*B.shape[:2], v.groups, -1),
-        C.reshape(*C.shape[:2], v.groups, -1),
-        v.D,
-        dt_bias=v.dt_bias,
-        dt_softplus=True,
-        segment_ids=v.segment_ids,
-        chunk_size=v.chunk_size,
-        implementation=op,
-    )
+    x = x.reshape(*x.shape[:2], heads, -1)
+    if v.time_factor is not None:
+        dt = dt * v.time_factor
+    if v.time_step is not None:
+        dt = dt + v.time_step
+    of_rows = (B.reshape(*B.shape[:2], v.groups, -1), C.reshape(*C.shape[:2], v.groups, -1))
+    settings = {"segment_ids": v.segment_ids, "chunk_size": v.chunk_size, "implementation": op}
+    y: Any
+    if v.time_rate is None:
+        y = ssd(x, dt, v.A, *of_rows, v.D, dt_bias=v.dt_bias, dt_softplus=True, **settings)
+    else:
+        # The op has one step size for input and decay. The factor on the rate of decay multiplies
+        # that step size, and the input is divided by it.
+        rate = jnp.exp(v.time_rate.astype(dtype))
+        dt = jax.nn.softplus(dt + v.dt_bias) * rate
+        y = ssd(x / rate[..., None], dt, v.A, *of_rows, **settings) + v.D[:, None] * x
     gated = y.reshape(z.shape) * jax.nn.silu(z)
     variance = jnp.mean(gated * gated, axis=-1, keepdims=True)
     y = gated * jax.lax.rsqrt(variance + v.eps) * v.norm_scale
@@ -86,7 +91,7 @@ BLOCK_IMPLEMENTATIONS = {
 }
 
 
-def has_kernel(projected: Any, time_factor: Any, **settings: Any) -> bool:
+def has_kernel(projected: Any, time_factor: Any = None, **settings: Any) -> bool:
     """Returns whether `time_aware_ssd_block` would run a kernel of its own.
 
     The answer is for the platform that is compiled for, see `compile_for`.
@@ -106,8 +111,10 @@ def _choose(name: str | None, arguments: BlockArguments) -> Implementation:
 
 def time_aware_ssd_block(
     projected: Float[AnyArray, "B L E"],
-    time_factor: Float[AnyArray, "B L H"] | None,
+    time_factor: Float[AnyArray, "B L H"] | None = None,
     *,
+    time_step: Float[AnyArray, "B L H"] | None = None,
+    time_rate: Float[AnyArray, "B L H"] | None = None,
     conv_kernel: Float[AnyArray, "W M"],
     conv_bias: Float[AnyArray, " M"],
     A: Float[AnyArray, " H"],
@@ -122,19 +129,22 @@ def time_aware_ssd_block(
     chunk_size: int | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "B L I"]:
-    """What TiM4Rec's layer (arXiv 2409.16182, section 3.3) does between its projections.
+    """What the SSD layers do between their projections, the paper's and the causal one.
 
     `projected` holds z [I], x [I], B [G N], C [G N] and dt [H] along its last axis, I = H P.
     x, B and C pass a causal depthwise convolution and the activation; then
-    `y = RMSNorm(ssd(x, softplus(dt time_factor + dt_bias), A, B, C, D) silu(z)) norm_scale`
-    (the block of Mamba-2, arXiv 2405.21060, section 7). Computed in float32, or float64 as soon
-    as one input is.
+    `y = RMSNorm(ssd(x, step, A exp(time_rate), B, C, D) silu(z)) norm_scale` with
+    `step = softplus(dt time_factor + time_step + dt_bias)`, the block of Mamba-2 (arXiv 2405.21060,
+    section 7). The paper's layer (arXiv 2409.16182, section 3.3) has the time factor, the causal
+    layer the other two. Computed in float32, or float64 as soon as one input is.
 
     NaN, infinities, forward mode and symbolic shapes are as for `ssd`.
 
     Args:
         projected: what the input projection returns, E = 2 I + 2 G N + H.
         time_factor: scales the raw step sizes; None: 1.
+        time_step: added to the raw step sizes; None: 0.
+        time_rate: log of a factor on the rate of decay at each position; None: 0.
         conv_kernel: taps of each channel of (x, B, C), M = I + 2 G N; the last is the present.
         conv_bias: of each channel.
         A: decay rate of each head, negative in a stable model.
@@ -161,6 +171,8 @@ def time_aware_ssd_block(
     arrays: Any = dict(
         projected=projected,
         time_factor=time_factor,
+        time_step=time_step,
+        time_rate=time_rate,
         conv_kernel=conv_kernel,
         conv_bias=conv_bias,
         A=A,
@@ -183,10 +195,11 @@ def time_aware_ssd_block(
         # To the convolution of the kernels, an id that comes back would be the same segment.
         arguments = arguments._replace(segment_ids=first_positions(segment_ids))
 
-    def compute(projected, time_factor):
-        return chosen.compute(arguments._replace(projected=projected, time_factor=time_factor))
+    def compute(*rows):
+        return chosen.compute(arguments._replace(**dict(zip(names, rows, strict=True))))
 
-    rows = (arguments.projected, arguments.time_factor)
+    names = ("projected", "time_factor", "time_step", "time_rate")
+    rows = tuple(getattr(arguments, name) for name in names)
     return finite.call_guarded(compute, rows, arguments.segment_ids)
 
 
@@ -211,6 +224,8 @@ def _check(v: BlockArguments):
     rows = v.projected.shape[:2]
     for name, array, shape in (
         ("time_factor", v.time_factor, (*rows, heads)),
+        ("time_step", v.time_step, (*rows, heads)),
+        ("time_rate", v.time_rate, (*rows, heads)),
         ("conv_kernel", v.conv_kernel, (v.conv_kernel.shape[0], mixed)),
         ("conv_bias", v.conv_bias, (mixed,)),
         ("A", v.A, (heads,)),

@@ -61,12 +61,17 @@ class Shape(NamedTuple):
             "dt_bias": _array(self.heads),
         }
 
-    def block_inputs(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shapes and dtypes of the array inputs of `time_aware_ssd_block`."""
+    def block_inputs(self, causal: bool = False) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shapes and dtypes of the array inputs of `time_aware_ssd_block`.
+
+        Args:
+            causal: whether time acts as in the causal layer, else as in the paper's.
+        """
         lead = (self.batch, self.length)
+        time = ("time_step", "time_rate") if causal else ("time_factor",)
         return {
             "projected": _array(*lead, self.projected, dtype=self.dtype),
-            "time_factor": _array(*lead, self.heads),
+            **{name: _array(*lead, self.heads) for name in time},
             "conv_kernel": _array(TAPS, self.mixed),
             "conv_bias": _array(self.mixed),
             "A": _array(self.heads),
@@ -87,10 +92,11 @@ class Shape(NamedTuple):
         forward = 5 * self.batch * self.length * self.inner * self.state
         return forward * (3 if gradient else 1)
 
-    def block_bytes(self, gradient: bool) -> int:
+    def block_bytes(self, gradient: bool, causal: bool = False) -> int:
         """Returns the bytes that the block must move: each input and output once, in each pass."""
         item = jnp.dtype(self.dtype).itemsize
-        inputs, outputs = self.projected * item + self.heads * 4, self.inner * item
+        time = self.heads * 4 * (2 if causal else 1)
+        inputs, outputs = self.projected * item + time, self.inner * item
         passes = inputs + outputs + (2 * inputs + outputs if gradient else 0)
         return self.batch * self.length * passes
 

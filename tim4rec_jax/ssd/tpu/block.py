@@ -126,6 +126,8 @@ class Rows(NamedTuple):
 def unsupported_reason(v) -> str | None:
     """Returns why the arguments of the block cannot run here, or None if they can."""
     parameters = (v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale)
+    if v.time_step is not None or v.time_rate is not None:
+        return "it has no time_step and no time_rate, which the causal layer has"
     arrays = (v.projected, v.time_factor, *parameters)
     if any(array is not None and array.dtype == jnp.float64 for array in arrays):
         return "a TPU has no float64"

@@ -22,6 +22,8 @@ class Rows(NamedTuple):
 
     projected: Any  # [B,L,E]
     time_factor: Any = None  # [B,L,H]
+    time_step: Any = None  # [B,L,H]
+    time_rate: Any = None  # [B,L,H]
     segment_ids: Any = None  # [B,L]
 
 
@@ -60,6 +62,8 @@ class Specialisation(NamedTuple):
     Q: int  # positions of a chunk
     SEVERAL_CHUNKS: bool
     HAS_FACTOR: bool
+    HAS_STEP: bool  # whether something is added to the raw step sizes
+    HAS_RATE: bool  # whether the rate of decay differs between positions
     HAS_SEGMENTS: bool
     HARDSWISH: bool  # else the activation is SiLU
     EPS: float
@@ -70,7 +74,7 @@ def unsupported_reason(v) -> str | None:
     """Says what keeps `block_triton` from running on the GPU that is compiled for, or None."""
     parameters = (v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale)
     inner, taps = v.norm_scale.size, v.conv_kernel.shape[0]
-    arrays = (v.projected, v.time_factor, *parameters)
+    arrays = (v.projected, v.time_factor, v.time_step, v.time_rate, *parameters)
     if reason := launch.unsupported_reason(arrays, inner // v.A.size, v.state, SIZES):
         return reason
     if inner > MOST_FEATURES:
@@ -87,7 +91,7 @@ def block_triton(v) -> jax.Array:
         v: `tim4rec_jax.ssd.fused_block.BlockArguments` without an `unsupported_reason`.
     """
     return _block(
-        Rows(v.projected, v.time_factor, v.segment_ids),
+        Rows(v.projected, v.time_factor, v.time_step, v.time_rate, v.segment_ids),
         Parameters(v.conv_kernel, v.conv_bias, v.A, v.D, v.dt_bias, v.norm_scale),
         Options(v.activation, v.state, v.groups, float(v.eps), v.chunk_size),
     )
@@ -143,27 +147,34 @@ def _backward(options, rows_and_results, parameters):
     S, tiles = _specialise("block_backward", options, rows, parameters)
     # Positions of a row in the kernel's own memory: two chunks, or the only one.
     kept = 2 * S.Q if S.SEVERAL_CHUNKS else length
-    dprojected, dfactor, dconvolution, dheads, dscale, *_ = launch.launch(
+
+    def of_rows(value):
+        """Of the gradient of an array; a missing one has a number that nobody reads."""
+        if value is None:
+            return _float32(1)
+        return jax.ShapeDtypeStruct(value.shape, value.dtype)
+
+    modulation = (rows.time_factor, rows.time_step, rows.time_rate)
+    dprojected, *dmodulation, dconvolution, dheads, dscale, _, _, _, _ = launch.launch(
         block_backward,
         (*_inputs(rows, parameters), y, rstd, dy, length),
         (
             jax.ShapeDtypeStruct(rows.projected.shape, rows.projected.dtype),
-            jax.ShapeDtypeStruct(rows.time_factor.shape, rows.time_factor.dtype)
-            if S.HAS_FACTOR
-            else _float32(1),
+            *map(of_rows, modulation),
             _float32(batch, S.W + 1, S.M),
             _float32(batch, 3, S.H),
             _float32(batch, S.I),
             _float32(batch, -(-length // S.Q), S.H, S.N, S.P, needed=S.SEVERAL_CHUNKS),
             _float32(batch, kept, S.M),
             _float32(batch, kept, S.I),
-            _float32(batch, S.H, S.Q, needed=S.SEVERAL_CHUNKS),
+            _float32(batch, 2, S.H, S.Q, needed=S.SEVERAL_CHUNKS),
         ),
         programs=batch,
         specialisation=S,
         tiles=tiles,
     )
-    return Rows(dprojected, dfactor if S.HAS_FACTOR else None), (dconvolution, dheads, dscale)
+    given = (None if v is None else d for v, d in zip(modulation, dmodulation, strict=True))
+    return Rows(dprojected, *given), (dconvolution, dheads, dscale)
 
 
 def _float32(*shape, needed=True):
@@ -173,10 +184,8 @@ def _float32(*shape, needed=True):
 
 def _inputs(rows, parameters):
     """The inputs of both kernels; a missing one is replaced by an array that they do not read."""
-    factor, segments = (
-        parameters.A if v is None else v for v in (rows.time_factor, rows.segment_ids)
-    )
-    return (rows.projected, factor, *parameters, segments)
+    factor, step, rate, segments = (parameters.A if v is None else v for v in rows[1:])
+    return (rows.projected, factor, step, rate, *parameters, segments)
 
 
 def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, TileSizes]:
@@ -207,6 +216,8 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
         Q=tiles.chunk,
         SEVERAL_CHUNKS=several,
         HAS_FACTOR=rows.time_factor is not None,
+        HAS_STEP=rows.time_step is not None,
+        HAS_RATE=rows.time_rate is not None,
         HAS_SEGMENTS=rows.segment_ids is not None,
         HARDSWISH=options.activation == "hardswish",
         EPS=options.eps,

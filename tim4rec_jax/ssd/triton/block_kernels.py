@@ -35,6 +35,8 @@ class Inputs(NamedTuple):
 
     projected: Any  # [B, L, E]
     factor: Any  # [B, L, H]
+    added: Any  # [B, L, H], `time_step`
+    rate: Any  # [B, L, H], `time_rate`
     taps: Any  # [W, M]
     conv_bias: Any  # [M]
     A: Any  # [H]
@@ -55,12 +57,14 @@ class Chunk(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """What makes the step sizes of a head, each [Q]: softplus(dt factor + dt_bias)."""
+    """What makes the step sizes of a head, each [Q]: softplus(dt factor + added + dt_bias)."""
 
     dt: Any
     factor: Any
     raw: Any  # the argument of softplus
     step: Any  # the step size, 0 past the end of the sequence
+    faster: Any  # a factor on the rate of decay
+    rate: Any  # the rate of decay
 
 
 class Results(NamedTuple):
@@ -79,6 +83,8 @@ class Gradients(NamedTuple):
 
     projected: Any  # [B, L, E]
     factor: Any  # [B, L, H]
+    added: Any  # [B, L, H]
+    rate: Any  # [B, L, H]
     convolution: Any  # [B, W + 1, M], of the taps and, last, of the bias
     heads: Any  # [B, 3, H], of A, D and dt_bias
     scale: Any  # [B, I]
@@ -95,7 +101,7 @@ class Memory(NamedTuple):
     states: Any  # [B, chunks, H, N, P]: the state that enters each chunk, later the gradient of it
     convolved: Any  # [B, R, M]: the gradient of the convolution's result
     result: Any  # [B, R, I]: the gradient of the op's result
-    steps: Any  # [B, H, Q]: the gradient of the step sizes
+    steps: Any  # [B, 2, H, Q]: the gradients of the step sizes and of the logarithms of decays
 
 
 class Turn(NamedTuple):
@@ -188,9 +194,18 @@ def load_steps(v, chunk, head, S: tl.constexpr):
     else:
         factor = tl.full(chunk.at.shape, 1, tl.float32)
     raw = dt * factor + tl.load(v.dt_bias + head).to(tl.float32)
+    if S.HAS_STEP:
+        added = tl.load(v.added + chunk.at * S.H + head, mask=chunk.inside, other=0)
+        raw += added.to(tl.float32)
     step = tl.where(chunk.inside, softplus(raw), 0)
-    total = log_decays(step, tl.load(v.A + head).to(tl.float32), chunk.restarts)
-    return Steps(dt, factor, raw, step), total
+    if S.HAS_RATE:
+        faster = tl.load(v.rate + chunk.at * S.H + head, mask=chunk.inside, other=0)
+        faster = tl.exp(faster.to(tl.float32))
+    else:
+        faster = tl.full(chunk.at.shape, 1, tl.float32)
+    rate = faster * tl.load(v.A + head).to(tl.float32)
+    total = log_decays(step, rate, chunk.restarts)
+    return Steps(dt, factor, raw, step, faster, rate), total
 
 
 @triton.jit
@@ -213,6 +228,8 @@ def rotate(values, last):
 def block_forward(
     projected,
     factor,
+    added,
+    rate,
     taps,
     conv_bias,
     A,
@@ -229,7 +246,7 @@ def block_forward(
 
     The grid is one axis of B programs.
     """
-    v = Inputs(projected, factor, taps, conv_bias, A, D, dt_bias, scale, segments)
+    v = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
     row = tl.program_id(0).to(tl.int64)
     p, n = tl.arange(0, S.P), tl.arange(0, S.N)
 
@@ -397,9 +414,12 @@ def through_states(v, chunk, turn, gradients, memory, S: tl.constexpr):
             dstep_x = tl.dot(B, dstate, input_precision=S.PRECISION) * to_end[:, None]
             dx = dstep_x * steps.step[:, None]
             store_tile(memory.convolved, turn.slot * S.M, inside, own, dx)
-            dstep = tl.sum(dstep_x * x, 1) + dlog_decay * tl.load(v.A + head).to(tl.float32)
-            tl.store(memory.steps + (turn.row * S.H + head) * S.Q + tl.arange(0, S.Q), dstep)
-            dA = tl.sum(dlog_decay * steps.step, 0)
+            dstep = tl.sum(dstep_x * x, 1) + dlog_decay * steps.rate
+            left_here = memory.steps + (turn.row * (2 * S.H) + head) * S.Q + tl.arange(0, S.Q)
+            tl.store(left_here, dstep)
+            if S.HAS_RATE:
+                tl.store(left_here + S.H * S.Q, dlog_decay)
+            dA = tl.sum(dlog_decay * steps.step * steps.faster, 0)
             add_share(gradients.heads + turn.row * (3 * S.H) + head, dA, turn.earlier)
         store_tile(memory.convolved, turn.slot * S.M, inside, b, dB)
         store_tile(memory.convolved, turn.slot * S.M, inside, c, dC)
@@ -432,15 +452,21 @@ def through_pairs(v, chunk, turn, gradients, memory, S: tl.constexpr):
             to_later = tl.cumsum(pairs * scores, 0, reverse=True)
             dlog_decay = tl.sum(tl.where(q[:, None] > q[None, :], to_later, 0), 1)
             dx = dstep_x * steps.step[:, None] + dout * tl.load(v.D + head).to(tl.float32)
-            dstep = tl.sum(dstep_x * x, 1) + dlog_decay * tl.load(v.A + head).to(tl.float32)
+            dstep = tl.sum(dstep_x * x, 1) + dlog_decay * steps.rate
             dA = gradients.heads + turn.row * (3 * S.H) + head
             if S.SEVERAL_CHUNKS:
                 dx += load_tile(memory.convolved, turn.slot * S.M, inside, own)
-                dstep += tl.load(memory.steps + (turn.row * S.H + head) * S.Q + q)
-                tl.store(dA, tl.load(dA) + tl.sum(dlog_decay * steps.step, 0))
+                left_here = memory.steps + (turn.row * (2 * S.H) + head) * S.Q + q
+                dstep += tl.load(left_here)
+                tl.store(dA, tl.load(dA) + tl.sum(dlog_decay * steps.step * steps.faster, 0))
+                if S.HAS_RATE:
+                    dlog_decay += tl.load(left_here + S.H * S.Q)
                 tl.debug_barrier()
             else:
-                tl.store(dA, tl.sum(dlog_decay * steps.step, 0))
+                tl.store(dA, tl.sum(dlog_decay * steps.step * steps.faster, 0))
+            if S.HAS_RATE:
+                drate = gradients.rate + chunk.at * S.H + head
+                tl.store(drate, dlog_decay * steps.step * steps.rate, mask=inside)
             store_tile(memory.convolved, turn.slot * S.M, inside, own, dx)
             add_share(dA + S.H, tl.sum(tl.sum(dout * x, 1), 0), turn.earlier)
             dstep = tl.where(inside, dstep * tl.sigmoid(steps.raw), 0)
@@ -449,6 +475,8 @@ def through_pairs(v, chunk, turn, gradients, memory, S: tl.constexpr):
             tl.store(ddt, dstep * steps.factor, mask=inside)
             if S.HAS_FACTOR:
                 tl.store(gradients.factor + chunk.at * S.H + head, dstep * steps.dt, mask=inside)
+            if S.HAS_STEP:
+                tl.store(gradients.added + chunk.at * S.H + head, dstep, mask=inside)
         dB = tl.dot(tl.trans(dscores), C, input_precision=S.PRECISION)
         if S.SEVERAL_CHUNKS:
             dB += load_tile(memory.convolved, turn.slot * S.M, inside, b)
@@ -498,6 +526,8 @@ def through_convolution(v, chunk, turn, gradients, memory, length, S: tl.constex
 def block_backward(
     projected,
     factor,
+    added,
+    rate,
     taps,
     conv_bias,
     A,
@@ -511,6 +541,8 @@ def block_backward(
     length,
     dprojected,
     dfactor,
+    dadded,
+    drate,
     dconvolution,
     dheads,
     dscale,
@@ -523,11 +555,11 @@ def block_backward(
     """Writes the gradients of all inputs from that of y, given y and `rstd`.
 
     Where there are several chunks, a first pass leaves the state that enters each of them. The grid
-    is that of `block_forward`. `Gradients` and `Memory` tell what the last nine arrays are.
+    is that of `block_forward`. `Gradients` and `Memory` tell what the last eleven arrays are.
     """
-    v = Inputs(projected, factor, taps, conv_bias, A, D, dt_bias, scale, segments)
+    v = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
     results = Results(y, rstd, dy)
-    gradients = Gradients(dprojected, dfactor, dconvolution, dheads, dscale)
+    gradients = Gradients(dprojected, dfactor, dadded, drate, dconvolution, dheads, dscale)
     memory = Memory(states, dconvolved, dresult, dsteps)
     row = tl.program_id(0).to(tl.int64)
     chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
