@@ -11,6 +11,7 @@ import collections
 import contextlib
 import dataclasses
 import errno
+import functools
 import importlib
 import itertools
 import json
@@ -207,17 +208,12 @@ class SparkEngine:
         console: Console,
     ) -> Reading:
         """See `Engine.read`; each file is read in a task."""
-        folder, memory = self.work / "raw", self.memory
+        folder = self.work / "raw"
         folder.mkdir()
         # A task may run where the current folder is another one.
         paths = [dataclasses.replace(file, path=file.path.absolute()) for file in found]
 
-        def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            for batch in batches:
-                for number in batch.column(0).to_pylist():
-                    told = read_file(number, paths[number], source, flags, folder, memory)
-                    yield pa.record_batch({"number": [number], "told": [json.dumps(told)]})
-
+        task = functools.partial(_read_task, paths, source, flags, folder, self.memory)
         with console.status(f"reading {len(found):,} files"):
             tasks = self.spark.range(0, len(found), 1, len(found))
             rows = sorted(tasks.mapInArrow(task, "number long, told string").collect())
@@ -280,26 +276,9 @@ class SparkEngine:
         write: WriteFile,
     ) -> None:
         """See `Engine.write_files`; each file is written in a task."""
-        work, users = self.work, self.folders["user_index"]
         by_shard = {file.shard: file for file in found}
-
-        def task(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-            pieces = (pa.table(batch) for batch in batches)
-            first = next(pieces, None)
-            if first is None:  # no user begins in this shard
-                return
-            file = by_shard[first.column("shard")[0].as_py()]
-            with tempfile.TemporaryDirectory(prefix="writing-", dir=work) as made:
-                write(
-                    Path(made),
-                    file,
-                    _ranked(users, file.first, file.users),
-                    (piece.drop("shard") for piece in itertools.chain([first], pieces)),
-                )
-                for one in Path(made).iterdir():
-                    os.replace(one, directory / one.name)
-            yield pa.record_batch({"number": [file.number]})
-
+        users = self.folders["user_index"]
+        task = functools.partial(_write_task, directory, self.work, users, by_shard, write)
         placed = self.spark.sql(f"SELECT CAST({shard} AS INTEGER) AS shard, * {select}")
         placed = placed.repartitionById(found[-1].shard + 1, "shard")
         placed.createOrReplaceTempView("placed")
@@ -319,6 +298,46 @@ class SparkEngine:
         pattern = re.sub(r"([\[\]{}*?\\,])", r"\\\1", _uri(folder))  # globs are read, not written
         self.spark.read.parquet(pattern).createOrReplaceTempView(name)
         self.folders[name] = folder
+
+
+def _read_task(
+    paths: Sequence[files.SourceFile],
+    source: Source,
+    flags: argparse.Namespace,
+    folder: Path,
+    memory: str,
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        for number in batch.column(0).to_pylist():
+            told = read_file(number, paths[number], source, flags, folder, memory)
+            yield pa.record_batch({"number": [number], "told": [json.dumps(told)]})
+
+
+def _write_task(
+    directory: Path,
+    work: Path,
+    users: Path,
+    by_shard: dict[int, File],
+    write: WriteFile,
+    batches: Iterable[pa.RecordBatch],
+) -> Iterator[pa.RecordBatch]:
+    pieces = (pa.table(batch) for batch in batches)
+    first = next(pieces, None)
+    if first is None:  # no user begins in this shard
+        return
+    file = by_shard[first.column("shard")[0].as_py()]
+    # The same task may run twice at once, so the file gets its name when it is complete.
+    with tempfile.TemporaryDirectory(prefix="writing-", dir=work) as made:
+        write(
+            Path(made),
+            file,
+            _ranked(users, file.first, file.users),
+            (piece.drop("shard") for piece in itertools.chain([first], pieces)),
+        )
+        for one in Path(made).iterdir():
+            os.replace(one, directory / one.name)
+    yield pa.record_batch({"number": [file.number]})
 
 
 def read_file(
