@@ -13,6 +13,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,11 +145,25 @@ ARTEFACTS = {
 }
 
 
+class TooLong(BaseException):
+    """Not an `Exception`, which a program may catch."""
+
+
+def stop(*_):
+    raise TooLong
+
+
 def outcome(action):
-    """The exit code of an action, and its result or its sentence."""
+    """The exit code of an action, and its result or its sentence; it must not hang."""
     result, said = [], io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        code = run_main(lambda: result.append(action()))
+    old = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            code = run_main(lambda: result.append(action()))
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
     lines = [line for line in said.getvalue().splitlines() if not line.startswith("note: ")]
     return code, result, lines
 
@@ -326,6 +341,16 @@ def settings(examples):
 @given(choice=CHOICES)
 def test_the_same_figures_or_one_sentence(home, expected, choice):
     check(home, expected, choice)
+
+
+def test_a_pipe_in_place_of_the_items(home):
+    """Arrow would wait for somebody who writes to it."""
+    fresh_copy(home)
+    (RUN / ITEMS_FILE).unlink()
+    os.mkfifo(RUN / ITEMS_FILE)
+    code, _, [line] = outcome(loaded)
+    assert (code, "items.parquet is no file" in line) == (1, True)
+    assert any("items.parquet is no file" in str(part.problem) for part in verify(RUN))
 
 
 @pytest.mark.slow

@@ -468,9 +468,12 @@ def _sizes(config: config_lib.Config, stored: Any, workdir: Path) -> dict[str, A
     """Numbers of items and users that the stored tables are for, and shapes of the features."""
     table = stored["item_embedding"]
     n_items = table["embedding"].shape[0] - model_class(config.model).special_rows
-    if (workdir / ITEMS_FILE).exists():
+    items = workdir / ITEMS_FILE
+    if items.exists():
+        if not items.is_file():  # reading a pipe would wait for somebody who writes to it
+            raise UserError(f"{items} is no file")
         # A table that was spread over devices has rows of zeros behind those of the items.
-        n_items = min(n_items, pq.read_metadata(workdir / ITEMS_FILE).num_rows)
+        n_items = min(n_items, pq.read_metadata(items).num_rows)
     sizes: dict[str, Any] = {"n_items": n_items}
     if "maps" in table:
         maps = table["maps"]

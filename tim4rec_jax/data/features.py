@@ -264,6 +264,8 @@ def read_features(directory: Path, n_items: int, remedy: str) -> FeatureTable | 
     path = directory / FEATURES_FILE
     if not path.exists():
         return None
+    if not path.is_file():  # reading a pipe would wait for somebody who writes to it
+        raise UserError(f"{path} is no file; {remedy}")
     try:
         with pa.ipc.open_file(pa.BufferReader(path.read_bytes())) as reader:
             table = reader.read_all()
