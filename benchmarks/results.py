@@ -117,6 +117,7 @@ MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
 SLICE = "model.date_bias_knots=0 model.output_std=0.02"
 MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"
 BOTH = ("data", "config", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10")
+TIES = "data.shuffle_ties=True train.learning_rate=0.003"
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
     "readme": Table(
@@ -193,6 +194,18 @@ TABLES = {
     "ml-100k-bands": Table(
         RANKED,
         [("ml-100k", "causal", ""), ("ml-100k", "causal", "model.band_events=5")],
+        BOTH,
+        seed="2020",
+        masked=True,
+    ),
+    "ml-100k-ties": Table(
+        RANKED,
+        [
+            ("ml-100k", "causal", ""),
+            ("ml-100k", "causal", TIES),
+            ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
+            ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True {TIES}"),
+        ],
         BOTH,
         seed="2020",
         masked=True,
