@@ -37,7 +37,8 @@ config.model.repeat_bias = True
 config.train.checkpoint_minutes = float(minutes)
 config.mesh.data, config.mesh.catalogue = int(data), int(catalogue)
 from tim4rec_jax.config import resolve
-train_and_report(resolve(config), Path(workdir))
+from tim4rec_jax.errors import run_main
+sys.exit(run_main(lambda: train_and_report(resolve(config), Path(workdir))))
 """
 
 

@@ -210,7 +210,10 @@ class Checkpoints:
         return None
 
     def restore_best(self, params: nnx.State) -> nnx.State:
-        """The best parameters, on the devices of those given, whose values are not used.
+        """The best parameters.
+
+        Args:
+          params: their shapes, and where they belong.
 
         Raises:
           UserError: they are damaged.

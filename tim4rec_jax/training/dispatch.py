@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 from grain import DatasetIterator
+from jax.sharding import NamedSharding
 
 from tim4rec_jax import item_rows
 from tim4rec_jax.config import Config
@@ -84,14 +85,22 @@ class HostSteps:
         for width in self._batches.buckets:
             batch = self._needed(self._batches[0])
             batch["items"] = np.zeros((len(batch["items"]), width), np.int32)
-            shapes = {
-                name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=by_row)
-                for name, array in batch.items()
-            }
+            shapes = _of_all_processes(batch, self._batches.batch_size, by_row)
             yield train_step.lower(state, shapes, self.settings, self._cumulative)
 
     def _needed(self, batch: Batch) -> Batch:
         return {name: batch[name] for name in self._fields if name in batch}
+
+
+def _of_all_processes(share: Batch, rows: int, by_row: NamedSharding) -> Any:
+    """The shapes of a batch of so many rows, of which this process makes a share."""
+    parts = rows // len(next(iter(share.values())))
+    return {
+        name: jax.ShapeDtypeStruct(
+            (parts * len(array), *array.shape[1:]), array.dtype, sharding=by_row
+        )
+        for name, array in share.items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,12 +217,9 @@ class DeviceSteps:
 
     def lowered(self, state: Any) -> Iterator[jax.stages.Lowered]:
         """See `HostSteps.lowered`."""
-        indices = self._batches.indices(0)
-        shapes = {
-            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=self._by_row)
-            for name, array in indices.items()
-            if name != "bucket"
-        }
+        indices = dict(self._batches.indices(0))
+        del indices["bucket"]
+        shapes = _of_all_processes(indices, self._batches.batch_size, self._by_row)
         for width in self._batches.buckets:
             yield gathered_train_step.lower(
                 state, self._log, shapes, self.settings, self._gather, width, self._cumulative

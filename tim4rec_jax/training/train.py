@@ -397,7 +397,9 @@ def _train(
 
         # Test the best parameters.
         if spread:
-            best_model = nnx.merge(graphdef, checkpoints.restore_best(state.params))
+            for array in jax.tree.leaves((state.params, state.opt_state)):
+                array.delete()  # no more of large tables than must be
+            best_model = nnx.merge(graphdef, checkpoints.restore_best(state_shapes.params))
             batching["placement"] = placement
         else:
             _, best_model = load_model(workdir)
