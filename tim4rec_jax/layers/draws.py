@@ -19,6 +19,7 @@ from jaxtyping import Array, UInt32
 
 _LARGE = 2**25  # elements; smaller tables are drawn in one piece
 _COLUMNS = 4  # that are drawn at once
+_config: Any = jax.config
 
 
 def in_parts(init: nnx.Initializer) -> nnx.Initializer:
@@ -27,7 +28,7 @@ def in_parts(init: nnx.Initializer) -> nnx.Initializer:
     def drawn(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
         large = len(shape) == 2 and math.prod(shape) > _LARGE and shape[1] <= 2**16
         # Only these bits depend on the place alone. Other numbers than float32 take other bits.
-        known = jax.config.jax_threefry_partitionable and dtype == jnp.float32
+        known = _config.jax_threefry_partitionable and dtype == jnp.float32
         if large and known and str(jax.random.key_impl(key)) == "threefry2x32":
             key = jax.random.wrap_key_data(jax.random.key_data(key), impl=_IN_PARTS)
         return init(key, shape, dtype, out_sharding)
