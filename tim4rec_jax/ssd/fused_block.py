@@ -64,7 +64,8 @@ def _composed(v: BlockArguments, op: str | None) -> jax.Array:
         # that step size, and the input is divided by it.
         rate = jnp.exp(v.time_rate.astype(dtype))
         dt = jax.nn.softplus(dt + v.dt_bias) * rate
-        y = ssd(x / rate[..., None], dt, v.A, *of_rows, **settings) + v.D[:, None] * x
+        seen: Any = ssd(x / rate[..., None], dt, v.A, *of_rows, **settings)
+        y = seen + v.D[:, None] * x
     gated = y.reshape(z.shape) * jax.nn.silu(z)
     variance = jnp.mean(gated * gated, axis=-1, keepdims=True)
     y = gated * jax.lax.rsqrt(variance + v.eps) * v.norm_scale

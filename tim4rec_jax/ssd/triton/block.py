@@ -15,6 +15,9 @@ from tim4rec_jax.ssd.triton.launch import TileSizes
 SIZES = (16, 32, 64)  # what P and N may be
 MOST_FEATURES = 256
 MOST_TAPS = 8
+# The largest states for which products of float32 are three of tensor cores, on Hopper and later:
+# the narrower products of older GPUs want their operands in registers, which spill.
+WIDEST_STATE = {"block_forward": 32}
 
 
 class Rows(NamedTuple):
@@ -193,13 +196,19 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
     length, projected = rows.projected.shape[1:]
     heads, inner = parameters.A.size, parameters.norm_scale.size
     taps, channels = parameters.conv_kernel.shape
+    size = max(inner // heads, options.state)
     # Products of what is read as bfloat16 need no more digits than tensor cores keep.
-    allowed = "tf32" if rows.projected.dtype.itemsize == 2 else "ieee"
+    if rows.projected.dtype.itemsize == 2:
+        allowed = "tf32"
+    elif (launch.compute_capability() or 0) >= 90 and size <= WIDEST_STATE.get(kernel, 0):
+        allowed = "tf32x3"
+    else:
+        allowed = "ieee"
     tiles = launch.tile_sizes(
         kernel,
         length=length,
         heads=1,
-        size=max(inner // heads, options.state),
+        size=size,
         precision=allowed,
         largest_chunk=options.chunk_size,
     )._replace(heads=heads)

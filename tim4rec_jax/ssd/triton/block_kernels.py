@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 
 from tim4rec_jax.ssd.triton.common import (
+    add_product,
     advance,
     attend,
     attend_backward,
@@ -25,8 +26,16 @@ from tim4rec_jax.ssd.triton.common import (
     load_restarts,
     load_tile,
     log_decays,
+    operand,
+    pair_columns,
+    pair_rows,
+    paired,
+    paired_decay_between,
+    product,
     scratch_offsets,
     softplus,
+    unpair_columns,
+    unpair_transposed,
 )
 
 
@@ -162,7 +171,7 @@ def activate(v, chunk, channel, S: tl.constexpr):
         u *= tl.minimum(tl.maximum(u + 3, 0), 6) * (1 / 6)
     else:
         u *= tl.sigmoid(u)
-    if S.PRECISION != "ieee":
+    if S.PRECISION == "tf32":
         # The compiler repeats elementwise operations in the layout of every operand of tensor
         # cores, back to what was loaded: the convolution, many times. It does not repeat a sum.
         u = tl.sum(u[:, :, None], 2)
@@ -248,15 +257,16 @@ def block_forward(
     """
     v = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
     row = tl.program_id(0).to(tl.int64)
-    p, n = tl.arange(0, S.P), tl.arange(0, S.N)
+    q, p, n = tl.arange(0, S.Q), tl.arange(0, S.P), tl.arange(0, S.N)
 
     # Registers cannot be numbered by a variable. Where a loop goes through all heads, they move on
     # by one in each turn, and are back in their places after the last.
     states = ()
     results = ()
-    for _ in tl.static_range(S.H):
-        states += (tl.zeros([S.N, S.P], tl.float32),)
+    for _ in tl.static_range(0 if S.PRECISION == "tf32x3" else S.H):
         results += (tl.zeros([S.Q, S.P], tl.float32),)
+    for _ in tl.static_range(S.H if S.SEVERAL_CHUNKS else 0):
+        states += (tl.zeros([S.P, S.N], tl.float32),)
 
     for c in tl.range(0, tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1, disable_licm=True):
         chunk = locate_chunk(v, row, c, length, S)
@@ -264,30 +274,50 @@ def block_forward(
         for group in tl.range(0, S.G, disable_licm=True):
             b = S.I + group * S.N + n
             B_ = activate(v, chunk, b, S)
-            C_ = activate(v, chunk, b + S.G * S.N, S)
-            scores = tl.dot(C_, tl.trans(B_), input_precision=S.PRECISION)
+            C_ = operand(activate(v, chunk, b + S.G * S.N, S), S)
+            scores = product(C_, operand(tl.trans(pair_rows(B_)), S), S)
             for i in tl.range(0, S.H // S.G, disable_licm=True):
                 head = group * (S.H // S.G) + i
                 own = head * S.P + p
                 steps, total = load_steps(v, chunk, head, S)
+                # A sum over one number keeps the compiler from computing the steps for each use.
+                step = tl.sum(steps.step[:, None], 1)
                 x = activate(v, chunk, own, S)
-                mixing = scores * decay_between(total, S)
-                step_x = x * steps.step[:, None]
-                state = states[0]
-                y_ = attend(mixing, C_, step_x, state, total, S.SEVERAL_CHUNKS, S)
+                mixing = scores * paired_decay_between(total, S) * pair_columns(step[None, :])
+                skip = tl.load(v.D + head).to(tl.float32)
+                mixing += tl.where(q[:, None] == paired(q)[None, :], skip, 0)
+                y_ = tl.zeros([S.Q, S.P], tl.float32)
                 if S.SEVERAL_CHUNKS:
-                    states = rotate(states, advance(state, B_, step_x, total, S))
-                y_ += x * tl.load(v.D + head).to(tl.float32)
+                    state = states[0]
+                    y_ = product(C_, operand(unpair_transposed(state), S), S)
+                    y_ *= decay_from_start(total)[:, None]
+                y_ = add_product(y_, operand(unpair_columns(mixing), S), operand(x, S), S)
+                if S.SEVERAL_CHUNKS:
+                    to_end, kept = decay_to_end(total, S)
+                    from_here = operand(pair_columns(B_) * (to_end * step)[:, None], S)
+                    state = add_product(kept * state, operand(tl.trans(x), S), from_here, S)
+                    states = rotate(states, state)
                 z = load_tile(v.projected, chunk.at * S.E, chunk.inside, own)
                 y_ *= z * tl.sigmoid(z)
                 squares += tl.sum(y_ * y_, 1)
-                results = rotate(results, y_)
+                if S.PRECISION == "tf32x3":
+                    store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
+                else:
+                    results = rotate(results, y_)
         rstd_ = tl.rsqrt(squares / S.I + S.EPS)
         tl.store(rstd + chunk.at, rstd_, mask=chunk.inside)
-        for h in tl.static_range(S.H):
-            own = h * S.P + p
-            y_ = results[h] * rstd_[:, None] * tl.load(v.scale + own).to(tl.float32)[None, :]
-            store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
+        if S.PRECISION == "tf32x3":
+            tl.debug_barrier()
+            for h in tl.static_range(S.H):
+                own = h * S.P + p
+                y_ = load_tile(y, chunk.at * S.I, chunk.inside, own)
+                y_ *= rstd_[:, None] * tl.load(v.scale + own).to(tl.float32)[None, :]
+                store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
+        else:
+            for h in tl.static_range(S.H):
+                own = h * S.P + p
+                y_ = results[h] * rstd_[:, None] * tl.load(v.scale + own).to(tl.float32)[None, :]
+                store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
 
 
 # The backward kernel. Each stage is a loop of its own over the heads, as registers do not suffice
