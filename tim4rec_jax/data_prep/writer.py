@@ -116,6 +116,8 @@ def write(
     first, last = (
         time // 1_000_000_000 for time in engine.rows("SELECT min(time), max(time) FROM events")[0]
     )
+    # Python needs the memory now, to read what has been written.
+    engine.drop("events", "users", "items", "user_index", "item_index")
     ids, counts = items.column("id").combine_chunks(), items.column("events").to_numpy()
     told = {}
     if item_table is not None or titles:

@@ -30,7 +30,7 @@ BYTES = 4  # of a float32 or an int32
 # Arrays of floats that an optimizer keeps for each parameter.
 OPTIMIZERS = {"adam": 2, "lazy_adam": 2, "adagrad": 0}
 # Processor seconds and bytes of temporary disk for each event: benchmarks/RESULTS.md.
-PREPARE_SECONDS, PREPARE_DISK = 3.5e-6, 120
+PREPARE_SECONDS, PREPARE_DISK = 4.3e-6, 100
 ID_BYTES = 12  # of a user's or an item's original id
 EVENT_BYTES = 12  # of an event in sequences.arrow: the item as int32, the time as int64
 ON_DEVICE = 16  # of an event in the log on a device
