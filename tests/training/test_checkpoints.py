@@ -159,15 +159,15 @@ def test_half_written_checkpoints_are_removed(tmp_path):
     assert names(tmp_path / "checkpoints") == names(tmp_path / "best") == {"5"}
 
 
-@pytest.mark.parametrize("what", ["a pipe", "a list"])
-def test_a_description_that_is_none(tmp_path, what):
+@pytest.mark.parametrize("content", [None, "[]", "[" * 50_000], ids=["pipe", "list", "deep"])
+def test_a_description_that_is_none(tmp_path, content):
     save(tmp_path, 5, 8)
     description = tmp_path / "checkpoints" / "5" / "_CHECKPOINT_METADATA"
     description.unlink()
-    if what == "a pipe":
+    if content is None:
         os.mkfifo(description)  # for which Orbax would wait
     else:
-        description.write_text("[]")
+        description.write_text(content)
     message = rf"^{tmp_path / 'checkpoints'} holds a damaged checkpoint \(.*\): remove it, or"
     with pytest.raises(UserError, match=message):
         restore(tmp_path)

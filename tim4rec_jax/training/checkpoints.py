@@ -124,7 +124,9 @@ class Checkpoints:
             try:
                 check_plain(folder)  # Orbax reads a file of every checkpoint at once
                 managers.append(_manager(folder, keep))
-            except (UserError, ValueError, TypeError, KeyError, AttributeError) as error:
+            except OSError:
+                raise
+            except Exception as error:  # of a damaged checkpoint, Orbax can say anything
                 raise UserError(
                     f"{folder} holds a damaged checkpoint ({first_line(error)}): remove it, or "
                     "delete the run directory to start anew"
