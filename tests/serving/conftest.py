@@ -1,4 +1,7 @@
+import sys
+
 import pytest
+from absl import logging
 
 from tests.serving.redis_server import RedisServer
 from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
@@ -22,6 +25,10 @@ KINDS = {
         date_range=(870_000_000, 900_000_000),
     ),
 }
+
+# When uvicorn sets up logging, absl closes the stream of its handler unless that is one of these.
+# It was opened for the stream that pytest captures, without which pytest ends at once.
+logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 @pytest.fixture(scope="session")

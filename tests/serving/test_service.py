@@ -602,6 +602,27 @@ def test_another_run_takes_over(recommenders, tiny_data, capsys):
         keep.close()
 
 
+def test_the_end_of_the_service_answers_what_still_waits(recommenders, caplog):
+    begun, go_on = threading.Event(), threading.Event()
+
+    def load_slowly():
+        begun.set()
+        go_on.wait(20)
+
+    with served(recommenders("causal")) as server:
+        server._service.reload = load_slowly
+        server.config.timeout_graceful_shutdown = 0.05
+        with connect(server) as waiting:
+            waiting.sendall(post("/reload", {}))
+            begun.wait(20)
+            server.should_exit = True
+            with http.client.HTTPResponse(waiting) as answer:
+                answer.begin()
+                assert (answer.status, b"the service ends" in answer.read()) == (503, True)
+            go_on.set()
+    assert not [record for record in caplog.records if record.exc_info]
+
+
 @pytest.fixture(params=["memory", "sqlite"])
 def store(request, tmp_path):
     store = MemoryStore() if request.param == "memory" else SQLiteStore(tmp_path / "users.db")

@@ -65,6 +65,7 @@ def refusal(status: int, kind: str, message: str, field: str | None = None) -> A
 
 
 BUSY = refusal(503, "unavailable", "the service is too busy; try again later")
+ENDING = refusal(503, "unavailable", "the service ends; try again later")
 
 
 def answer_to(error: Exception) -> Answer:

@@ -6,6 +6,7 @@ but its way to them takes longer than the rest of the work of the event loop.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
@@ -13,7 +14,7 @@ from urllib.parse import unquote_to_bytes
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tim4rec_jax.serving.http.answers import Answer, TooLarge, answer_to, refusal
+from tim4rec_jax.serving.http.answers import ENDING, Answer, TooLarge, answer_to, refusal
 from tim4rec_jax.serving.http.metrics import Metrics
 from tim4rec_jax.serving.http.micro_batcher import ClientLeft
 
@@ -81,6 +82,8 @@ class Guard:
                     answer = await endpoint(scope, lambda: _body(limited))
                 except Exception as error:
                     answer = answer_to(error)
+                except asyncio.CancelledError:  # the service ends and has waited long enough
+                    answer = ENDING
             if answer is None:
                 await self.app(scope, limited, watched)
             else:
