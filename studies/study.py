@@ -168,8 +168,8 @@ class Study:
       draw: draws the results into an empty figure.
       answer: three sentences about the results, made from their numbers.
       measure: rows of NAME.details.csv about the finished trainings.
-      bench: further such rows, which need no training; asked for with the folder of prepared data
-        and with `quick`.
+      bench: further such rows, which need no training; asked for with the results so far and with
+        `quick`. It leaves out what the results hold already.
       make: how to make the data sets that are the study's own, by the name of their folder. A
         function is given an empty path and `quick`.
     """
@@ -183,7 +183,7 @@ class Study:
     draw: Callable[[Results, Any], None]
     answer: Callable[[Results], list[str]]
     measure: Callable[[list[Training]], Iterable[Row]] = no_rows
-    bench: Callable[[Path, bool], Iterable[Row]] = no_rows
+    bench: Callable[[Results, bool], Iterable[Row]] = no_rows
     make: Mapping[str, Callable[[Path, bool], None]] = dataclasses.field(default_factory=dict)
 
     def grid(self, quick: bool = False) -> list[Arm]:
@@ -421,8 +421,9 @@ def main(study: Study, words: Sequence[str] | None = None) -> None:
         flags.out.mkdir(parents=True, exist_ok=True)
         update(path, (training.row(flags.data) for training in found), KEYS["runs"])
         update(path.with_suffix(".pairs.csv"), paired(found), KEYS["pairs"])
-        details = [*study.measure(found), *study.bench(flags.data, flags.quick)]
-        update(path.with_suffix(".details.csv"), details, KEYS["details"])
+        update(path.with_suffix(".details.csv"), study.measure(found), KEYS["details"])
+        for row in study.bench(read_results(study, path, flags.quick), flags.quick):
+            update(path.with_suffix(".details.csv"), [row], KEYS["details"])
     write_report(path, read_results(study, path, flags.quick), study)
     console.print(f"wrote {path.with_suffix('.md')}, its picture and its tables", highlight=False)
     if problems:
