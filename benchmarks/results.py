@@ -127,6 +127,7 @@ TABLES = {
             ("ml-100k", "sasrec", COMPARED["ml-100k"]),
             ("ml-100k", "causal", NO_BIAS),
             ("ml-100k", "causal", ""),
+            ("ml-100k", "causal", TIES),
             ("ml-1m", "causal", NO_BIAS),
             ("ml-1m", "causal", ""),
             ("beauty", "official", ""),
@@ -206,9 +207,7 @@ TABLES = {
             ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
             ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True {TIES}"),
         ],
-        BOTH,
-        seed="2020",
-        masked=True,
+        ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
     ),
     "beauty-mixed": Table(
         RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
