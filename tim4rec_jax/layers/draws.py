@@ -36,7 +36,7 @@ def in_parts(init: nnx.Initializer) -> nnx.Initializer:
     return drawn
 
 
-def _bits(key: UInt32[Array, 2], bit_width: int, shape: tuple[int, ...]) -> jax.Array:
+def _bits(key: UInt32[Array, " 2"], bit_width: int, shape: tuple[int, ...]) -> jax.Array:
     """32 random bits for each element of a table, as `jax.random.bits` with a threefry key."""
     assert bit_width == 32, bit_width
     rows, columns = shape
