@@ -49,6 +49,8 @@ def test_settings_of_an_old_run(old):
     assert "seen_offset" not in config.model and "drift_dates" not in config.model
     assert read_date_range(old / "run") == (880_000_000, 880_002_010)
     check_unchanged(config, path)
+    config.train.checkpoint_minutes, config.data.placement, config.eval.batch_size = 60.0, "host", 7
+    check_unchanged(config, path)  # they change no result
     config.train.epochs = 4
     with pytest.raises(UserError, match=r"other settings: train.epochs \(3 -> 4\)"):
         check_unchanged(config, path)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import read_json
 
 DIGESTS = "arrays.json"
+_LARGE = 1 << 26  # bytes; larger arrays are copied to the host piece by piece
 
 
 def by_place(tree: Any) -> dict[str, Any]:
@@ -36,7 +37,8 @@ def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:
     """The digest of each array of a tree.
 
     Args:
-      tree: arrays in containers that JAX knows. Arrays on a device are copied to the host.
+      tree: arrays in containers that JAX knows. Arrays on a device are copied to the host, large
+        ones in pieces.
       rows: the number of rows that count, of arrays that may have more, by their places.
 
     Returns:
@@ -47,13 +49,15 @@ def digests(tree: Any, rows: Mapping[str, int] | None = None) -> dict[str, str]:
     found = {}
     for name, leaf in by_place(tree).items():
         count = (rows or {}).get(name)
-        if isinstance(leaf, jax.Array) and not (
-            leaf.is_fully_addressable or leaf.is_fully_replicated
-        ):
-            found[name] = _digest_of_rows(leaf, count)
-        else:
-            found[name] = _digest(np.asarray(leaf)[:count] if count else np.asarray(leaf))
+        found[name] = _digest_of_rows(leaf, count) if _is_shared(leaf) else _digest(leaf, count)
     return found
+
+
+def _is_shared(array: Any) -> bool:
+    """Whether other processes have rows of an array that this one has not."""
+    return isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    )
 
 
 def json_array(value: Any) -> np.ndarray:
@@ -61,10 +65,38 @@ def json_array(value: Any) -> np.ndarray:
     return np.frombuffer(json.dumps(value, sort_keys=True).encode(), np.uint8)
 
 
-def _digest(array: np.ndarray) -> str:
-    digest = hashlib.sha256(f"{array.dtype.name}{array.shape}".encode())
-    digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+def _digest(array: Any, count: int | None) -> str:
+    shape = (count, *array.shape[1:]) if count else array.shape
+    digest = hashlib.sha256(f"{array.dtype.name}{shape}".encode())
+    for start, values in _pieces(array):
+        counted = values[: max(count - start, 0)] if count else values
+        digest.update(np.ascontiguousarray(counted).reshape(-1).view(np.uint8).data)
     return digest.hexdigest()
+
+
+def _pieces(array: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """The values that this process has of an array, and the place of the first of these rows.
+
+    JAX may copy an array for the host, and then it keeps the copy as long as the array. So a large
+    array is copied some rows at a time.
+    """
+    if isinstance(array, np.ndarray):
+        yield 0, array
+        return
+    held = [(0, array.addressable_shards[0].data)]
+    if not array.is_fully_replicated:
+        shards = [shard for shard in array.addressable_shards if shard.replica_id == 0]
+        held = sorted((shard.index[0].start or 0, shard.data) for shard in shards)
+    for first, data in held:
+        if data.nbytes <= _LARGE:
+            yield first, np.asarray(data)
+            continue
+        rows = max(_LARGE // (data.nbytes // len(data)), 1)
+        for start in range(0, len(data), rows):
+            # The last piece begins earlier, so that one program makes all of them.
+            begin = min(start, len(data) - rows)
+            piece = jax.lax.dynamic_slice_in_dim(data, begin, rows)
+            yield first + start, np.asarray(piece)[start - begin :]
 
 
 _OF_ROWS = "rows-"
@@ -77,20 +109,13 @@ def _digest_of_rows(array: Any, count: int | None) -> str:
     its place. So it does not depend on who has which rows.
     """
     rows_in_all: int = count or array.shape[0]
-    shards: list[tuple[int, Any]] = [(0, array)]
-    if isinstance(array, jax.Array):
-        shards = [
-            (shard.index[0].start or 0, shard.data)
-            for shard in array.addressable_shards
-            if shard.replica_id == 0
-        ]
     total = np.zeros(1, np.uint64)
-    for start, data in shards:
-        rows = np.asarray(data)[: max(rows_in_all - start, 0)]
+    for start, values in _pieces(array):
+        rows = values[: max(rows_in_all - start, 0)]
         if len(rows):
             places = np.arange(start, start + len(rows), dtype=np.uint64)
             total += _mixed(_numbers(rows) + _mixed(places)).sum(dtype=np.uint64)
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if _is_shared(array):
         halves = np.array([total[0] >> 32, total[0] & 0xFFFFFFFF], np.uint32)
         every = multihost_utils.process_allgather(halves).astype(np.uint64)
         total = (every[:, 0] << np.uint64(32)).sum(keepdims=True) + every[:, 1].sum()

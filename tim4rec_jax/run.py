@@ -66,12 +66,32 @@ def silence_echoes() -> None:
 
 _EPOCHS = "train.epochs"
 
-# Settings that change nothing: how to get the data, where the settings came from, who is told, on
-# which devices a run goes on.
-FOR_PEOPLE = ("prepare", "preset", "train.loggers", "mesh.data", "mesh.catalogue")
-# Settings that can be edited in `config.json`: where the data lies, where figures go, and how a run
-# is evaluated.
-_FREE = ("dataset", *FOR_PEOPLE, "eval.batch_size", "eval.ks", "eval.ties")
+# Settings that change no result, so that a run may go on with others: how to get the data, where
+# the settings came from, who is told, how often a checkpoint is written, where batches are gathered
+# and on which devices a run goes on, how many users are evaluated at once.
+CHANGE_NOTHING = (
+    "prepare",
+    "preset",
+    "data.placement",
+    "train.checkpoint_minutes",
+    "train.loggers",
+    "mesh.data",
+    "mesh.catalogue",
+    "eval.batch_size",
+)
+# Settings that can be edited in `config.json`, as its digest leaves them out: where the data lies,
+# where figures go, on which devices a run goes on, and how it is evaluated.
+_FREE = (
+    "dataset",
+    "prepare",
+    "preset",
+    "train.loggers",
+    "mesh.data",
+    "mesh.catalogue",
+    "eval.batch_size",
+    "eval.ks",
+    "eval.ties",
+)
 
 
 def write_settings(config: config_lib.Config, path: Path) -> None:
@@ -176,7 +196,7 @@ def _changes(
     ours, theirs = (
         json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
     )
-    changed = [name for name in ours if ours[name] != theirs.get(name) and name not in FOR_PEOPLE]
+    changed = [n for n in ours if ours[n] != theirs.get(n) and n not in CHANGE_NOTHING]
     return ours, theirs, changed
 
 

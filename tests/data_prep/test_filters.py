@@ -56,7 +56,7 @@ def test_k_core_and_order(tmp_path_factory, database, histories, events, k, orde
     for table in ("raw", "events", "users", "items", "user_index", "item_index"):
         database.execute(f"DROP TABLE IF EXISTS {table}")
     read.create(database)
-    engine = DuckDBEngine(database)
+    engine = DuckDBEngine(database.cursor())  # which is closed in the end
     database.executemany("INSERT INTO raw VALUES (?, ?, ?, NULL, TRUE, NULL, NULL)", rows)
     reading = Reading(len(rows), len(rows), len(rows), collections.Counter(), [])
     if not kept:

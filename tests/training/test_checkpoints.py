@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from flax import nnx
 
 from tests.training.tiny_run import iterator, state
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.training import checkpoints as checkpoints_module
 from tim4rec_jax.training.checkpoints import Checkpoints
 
 
@@ -145,6 +147,31 @@ def test_nothing_readable_left(tmp_path):
     with pytest.raises(UserError, match="can be read; delete the run"):
         restore(tmp_path)
     assert names(tmp_path / "checkpoints") == {"5", "8"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "parts"),
+    [
+        ((384, 8), (128, 8)),  # 12,288 bytes, of which at most 4,096 make a part
+        ((257, 8), (257, 1)),  # a prime number of rows is cut into columns
+        ((1543,), (1543,)),
+        ((16, 8), (16, 8)),
+    ],
+)
+def test_large_arrays_are_written_in_parts(tmp_path, monkeypatch, shape, parts):
+    monkeypatch.setattr(checkpoints_module, "_PART", 4096)
+    array = jax.numpy.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    params = nnx.State({"kernel": nnx.Param(array)})
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save_best(1, params)
+    checkpoints.close()
+    with ocp.StandardCheckpointer() as checkpointer:
+        saved = checkpointer.metadata(tmp_path / "best" / "1" / "default").item_metadata["kernel"]
+    assert saved.storage.chunk_shape == parts
+    again = Checkpoints(tmp_path)
+    found = nnx.to_pure_dict(again.restore_best(params))
+    again.close()
+    np.testing.assert_array_equal(found["kernel"], array)
 
 
 def test_half_written_checkpoints_are_removed(tmp_path):

@@ -1,6 +1,7 @@
 """The events of users, mapped from a prepared dataset."""
 
 import dataclasses
+import mmap
 import os
 from collections.abc import Callable
 from functools import cached_property
@@ -25,9 +26,16 @@ class Chunk(EventLog):
 
     Attributes:
       start: number of the first event among all events of the dataset.
+      mapped: the file; None: the events are no views on one.
     """
 
     start: int
+    mapped: mmap.mmap | None = None
+
+    def release(self) -> None:
+        """Gives back the memory of the file, which is read again when it is needed."""
+        if self.mapped is not None:
+            fmt.release(self.mapped)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -236,9 +244,9 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     item_counts = catalogue.column("count").to_numpy()
     users, chunks, ends, events = [], [], [np.zeros(1, np.int64)], 0
     counts, digest = np.zeros(len(catalogue) + 1, np.int64), fmt.SequencesDigest()
-    for batch in fmt.map_sequences(directory, metadata):
+    for batch, mapped in fmt.map_sequences(directory, metadata):
         columns = (fmt.list_values(batch, name) for name in _COLUMNS)
-        chunk = Chunk(*columns, start=events)
+        chunk = Chunk(*columns, start=events, mapped=mapped)
         users.append(batch.column("user"))
         chunks.append(chunk)
         ends.append(events + fmt.list_offsets(batch, "items")[1:])

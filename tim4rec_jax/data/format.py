@@ -19,6 +19,7 @@ record batches they lie in. So a reader notices damage, and a run tells its data
 """
 
 import hashlib
+import mmap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NotRequired
@@ -176,10 +177,14 @@ def read_item_features(directory: Path, metadata: dict) -> FeatureTable | None:
     return found
 
 
-def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
+def map_sequences(directory: Path, metadata: dict) -> Iterator[tuple[pa.RecordBatch, mmap.mmap]]:
     """Maps the sequences files into memory and yields their record batches, each one checked.
 
-    All events are read once for the checks. Record batches without rows are left out.
+    All events are read once for the checks. Record batches without rows are left out. The memory of
+    a file is given back before the next one is read, see `release`.
+
+    Yields:
+      A record batch, and the mapped file that it is a view on.
 
     Raises:
       UserError: a file is missing, damaged, or not what `metadata` describes. The message names
@@ -196,7 +201,9 @@ def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
     for path in paths:
         rows = 0
         try:
-            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            with path.open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            reader = pa.ipc.open_file(pa.py_buffer(mapped))
             if not reader.schema.equals(SEQUENCES_SCHEMA):
                 raise _other_columns(path, reader.schema, SEQUENCES_SCHEMA)
             for number in range(reader.num_record_batches):
@@ -210,10 +217,17 @@ def map_sequences(directory: Path, metadata: dict) -> Iterator[pa.RecordBatch]:
                     raise UserError(
                         f"{path}: row {rows + row} (user {user!r}) {reason}; {PREPARE_AGAIN}"
                     )
-                yield batch
+                yield batch, mapped
                 rows += len(batch)
-        except (pa.ArrowException, OSError) as error:
+            release(mapped)
+        except (pa.ArrowException, OSError, ValueError) as error:  # the last of an empty file
             raise _unreadable(path, error) from error
+
+
+def release(mapped: mmap.mmap) -> None:
+    """Gives back the memory of a mapped file, which is read again when it is needed."""
+    if hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def list_values(batch: pa.RecordBatch, name: str) -> np.ndarray:
@@ -365,7 +379,7 @@ def content(directory: Path, metadata: dict) -> dict[str, str]:
       UserError: as `read_items` and `map_sequences`.
     """
     sequences = SequencesDigest()
-    for batch in map_sequences(directory, metadata):
+    for batch, _ in map_sequences(directory, metadata):
         sequences.update(batch)
     digests = {
         "sequences": sequences.hexdigest(),

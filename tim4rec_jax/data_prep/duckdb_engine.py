@@ -97,11 +97,16 @@ class DuckDBEngine:
             .sql(f"SELECT item, time {select} ORDER BY {order}")
             .to_arrow_reader(STREAM_EVENTS)
         )
-        # The events of a file, and as much again for its users and what Arrow has read ahead.
-        leave_memory(self.con, 2 * 12 * max(file.events for file in found))
+        # The events of a file take 12 bytes each. The rest is for its users and what Arrow reads
+        # ahead.
+        leave_memory(self.con, 30 * max(file.events for file in found))
         for file in found:
             users = self.ranked("user_index", file.first, file.users)
             write(directory, file, users, stream.take(file.events))
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self.con.close()
 
 
 class _Stream:

@@ -137,3 +137,7 @@ class Engine(Protocol):
           write: writes one file; perhaps in another process.
         """
         ...
+
+    def close(self) -> None:
+        """Removes all tables, and gives their memory back; nothing else is asked after it."""
+        ...

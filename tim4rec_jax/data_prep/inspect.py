@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tim4rec_jax.data import Dataset
+from tim4rec_jax.data.dataset import Chunk
 from tim4rec_jax.errors import one_line
 
 QUANTILES = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
@@ -52,7 +53,7 @@ def statistics(ds: Dataset) -> dict:
         tied_float32 += int((np.diff(times.astype(np.float32))[same_user] == 0).sum())
     usual = usual_times(ds)
     busy = np.zeros(80, np.int64)
-    for chunk in ds.chunks:
+    for chunk in _chunks(ds):
         for start in range(0, len(chunk.timestamps), _PIECE):
             part = chunk.timestamps[start : start + _PIECE]
             busy += np.histogram(part, len(busy), (usual[0], usual[1] + 1))[0]
@@ -78,14 +79,13 @@ def usual_times(ds: Dataset) -> tuple[int, int]:
     that the others would fill less than half of the time between. At most one event in a thousand
     counts as such at either end. Small datasets have none.
     """
-    first = min(int(chunk.timestamps.min()) for chunk in ds.chunks)
-    last = max(int(chunk.timestamps.max()) for chunk in ds.chunks)
+    first, last = _ends(ds)
     few = ds.n_events // 1000 if ds.n_events >= 1000 else int(ds.n_events >= 20)
     if not few or first == last:
         return first, last
     edges = np.linspace(first, last + 1, (1 << 16) + 1)
     counts = np.zeros(len(edges) - 1, np.int64)
-    for chunk in ds.chunks:
+    for chunk in _chunks(ds):
         for start in range(0, len(chunk.timestamps), _PIECE):
             counts += np.histogram(chunk.timestamps[start : start + _PIECE], edges)[0]
     before = counts.cumsum()
@@ -103,7 +103,7 @@ def usual_times(ds: Dataset) -> tuple[int, int]:
 def doubts(ds: Dataset) -> list[str]:
     """Returns what is so unusual in a dataset that it may be a mistake, as whole sentences."""
     found = []
-    last = max(int(chunk.timestamps.max()) for chunk in ds.chunks)
+    first, last = _ends(ds)
     if last < EARLY:
         found.append(
             f"all events are before {day(EARLY)}, which is right only for a log that counts its "
@@ -111,10 +111,9 @@ def doubts(ds: Dataset) -> list[str]:
         )
     start, end = usual_times(ds)
     far = sum(
-        int(((chunk.timestamps < start) | (chunk.timestamps > end)).sum()) for chunk in ds.chunks
+        int(((chunk.timestamps < start) | (chunk.timestamps > end)).sum()) for chunk in _chunks(ds)
     )
     if far:
-        first = min(int(chunk.timestamps.min()) for chunk in ds.chunks)
         ends = {f"the first is of {day(first)}": "--since"} if first < start else {}
         ends |= {f"the last is of {day(last)}": "--until"} if last > end else {}
         found.append(
@@ -141,12 +140,25 @@ def print_doubts(ds: Dataset, console: Console) -> None:
         console.print(f"warning: {doubt}", style="yellow", **PLAIN)
 
 
+def _chunks(ds: Dataset) -> Iterator[Chunk]:
+    """Yields the chunks; the memory of the file of each is given back behind it."""
+    for chunk in ds.chunks:
+        yield chunk
+        chunk.release()
+
+
+def _ends(ds: Dataset) -> tuple[int, int]:
+    """The times of the first and of the last event."""
+    ends = [(int(c.timestamps.min()), int(c.timestamps.max())) for c in _chunks(ds)]
+    return min(first for first, _ in ends), max(last for _, last in ends)
+
+
 def _pieces(ds: Dataset) -> Iterator[tuple[Int64[np.ndarray, " N"], Bool[np.ndarray, " M"]]]:
     """Yields the times of whole users, and which neighbouring times belong to the same user.
 
     The times of each user are sorted, because RecBole's order may differ from them by seconds.
     """
-    for chunk in ds.chunks:
+    for chunk in _chunks(ds):
         end = chunk.start + len(chunk.timestamps)
         user = int(np.searchsorted(ds.offsets, chunk.start))
         while ds.offsets[user] < end:

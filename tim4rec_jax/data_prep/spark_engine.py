@@ -287,6 +287,10 @@ class SparkEngine:
         if sorted(row.number for row in written) != list(range(len(found))):
             raise RuntimeError(f"{len(written)} of {len(found)} sequences files were written")
 
+    def close(self) -> None:
+        """See `Engine.close`; Spark itself is closed by what opened it."""
+        self.drop(*list(self.folders))
+
     def _save(self, name: str, frame: Any) -> None:
         folder = self.work / f"{name}-{next(self.made)}"
         frame.write.parquet(_uri(folder))

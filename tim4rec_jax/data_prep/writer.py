@@ -80,7 +80,7 @@ def write(
     min_count: int = 2,
     keep_items: bool = False,
 ) -> dict:
-    """Writes the tables `events`, `users` and `items` as a dataset.
+    """Writes the tables `events`, `users` and `items` as a dataset, and closes the engine.
 
     Args:
       engine: holds the tables.
@@ -116,8 +116,7 @@ def write(
     first, last = (
         time // 1_000_000_000 for time in engine.rows("SELECT min(time), max(time) FROM events")[0]
     )
-    # Python needs the memory now, to read what has been written.
-    engine.drop("events", "users", "items", "user_index", "item_index")
+    engine.close()  # Python needs the memory now, to read what has been written
     ids, counts = items.column("id").combine_chunks(), items.column("events").to_numpy()
     told = {}
     if item_table is not None or titles:

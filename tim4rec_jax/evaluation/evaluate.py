@@ -327,27 +327,34 @@ def _score_batches(
     if placement is None or placement.by_item is None:
         placement = data_sharding(batches.batch_size)
         state = jax.device_put(state, placement.replicated)
-        by_row = placement.by_row
-        table, repeat_bias = _scoring_weights(graphdef, state)
-        shards = None
+        weights = _scoring_weights(graphdef, state)
+        adds_to_history = weights[1] is not None
+        score_batch = functools.partial(_score, score, exclude_seen, placement.mesh)
     else:
-        shards = model.item_rows
-        even = batches.batch_size % placement.devices == 0
-        by_row = placement.by_row if even else placement.replicated
-        table, repeat_bias = _sharded_weights(graphdef, state, placement.mesh, shards)
+        names = model.item_rows
+        weights = item_rows.split(state, names)
+        bias = jax.eval_shape(lambda state: nnx.merge(graphdef, state).repeat_bias(), state)
+        adds_to_history = bias is not None
+        score_batch = functools.partial(
+            _score_on_shards,
+            score,
+            exclude_seen,
+            graphdef,
+            placement.mesh,
+            model.n_items + 1,
+            names,
+        )
+    even = batches.batch_size % placement.devices == 0
+    by_row = placement.by_row if even else placement.replicated
 
     def dispatch(batch):
         histories = {name: batch[name] for name in inputs(model) if name in batch}
         items = None
-        if exclude_seen or repeat_bias is not None:
+        if exclude_seen or adds_to_history:
             items = _history_items(batches.dataset, split, batch["users"])
         users = histories, batch["targets"], items
         histories, targets, items = put(users, by_row)
-        hidden = _encode(graphdef, state, histories)
-        mesh, arrays = placement.mesh, (hidden, targets, items, table, repeat_bias)
-        if shards is None:
-            return _score(score, exclude_seen, mesh, *arrays)
-        return _score_on_shards(score, exclude_seen, mesh, model.n_items + 1, *arrays)
+        return score_batch(_encode(graphdef, state, histories), targets, items, *weights)
 
     def fetch(batch, result):
         real = batch["weights"] > 0
@@ -403,38 +410,27 @@ def _marks(items, exclude_seen, repeat_bias):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "mesh", "names"))
-def _sharded_weights(graphdef, state, mesh, names):
-    """The vectors of each device's own items, and the repeat bias."""
-    dense, tables = item_rows.split(state, names)
-
-    def one_device(dense, tables):
-        model: Any = nnx.merge(graphdef, item_rows.join(dense, tables))
-        return model.item_table(), model.repeat_bias()
-
-    by_item, whole = PartitionSpec(AXES), PartitionSpec()
-    return jax.shard_map(
-        one_device,
-        mesh=mesh,
-        in_specs=(whole, by_item),
-        out_specs=(by_item, whole),
-        check_vma=False,
-    )(dense, tables)
-
-
-@functools.partial(jax.jit, static_argnames=("score", "exclude_seen", "mesh", "rows"))
+@functools.partial(
+    jax.jit, static_argnames=("score", "exclude_seen", "graphdef", "mesh", "rows", "names")
+)
 def _score_on_shards(
-    score, exclude_seen, mesh: Mesh, rows, hidden, targets, items, table, repeat_bias
+    score, exclude_seen, graphdef, mesh: Mesh, rows, names, hidden, targets, items, dense, tables
 ):
-    """`_score`, where every device has other items and all users of the batch."""
+    """`_score`, where every device has other items and all users of the batch.
 
-    def one_device(hidden, targets, items, table, repeat_bias):
+    The vectors of items are computed in it, since they may be the parameters themselves: a program
+    that gave them back would hold another copy of the table.
+    """
+
+    def one_device(hidden, targets, items, dense, tables):
+        model: Any = nnx.merge(graphdef, item_rows.join(dense, tables))
+        table = model.item_table()
         first = jax.lax.axis_index(AXES) * len(table)
         place = targets - first
         here = ((place >= 0) & (place < len(table)))[:, None]
         of_targets = jnp.where(here, jnp.take(table, place, axis=0, mode="clip"), 0)
         shard = ranking.Shard(first, rows, jax.lax.psum(of_targets, AXES))
-        marks = _marks(items, exclude_seen, repeat_bias)
+        marks = _marks(items, exclude_seen, model.repeat_bias())
         return score(hidden, table, targets, **marks, shard=shard)
 
     whole = PartitionSpec()
@@ -442,10 +438,10 @@ def _score_on_shards(
     return jax.shard_map(
         one_device,
         mesh=mesh,
-        in_specs=(whole, whole, whole, by_item, whole),
+        in_specs=(whole, whole, whole, whole, by_item),
         out_specs=whole,
         check_vma=False,
-    )(hidden, targets, items, table, repeat_bias)
+    )(hidden, targets, items, dense, tables)
 
 
 def _history_items(

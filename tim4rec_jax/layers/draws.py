@@ -47,10 +47,14 @@ def _bits(key: UInt32[Array, " 2"], bit_width: int, shape: tuple[int, ...]) -> j
         begin = jnp.minimum(i * width, columns - width)  # the last part may overlap
         column = begin.astype(jnp.uint32) + jax.lax.broadcasted_iota(jnp.uint32, (rows, width), 1)
         first, second = extended.threefry2x32_p.bind(*key, *words(row, column, columns))
-        return jax.lax.dynamic_update_slice(bits, first ^ second, (0, begin))
+        drawn = jax.lax.bitcast_convert_type(first ^ second, jnp.float32)
+        return jax.lax.dynamic_update_slice(bits, drawn, (0, begin))
 
-    start = jnp.zeros(shape, jnp.uint32)
-    return jax.lax.fori_loop(0, -(-columns // width), part, start)
+    # What is made of the bits is a table of float32. In an array of float32 they can lie in its
+    # memory, which XLA does not share among types.
+    start = jnp.zeros(shape, jnp.float32)
+    bits = jax.lax.fori_loop(0, -(-columns // width), part, start)
+    return jax.lax.bitcast_convert_type(bits, jnp.uint32)
 
 
 def words(row: jax.Array, column: jax.Array, columns: int) -> tuple[jax.Array, jax.Array]:

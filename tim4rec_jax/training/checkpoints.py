@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,15 +33,46 @@ def _manager(directory: Path, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(directory.absolute(), options=options)
 
 
+def _as_tree(state: TrainState) -> dict:
+    fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    return fields | {"params": nnx.to_pure_dict(state.params)}
+
+
 def _storable(state: TrainState) -> dict:
     """The state as a tree of plain arrays (a key is stored as the words it is made of)."""
-    return {
-        **{name: getattr(state, name) for name in ("step", "opt_state", "bad_step")},
-        "params": nnx.to_pure_dict(state.params),
-        "rng": jax.random.key_data(state.rng),
-        "loss_sum": state.loss_sum,
-        "weight_sum": state.weight_sum,
-    }
+    return _as_tree(state) | {"rng": jax.random.key_data(state.rng)}
+
+
+# Bytes of an array that Orbax packs at once, and of a file. It holds both, packed, in memory.
+_PART = 1 << 26
+
+
+def _in_parts(arrays: Any) -> ocp.args.PyTreeSave:
+    """Has Orbax write large arrays in parts, or it would hold another copy of all of them."""
+    args = jax.tree.map(_parts, arrays)
+    sizes = [part.chunk_byte_size or 0 for part in jax.tree.leaves(args)]
+    # Orbax cuts whatever is larger than a file, if need be into single rows.
+    return ocp.args.PyTreeSave(
+        arrays, save_args=args, ocdbt_target_data_file_size=max(_PART, *sizes)
+    )
+
+
+def _parts(array: Any) -> ocp.SaveArgs:
+    """How an array is cut: into parts of equal numbers of rows, or else into its columns."""
+    copies, shape = 1, array.shape
+    if isinstance(array, jax.Array):
+        shape = array.sharding.shard_shape(shape)
+        copies = len(array.sharding.device_set) * math.prod(shape) // max(array.size, 1)
+    size = math.prod(shape) * array.dtype.itemsize
+    if size <= _PART:
+        return ocp.SaveArgs()
+    if copies > 1:  # each device may write a part of its own
+        return ocp.SaveArgs(chunk_byte_size=size)
+    least = -(-size // _PART)
+    parts = next((n for n in range(least, 64 * least) if shape[0] % n == 0), 1)
+    if parts > 1 or array.ndim == 1:
+        return ocp.SaveArgs(chunk_byte_size=size // parts)
+    return ocp.SaveArgs(chunk_byte_size=size // shape[-1], shard_axes=(array.ndim - 1,))
 
 
 # Names of what is saved as JSON, among the digests of arrays.
@@ -143,7 +175,7 @@ class Checkpoints:
             self.latest.save(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
+                    state=_in_parts(arrays),
                     digests=_SaveDigests(arrays | _as_arrays(iterator, progress), self._rows),
                     data=CheckpointSave(iterator),
                     progress=ocp.args.JsonSave(dict(progress)),
@@ -158,7 +190,7 @@ class Checkpoints:
                 self.best.save(
                     step,
                     args=ocp.args.Composite(
-                        default=ocp.args.StandardSave(arrays),
+                        default=_in_parts(arrays),
                         digests=_SaveDigests(arrays, self._rows_of_best),
                     ),
                 )
@@ -167,33 +199,32 @@ class Checkpoints:
         """The latest state that can be read, or None where there is none yet.
 
         Args:
-          state: a state of the right structure and placement; its values are not used.
+          state: a state of the right structure and placement, of arrays or shapes.
           iterator: over the training batches; is moved to where the run was.
 
         Raises:
           UserError: there are checkpoints and none can be read.
         """
         steps = sorted(self.latest.all_steps(), reverse=True)
+        wanted = jax.tree.map(
+            lambda shape, leaf: shape.update(sharding=leaf.sharding),
+            jax.eval_shape(_storable, state),
+            _as_tree(state),
+        )
         for step in steps:
             try:
                 folder = Path(self.latest.directory) / str(step)
                 check_plain(folder)
                 recorded = read_digests(folder)
-                restored = self.latest.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        # Tables may have other numbers of rows behind those of the model. What has
-                        # a digest can have lost none without being noticed.
-                        state=ocp.args.StandardRestore(_storable(state), strict=recorded is None),
-                        progress=ocp.args.JsonRestore(),
-                    ),
-                )
+                arrays = _read(folder / "state", wanted, strict=recorded is None)
+                told = ocp.args.Composite(progress=ocp.args.JsonRestore())
+                progress = self.latest.restore(step, args=told)["progress"]
                 _restore_iterator(iterator, folder / "data")
                 if recorded is not None:
-                    found = dict(restored["state"])
+                    found = dict(arrays)
                     # Earlier versions recorded the arrays only.
                     if "progress" in recorded:
-                        found |= _as_arrays(iterator, restored["progress"])
+                        found |= _as_arrays(iterator, progress)
                     check_digests(found, recorded, self._rows)
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
@@ -203,7 +234,7 @@ class Checkpoints:
             # The damaged ones would stand in the way of those that will be saved again.
             for damaged in [later for later in steps if later > step]:
                 self.latest.delete(damaged)
-            return _from_storable(state, restored["state"]), restored["progress"]
+            return _from_storable(state, arrays), progress
         if steps:
             raise UserError(
                 f"no checkpoint in {self.latest.directory} can be read; "
@@ -224,8 +255,8 @@ class Checkpoints:
         folder = Path(self.best.directory) / str(step)
         try:
             recorded = read_digests(folder)
-            wanted = ocp.args.StandardRestore(nnx.to_pure_dict(params), strict=recorded is None)
-            stored = self.best.restore(step, args=ocp.args.Composite(default=wanted))["default"]
+            wanted = nnx.to_pure_dict(params)
+            stored = _read(folder / "default", wanted, strict=recorded is None)
             if recorded is not None:
                 check_digests(stored, recorded, self._rows_of_best)
         # Damage shows as whatever the layer that meets it raises.
@@ -265,6 +296,16 @@ class Checkpoints:
             ) from error
 
 
+def _read(folder: Path, wanted: Any, strict: bool) -> Any:
+    """Reads arrays.
+
+    Tables may have other numbers of rows behind those of the model, unless it is strict. What has a
+    digest can have lost none without being noticed.
+    """
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(folder.absolute(), wanted, strict=strict)
+
+
 def _restore_iterator(iterator, folder: Path) -> None:
     """Moves an iterator to where the run was.
 
@@ -298,8 +339,7 @@ def read_state(workdir: Path, shapes: TrainState) -> TrainState | None:
         checkpoint = workdir / "checkpoints" / str(step)
         try:
             check_plain(checkpoint)
-            with ocp.StandardCheckpointer() as checkpointer:
-                stored = checkpointer.restore((checkpoint / "state").absolute(), wanted)
+            stored = _read(checkpoint / "state", wanted, strict=True)
             recorded = read_digests(checkpoint)
             if recorded is not None:
                 check_digests(

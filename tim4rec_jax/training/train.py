@@ -254,6 +254,12 @@ def _train(
     )
     names = structure.item_rows if spread else ()
     whole_shapes = jax.eval_shape(make_state, shapes)
+    progress = {
+        "best": None,  # validation metrics of the best epoch
+        "best_epoch": 0,
+        "stale_epochs": 0,  # epochs in a row that were not as good as the best
+        "seconds": 0.0,  # spent training, over all starts
+    }
     pool = ThreadPoolExecutor(2)
     with waiting_for("compiling the training step"):
         state_shapes = item_rows.shapes(whole_shapes, names, placement)
@@ -268,7 +274,12 @@ def _train(
             )
         pool.shutdown(wait=False)
         print(describe_model(structure), flush=True)
-        if warm_start is not None:
+        # Nothing is drawn where earlier starts of this run have saved something.
+        checkpoints = Checkpoints(workdir, whole_shapes, names)
+        restored = checkpoints.restore(state_shapes, steps.iterator)
+        if restored is not None:
+            state, progress = restored
+        elif warm_start is not None:
             state = warm_start.state(make_state(nnx.state(make_model())))
             print(warm_start.words, flush=True)
             state = item_rows.spread(state, names, placement)
@@ -284,18 +295,7 @@ def _train(
             state = jax.device_put(make_state(nnx.state(make_model())), placement.replicated)
         for program in compiling:
             program.result()
-
-    # What earlier starts of this run have done.
-    checkpoints = Checkpoints(workdir, whole_shapes, names)
-    progress = {
-        "best": None,  # validation metrics of the best epoch
-        "best_epoch": 0,
-        "stale_epochs": 0,  # epochs in a row that were not as good as the best
-        "seconds": 0.0,  # spent training, over all starts
-    }
-    restored = checkpoints.restore(state, steps.iterator)
     if restored is not None:
-        state, progress = restored
         print(f"resuming at step {int(state.step):,}")
     # The host counts steps by itself: to ask the device would be to wait for it.
     step = int(state.step)
