@@ -21,7 +21,7 @@ MAY_IMPORT = {
     "data": ("files", "errors"),
     "data_prep": ("data", "files", "errors"),
     "config": ("models", "data", "checks", "errors"),
-    "scoring": ("models", "data", "runtime", "errors"),
+    "scoring": ("models", "layers", "data", "runtime", "errors"),
     "run": ("config", "models", "data", "digests", "files", "runtime", "errors"),
     "verify": ("run", "data", "digests", "files", "errors"),
 }

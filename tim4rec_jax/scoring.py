@@ -1,8 +1,9 @@
 """What an item's score depends on besides the hidden state: the items of the user's history.
 
 A model may learn a *repeat bias*, which is added to the score of every item that the history
-holds. An evaluation or a recommendation may also leave such items out. The loss, the ranking, the
-service and the exported program all take both from here.
+holds. It may also have the *neighbours* of each item, which are added when items are ranked. An
+evaluation or a recommendation may leave the items of the history out. The loss, the ranking, the
+service and the exported program all take this from here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+from tim4rec_jax.layers.neighbours import NeighbourTable, recent_items
+from tim4rec_jax.models import SequenceModel
+
+
+class HistoryBias(NamedTuple):
+    """What a model adds to scores because of the history, one of them at least.
+
+    Attributes:
+        repeat_bias: what is added to the score of each item of the history; None: nothing.
+        neighbours: of the items of the history; None: they add nothing.
+    """
+
+    repeat_bias: Float[Array, ""] | None = None
+    neighbours: NeighbourTable | None = None
+
+    def of(self, items: Int[Array | np.ndarray, "B S"]) -> HistoryItems:
+        """With the items of each history, oldest first, padded with 0 at the end."""
+        return HistoryItems(items, self.repeat_bias, neighbours=self.neighbours)
+
+
+def history_bias(model: SequenceModel) -> HistoryBias | None:
+    """What the items of the history add to the scores of a ranking. None: nothing."""
+    if model.offset is None and model.neighbours is None:
+        return None
+    table = None if model.neighbours is None else model.neighbours.table()
+    return HistoryBias(model.repeat_bias(), table)
 
 
 class HistoryItems(NamedTuple):
@@ -25,15 +53,17 @@ class HistoryItems(NamedTuple):
     Attributes:
         items: the item indices of each history, 0 for none.
         repeat_bias: what is added to the score of each of these items, once, however often the
-            item occurs.
+            item occurs; None: nothing.
         first: the position of the first item that counts, per row.
         last: the position of the last item that counts, per row.
+        neighbours: of the items, which only the ranking adds; None: they add nothing.
     """
 
     items: Int[Array | np.ndarray, "R S"]
-    repeat_bias: Float[Array, ""]
+    repeat_bias: Float[Array, ""] | None
     first: Int[Array, " N"] | None = None
     last: Int[Array, " N"] | None = None
+    neighbours: NeighbourTable | None = None
 
     def of_rows(self, rows: Int[Array, " n"]) -> HistoryItems:
         """The histories of the rows with these numbers, one per row."""
@@ -64,12 +94,23 @@ def item_mask(
     return jax.vmap(one_row)(items)
 
 
-def add_repeat_bias(
+def added_to(targets: Int[Array, " B"], history: HistoryItems) -> Float[Array, " B"]:
+    """What the history adds to the score of one item of each row, with one history per row."""
+    added = jnp.zeros(targets.shape)
+    if history.repeat_bias is not None:
+        repeated = (history.items == targets[:, None]).any(axis=1)
+        added = jnp.where(repeated, history.repeat_bias, 0)
+    if (table := history.neighbours) is not None:
+        added += table.scores(table.sums_at(recent_items(history.items), targets))
+    return added
+
+
+def add_history(
     scores: Float[Array, "B columns"],
     history: HistoryItems | None,
     start: Int[Array, ""] | int = 0,
 ) -> Float[Array, "B columns"]:
-    """Adds the repeat bias to the scores of the items `start`, `start + 1`, ...
+    """Adds what the history adds to the scores of the items `start`, `start + 1`, ...
 
     Args:
         scores: a row per history.
@@ -78,5 +119,10 @@ def add_repeat_bias(
     """
     if history is None:
         return scores
-    repeated = item_mask(history.items, scores.shape[1], start)
-    return scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)
+    if history.repeat_bias is not None:
+        repeated = item_mask(history.items, scores.shape[1], start)
+        scores = scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)
+    if (table := history.neighbours) is not None:
+        sums = table.sums(recent_items(history.items), scores.shape[1], start)
+        scores = scores + table.scores(sums).astype(scores.dtype)
+    return scores

@@ -78,6 +78,6 @@ def save_run(workdir, dataset, change=lambda leaf: leaf, **settings):
     metadata = json.loads((dataset / "dataset.json").read_text())
     (workdir / "dataset.json").write_text(json.dumps(metadata))
     checkpoints = Checkpoints(workdir)
-    checkpoints.save_best(1, jax.tree.map(change, nnx.state(model, nnx.Param)))
+    checkpoints.save_best(1, jax.tree.map(change, nnx.state(model)))
     checkpoints.close()
     return workdir

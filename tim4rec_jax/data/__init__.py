@@ -14,6 +14,7 @@ from tim4rec_jax.data.batches import (
 from tim4rec_jax.data.dataset import Dataset, open_dataset, train_dates, train_item_counts
 from tim4rec_jax.data.events import Convention, DeviceLog, EventLog, days, time_gaps
 from tim4rec_jax.data.format import FORMAT_VERSION
+from tim4rec_jax.data.neighbours import item_neighbours
 from tim4rec_jax.data.packing import PackedBatches, pack
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "collate",
     "days",
     "default_buckets",
+    "item_neighbours",
     "open_dataset",
     "pack",
     "prefix_batch",

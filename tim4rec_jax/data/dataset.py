@@ -300,6 +300,19 @@ def train_item_counts(dataset: Dataset) -> Int64[np.ndarray, "n_items"]:
     return counts[1:]
 
 
+def train_events(
+    dataset: Dataset,
+) -> tuple[Int32[np.ndarray, " n"], Int32[np.ndarray, " n"]]:
+    """The items of the events that training sees, and their users, whose events are in order."""
+    items, users = [], []
+    for chunk in dataset.chunks:
+        seen = _train_mask(dataset, chunk)
+        numbers = chunk.start + np.flatnonzero(seen)
+        items.append(chunk.items[seen])
+        users.append((np.searchsorted(dataset.offsets, numbers, side="right") - 1).astype(np.int32))
+    return np.concatenate(items), np.concatenate(users)
+
+
 def train_dates(dataset: Dataset) -> tuple[int, int]:
     """Times of the first and of the last event that training sees, in seconds since 1970."""
     times = [chunk.timestamps[_train_mask(dataset, chunk)] for chunk in dataset.chunks]

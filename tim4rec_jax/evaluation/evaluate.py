@@ -33,7 +33,7 @@ from tim4rec_jax.evaluation.metrics import KS, Ties, metrics, tested
 from tim4rec_jax.files import table_writer
 from tim4rec_jax.models import SequenceModel, encode_batch, inputs
 from tim4rec_jax.runtime import AXES, Placement, check_memory, data_sharding, put
-from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.scoring import history_bias
 
 # How many batches the host may be ahead of the device. The device never waits for the next batch,
 # and its memory does not fill with batches that wait.
@@ -78,7 +78,7 @@ def evaluate(
 
     Args:
         model: the model. An item's score is the dot product of its row in `item_table()` with the
-            hidden state; the items of the history get `repeat_bias()` in addition.
+            hidden state; `scoring.history_bias` is what the items of the history add.
         ds: a prepared dataset.
         split: the split whose targets are ranked; see `tim4rec_jax.data.splits`.
         max_length: the number of events at the end of a history that the model is given.
@@ -333,7 +333,7 @@ def _score_batches(
     else:
         names = model.item_rows
         weights = item_rows.split(state, names)
-        bias = jax.eval_shape(lambda state: nnx.merge(graphdef, state).repeat_bias(), state)
+        bias = jax.eval_shape(lambda state: history_bias(nnx.merge(graphdef, state)), state)
         adds_to_history = bias is not None
         score_batch = functools.partial(
             _score_on_shards,
@@ -382,13 +382,13 @@ def _encode(graphdef, state, histories):
 @functools.partial(jax.jit, static_argnames="graphdef")
 def _scoring_weights(graphdef, state):
     model: Any = nnx.merge(graphdef, state)
-    return model.item_table(), model.repeat_bias()
+    return model.item_table(), history_bias(model)
 
 
 @functools.partial(jax.jit, static_argnames=("score", "exclude_seen", "mesh"))
-def _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias):
-    def one_device(hidden, targets, items, table, repeat_bias):
-        return score(hidden, table, targets, **_marks(items, exclude_seen, repeat_bias))
+def _score(score, exclude_seen, mesh, hidden, targets, items, table, bias):
+    def one_device(hidden, targets, items, table, bias):
+        return score(hidden, table, targets, **_marks(items, exclude_seen, bias))
 
     # Left to itself, XLA gathers the scores of all rows on every device for lax.top_k.
     rows, whole = PartitionSpec("data"), PartitionSpec()
@@ -399,14 +399,14 @@ def _score(score, exclude_seen, mesh, hidden, targets, items, table, repeat_bias
         out_specs=rows,
         check_vma=False,
     )
-    return by_device(hidden, targets, items, table, repeat_bias)
+    return by_device(hidden, targets, items, table, bias)
 
 
-def _marks(items, exclude_seen, repeat_bias):
+def _marks(items, exclude_seen, bias):
     """What the items of the history are marked for."""
     return dict(
         exclude=items if exclude_seen else None,
-        history=None if repeat_bias is None else HistoryItems(items, repeat_bias),
+        history=None if bias is None else bias.of(items),
     )
 
 
@@ -430,7 +430,7 @@ def _score_on_shards(
         here = ((place >= 0) & (place < len(table)))[:, None]
         of_targets = jnp.where(here, jnp.take(table, place, axis=0, mode="clip"), 0)
         shard = ranking.Shard(first, rows, jax.lax.psum(of_targets, AXES))
-        marks = _marks(items, exclude_seen, model.repeat_bias())
+        marks = _marks(items, exclude_seen, history_bias(model))
         return score(hidden, table, targets, **marks, shard=shard)
 
     whole = PartitionSpec()

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import AXES
-from tim4rec_jax.scoring import HistoryItems, add_repeat_bias, item_mask
+from tim4rec_jax.scoring import HistoryItems, add_history, added_to, item_mask
 
 BLOCK_SIZE = 1024  # the fastest, or nearly, of benchmarks/ranking.py at every catalogue size
 LARGEST_BLOCK = 2048  # a block's numbers of greater and of equal scores share the bits of a float32
@@ -69,7 +69,7 @@ def ranks_and_ties(
         targets: the items to rank, 1 to V.
         block_size: the number of items scored at once, at most `LARGEST_BLOCK`; static.
         exclude: the items that do not compete, 0 for none. A target among them is still ranked.
-        history: the items whose scores get the model's repeat bias; `None`: it has none.
+        history: the items of each history, which add to scores; `None`: they add nothing.
         shard: which part of the catalogue `table` is. None: all of it.
 
     Returns:
@@ -86,8 +86,7 @@ def ranks_and_ties(
         exclude = jnp.where(exclude == targets[:, None], 0, exclude)
     own_bias = jnp.zeros(targets.shape, hidden.dtype)
     if history is not None:
-        repeated = (history.items == targets[:, None]).any(axis=1)
-        own_bias = jnp.where(repeated, history.repeat_bias, 0)
+        own_bias = added_to(targets, history)
 
     # Two products of different shapes may add up in different orders. A target would be misplaced
     # if its score differed in the last bit from the score of the same item in a block. Therefore
@@ -104,7 +103,7 @@ def ranks_and_ties(
         here = ~competes & (column >= 0) & (column < block_size)
         picked = jnp.take_along_axis(scores, column[:, None], 1, mode="clip")[:, 0]
         own = jnp.where(here, picked + own_bias, own)
-        scores = add_repeat_bias(scores, history, start)
+        scores = add_history(scores, history, start)
         rivals = competes & (ids > 0) & (ids != targets[:, None])
         if exclude is not None:
             rivals &= ~item_mask(exclude, block_size, start)
@@ -172,7 +171,7 @@ def top_k(
         k: the number of items; static.
         block_size: the number of items scored at once; static.
         exclude: the items to leave out, 0 for none.
-        history: the items whose scores get the model's repeat bias; `None`: it has none.
+        history: the items of each history, which add to scores; `None`: they add nothing.
         shard: which part of the catalogue `table` is. None: all of it.
 
     Returns:
@@ -183,7 +182,7 @@ def top_k(
     def step(best, block):
         ids, start = block
         place = ids if shard is None else jnp.maximum(ids - shard.first, 0)
-        scores = add_repeat_bias(_scores(hidden, table, place), history, start)
+        scores = add_history(_scores(hidden, table, place), history, start)
         barred = (ids == 0) | jnp.isnan(scores)
         if exclude is not None:
             barred |= item_mask(exclude, block_size, start)

@@ -153,6 +153,7 @@ def build(
     n_users: int = 0,
     item_counts: np.ndarray | None = None,
     item_features: FeatureArrays | None = None,
+    neighbours: tuple[np.ndarray, np.ndarray] | None = None,
     date_range: tuple[int, int] | None = None,
     seed: int = 0,
     param_dtype: Any = jnp.float32,
@@ -166,6 +167,8 @@ def build(
       n_users: number of users, for models that have a vector for each.
       item_counts: int [n_items], training events of each item, for `popularity`.
       item_features: of the items, for models with the setting of this name.
+      neighbours: what `tim4rec_jax.data.item_neighbours` returns, for models with the setting of this
+        name.
       date_range: times of the first and the last training event, in seconds since 1970, for models
         with `date_bias_knots`. Such a model cannot score anything without it.
       seed: of the initial weights.
@@ -174,7 +177,7 @@ def build(
     Raises:
       ValueError: the name or a setting is not known, or a setting is out of its range.
     """
-    sizes = DataSizes(n_items, max_length, n_users, item_counts, item_features)
+    sizes = DataSizes(n_items, max_length, n_users, item_counts, item_features, neighbours)
     rngs = nnx.Rngs(params=seed)
     make: Any
     make, settings = configure(config)

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Int32, UInt32
 from tim4rec_jax import checks
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm, take_position
 from tim4rec_jax.layers.items import FeatureArrays, FeatureMaps, ItemEmbedding
+from tim4rec_jax.layers.neighbours import Neighbours
 from tim4rec_jax.layers.time import DateBias
 
 NORMAL = nnx.initializers.normal(0.02)
@@ -67,6 +68,9 @@ class ModelSettings:
       item_features: whether the features of items add to their vectors, if the dataset has any.
       id_dropout: share of the items whose own rows a training step leaves out, so that their
         features learn to stand alone. Used with item features only.
+      neighbours: how many neighbours of each item add to the scores of a ranking, see
+        `tim4rec_jax.data.item_neighbours`. 0: none. The loss does not know of them.
+      neighbour_weight: what the logarithm of a sum of their similarities is multiplied by.
 
     Raises:
       ValueError: a setting is out of its range; the message begins with the setting's name.
@@ -77,6 +81,8 @@ class ModelSettings:
     date_bias_knots: int = not_negative(0)
     item_features: bool = True
     id_dropout: float = rate(0.3)
+    neighbours: int = not_negative(0)
+    neighbour_weight: float = 1.0
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -106,6 +112,8 @@ class DataSizes:
       item_counts: int [n_items], training events of each item. Only for models that
         `need_item_counts`; None: the counts are loaded later, with the other weights.
       item_features: what is known of the items besides; None: nothing.
+      neighbours: the neighbours of each item and their similarities, see
+        `tim4rec_jax.data.item_neighbours`. None: they are loaded later, with the other weights.
     """
 
     n_items: int
@@ -113,6 +121,7 @@ class DataSizes:
     n_users: int = 0
     item_counts: np.ndarray | None = None
     item_features: FeatureArrays | None = None
+    neighbours: tuple[np.ndarray, np.ndarray] | None = None
 
 
 class SequenceModel(nnx.Module):
@@ -126,6 +135,7 @@ class SequenceModel(nnx.Module):
       dtype: of the activations.
       offset: the parameter behind `repeat_bias`, or None.
       drift: the date bias, or None.
+      neighbours: of the items, or None.
     """
 
     # What the rest of the program asks a model's class. Subclasses state where they differ.
@@ -151,6 +161,7 @@ class SequenceModel(nnx.Module):
     max_length: int
     offset: nnx.Param | None = None
     drift: DateBias | None = None
+    neighbours: Neighbours | None = None
 
     @classmethod
     def variant(cls, settings: Any) -> "type[SequenceModel]":
@@ -195,6 +206,10 @@ class SequenceModel(nnx.Module):
             self.offset = nnx.Param(jnp.zeros((), param_dtype))
         if settings.date_bias_knots:
             self.drift = DateBias(settings.date_bias_knots, width, param_dtype=param_dtype)
+        if settings.neighbours:
+            shape = sizes.n_items + 1, settings.neighbours
+            found = sizes.neighbours or (np.zeros(shape, np.int32), np.zeros(shape, np.float32))
+            self.neighbours = Neighbours(*found, settings.neighbour_weight)
 
     def __call__(
         self,

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Float32, Int, Int64, UInt8
 from tim4rec_jax.config import Config
 from tim4rec_jax.data import EventLog, collate, days, time_gaps
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.layers.neighbours import RECENT, NeighbourTable
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch, inputs
 from tim4rec_jax.serving.history import Events
 from tim4rec_jax.serving.top_items import top_items
@@ -90,6 +91,7 @@ class CompiledModel:
         convention: the convention of its time gaps.
         table: the item embeddings, [V+1, D]; row 0 is padding.
         repeat_bias: what the model adds to the scores of items that the history holds, or `None`.
+        neighbours: what it adds to the scores of items near the last events, or `None`.
         supports_step: whether users have a state of fixed size; see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         no_events: the state of a user without events, if the model supports steps.
@@ -126,6 +128,9 @@ class CompiledModel:
         self.supports_step, self.knows_next_time = model.supports_step, model.knows_next_time
         self.table: Array = model.item_table()
         self.repeat_bias: Array | None = model.repeat_bias()
+        self.neighbours: NeighbourTable | None = None
+        if model.neighbours is not None:
+            self.neighbours = model.neighbours.table()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
         if state_dtype != "float32":
             self.fingerprint += f" {state_dtype}"
@@ -253,6 +258,7 @@ class CompiledModel:
         hidden: Float[Array | np.ndarray, "R D"],
         k: int,
         marks: UInt8[np.ndarray, "R V_and_1"],
+        recent: Int[np.ndarray, "R S"] | None = None,
     ) -> tuple[Float[np.ndarray, "R k"], Int[np.ndarray, "R k"]]:
         """The scores and the items of the `k` best; see `top_items`.
 
@@ -260,13 +266,19 @@ class CompiledModel:
             hidden: the hidden states to score with.
             k: how many items.
             marks: from `marks`. To an item marked as repeated the model's repeat bias is added.
+            recent: the last `RECENT` items of each history, the last one first, 0 for none. Only a
+                model with neighbours needs them; `None` adds no neighbours.
         """
         padded = power_of_two(k, 16)
         if self.sizes and k <= self.sizes.ks[-1]:
             padded = _at_least(k, self.sizes.ks)
         # From the host, because arrays of the device would be a program of their own.
         hidden = np.asarray(hidden)
-        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, padded)
+        near = None
+        if self.neighbours is not None:
+            none = np.zeros((len(hidden), RECENT), np.int32)
+            near = self.neighbours, none if recent is None else recent
+        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, near, padded)
         return np.asarray(scores)[:, :k], np.asarray(items)[:, :k]
 
     def advance(self, users: Sequence[NewEvents]) -> list[bytes]:

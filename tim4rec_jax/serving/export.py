@@ -36,7 +36,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.ranking import top_k
 from tim4rec_jax.files import atomic_directory, write_json
 from tim4rec_jax.models import SequenceModel, condition_on_time, inputs
-from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.scoring import history_bias
 from tim4rec_jax.serving.catalogue import Catalogue, load_run
 
 FORMAT_VERSION = 1
@@ -122,8 +122,8 @@ def program(model: Any, top: int) -> tuple[Callable[..., Any], dict[str, np.ndar
 
         hidden = jax.vmap(encode)(items, lengths, gaps)
         hidden = condition_on_time(model, hidden, dict(zip(_moments(model), moments, strict=True)))
-        repeat_bias = model.repeat_bias()
-        history = None if repeat_bias is None else HistoryItems(items, repeat_bias)
+        bias = history_bias(model)
+        history = None if bias is None else bias.of(items)
         return top_k(hidden, model.item_table(), top, exclude=exclude, history=history)
 
     return recommend, {name: np.asarray(leaf[...]) for name, _, leaf in parameters}

@@ -50,6 +50,15 @@ class Events(NamedTuple):
         """The time of the last event of each history; a meaningless number for an empty one."""
         return np.append(self.timestamps, 0)[self.offsets[1:] - 1]
 
+    def last_items(self, count: int, rows: int) -> Int32[np.ndarray, "R S"]:
+        """The last items of each history, the last one first, in `rows` rows completed with 0."""
+        place = self.offsets[1:, None] - 1 - np.arange(count)
+        out = np.zeros((rows, count), np.int32)
+        items = np.append(self.items, np.int32(0))  # there may be no events at all
+        inside = place >= self.offsets[:-1, None]
+        out[: len(place)] = np.where(inside, items[np.maximum(place, 0)], 0)
+        return out
+
     def padded_items(self) -> Int32[np.ndarray, "B S"]:
         """All items of each history, padded with 0."""
         lengths = np.diff(self.offsets)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Int64, UInt8
 
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.layers.neighbours import RECENT
 from tim4rec_jax.serving.ann_index import ApproximateIndex
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel
@@ -227,7 +228,10 @@ class Ranker:
             )
         else:
             marks = self._marks(events, barred, exclude_seen)
-            scores, items = self.model.best(hidden, k, marks)
+            recent = None
+            if self.model.neighbours is not None:
+                recent = events.last_items(RECENT, len(marks))
+            scores, items = self.model.best(hidden, k, marks, recent)
         empty = np.diff(events.offsets) == 0
         scores, items = scores[: len(empty)], items[: len(empty)]
         if empty.any():

@@ -101,13 +101,20 @@ class Recommender:
                 changes scores a little; see docs/serving.md.
 
         Raises:
-            UserError: the run or the dataset is missing or damaged, they do not belong together, or
-                the library of the index is not installed.
+            UserError: the run or the dataset is missing or damaged, they do not belong together, the
+                library of the index is not installed, or the model has neighbours, which an index
+                does not know.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
         compiled = CompiledModel(config, model, catalogue.ids, state_dtype)
         index = None
         if approximate:
+            if compiled.neighbours is not None:
+                raise UserError(
+                    f"{workdir} adds the neighbours of items to its scores (config.model."
+                    "neighbours), which an approximate index does not know; score all items, or "
+                    "train with config.model.neighbours=0"
+                )
             index = ApproximateIndex(compiled.table, Path(workdir) / "index.faiss")
         training = of_run(Path(workdir), config, Path(dataset) if dataset else None)
         return cls(compiled, catalogue, store, index, training)

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
+from tim4rec_jax.layers.neighbours import NeighbourTable
+
 # What a user's mark on an item says. An item without a mark may be recommended.
 BARRED = 1  # it is never recommended
 REPEATED = 2  # the history holds it, so the model's repeat bias is added to its score
@@ -25,6 +27,7 @@ def top_items(
     table: Float[Array, "V_and_1 D"],
     marks: UInt8[Array, "R V_and_1"],
     repeat_bias: Float[Array, ""] | None,
+    near: tuple[NeighbourTable, Int[Array, "R S"]] | None,
     k: int,
 ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index comes first.
@@ -39,6 +42,8 @@ def top_items(
         table: the item embeddings; row 0 is padding.
         marks: what each user's marks say: 0, `BARRED` or `REPEATED`.
         repeat_bias: what is added to the scores of repeated items; `None`: there are none.
+        near: the neighbours of items, and the last items of each user; see `NeighbourTable`. `None`
+            adds nothing.
         k: the number of items; static.
     """
     rows = table.shape[0]
@@ -61,6 +66,9 @@ def top_items(
         )
         if repeat_bias is not None:
             scores = scores + jnp.where(mark == REPEATED, repeat_bias, 0).astype(dtype)
+        if near is not None:
+            neighbours, recent = near
+            scores += neighbours.scores(neighbours.sums(recent, block, start)).astype(dtype)
         barred = (mark == BARRED) | jnp.isnan(scores) | (items == 0) | (items < first)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)

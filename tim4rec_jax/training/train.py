@@ -20,6 +20,7 @@ from tim4rec_jax.config import Config
 from tim4rec_jax.data import (
     PackedBatches,
     TrainBatches,
+    item_neighbours,
     open_dataset,
     train_dates,
     train_item_counts,
@@ -185,6 +186,10 @@ def _run(
         raise UserError(f"config.model: {first_line(error)}") from error
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
+    if config.model.neighbours:
+        make_model = partial(
+            make_model, neighbours=item_neighbours(dataset, config.model.neighbours)
+        )
     placement = choose_devices(config)
     if placement.by_item is not None and structure.feature_maps is not None:
         raise UserError(
