@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from tim4rec_jax.evaluation import ranking
 from tim4rec_jax.evaluation.evaluate import _score_on_shards
 from tim4rec_jax.evaluation.ranking import LARGEST_BLOCK, UNRANKED, ranks, ranks_and_ties, top_k
+from tim4rec_jax.layers.neighbours import NeighbourTable
 from tim4rec_jax.runtime import make_mesh
-from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.scoring import HistoryBias, HistoryItems
 
 NAN, INF = float("nan"), float("inf")
 
@@ -188,14 +189,13 @@ def test_every_device_scores_its_own_items(shape):
     targets = rng.integers(1, rows, 5).astype(np.int32)
     items = rng.integers(0, rows, (5, 6)).astype(np.int32)
     filled = np.pad(table, ((0, 3), (0, 0)), constant_values=50)  # they would win
-    bias = jnp.float32(-2)
+    near = rng.integers(0, rows, (rows, 3)).astype(np.int32), rng.random((rows, 3), np.float32)
+    bias = HistoryBias(jnp.float32(-2), NeighbourTable(*map(jnp.asarray, near), jnp.float32(1)))
 
     def score(hidden, table, targets, **options):
         found = ranks_and_ties(hidden, table, targets, block_size=8, **options)
         return found, top_k(hidden, table, 20, block_size=8, **options)
 
-    expected = score(
-        hidden, table, targets, exclude=items, history=HistoryItems(jax.device_put(items), bias)
-    )
+    expected = score(hidden, table, targets, exclude=items, history=bias.of(jax.device_put(items)))
     found = _score_on_shards(score, True, mesh, rows, hidden, targets, items, filled, bias)
     jax.tree.map(np.testing.assert_array_equal, found, expected)

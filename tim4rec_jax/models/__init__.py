@@ -167,8 +167,8 @@ def build(
       n_users: number of users, for models that have a vector for each.
       item_counts: int [n_items], training events of each item, for `popularity`.
       item_features: of the items, for models with the setting of this name.
-      neighbours: what `tim4rec_jax.data.item_neighbours` returns, for models with the setting of this
-        name.
+      neighbours: what `tim4rec_jax.data.item_neighbours` returns, for models with the setting of
+        this name.
       date_range: times of the first and the last training event, in seconds since 1970, for models
         with `date_bias_knots`. Such a model cannot score anything without it.
       seed: of the initial weights.

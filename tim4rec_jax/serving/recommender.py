@@ -101,9 +101,9 @@ class Recommender:
                 changes scores a little; see docs/serving.md.
 
         Raises:
-            UserError: the run or the dataset is missing or damaged, they do not belong together, the
-                library of the index is not installed, or the model has neighbours, which an index
-                does not know.
+            UserError: the run or the dataset is missing or damaged, they do not belong together,
+                the library of the index is not installed, or the model has neighbours, which an
+                index does not know.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
         compiled = CompiledModel(config, model, catalogue.ids, state_dtype)
