@@ -52,6 +52,7 @@ def test_settings_of_record(path):
         # A setting that came later has the value that changes nothing.
         assert found.pop("model.conv_path", "") == ""
         assert not found.pop("data.shuffle_ties")
+        assert not found.pop("model.neighbours") and found.pop("model.neighbour_weight")
         # No dataset of these configurations has item features.
         assert found.pop("model.item_features") and found.pop("model.id_dropout")
         assert found == expected, variant

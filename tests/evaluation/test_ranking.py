@@ -4,15 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tim4rec_jax import item_rows
 from tim4rec_jax.evaluation import ranking
 from tim4rec_jax.evaluation.evaluate import _score_on_shards
 from tim4rec_jax.evaluation.ranking import LARGEST_BLOCK, UNRANKED, ranks, ranks_and_ties, top_k
-from tim4rec_jax.layers.neighbours import NeighbourTable
+from tim4rec_jax.layers.neighbours import Neighbours
+from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.runtime import make_mesh
-from tim4rec_jax.scoring import HistoryBias, HistoryItems
+from tim4rec_jax.scoring import HistoryItems, history_bias
 
 NAN, INF = float("nan"), float("inf")
 
@@ -181,6 +184,20 @@ def test_memory_does_not_grow_with_the_catalogue():
     assert temporaries(1_000_000) < temporaries(10_000) + scores_of_million / 25
 
 
+class TableModel(SequenceModel):
+    """As much of a model as scoring needs."""
+
+    def __init__(self, table, neighbours):
+        self.table, self.neighbours = nnx.Param(jnp.asarray(table)), neighbours
+        self.offset = nnx.Param(jnp.float32(-2))
+
+    def item_table(self):
+        return self.table[...]
+
+    def repeat_bias(self):
+        return self.offset[...]
+
+
 @pytest.mark.parametrize("shape", [(2, 4), pytest.param((8, 1), marks=pytest.mark.slow)])
 def test_every_device_scores_its_own_items(shape):
     """Ranks, ties and lists are those of one device, to the bit; whole numbers make many ties."""
@@ -190,12 +207,16 @@ def test_every_device_scores_its_own_items(shape):
     items = rng.integers(0, rows, (5, 6)).astype(np.int32)
     filled = np.pad(table, ((0, 3), (0, 0)), constant_values=50)  # they would win
     near = rng.integers(0, rows, (rows, 3)).astype(np.int32), rng.random((rows, 3), np.float32)
-    bias = HistoryBias(jnp.float32(-2), NeighbourTable(*map(jnp.asarray, near), jnp.float32(1)))
+    model = TableModel(filled, Neighbours(*near, 1.0))
 
     def score(hidden, table, targets, **options):
         found = ranks_and_ties(hidden, table, targets, block_size=8, **options)
         return found, top_k(hidden, table, 20, block_size=8, **options)
 
-    expected = score(hidden, table, targets, exclude=items, history=bias.of(jax.device_put(items)))
-    found = _score_on_shards(score, True, mesh, rows, hidden, targets, items, filled, bias)
+    history = history_bias(model).of(jax.device_put(items))
+    expected = score(hidden, table, targets, exclude=items, history=history)
+    graphdef, state = nnx.split(model)
+    weights = item_rows.split(state, ("table",))
+    arguments = score, True, graphdef, mesh, rows, ("table",), hidden, targets, items
+    found = _score_on_shards(*arguments, *weights)
     jax.tree.map(np.testing.assert_array_equal, found, expected)
