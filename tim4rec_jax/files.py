@@ -138,6 +138,22 @@ def read_regular(path: Path, most: int) -> bytes:
         return file.read(most)
 
 
+def check_file(path: Path, remedy: str, note: str = "") -> None:
+    """Makes sure that a file is there, and no folder, nor a pipe that a reader would wait for.
+
+    Args:
+      path: the file.
+      remedy: what the user can do otherwise.
+      note: what there is to say about the file, in brackets.
+
+    Raises:
+      UserError: it is not.
+    """
+    if not path.is_file():
+        what = "is no file" if path.exists() else "is missing"
+        raise UserError(f"{path} {what}{note and f' ({note})'}; {remedy}")
+
+
 def check_plain(folder: Path) -> None:
     """Makes sure that a folder holds files and folders only; a library would wait for a pipe.
 

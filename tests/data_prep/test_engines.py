@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 import shutil
+import signal
 import sys
 import types
 
@@ -130,6 +131,19 @@ def test_pyspark_or_java_is_missing(run, logs, monkeypatch, tmp_path):
         f"--engine spark needs Java 17 or later, and there is none in JAVA_HOME, which is "
         f"{tmp_path}; install one, such as openjdk-17-jre-headless, or set JAVA_HOME"
     )
+
+
+def test_an_interrupt_waits_for_java_and_the_second_does_not():
+    done = []
+    with pytest.raises(KeyboardInterrupt), spark_engine._interrupted_later():
+        signal.raise_signal(signal.SIGINT)
+        done.append("started")
+    with pytest.raises(KeyboardInterrupt), spark_engine._interrupted_later():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append("never")
+    assert done == ["started"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 spark = pytest.mark.skipif(

@@ -27,6 +27,7 @@ import pyarrow.compute as pc
 from jaxtyping import Float, Float32, Int32, Int64
 
 from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.files import check_file
 
 FEATURES_FILE = "item_features.arrow"
 _CODE_TYPE = pa.dictionary(pa.int32(), pa.string())
@@ -264,8 +265,7 @@ def read_features(directory: Path, n_items: int, remedy: str) -> FeatureTable | 
     path = directory / FEATURES_FILE
     if not path.exists():
         return None
-    if not path.is_file():  # reading a pipe would wait for somebody who writes to it
-        raise UserError(f"{path} is no file; {remedy}")
+    check_file(path, remedy)
     try:
         with pa.ipc.open_file(pa.BufferReader(path.read_bytes())) as reader:
             table = reader.read_all()

@@ -33,7 +33,7 @@ from typing_extensions import TypedDict
 
 from tim4rec_jax.data.features import FEATURES_FILE, FeatureTable, read_features
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.files import check_schema, read_json
+from tim4rec_jax.files import check_file, check_schema, read_json
 
 FORMAT_VERSION = 1
 
@@ -135,9 +135,7 @@ def read_items(directory: Path, metadata: dict) -> pa.Table:
       UserError: the file is missing, damaged, or not the one that `metadata` describes.
     """
     path = directory / ITEMS_FILE
-    if not path.is_file():
-        what = "is no file" if path.exists() else "is missing"
-        raise UserError(f"{path} {what}; {PREPARE_AGAIN}")
+    check_file(path, PREPARE_AGAIN)
     try:
         table = pq.read_table(path)
         table.validate(full=True)  # Arrow itself checks buffers, offsets and UTF-8.
@@ -193,11 +191,7 @@ def map_sequences(directory: Path, metadata: dict) -> Iterator[tuple[pa.RecordBa
     shards = metadata["shards"]
     paths = [directory / sequences_file(shard, shards) for shard in range(shards)]
     for path in paths:
-        if not path.is_file():
-            what = "is no file" if path.exists() else "is missing"
-            raise UserError(
-                f"{path} {what} ({shards} in all); copy it here too, or {PREPARE_AGAIN}"
-            )
+        check_file(path, f"copy it here too, or {PREPARE_AGAIN}", f"{shards} in all")
     for path in paths:
         rows = 0
         try:

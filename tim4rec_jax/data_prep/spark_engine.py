@@ -15,11 +15,14 @@ import functools
 import importlib
 import itertools
 import json
+import logging
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -67,6 +70,7 @@ def spark_engine(work: Path, memory_limit: str | None) -> Iterator["SparkEngine"
     errors = _import_pyspark()
     with contextlib.ExitStack() as stack:
         stack.enter_context(_one_cause(errors))
+        stack.enter_context(_quiet())
         yield SparkEngine(_session(work, stack), work, memory_limit or _TASK_MEMORY)
 
 
@@ -95,7 +99,7 @@ def _session(work: Path, stack: contextlib.ExitStack) -> Any:
         for name, value in _settings(work).items():
             builder = builder.config(name, value)
         # Java prints half a page when it starts.
-        with open(work / "spark.log", "wb") as log, _errors_to(log.fileno()):
+        with open(work / "spark.log", "wb") as log, _errors_to(log.fileno()), _interrupted_later():
             try:
                 spark = builder.getOrCreate()
             except Exception as error:
@@ -104,7 +108,7 @@ def _session(work: Path, stack: contextlib.ExitStack) -> Any:
                     f"Spark does not start ({first_line(error)} {said[-1] if said else ''}); it "
                     "needs Java 17 or later, which JAVA_HOME or PATH can name"
                 ) from error
-        stack.callback(_stop, spark)
+            stack.callback(_stop, spark)
     ours = spark.newSession()
     for name, value in _SQL.items():
         ours.conf.set(name, value)
@@ -146,6 +150,46 @@ def _errors_to(file: int) -> Iterator[None]:
     finally:
         os.dup2(before, 2)
         os.close(before)
+
+
+@contextlib.contextmanager
+def _interrupted_later() -> Iterator[None]:
+    """Has Ctrl-C wait for the end of the block, and a second one act at once.
+
+    Java would never end if it lost us while it starts. Spark's own handler, which is replaced in
+    the end, would talk to Java, perhaps in the middle of another message.
+    """
+    before, asked = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+
+    def wait(number, frame):
+        asked.append((number, frame))
+        signal.signal(signal.SIGINT, before)
+
+    signal.signal(signal.SIGINT, wait)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        before(*asked[0])
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps py4j from logging the traceback of each error that it raises too."""
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return "py4j" not in record.pathname
+
+    root = logging.getLogger()
+    root.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_of_others)
 
 
 def _stop(spark: Any) -> None:
