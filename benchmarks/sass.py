@@ -37,7 +37,10 @@ class Loop(NamedTuple):
 def parse(code: str) -> list[Instruction]:
     """Returns the instructions of what `cuobjdump --dump-sass` prints, without the padding."""
     found = [Instruction(int(a, 16), name, rest) for a, name, rest in _LINE.findall(code)]
-    last = max(i for i, one in enumerate(found) if one.kind == "EXIT")
+    # A jump back may be the last one. The padding begins with a jump to itself.
+    last = max(
+        i for i, one in enumerate(found) if one.kind == "EXIT" or _jumps_to(one) < one.address
+    )
     return found[: last + 1]
 
 
@@ -45,13 +48,17 @@ def loops(instructions: list[Instruction]) -> list[Loop]:
     """Returns the loops, outer ones before those in them: jumps back to an earlier address."""
     found: dict[int, int] = {}
     for one in instructions:
-        if one.kind == "BRA" and (target := re.search(r"0x([0-9a-f]+)", one.operands)):
-            first = int(target[1], 16)
-            if first <= one.address:
-                found[first] = max(found.get(first, 0), one.address)
+        if (first := _jumps_to(one)) <= one.address:
+            found[first] = max(found.get(first, 0), one.address)
     return sorted(
         (Loop(*pair) for pair in found.items()), key=lambda loop: (loop.first, -loop.last)
     )
+
+
+def _jumps_to(one: Instruction) -> float:
+    """Where an instruction jumps to; infinity: nowhere."""
+    target = re.search(r"0x([0-9a-f]+)", one.operands) if one.kind == "BRA" else None
+    return int(target[1], 16) if target else float("inf")
 
 
 def issued(instructions: list[Instruction], turns: list[float]) -> Counter[str]:

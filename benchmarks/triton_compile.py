@@ -144,11 +144,13 @@ class Launch(NamedTuple):
         elif self.name == "block_forward":
             found = [chunks, S.G, S.H // S.G]
         else:
-            first = [S.H, chunks - 1] if S.SEVERAL_CHUNKS else []
-            heads, tiles = [S.G, S.H // S.G], S.M // min(S.P, S.N)
-            states = heads if S.SEVERAL_CHUNKS else []
-            # The compiler unrolls the first loop of `through_norm`.
-            found = [*first, chunks, *heads, *states, *heads, tiles, tiles]
+            heads, tile = [S.G, S.H // S.G], min(32, S.M & -S.M)
+            first = []
+            if S.SEVERAL_CHUNKS:
+                activated = S.M - S.G * S.N
+                first = [chunks - 1, activated // min(64, activated & -activated), S.H]
+            stages = [S.M // min(64, S.M & -S.M), *heads, *heads, *heads, S.M // tile]
+            found = [*first, chunks, *stages]
         return [turns for turns in found if turns != 1]
 
 

@@ -17,7 +17,7 @@ MOST_FEATURES = 256
 MOST_TAPS = 8
 # The largest states for which products of float32 are three of tensor cores, on Hopper and later:
 # the narrower products of older GPUs want their operands in registers, which spill.
-WIDEST_STATE = {"block_forward": 32}
+WIDEST_STATE = {"block_forward": 32, "block_backward": 32}
 
 
 class Rows(NamedTuple):
@@ -115,8 +115,11 @@ def _block_backward(options, residuals, dy):
     drows, shares = shard_over_batch(
         functools.partial(_backward, options), (rows, y, rstd, dy), parameters
     )
-    dconvolution, dheads, dscale = (jnp.sum(v, axis=0) for v in shares)
-    dA, dD, dbias = dheads
+    inner, heads = parameters.norm_scale.size, parameters.A.size
+    total = jnp.sum(shares, axis=0)
+    dscale, dconvolution, dheads = jnp.split(total, [inner, total.size - 3 * heads])
+    dA, dD, dbias = dheads.reshape(3, heads)
+    dconvolution = dconvolution.reshape(-1, parameters.conv_bias.size)
     gradients = Parameters(dconvolution[:-1], dconvolution[-1], dA, dD, dbias, dscale)
     return drows, jax.tree.map(lambda d, v: d.astype(v.dtype), gradients, parameters)
 
@@ -125,7 +128,7 @@ _block.defvjp(_block_forward, _block_backward)
 
 
 def _forward(options, rows, parameters):
-    from tim4rec_jax.ssd.triton.block_kernels import block_forward
+    from tim4rec_jax.ssd.triton.block_forward import block_forward
 
     batch, length, _ = rows.projected.shape
     S, tiles = _specialise("block_forward", options, rows, parameters)
@@ -143,13 +146,12 @@ def _forward(options, rows, parameters):
 
 
 def _backward(options, rows_and_results, parameters):
-    from tim4rec_jax.ssd.triton.block_kernels import block_backward
+    from tim4rec_jax.ssd.triton.block_backward import block_backward
 
     rows, y, rstd, dy = rows_and_results
     batch, length, _ = rows.projected.shape
     S, tiles = _specialise("block_backward", options, rows, parameters)
-    # Positions of a row in the kernel's own memory: two chunks, or the only one.
-    kept = 2 * S.Q if S.SEVERAL_CHUNKS else length
+    states = (-(-length // S.Q) + 1) * S.H * S.P * S.N if S.SEVERAL_CHUNKS else 0
 
     def of_rows(value):
         """Of the gradient of an array; a missing one has a number that nobody reads."""
@@ -158,31 +160,25 @@ def _backward(options, rows_and_results, parameters):
         return jax.ShapeDtypeStruct(value.shape, value.dtype)
 
     modulation = (rows.time_factor, rows.time_step, rows.time_rate)
-    dprojected, *dmodulation, dconvolution, dheads, dscale, _, _, _, _ = launch.launch(
+    dprojected, *dmodulation, shares, _ = launch.launch(
         block_backward,
         (*_inputs(rows, parameters), y, rstd, dy, length),
         (
             jax.ShapeDtypeStruct(rows.projected.shape, rows.projected.dtype),
             *map(of_rows, modulation),
-            _float32(batch, S.W + 1, S.M),
-            _float32(batch, 3, S.H),
-            _float32(batch, S.I),
-            _float32(batch, -(-length // S.Q), S.H, S.N, S.P, needed=S.SEVERAL_CHUNKS),
-            _float32(batch, kept, S.M),
-            _float32(batch, kept, S.I),
-            _float32(batch, 2, S.H, S.Q, needed=S.SEVERAL_CHUNKS),
+            _float32(batch, S.I + (S.W + 1) * S.M + 3 * S.H),
+            _float32(batch, ((3 if S.SEVERAL_CHUNKS else 2) * S.M + S.H + S.Q) * S.Q + states),
         ),
         programs=batch,
         specialisation=S,
         tiles=tiles,
     )
     given = (None if v is None else d for v, d in zip(modulation, dmodulation, strict=True))
-    return Rows(dprojected, *given), (dconvolution, dheads, dscale)
+    return Rows(dprojected, *given), shares
 
 
-def _float32(*shape, needed=True):
-    """An array that a kernel writes, of one number if it is not needed."""
-    return jax.ShapeDtypeStruct(shape if needed else (1,), jnp.float32)
+def _float32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def _inputs(rows, parameters):
@@ -213,6 +209,9 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
         largest_chunk=options.chunk_size,
     )._replace(heads=heads)
     several = length > tiles.chunk
+    # Forward over chunks of 16 or 32 positions, most of the warps would repeat what others do, and
+    # bringing operands into place is more instructions and registers than plain products.
+    precision = "ieee" if several and kernel == "block_forward" else allowed
     specialisation = Specialisation(
         H=heads,
         G=options.groups,
@@ -230,8 +229,6 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
         HAS_SEGMENTS=rows.segment_ids is not None,
         HARDSWISH=options.activation == "hardswish",
         EPS=options.eps,
-        # Over chunks of 16 or 32 positions, most of the warps would repeat what others do, and
-        # bringing operands into place is more instructions and registers than plain products.
-        PRECISION="ieee" if several else allowed,
+        PRECISION=precision,
     )
     return specialisation, tiles

@@ -189,12 +189,33 @@ def decay_between(total, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def paired_decay_between(total, S: tl.constexpr):
-    """`decay_between` with paired columns."""
+def paired_decay_between(total, FROM_TO: tl.constexpr, S: tl.constexpr):
+    """`decay_between` with paired columns, or if FROM_TO its transpose [from, to] with such."""
     q = tl.arange(0, S.Q)
     coarse, fine = pair_columns(total.coarse[None, :]), pair_columns(total.fine[None, :])
-    difference = (total.coarse[:, None] - coarse) + (total.fine[:, None] - fine)
-    return tl.exp2(tl.where(q[:, None] >= paired(q)[None, :], difference, -float("inf")))
+    if FROM_TO:
+        difference = (coarse - total.coarse[:, None]) + (fine - total.fine[:, None])
+        before = q[:, None] <= paired(q)[None, :]
+    else:
+        difference = (total.coarse[:, None] - coarse) + (total.fine[:, None] - fine)
+        before = q[:, None] >= paired(q)[None, :]
+    return tl.exp2(tl.where(before, difference, -float("inf")))
+
+
+@triton.jit
+@no_type_check
+def sum_from(v, t, S: tl.constexpr):
+    """Sums of columns, which are paired, from each place t on: as many columns as t."""
+    v = unpair_columns(v)
+    ones = tl.where(tl.arange(0, S.Q)[:, None] >= t[None, :], 1.0, 0.0)
+    if S.PRECISION == "ieee":
+        total = tl.dot(v, ones, input_precision="ieee")
+    else:
+        # Two parts of each number give nearly all of its digits.
+        high = (v.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        total = tl.dot(v - high, ones, input_precision="tf32")
+        total = tl.dot(high, ones, total, input_precision="tf32")
+    return total
 
 
 @triton.jit

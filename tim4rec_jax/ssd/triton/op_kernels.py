@@ -201,7 +201,7 @@ def forward(
             # A sum over one number keeps the compiler from computing the steps anew for each use.
             step = tl.sum(step[:, None], 1)
             x_ = load_channels(v.x, chunk, head, S)
-            mixing = scores * paired_decay_between(total, S) * pair_columns(step[None, :])
+            mixing = scores * paired_decay_between(total, False, S) * pair_columns(step[None, :])
             if S.HAS_D and not S.D_PER_CHANNEL:
                 mixing += tl.where(q[:, None] == k[None, :], load_skip(v, head, S), 0)
             state = states[i]
@@ -391,7 +391,7 @@ def backward(
                 scores = score(v, chunk, group, S)
             x_ = load_channels(v.x, chunk, head, S)
             dy_ = load_channels(dy, chunk, head, S)
-            decay = paired_decay_between(total, S)
+            decay = paired_decay_between(total, False, S)
             pairs = product(operand(dy_, S), operand(tl.trans(pair_rows(x_)), S), S)
             pairs *= pair_columns(step[None, :])
             dscores += pairs * decay
