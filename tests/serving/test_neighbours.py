@@ -97,6 +97,7 @@ def test_export_and_explanation_agree(with_neighbours):
     items, times = history(5)
     best = recommender.recommend(items, times, k=4)
     function, weights = export_lib.program(model, 4)
+    assert export_lib.lower(function, weights, model).platforms == ("cpu", "cuda", "tpu")
     read = np.zeros((1, model.max_length), np.int32)
     read[0, :5] = recommender.catalogue.indices(items)
     gaps = np.zeros((1, model.max_length), np.float32)

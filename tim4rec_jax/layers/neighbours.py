@@ -67,7 +67,9 @@ class NeighbourTable(NamedTuple):
     def _of(self, recent):
         decay = _DECAY ** jnp.arange(recent.shape[1], dtype=self.similarity.dtype)
         similarity = self.similarity[recent] * decay[:, None]
-        return (x.reshape(len(recent), -1) for x in (self.items[recent], similarity))
+        # The number of rows has no value where a program is exported for any of them.
+        shape = recent.shape[0], recent.shape[1] * self.items.shape[1]
+        return self.items[recent].reshape(shape), similarity.reshape(shape)
 
 
 class Neighbours(nnx.Module):

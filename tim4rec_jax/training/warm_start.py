@@ -50,6 +50,8 @@ from tim4rec_jax.training.state import TrainState, init_state, make_optimizer
 
 # Dates of the training data, which may differ from day to day as long as there are some.
 _DATES = "model.date_bias_knots"
+# What only a ranking adds, and is counted anew for each dataset.
+_OF_RANKING = ("model.neighbours", "model.neighbour_weight")
 _ITEMS, _DATE_VECTORS = "item_embedding/embedding", "drift/vectors"
 
 MakeModel = Callable[..., SequenceModel]
@@ -226,6 +228,7 @@ def _check_same_model(config: Config, theirs: Config, run: Path) -> None:
         for name in [*names, "data.convention"]
         if ours_flat.get(name) != theirs_flat.get(name)
         and not (name == _DATES and ours_flat.get(name) and theirs_flat.get(name))
+        and name not in _OF_RANKING
     ]
     if different:
         listed = ", ".join(
