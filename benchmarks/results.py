@@ -118,6 +118,7 @@ SLICE = "model.date_bias_knots=0 model.output_std=0.02"
 MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"
 BOTH = ("data", "config", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10")
 TIES = "data.shuffle_ties=True train.learning_rate=0.003"
+NEAR = "model.neighbours=64"
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
     "readme": Table(
@@ -133,8 +134,10 @@ TABLES = {
             ("beauty", "official", ""),
             ("beauty", "causal", NO_BIAS),
             ("beauty", "causal", ""),
+            ("beauty", "causal", NEAR),
             ("kuairand-slice", "", "train.patience=5"),
             ("kuairand-slice", "causal", ""),
+            ("kuairand-slice", "causal", NEAR),
         ],
         ("data", "config", "seeds", "Hit@10", "NDCG@10"),
     ),
@@ -206,6 +209,28 @@ TABLES = {
             ("ml-100k", "causal", TIES),
             ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
             ("ml-100k", "sasrec", f"{COMPARED['ml-100k']} model.repeat_bias=True {TIES}"),
+        ],
+        ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
+    ),
+    "neighbours": Table(
+        RANKED,
+        [
+            ("beauty", "causal", ""),
+            ("beauty", "causal", NEAR),
+            ("kuairand-slice", "causal", ""),
+            ("kuairand-slice", "causal", NEAR),
+            ("kuairand-slice", "mamba4rec", COMPARED["kuairand-slice"]),
+            ("kuairand-slice", "mamba4rec", f"{COMPARED['kuairand-slice']} {NEAR}"),
+        ],
+        ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
+    ),
+    "neighbours-masked": Table(
+        MASKED,
+        [
+            ("beauty", "causal", NEAR),
+            ("kuairand-slice", "causal", ""),
+            ("kuairand-slice", "causal", NEAR),
+            ("kuairand-slice", "mamba4rec", f"{COMPARED['kuairand-slice']} {NEAR}"),
         ],
         ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
     ),
