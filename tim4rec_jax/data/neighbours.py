@@ -1,8 +1,8 @@
 """The neighbours of each item: those that users have near it, counted over the training events."""
 
 import numpy as np
-import scipy.sparse as sp
 from jaxtyping import Float32, Int32
+from scipy import sparse
 
 from tim4rec_jax.data.dataset import Dataset, train_events, train_item_counts
 
@@ -43,7 +43,7 @@ def item_neighbours(
     for part in np.unique(parts).tolist():
         rows = np.flatnonzero(parts == part) + 1
         first, last = int(rows[0]), int(rows[-1]) + 1
-        near = sp.csr_matrix((last - first, dataset.n_items + 1))
+        near = sparse.csr_matrix((last - first, dataset.n_items + 1))
         for distance in range(1, min(_WINDOW, len(items) - 1) + 1):
             same = users[distance:] == users[:-distance]
             before, after = items[:-distance][same], items[distance:][same]
@@ -51,7 +51,7 @@ def item_neighbours(
                 here = (one >= first) & (one < last) & (one != other)
                 pairs = np.full(np.count_nonzero(here), _NEARNESS ** (distance - 1))
                 places = one[here] - first, other[here]
-                near += sp.csr_matrix((pairs, places), shape=near.shape)
+                near += sparse.csr_matrix((pairs, places), shape=near.shape)
         near = near.tocsr()
         row = np.repeat(np.arange(last - first), np.diff(near.indptr))
         similarity = near.data / (

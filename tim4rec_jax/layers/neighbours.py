@@ -78,7 +78,7 @@ class Neighbours(nnx.Module):
     Attributes:
       items: the neighbours of each item, int32 [rows, M].
       similarity: how similar they are, [rows, M].
-      weight: see `tim4rec_jax.scoring.NeighbourTable`.
+      weight: see `NeighbourTable`.
     """
 
     def __init__(self, items: np.ndarray, similarity: np.ndarray, weight: float):
