@@ -20,14 +20,14 @@ from tim4rec_jax.models import SequenceModel
 
 
 class HistoryBias(NamedTuple):
-    """What a model adds to scores because of the history, one of them at least.
+    """What a model adds to scores because of the history.
 
     Attributes:
-        repeat_bias: what is added to the score of each item of the history; None: nothing.
+        repeat_bias: what is added to the score of each item of the history.
         neighbours: of the items of the history; None: they add nothing.
     """
 
-    repeat_bias: Float[Array, ""] | None = None
+    repeat_bias: Float[Array, ""]
     neighbours: NeighbourTable | None = None
 
     def of(self, items: Int[Array | np.ndarray, "B S"]) -> HistoryItems:
@@ -39,8 +39,9 @@ def history_bias(model: SequenceModel) -> HistoryBias | None:
     """What the items of the history add to the scores of a ranking. None: nothing."""
     if model.offset is None and model.neighbours is None:
         return None
+    repeat_bias = model.repeat_bias()
     table = None if model.neighbours is None else model.neighbours.table()
-    return HistoryBias(model.repeat_bias(), table)
+    return HistoryBias(jnp.zeros(()) if repeat_bias is None else repeat_bias, table)
 
 
 class HistoryItems(NamedTuple):
@@ -53,14 +54,14 @@ class HistoryItems(NamedTuple):
     Attributes:
         items: the item indices of each history, 0 for none.
         repeat_bias: what is added to the score of each of these items, once, however often the
-            item occurs; None: nothing.
+            item occurs.
         first: the position of the first item that counts, per row.
         last: the position of the last item that counts, per row.
         neighbours: of the items, which only the ranking adds; None: they add nothing.
     """
 
     items: Int[Array | np.ndarray, "R S"]
-    repeat_bias: Float[Array, ""] | None
+    repeat_bias: Float[Array, ""]
     first: Int[Array, " N"] | None = None
     last: Int[Array, " N"] | None = None
     neighbours: NeighbourTable | None = None
@@ -96,10 +97,8 @@ def item_mask(
 
 def added_to(targets: Int[Array, " B"], history: HistoryItems) -> Float[Array, " B"]:
     """What the history adds to the score of one item of each row, with one history per row."""
-    added = jnp.zeros(targets.shape)
-    if history.repeat_bias is not None:
-        repeated = (history.items == targets[:, None]).any(axis=1)
-        added = jnp.where(repeated, history.repeat_bias, 0)
+    repeated = (history.items == targets[:, None]).any(axis=1)
+    added = jnp.where(repeated, history.repeat_bias, 0)
     if (table := history.neighbours) is not None:
         added += table.scores(table.sums_at(recent_items(history.items), targets))
     return added
@@ -119,9 +118,8 @@ def add_history(
     """
     if history is None:
         return scores
-    if history.repeat_bias is not None:
-        repeated = item_mask(history.items, scores.shape[1], start)
-        scores = scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)
+    repeated = item_mask(history.items, scores.shape[1], start)
+    scores = scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)
     if (table := history.neighbours) is not None:
         sums = table.sums(recent_items(history.items), scores.shape[1], start)
         scores = scores + table.scores(sums).astype(scores.dtype)

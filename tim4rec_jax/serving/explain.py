@@ -26,7 +26,7 @@ from jaxtyping import Float, Int, Int64
 
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.scoring import HistoryBias, add_history
+from tim4rec_jax.scoring import add_history, history_bias
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.history import Events, read_histories
@@ -118,9 +118,9 @@ def _log_probabilities(
     rows = len(histories.offsets) - 1
     hidden = model.encode(histories, None if at is None else np.full(rows, at))
     history = None
-    if model.repeat_bias is not None or model.neighbours is not None:
+    if (bias := history_bias(model.sequence_model)) is not None:
         items = np.pad(histories.padded_items(), ((0, len(hidden) - rows), (0, 0)))
-        history = HistoryBias(model.repeat_bias, model.neighbours).of(items)
+        history = bias.of(items)
     return np.asarray(_log_probability(hidden, model.table, history, item))[:rows]
 
 
