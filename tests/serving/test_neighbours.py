@@ -16,6 +16,7 @@ from tim4rec_jax.serving import export as export_lib
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.explain import explain
+from tim4rec_jax.serving.history import read_histories
 from tim4rec_jax.serving.recommender import Recommender
 
 KIND = KINDS["causal"] | dict(neighbours=4, neighbour_weight=0.7)
@@ -37,22 +38,21 @@ def history(length):
     return items, list(range(880_000_000, 880_000_000 + length))
 
 
-def naive_scores(recommender, model, found, items, times):
-    """The scores of all items by the definition."""
+def naive(recommender, found, items):
+    """What is added to the score of each item, by the definition."""
     read = recommender.catalogue.indices(items)
-    events = recommender.recommend(items, times, k=N_ITEMS, exclude_seen=False)
     sums = np.zeros(N_ITEMS + 1)
     for age, item in enumerate(read[::-1][:RECENT]):
         np.add.at(sums, found[0][item], 0.85**age * found[1][item])
-    added = 0.7 * np.log1p(10 * sums)
-    return events, added
+    return 0.7 * np.log1p(10 * sums)
 
 
 @pytest.mark.parametrize("length", [1, 5, 20])
 def test_recommendations_hold_what_neighbours_add(with_neighbours, length):
-    recommender, model, found = with_neighbours
+    recommender, _, found = with_neighbours
     items, times = history(length)
-    events, added = naive_scores(recommender, model, found, items, times)
+    added = naive(recommender, found, items)
+    events = recommender.recommend(items, times, k=N_ITEMS, exclude_seen=False)
     plain, table = recommender.model, recommender.model.neighbours
     try:
         plain.neighbours = None
@@ -70,11 +70,10 @@ def test_ranks_are_places_in_the_recommendations(with_neighbours):
     recommender, model, _ = with_neighbours
     items, times = history(5)
     best = recommender.recommend(items, times, k=N_ITEMS, exclude_seen=False)
-    log = recommender.model
     read = recommender.catalogue.indices(items).astype(np.int32)
     rows = np.tile(np.append(read, [0, 0, 0]).astype(np.int32), (N_ITEMS, 1))
-    events = recommender_events(recommender, items, times)
-    hidden = np.repeat(np.asarray(log.encode(events))[:1], N_ITEMS, axis=0)
+    events, _ = read_histories([(items, times)], recommender.catalogue, sort=False)
+    hidden = np.repeat(np.asarray(recommender.model.encode(events))[:1], N_ITEMS, axis=0)
     places = {item: place for place, item in enumerate(best.items, 1)}
     expected = [places[f"i{n}"] for n in range(1, N_ITEMS + 1)]
     targets = np.arange(1, N_ITEMS + 1, dtype=np.int32)
@@ -84,12 +83,6 @@ def test_ranks_are_places_in_the_recommendations(with_neighbours):
             hidden, model.item_table(), targets, block_size=block_size, history=marks
         )
         np.testing.assert_array_equal(ranks, expected)
-
-
-def recommender_events(recommender, items, times):
-    from tim4rec_jax.serving.history import read_histories
-
-    return read_histories([(items, times)], recommender.catalogue, sort=False)[0]
 
 
 def test_export_and_explanation_agree(with_neighbours):
