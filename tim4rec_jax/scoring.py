@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from tim4rec_jax.layers.neighbours import NeighbourTable, recent_items
+from tim4rec_jax.layers.neighbours import Near, NeighbourTable, recent_items
 from tim4rec_jax.models import SequenceModel
 
 
@@ -32,7 +32,8 @@ class HistoryBias(NamedTuple):
 
     def of(self, items: Int[Array | np.ndarray, "B S"]) -> HistoryItems:
         """With the items of each history, oldest first, padded with 0 at the end."""
-        return HistoryItems(items, self.repeat_bias, neighbours=self.neighbours)
+        near = None if self.neighbours is None else self.neighbours.near(recent_items(items))
+        return HistoryItems(items, self.repeat_bias, near=near)
 
 
 def history_bias(model: SequenceModel) -> HistoryBias | None:
@@ -57,14 +58,14 @@ class HistoryItems(NamedTuple):
             item occurs.
         first: the position of the first item that counts, per row.
         last: the position of the last item that counts, per row.
-        neighbours: of the items, which only the ranking adds; None: they add nothing.
+        near: the neighbours of the last items, which only the ranking adds; None: they add nothing.
     """
 
     items: Int[Array | np.ndarray, "R S"]
     repeat_bias: Float[Array, ""]
     first: Int[Array, " N"] | None = None
     last: Int[Array, " N"] | None = None
-    neighbours: NeighbourTable | None = None
+    near: Near | None = None
 
     def of_rows(self, rows: Int[Array, " n"]) -> HistoryItems:
         """The histories of the rows with these numbers, one per row."""
@@ -99,8 +100,8 @@ def added_to(targets: Int[Array, " B"], history: HistoryItems) -> Float[Array, "
     """What the history adds to the score of one item of each row, with one history per row."""
     repeated = (history.items == targets[:, None]).any(axis=1)
     added = jnp.where(repeated, history.repeat_bias, 0)
-    if (table := history.neighbours) is not None:
-        added += table.scores(table.sums_at(recent_items(history.items), targets))
+    if history.near is not None:
+        added += history.near.scores_of(targets)
     return added
 
 
@@ -120,7 +121,6 @@ def add_history(
         return scores
     repeated = item_mask(history.items, scores.shape[1], start)
     scores = scores + jnp.where(repeated, history.repeat_bias, 0).astype(scores.dtype)
-    if (table := history.neighbours) is not None:
-        sums = table.sums(recent_items(history.items), scores.shape[1], start)
-        scores = scores + table.scores(sums).astype(scores.dtype)
+    if history.near is not None:
+        scores = scores + history.near.scores(scores.shape[1], start).astype(scores.dtype)
     return scores

@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from scipy import sparse
 
-from tim4rec_jax.data.dataset import Dataset, train_events, train_item_counts
+from tim4rec_jax.data.dataset import Dataset, train_events
 
 # Chosen on the validation of Amazon-Beauty and the KuaiRand slice, see docs/models.md.
 _WINDOW = 20  # two events of a user that are further apart say nothing
@@ -34,7 +34,7 @@ def item_neighbours(
       Row 0 is padding, and 0 completes the rows of items with fewer neighbours.
     """
     items, users = train_events(dataset)
-    events = train_item_counts(dataset)
+    events = np.bincount(items, minlength=dataset.n_items + 1)[1:]
     neighbours = np.zeros((dataset.n_items + 1, count), np.int32)
     similarities = np.zeros(neighbours.shape, np.float32)
     of_item = np.maximum(np.append(1, events), 1).astype(np.float64)

@@ -36,40 +36,49 @@ class NeighbourTable(NamedTuple):
     similarity: Float[Array, "V M"]
     weight: Float[Array, ""]
 
-    def sums(
-        self, recent: Int[Array, "B R"], columns: int, start: Int[Array, ""] | int = 0
-    ) -> Float[Array, "B columns"]:
-        """How similar the items `start`, `start + 1`, ... are to the last events of each row.
+    def near(self, recent: Int[Array, "B R"]) -> Near:
+        """The neighbours of the last events of each history.
 
         Args:
             recent: the last items of each history, the last one first, 0 for none.
-            columns: how many items to ask about.
-            start: the first of them.
         """
-        items, similarity = self._of(recent)
-        column = jnp.where(items > 0, items - start, -1)
+        decay = _DECAY ** jnp.arange(recent.shape[1], dtype=self.similarity.dtype)
+        similarity = self.similarity[recent] * decay[:, None]
+        # The number of rows has no value where a program is exported for any of them.
+        shape = recent.shape[0], recent.shape[1] * self.items.shape[1]
+        return Near(self.items[recent].reshape(shape), similarity.reshape(shape), self.weight)
+
+
+class Near(NamedTuple):
+    """The neighbours of the last events of each history; an item may be there several times.
+
+    Attributes:
+        items: the neighbours, 0 for none.
+        similarity: that to the event, which counts less the older the event is; 0 for none.
+        weight: see `NeighbourTable`.
+    """
+
+    items: Int[Array, "B S"]
+    similarity: Float[Array, "B S"]
+    weight: Float[Array, ""]
+
+    def scores(self, columns: int, start: Int[Array, ""] | int = 0) -> Float[Array, "B columns"]:
+        """What is added to the scores of the items `start`, ..., `start + columns - 1`."""
+        column = jnp.where(self.items > 0, self.items - start, -1)
         column = jnp.where(column < 0, columns, column)  # a negative index would count from the end
 
         def one_row(column, similarity):
             return jnp.zeros(columns, similarity.dtype).at[column].add(similarity, mode="drop")
 
-        return jax.vmap(one_row)(column, similarity)
+        return self._scores(jax.vmap(one_row)(column, self.similarity))
 
-    def sums_at(self, recent: Int[Array, "B R"], targets: Int[Array, " B"]) -> Float[Array, " B"]:
-        """How similar one item of each row is to the row's last events; see `sums`."""
-        items, similarity = self._of(recent)
-        return jnp.where(items == targets[:, None], similarity, 0).sum(axis=1)
+    def scores_of(self, targets: Int[Array, " B"]) -> Float[Array, " B"]:
+        """What is added to the score of one item of each row."""
+        here = self.items == targets[:, None]
+        return self._scores(jnp.where(here, self.similarity, 0).sum(axis=1))
 
-    def scores(self, sums: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-        """What is added to the scores of items with these sums."""
+    def _scores(self, sums):
         return self.weight * jnp.log1p(_SCALE * sums)
-
-    def _of(self, recent):
-        decay = _DECAY ** jnp.arange(recent.shape[1], dtype=self.similarity.dtype)
-        similarity = self.similarity[recent] * decay[:, None]
-        # The number of rows has no value where a program is exported for any of them.
-        shape = recent.shape[0], recent.shape[1] * self.items.shape[1]
-        return self.items[recent].reshape(shape), similarity.reshape(shape)
 
 
 class Neighbours(nnx.Module):

@@ -27,7 +27,7 @@ def top_items(
     table: Float[Array, "V_and_1 D"],
     marks: UInt8[Array, "R V_and_1"],
     repeat_bias: Float[Array, ""] | None,
-    near: tuple[NeighbourTable, Int[Array, "R S"]] | None,
+    near_items: tuple[NeighbourTable, Int[Array, "R S"]] | None,
     k: int,
 ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index comes first.
@@ -42,13 +42,16 @@ def top_items(
         table: the item embeddings; row 0 is padding.
         marks: what each user's marks say: 0, `BARRED` or `REPEATED`.
         repeat_bias: what is added to the scores of repeated items; `None`: there are none.
-        near: the neighbours of items, and the last items of each user; see `NeighbourTable`. `None`
-            adds nothing.
+        near_items: the neighbours of items, and the last items of each user; `None` adds nothing.
         k: the number of items; static.
     """
     rows = table.shape[0]
     block = min(_BLOCK if rows < 4 * _LARGE_BLOCK else _LARGE_BLOCK, rows)
     dtype = jnp.promote_types(jnp.result_type(hidden, table), jnp.float32)
+    near = None
+    if near_items is not None:
+        neighbours, recent = near_items
+        near = neighbours.near(recent)
 
     def step(best, first):
         # The last block begins earlier, so that it is as long as the others. The items that it
@@ -67,8 +70,7 @@ def top_items(
         if repeat_bias is not None:
             scores = scores + jnp.where(mark == REPEATED, repeat_bias, 0).astype(dtype)
         if near is not None:
-            neighbours, recent = near
-            scores += neighbours.scores(neighbours.sums(recent, block, start)).astype(dtype)
+            scores += near.scores(block, start).astype(dtype)
         barred = (mark == BARRED) | jnp.isnan(scores) | (items == 0) | (items < first)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)

@@ -186,10 +186,6 @@ def _run(
         raise UserError(f"config.model: {first_line(error)}") from error
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
-    if config.model.neighbours:
-        make_model = partial(
-            make_model, neighbours=item_neighbours(dataset, config.model.neighbours)
-        )
     placement = choose_devices(config)
     if placement.by_item is not None and structure.feature_maps is not None:
         raise UserError(
@@ -221,7 +217,7 @@ def _train(
     config: Config,
     workdir: Path,
     batches: TrainBatches | PackedBatches,
-    make_model: Callable[[], SequenceModel],
+    make_model: Callable[..., SequenceModel],
     structure: SequenceModel,
     placement: Placement,
     loggers: Sequence[Logger],
@@ -282,6 +278,9 @@ def _train(
         # Nothing is drawn where earlier starts of this run have saved something.
         checkpoints = Checkpoints(workdir, whole_shapes, names)
         restored = checkpoints.restore(state_shapes, steps.iterator)
+        if restored is None and config.model.neighbours:
+            neighbours = item_neighbours(dataset, config.model.neighbours)
+            make_model = partial(make_model, neighbours=neighbours)
         if restored is not None:
             state, progress = restored
         elif warm_start is not None:
