@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from tim4rec_jax.data_prep import synthetic
+from tim4rec_jax.data_prep.flags import parser
+from tim4rec_jax.errors import UserError
 
 USERS, ITEMS = 30_000, 60
 
@@ -11,6 +13,11 @@ USERS, ITEMS = 30_000, 60
 @pytest.fixture(scope="module")
 def events():
     return synthetic.generate(USERS, ITEMS, seed=1)
+
+
+@pytest.fixture(scope="module")
+def weak_events():
+    return synthetic.generate(USERS, ITEMS, seed=1, effect=0.25)
 
 
 def test_conditionals_are_probabilities():
@@ -24,9 +31,10 @@ def test_conditionals_are_probabilities():
             np.testing.assert_allclose(focus, 0.9 + 0.1 / 5)
 
 
-def test_events_follow_the_conditionals(events):
-    items, times, _ = events
-    interest, probabilities = synthetic.conditionals(ITEMS)
+@pytest.mark.parametrize("name, effect", [("events", 1), ("weak_events", 0.25)])
+def test_events_follow_the_conditionals(name, effect, request):
+    items, times, _ = request.getfixturevalue(name)
+    interest, probabilities = synthetic.conditionals(ITEMS, effect)
     long = np.diff(times) >= synthetic.LONG[0]
     for is_long in (False, True):
         for now in (0, 3):
@@ -61,10 +69,11 @@ def test_items_do_not_betray_the_last_gap(events):
 
 
 @pytest.mark.parametrize("split, back", [("test", 1), ("valid", 2)])
-def test_oracle_is_what_ranking_by_the_truth_gives(events, split, back):
-    items, times, lengths = events
-    ceilings = synthetic.oracle(items, times, lengths, ITEMS)[split]
-    interest, probabilities = synthetic.conditionals(ITEMS)
+@pytest.mark.parametrize("name, effect", [("events", 1), ("weak_events", 0.25)])
+def test_oracle_is_what_ranking_by_the_truth_gives(name, effect, split, back, request):
+    items, times, lengths = request.getfixturevalue(name)
+    ceilings = synthetic.oracle(items, times, lengths, ITEMS, effect)[split]
+    interest, probabilities = synthetic.conditionals(ITEMS, effect)
     users = np.arange(USERS)
     target, last = items[users, lengths - back], lengths - back - 1
     long = (times[users, last] - times[users, last - 1] >= synthetic.LONG[0]).astype(int)
@@ -83,6 +92,25 @@ def test_oracle_is_what_ranking_by_the_truth_gives(events, split, back):
         gains = hits / np.log2(rank + 1)
         for key, found in (("hit@10", hits), ("ndcg@10", gains)):
             assert abs(found.mean() - ceilings[name][key]) < 4 * found.std() / np.sqrt(USERS)
+
+
+def test_the_effect_moves_only_what_time_says():
+    interest, most = synthetic.conditionals(ITEMS)
+    shares = [1 - synthetic.LONG_GAP, synthetic.LONG_GAP]
+    for effect in (0.0, 0.25, 0.5):
+        _, probabilities = synthetic.conditionals(ITEMS, effect)
+        for found in (most, probabilities):
+            blind = np.average(found, axis=0, weights=shares)
+            np.testing.assert_allclose(blind, np.average(most, axis=0, weights=shares))
+        apart = probabilities[1] - probabilities[0]
+        np.testing.assert_allclose(apart, effect * (most[1] - most[0]), atol=1e-15)
+    last, gaps = np.arange(ITEMS), np.arange(ITEMS) % 2 == 1
+    worth = [
+        best["with_time"]["ndcg@10"] - best["time_blind"]["ndcg@10"]
+        for effect in (0.0, 0.1, 0.5, 1.0)
+        if (best := synthetic.ceilings(last, gaps, ITEMS, effect))
+    ]
+    assert worth[0] == 0 and worth == sorted(set(worth))
 
 
 def test_default_preset_leaves_room_for_time(run):
@@ -109,6 +137,22 @@ def test_seeds(run):
     first = content().read_bytes()
     assert content("--seed", "0").read_bytes() == first
     assert content("--seed", "1").read_bytes() != first
+
+
+@pytest.mark.parametrize("effect", ["-0.1", "1.5", "strong", "nan"])
+def test_an_effect_is_between_0_and_1(effect):
+    with pytest.raises(UserError, match="argument --effect: "):
+        parser().parse_args(["synthetic", "--out", "data", f"--effect={effect}"])
+
+
+def test_the_effect_is_in_the_dataset(run):
+    def metadata(*flags):
+        return run("synthetic", "--users", "300", "--items", "40", *flags).metadata
+
+    plain, none = metadata(), metadata("--effect", "0")
+    assert (plain["effect"], none["effect"]) == (1, 0)
+    test = none["oracle"]["test"]
+    assert test["with_time"] == pytest.approx(test["time_blind"])
 
 
 @pytest.mark.parametrize("flags", [("--users", "0"), ("--items", "23")])

@@ -44,9 +44,9 @@ def row(arm, seed, value, dataset="ml100k", **more):
     return found | {"hardware": "2 cores", "jax": "0.10.2", "date": "2026-11-27"} | more
 
 
-def test_there_are_the_seven_questions():
+def test_there_are_the_questions():
     assert [
-        *("burstiness", "high_dimension", "length", "normalisation", "spectra"),
+        *("burstiness", "effect_size", "high_dimension", "length", "normalisation", "spectra"),
         *("time_aware_transformers", "width"),
     ] == NAMES
     for name, study in STUDIES.items():

@@ -169,6 +169,13 @@ def _others(commands) -> None:
             default=default,
             help="default: %(default)s",
         )
+    synthetic.add_argument(
+        "--effect",
+        type=_share,
+        metavar="X",
+        default=1.0,
+        help="of time, from 0, where it says nothing, to 1, where it says most (default: 1)",
+    )
     inspect = commands.add_parser(
         "inspect",
         help="what is in a prepared dataset",
@@ -348,6 +355,13 @@ def _condition(value: str) -> str:
             f"{one_line(value, 40)!r} has more than {_DEEPEST} brackets inside each other"
         )
     return value
+
+
+def _share(value: str) -> float:
+    number = _number(value)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{value} is not between 0 and 1")
+    return number
 
 
 def _number(value: str) -> float:

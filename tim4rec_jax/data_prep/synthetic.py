@@ -15,6 +15,12 @@ ceilings are exact. A model that sees times ranks by the probability given the i
 A model that sees only items ranks by the average of that probability over the gap. Both rankings
 are Bayes-optimal for Hit and NDCG.
 
+The *effect* of time is a dial from 0 to 1, which is 1 above. An interest changes with probability
+`LONG_GAP` whatever the effect is. At 0 it does so after long and short gaps alike, so that the time
+says nothing. In between, the chance moves in proportion: after a short gap it is LONG_GAP (1 -
+effect), after a long one 1 - (1 - LONG_GAP) (1 - effect). What items alone say is the same for all
+effects, so only the ceiling of the models that see times moves.
+
 Times are seconds since the first visit of the user, not unix times. In the published time encoding
 the first padding position holds minus the last time and is normalised together with the gaps. A
 unix time there would make the gaps vanish. Below 2**24 seconds float32 is exact as well.
@@ -46,11 +52,14 @@ LENGTHS = (10, 30)  # events of a user
 TOP = 10
 
 
-def conditionals(n_items: int) -> tuple[Int[np.ndarray, " V"], Float[np.ndarray, "2 C V"]]:
+def conditionals(
+    n_items: int, effect: int | float = 1
+) -> tuple[Int[np.ndarray, " V"], Float[np.ndarray, "2 C V"]]:
     """Returns the interest of each item and the probability of each next item.
 
     Args:
       n_items: size of the catalogue, V; it is split into C interests.
+      effect: of time, from 0 to 1.
 
     Returns:
       The interest of each item, [V], and the probability of each next item, [2, C, V], given
@@ -62,11 +71,14 @@ def conditionals(n_items: int) -> tuple[Int[np.ndarray, " V"], Float[np.ndarray,
     within = (interest == np.arange(n_interests)[:, None]) * DECAY**rank
     within /= within.sum(1, keepdims=True)
     following = np.roll(within, -1, axis=0)
-    return interest, FOCUS * np.stack([within, following]) + (1 - FOCUS) / n_items
+    # The chance of another interest after a short and after a long gap.
+    change = LONG_GAP * (1 - effect), 1 - (1 - LONG_GAP) * (1 - effect)
+    given_gap = np.stack([(1 - chance) * within + chance * following for chance in change])
+    return interest, FOCUS * given_gap + (1 - FOCUS) / n_items
 
 
 def generate(
-    n_users: int, n_items: int, seed: int
+    n_users: int, n_items: int, seed: int, effect: int | float = 1
 ) -> tuple[Int64[np.ndarray, "U N"], Int64[np.ndarray, "U N"], Int64[np.ndarray, " U"]]:
     """Draws the events of all users.
 
@@ -74,12 +86,13 @@ def generate(
       n_users: number of users, U.
       n_items: number of items; at least two interests' worth.
       seed: of the random numbers.
+      effect: of time, from 0 to 1. It changes items alone: times and lengths are those of the seed.
 
     Returns:
       Items [U, N] from 0, times [U, N] in seconds, and lengths [U], the number of valid events.
     """
     random = np.random.default_rng(seed)
-    interest, probabilities = conditionals(n_items)
+    interest, probabilities = conditionals(n_items, effect)
     cumulative = probabilities.cumsum(-1)
     shape = (n_users, LENGTHS[1])
     long = random.random(shape) < LONG_GAP
@@ -95,7 +108,10 @@ def generate(
 
 
 def ceilings(
-    last_items: Int64[np.ndarray, " U"], last_gap_long: Bool[np.ndarray, " U"], n_items: int
+    last_items: Int64[np.ndarray, " U"],
+    last_gap_long: Bool[np.ndarray, " U"],
+    n_items: int,
+    effect: int | float = 1,
 ) -> dict[str, dict[str, float]]:
     """Returns the best expected metrics over given histories.
 
@@ -103,11 +119,12 @@ def ceilings(
       last_items: last item of each history, from 0.
       last_gap_long: whether the gap before it was long.
       n_items: size of the catalogue.
+      effect: of time, from 0 to 1.
 
     Returns:
       The entries `with_time` and `time_blind`, each with `hit@10` and `ndcg@10`.
     """
-    interest, probabilities = conditionals(n_items)
+    interest, probabilities = conditionals(n_items, effect)
     blind = np.average(probabilities, axis=0, weights=[1 - LONG_GAP, LONG_GAP])
     discounts = 1 / np.log2(np.arange(2, TOP + 2))
     context = last_gap_long.astype(int), interest[last_items]
@@ -125,7 +142,7 @@ def ceilings(
     return result
 
 
-def oracle(items, times, lengths, n_items: int) -> dict:
+def oracle(items, times, lengths, n_items: int, effect: int | float = 1) -> dict:
     """Returns the ceilings of the leave-one-out splits for the events that `generate` returned.
 
     Returns:
@@ -135,7 +152,7 @@ def oracle(items, times, lengths, n_items: int) -> dict:
     result = {}
     for split, last in (("test", lengths - 2), ("valid", lengths - 3)):
         long = times[users, last] - times[users, last - 1] >= LONG[0]
-        result[split] = ceilings(items[users, last], long, n_items)
+        result[split] = ceilings(items[users, last], long, n_items, effect)
     return result
 
 
@@ -158,7 +175,7 @@ def write(flags: argparse.Namespace, folder: Path) -> dict:
             f"--users {flags.users} --items {flags.items} takes about {needed / 1e9:,.1f} GB of "
             f"memory and {free / 1e9:,.1f} GB are free; ask for fewer"
         )
-    items, times, lengths = generate(flags.users, flags.items, flags.seed)
+    items, times, lengths = generate(flags.users, flags.items, flags.seed, flags.effect)
     keep = np.arange(items.shape[1]) < lengths[:, None]
     users = np.broadcast_to(np.arange(flags.users)[:, None], items.shape)
     tables = {
@@ -174,7 +191,8 @@ def write(flags: argparse.Namespace, folder: Path) -> dict:
     metadata = {
         "name": flags.name,
         "seed": flags.seed,
-        "oracle": oracle(items, times, lengths, flags.items),
+        "effect": flags.effect,
+        "oracle": oracle(items, times, lengths, flags.items, flags.effect),
         "sources": [],
         "prepared_by": "synthetic",
     }
