@@ -95,7 +95,7 @@ def test_oracle_is_what_ranking_by_the_truth_gives(name, effect, split, back, re
 
 
 def test_the_effect_moves_only_what_time_says():
-    interest, most = synthetic.conditionals(ITEMS)
+    _, most = synthetic.conditionals(ITEMS)
     shares = [1 - synthetic.LONG_GAP, synthetic.LONG_GAP]
     for effect in (0.0, 0.25, 0.5):
         _, probabilities = synthetic.conditionals(ITEMS, effect)
