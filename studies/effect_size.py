@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from studies import high_dimension
-from studies.report import COLORS, Estimate, Results, Row, dots, join, named, panels, select
+from studies.report import COLORS, Estimate, Results, Row, dots, join, named, panels, select, short
 from studies.study import Arm, Study, Training, by_arm, difference, main
 from tim4rec_jax.data import Dataset, open_dataset
 from tim4rec_jax.data_prep import synthetic
@@ -131,14 +131,16 @@ def answer(results: Results) -> list[str]:
     """The gain at each setting of the dial, where it becomes clear, and real logs by gap."""
     sentences, gains = [], _dial(results)
     if gains:
-        told = [f"{gap} of {worth(name):.4f} at {EFFECTS[name]:g}" for name, gap in gains.items()]
+        told = [
+            f"{gap} of {short(worth(name))} at {EFFECTS[name]:g}" for name, gap in gains.items()
+        ]
         sentences.append(
             f"Of what time is worth in NDCG@10 the causal model gains, by the effect: {join(told)}."
         )
         clear = [name for name, gap in gains.items() if gap.clear and gap.value > 0]
         sentences.append(
             f"The weakest effect with a clear gain on {USERS:,} users is {EFFECTS[clear[0]]:g}, "
-            f"where time is worth {worth(clear[0]):.4f}."
+            f"where time is worth {short(worth(clear[0]))}."
             if clear
             else "None of these gains is clear."
         )
