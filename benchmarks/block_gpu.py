@@ -12,22 +12,21 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.ssd_gpu import CALLS, time_copy, time_program
+from benchmarks.ssd_gpu import input_sets, time_copy, time_program
 from tim4rec_jax.ssd import time_aware_ssd_block
-from tim4rec_jax.ssd.shapes import BLOCK_SHAPES, Shape, random_inputs
+from tim4rec_jax.ssd.shapes import BLOCK_SHAPES, Shape
 
 IMPLEMENTATIONS = ("triton", "parts", "xla")
 
 
 def time_block(
-    shape: Shape, sets: list, repeats: int, gradient: bool, implementation: str
+    shape: Shape, sets: list, repeats: int, gradient: bool, implementation: str, **options
 ) -> float:
     """Times the block, or the block and its gradient, in seconds a call."""
 
     def forward(inputs):
-        return time_aware_ssd_block(
-            **inputs, activation="hardswish", state=shape.state, implementation=implementation
-        )
+        settings = {"activation": "hardswish", "state": shape.state} | options
+        return time_aware_ssd_block(**inputs, **settings, implementation=implementation)
 
     def both(inputs):
         y, pull = jax.vjp(forward, inputs)
@@ -42,7 +41,7 @@ def run(flags: argparse.Namespace) -> None:
     for shape in BLOCK_SHAPES:
         table = Table("pass", *(f"{name} us" for name in (*IMPLEMENTATIONS, "copy")))
         table.title = f"block, {shape.name}: B {shape.batch}, L {shape.length}, P {shape.width}"
-        sets = [random_inputs(shape.block_inputs(), seed) for seed in range(CALLS)]
+        sets = input_sets(shape.block_inputs())
         for gradient in (False, True):
             times = [
                 time_block(shape, sets, flags.repeats, gradient, name) for name in IMPLEMENTATIONS

@@ -25,6 +25,12 @@ from tim4rec_jax.ssd.shapes import OP_SHAPES, Shape, random_inputs
 CALLS = 8
 
 
+def input_sets(inputs: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.Array]]:
+    """Returns a set of inputs for each call: the same random numbers, in arrays of their own."""
+    first = random_inputs(inputs, 0)
+    return [jax.tree.map(jnp.copy, first) for _ in range(CALLS)]
+
+
 def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
     """Returns the median time of one of the `CALLS` calls of `run`, in seconds."""
     wait(run())
@@ -99,7 +105,7 @@ def time_copy(size: int, repeats: int) -> float:
 
 def measure(shape: Shape, repeats: int) -> list[dict]:
     """Returns the seconds of everything that is compared, for both passes."""
-    sets = [random_inputs(shape.op_inputs(), seed) for seed in range(CALLS)]
+    sets = input_sets(shape.op_inputs())
     rows = []
     for gradient in (False, True):
         row = {

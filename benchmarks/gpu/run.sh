@@ -2,6 +2,8 @@
 # Everything that only a GPU can show, most valuable first. It ends itself after SECONDS_LEFT (540).
 #   bash benchmarks/gpu/run.sh                  # all steps
 #   bash benchmarks/gpu/run.sh tune ml1m-paper  # these steps
+# A step that reaches its limit has failed, but what it has written stays; the limits of the steps up
+# to time-step add up to 410 s, so that ml1m-causal has at least 110.
 # Log and results lie under OUT (benchmarks/gpu/results/DATE) as they come, and at the end the runs of
 # the trainings, runs.tar.gz. The next start unpacks it from OUT or from this folder and goes on.
 # --rehearse as first argument tries the steps on a CPU at tiny sizes.
@@ -53,21 +55,22 @@ if [ -z "${MODE[*]}" ] && [ -z "$(ls -A "$RUNS")" ]; then
 fi
 { nvidia-smi; $PY -V; nproc; $PY -m pip list 2>/dev/null | grep -iE '^(jax|triton|torch|flax|optax|orbax|grain|numpy)'; } >>"$LOG" 2>&1
 
-if ! step smoke 75 $SHARED $PY -m benchmarks.gpu.smoke "${MODE[@]}"; then
+if ! step smoke 60 $SHARED $PY -m benchmarks.gpu.smoke "${MODE[@]}"; then
   say "no kernel runs here: see $LOG"; exit 1
 fi
+step time-causal 75 $PY -m benchmarks.gpu.time_causal "${MODE[@]}"
 # Side by side, as nothing of it is timed: compiling takes the host's cores, and the GPU has room.
 WORKERS=(); $PY -c 'import xdist' 2>/dev/null && WORKERS=(-n 8)
 if [ -z "${MODE[*]}" ]; then
-  step tests 150 $SHARED JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $PY -m pytest "${WORKERS[@]}" -W default tests/ssd/test_triton.py tests/ssd/test_block.py -k triton -p no:cacheprovider &
+  step tests 110 $SHARED JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $PY -m pytest "${WORKERS[@]}" -W default tests/ssd/test_triton.py tests/ssd/test_block.py -k triton -p no:cacheprovider &
   TESTS=$!
-  wanted time-mamba && $MAMBA timeout 150 $PY -m benchmarks.gpu.time_mamba --warm >/dev/null 2>&1 &
+  wanted time-mamba && $MAMBA timeout 110 $PY -m benchmarks.gpu.time_mamba --warm >/dev/null 2>&1 &
 fi
-step check 150 $SHARED $PY -m benchmarks.gpu.check_kernels "${MODE[@]}"
+step check 110 $SHARED $PY -m benchmarks.gpu.check_kernels "${MODE[@]}"
 [ -z "${TESTS:-}" ] || wait "$TESTS" || FAILED=1
 wait
-step time-op 110 $PY -m benchmarks.gpu.time_op "${MODE[@]}"
-step time-step 110 $PY -m benchmarks.gpu.time_step "${MODE[@]}"
+step time-op 85 $PY -m benchmarks.gpu.time_op "${MODE[@]}"
+step time-step 85 $PY -m benchmarks.gpu.time_step "${MODE[@]}"
 TINY=(); LONGEST=200
 if [ -n "${MODE[*]}" ]; then
   [ -e "$OUT/synthetic" ] || $PY -m data_prep synthetic --out "$OUT/synthetic" >>"$LOG" 2>&1

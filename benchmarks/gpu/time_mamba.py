@@ -9,8 +9,8 @@ os.environ.setdefault("TRITON_CACHE_AUTOTUNING", "1")
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 from benchmarks.gpu.common import Session
-from benchmarks.ssd_gpu import CALLS, time_mamba
-from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, in_bfloat16, random_inputs
+from benchmarks.ssd_gpu import input_sets, time_mamba
+from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, in_bfloat16
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
     session = Session("time_mamba", __doc__)
     for shape in (BEAUTY, ML_1M, in_bfloat16(BEAUTY)):
         shape = session.sized(shape)
-        sets = [random_inputs(shape.op_inputs(), seed) for seed in range(CALLS)]
+        sets = input_sets(shape.op_inputs())
         for gradient in (False, True):
 
             def figures(shape=shape, sets=sets, gradient=gradient):

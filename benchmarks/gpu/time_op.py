@@ -4,15 +4,15 @@ from functools import partial
 
 from benchmarks.block_gpu import time_block
 from benchmarks.gpu.common import Session
-from benchmarks.ssd_gpu import CALLS, time_copy, time_op
-from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, Shape, in_bfloat16, random_inputs
+from benchmarks.ssd_gpu import input_sets, time_copy, time_op
+from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, Shape, in_bfloat16
 
 
-def time_shape(session: Session, shape: Shape, gradient: bool) -> None:
+def time_shape(
+    session: Session, shape: Shape, op_sets: list, block_sets: list, gradient: bool
+) -> None:
     """Writes the times of all ways to compute the op and the block at one shape."""
     repeats = 1 if session.rehearse else 30
-    op_sets = [random_inputs(shape.op_inputs(), seed) for seed in range(CALLS)]
-    block_sets = [random_inputs(shape.block_inputs(), seed) for seed in range(CALLS)]
     ours = partial(time_op, op_sets, repeats, gradient, implementation=session.kernel)
     whole = partial(time_block, shape, block_sets, repeats, gradient)
     ways = {
@@ -38,9 +38,10 @@ def time_shape(session: Session, shape: Shape, gradient: bool) -> None:
 def main() -> None:
     """Runs the command line."""
     session = Session("time_op", __doc__)
-    for shape in (BEAUTY, ML_1M, in_bfloat16(BEAUTY), in_bfloat16(ML_1M)):
+    for shape in map(session.sized, (BEAUTY, ML_1M, in_bfloat16(BEAUTY), in_bfloat16(ML_1M))):
+        sets = input_sets(shape.op_inputs()), input_sets(shape.block_inputs())
         for gradient in (False, True):
-            time_shape(session, session.sized(shape), gradient)
+            time_shape(session, shape, *sets, gradient)
     session.finish()
 
 

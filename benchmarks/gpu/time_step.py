@@ -33,14 +33,14 @@ def main() -> None:
     session = Session("time_step", __doc__)
     cases = [(path, rows, n_items) for path, rows, n_items, _ in CASES.values()]
     cases.append(("configs/ml1m.py", 2048, 3_416))  # as configs/ml1m.py trains
-    for path, rows, n_items in cases:
-        rows, n_items = (4, 50) if session.rehearse else (rows, n_items)
-        for label, context in (
-            ("as trained", nullcontext),
-            ("any bits", any_bits),
-            ("without kernels", without_kernels),
-            ("float32 products", lambda: jax.default_matmul_precision("highest")),
-        ):
+    for label, context in (
+        ("as trained", nullcontext),
+        ("without kernels", without_kernels),
+        ("any bits", any_bits),
+        ("float32 products", lambda: jax.default_matmul_precision("highest")),
+    ):
+        for path, rows, n_items in cases:
+            rows, n_items = (4, 50) if session.rehearse else (rows, n_items)
 
             def figures(path=path, rows=rows, n_items=n_items, context=context):
                 with context():
