@@ -27,7 +27,7 @@ class Session:
         """Reads the command line, and ends the program where there is no GPU to go on with.
 
         Args:
-            name: of the script, and of the file of its lines.
+            name: of the script, which is in each of its lines.
             description: for --help.
         """
         parser = argparse.ArgumentParser(
@@ -48,7 +48,7 @@ class Session:
         default = FOLDER / "results" / datetime.date.today().isoformat()
         folder = Path(os.environ.get("OUT", default))
         folder.mkdir(parents=True, exist_ok=True)
-        self._path, self.failures = folder / f"{name}.jsonl", 0
+        self._name, self._path, self.failures = name, folder / "results.jsonl", 0
 
     @property
     def kernel(self) -> str:
@@ -66,7 +66,7 @@ class Session:
         self.failures += row.get("ok") is False
         if self.warm:
             return
-        line = json.dumps(row | {"device": jax.devices()[0].device_kind})
+        line = json.dumps({"script": self._name} | row | {"device": jax.devices()[0].device_kind})
         print(line, flush=True)
         with self._path.open("a") as file:
             print(line, file=file)

@@ -2,8 +2,8 @@
 # Everything that only a GPU can show, most valuable first. It ends itself after SECONDS_LEFT (540).
 #   bash benchmarks/gpu/run.sh                  # all steps
 #   bash benchmarks/gpu/run.sh tune ml1m-paper  # these steps
-# A step that reaches its limit has failed, but what it has written stays; the limits of the steps up
-# to time-step add up to 410 s, so that ml1m-causal has at least 110.
+# A step that reaches its limit has failed, but what it has written stays. The limits of the steps up
+# to time-step add up to 425 s.
 # Log and results lie under OUT (benchmarks/gpu/results/DATE) as they come, and at the end the runs of
 # the trainings, runs.tar.gz. The next start unpacks it from OUT or from this folder and goes on.
 # --rehearse as first argument tries the steps on a CPU at tiny sizes.
@@ -55,10 +55,10 @@ if [ -z "${MODE[*]}" ] && [ -z "$(ls -A "$RUNS")" ]; then
 fi
 { nvidia-smi; $PY -V; nproc; $PY -m pip list 2>/dev/null | grep -iE '^(jax|triton|torch|flax|optax|orbax|grain|numpy)'; } >>"$LOG" 2>&1
 
-if ! step smoke 60 $SHARED $PY -m benchmarks.gpu.smoke "${MODE[@]}"; then
+if ! step smoke 75 $SHARED $PY -m benchmarks.gpu.smoke "${MODE[@]}"; then
   say "no kernel runs here: see $LOG"; exit 1
 fi
-step time-causal 75 $PY -m benchmarks.gpu.time_causal "${MODE[@]}"
+step time-causal 70 $PY -m benchmarks.gpu.time_causal "${MODE[@]}"
 # Side by side, as nothing of it is timed: compiling takes the host's cores, and the GPU has room.
 WORKERS=(); $PY -c 'import xdist' 2>/dev/null && WORKERS=(-n 8)
 if [ -z "${MODE[*]}" ]; then

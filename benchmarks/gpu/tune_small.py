@@ -21,8 +21,10 @@ PLAN = [
     # Some spill registers and issue fewer instructions.
     *(("backward", BEAUTY, TileSizes(*t, 1)) for t in ((16, 4, 2), (64, 4, 4), (16, 4, 1))),
     *(("backward", ML_1M, TileSizes(16, 4, w, 1)) for w in (2, 1)),
-    *(("block_forward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8, 16)),
-    *(("block_backward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (8, 16)),
+    *(("block_backward", ML_1M, TileSizes(16, 4, w, 1)) for w in (2, 1, 4)),
+    *(("block_forward", ML_1M, TileSizes(*t, 1)) for t in ((16, 4, 2), (32, 4, 8))),
+    *(("block_forward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8)),
+    *(("block_backward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8)),
 ]
 
 
@@ -59,7 +61,7 @@ def time_candidate(
 def main() -> None:
     """Runs the command line."""
     session = Session("tune_small", __doc__)
-    for (kernel, shape, tiles), precision in itertools.product(PLAN, ("ieee", "tf32x3", "tf32")):
+    for precision, (kernel, shape, tiles) in itertools.product(("tf32x3", "ieee", "tf32"), PLAN):
         shape = session.sized(shape)
         session.attempt(
             partial(time_candidate, session, kernel, shape, tiles, precision),
