@@ -241,12 +241,22 @@ TABLES = {
         RANKED, _models("kuairand-slice", "mamba4rec sasrec causal ssd4rec"), COMPARISON
     ),
     "next-time-unknown": Table(
-        RANKED, [("ml-100k", "causal", ""), ("kuairand-slice", "causal", "")], seed="2020"
+        RANKED,
+        [
+            ("ml-100k", "causal", ""),
+            ("ml-100k", "hstu", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
+            ("kuairand-slice", "causal", ""),
+        ],
     ),
     "next-time-known": Table(
         RANKED | {"knows_next_time": "yes"},
         [
             ("ml-100k", "causal", "model.knows_next_time=True"),
+            (
+                "ml-100k",
+                "hstu",
+                f"{COMPARED['ml-100k']} model.repeat_bias=True model.knows_next_time=True",
+            ),
             ("kuairand-slice", "causal", "model.knows_next_time=True"),
         ],
     ),
