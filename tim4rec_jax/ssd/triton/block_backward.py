@@ -74,6 +74,30 @@ class Memory(NamedTuple):
     states: Any  # [programs, chunks + 1, H, P, N], before each chunk; last the gradient of one
 
 
+class Arrays(NamedTuple):
+    """All that the kernel reads and writes."""
+
+    inputs: Any
+    results: Any
+    gradients: Any
+    scratch: Any  # `Memory` of all programs
+
+
+class Here(NamedTuple):
+    """A chunk of the program's row, and all arrays from this row on."""
+
+    inputs: Any
+    results: Any
+    gradients: Any
+    memory: Any
+    chunk: Any
+    slot: Any  # the place of each position among the gradients that are kept
+    number: Any  # of the chunk
+    chunks: Any  # of the row
+    earlier: Any  # whether the program has been at another chunk before
+    zero: Any  # which the compiler does not know to be zero
+
+
 @triton.jit
 @no_type_check
 def of_row(results, gradients, row, length, S: tl.constexpr):
@@ -113,6 +137,31 @@ def of_program(scratch, program, chunks, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def locate(arrays, c, length, S: tl.constexpr):
+    """`Here` at a chunk.
+
+    Each stage computes it anew, as registers do not suffice to keep it. Where there are several
+    chunks, the compiler would keep it nevertheless. But it cannot know that a number that is read
+    here is zero: the first of the state before the first chunk.
+    """
+    chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
+    row = tl.program_id(0).to(tl.int64)
+    memory = of_program(arrays.scratch, row, chunks, S)
+    zero = 0
+    if S.SEVERAL_CHUNKS:
+        zero = tl.load(memory.states).to(tl.int32, bitcast=True)
+        row += zero
+        c += zero
+        memory = of_program(arrays.scratch, row, chunks, S)
+    v = from_row(arrays.inputs, row, length, S)
+    results, gradients = of_row(arrays.results, arrays.gradients, row, length, S)
+    chunk = locate_chunk(v, c, length, S)
+    slot = chunk.at % (2 * S.Q) if S.SEVERAL_CHUNKS else chunk.at
+    return Here(v, results, gradients, memory, chunk, slot, c, chunks, c < chunks - 1, zero)
+
+
+@triton.jit
+@no_type_check
 def add_share(where, value, earlier):
     """Adds to what this program has left there for the row, if it has been there earlier."""
     tl.store(where, value + tl.load(where, mask=earlier, other=0))
@@ -127,15 +176,16 @@ def load_seen(memory, channel, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def leave_seen(v, chunk, memory, CHANNELS: tl.constexpr, S: tl.constexpr):
+def leave_seen(arrays, c, length, CHANNELS: tl.constexpr, S: tl.constexpr):
     """Leaves what the op reads in the first channels of (x, B, C)."""
     # The largest power of two in their number.
     TILE: tl.constexpr = min(64, CHANNELS & -CHANNELS)
+    here = locate(arrays, c, length, S)
     rows = (tl.arange(0, S.Q) * S.M)[:, None]
     for tile in tl.range(0, CHANNELS // TILE, disable_licm=True):
         channel = tile * TILE + tl.arange(0, TILE)
-        seen = activation(convolve(v, chunk, channel, S), S)
-        tl.store(memory.seen + rows + channel[None, :], seen)
+        seen = activation(convolve(here.inputs, here.chunk, channel, S), S)
+        tl.store(here.memory.seen + rows + channel[None, :], seen)
     tl.debug_barrier()
 
 
@@ -160,21 +210,25 @@ def state_offsets(chunk, head, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def leave_states(v, memory, length, chunks, S: tl.constexpr):
+def leave_states(arrays, length, S: tl.constexpr):
     """Leaves the state before each chunk, as the forward kernel computed it.
 
     Behind these comes the gradient of the state after the last chunk, which is zero.
     """
     p, n = tl.arange(0, S.P), tl.arange(0, S.N)
+    chunks = tl.cdiv(length, S.Q)
+    states = of_program(arrays.scratch, tl.program_id(0).to(tl.int64), chunks, S).states
     nothing = tl.zeros([S.P, S.N], tl.float32)
     for h in tl.static_range(S.H):
-        tl.store(memory.states + state_offsets(0, h, S), nothing)
-        tl.store(memory.states + state_offsets(chunks, h, S), nothing)
+        tl.store(states + state_offsets(0, h, S), nothing)
+        tl.store(states + state_offsets(chunks, h, S), nothing)
+    tl.debug_barrier()
     for c in tl.range(0, chunks - 1, disable_licm=True, num_stages=1):
-        chunk = locate_chunk(v, c, length, S)
-        leave_seen(v, chunk, memory, S.I + S.G * S.N, S)
+        leave_seen(arrays, c, length, S.I + S.G * S.N, S)
+        here = locate(arrays, c, length, S)
+        memory = here.memory
         for head in tl.range(0, S.H, disable_licm=True):
-            steps, total = load_steps(v, chunk, head, S)
+            steps, total = load_steps(here.inputs, here.chunk, head, S)
             to_end, kept = decay_to_end(total, S)
             B = load_seen(memory, S.I + head // (S.H // S.G) * S.N + n, S)
             B *= (to_end * steps.step)[:, None]
@@ -187,17 +241,18 @@ def leave_states(v, memory, length, chunks, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def through_norm(v, chunk, c, slot, earlier, results, gradients, memory, S: tl.constexpr):
+def through_norm(arrays, c, length, S: tl.constexpr):
     """Back through norm and gate: leaves the gradients of z, the scale and the op's result."""
     p, n = tl.arange(0, S.P), tl.arange(0, S.N)
-    inside = chunk.inside
+    here = locate(arrays, c, length, S)
+    v, chunk, memory, inside = here.inputs, here.chunk, here.memory, here.chunk.inside
     # sum(dy y) is all that the norm's gradient needs of the other features.
     share = tl.zeros([S.Q], tl.float32)
     for h in tl.static_range(S.H):
-        y = load_tile(results.y, chunk.at * S.I, inside, h * S.P + p)
-        dy = load_tile(results.dy, chunk.at * S.I, inside, h * S.P + p)
+        y = load_tile(here.results.y, chunk.at * S.I, inside, h * S.P + p)
+        dy = load_tile(here.results.dy, chunk.at * S.I, inside, h * S.P + p)
         share += tl.sum(y * dy, 1) / S.I
-    rstd = tl.load(results.rstd + chunk.at, mask=inside, other=0)
+    rstd = tl.load(here.results.rstd + chunk.at, mask=inside, other=0)
     for group in tl.range(0, S.G, disable_licm=True):
         scores = score(memory, group, False, S)
         for i in tl.range(0, S.H // S.G, disable_licm=True):
@@ -207,7 +262,7 @@ def through_norm(v, chunk, c, slot, earlier, results, gradients, memory, S: tl.c
             out = tl.zeros([S.Q, S.P], tl.float32)
             if S.SEVERAL_CHUNKS:
                 C = operand(load_seen(memory, S.I + (S.G + group) * S.N + n, S), S)
-                state = tl.load(memory.states + state_offsets(c, head, S))
+                state = tl.load(memory.states + state_offsets(here.number, head, S))
                 out = product(C, operand(tl.trans(state), S), S) * decay_from_start(total)[:, None]
             mixing = scores * paired_decay_between(total, False, S)
             step_x = load_seen(memory, own, S) * steps.step[:, None]
@@ -216,26 +271,28 @@ def through_norm(v, chunk, c, slot, earlier, results, gradients, memory, S: tl.c
             z = load_tile(v.projected, chunk.at * S.E, inside, own)
             gate = tl.sigmoid(z)
             normed = out * z * gate * rstd[:, None]
-            dy = load_tile(results.dy, chunk.at * S.I, inside, own)
-            add_share(gradients.scale + own, tl.sum(dy * normed, 0), earlier)
+            dy = load_tile(here.results.dy, chunk.at * S.I, inside, own)
+            add_share(here.gradients.scale + own, tl.sum(dy * normed, 0), here.earlier)
             weight = tl.load(v.scale + own).to(tl.float32)[None, :]
             dgated = (dy * weight - normed * share[:, None]) * rstd[:, None]
             dz = dgated * out * gate * (1 + z * (1 - gate))
-            store_tile(gradients.projected, chunk.at * S.E, inside, own, dz)
+            store_tile(here.gradients.projected, chunk.at * S.E, inside, own, dz)
             dout = dgated * z * gate
-            tl.store(memory.gradients + (slot * S.M)[:, None] + own[None, :], dout)
+            tl.store(memory.gradients + (here.slot * S.M)[:, None] + own[None, :], dout)
     tl.debug_barrier()
 
 
 @triton.jit
 @no_type_check
-def through_pairs(v, chunk, slot, memory, S: tl.constexpr):
+def through_pairs(arrays, c, length, S: tl.constexpr):
     """Back through what positions of the chunk see of each other, but for the gradient of x.
 
     Leaves shares of the gradients of B, C and the logarithms of decays.
     """
     q, p, n = tl.arange(0, S.Q), tl.arange(0, S.P), tl.arange(0, S.N)
-    rows = (slot * S.M)[:, None]
+    here = locate(arrays, c, length, S)
+    v, chunk, memory = here.inputs, here.chunk, here.memory
+    rows = (here.slot * S.M)[:, None]
     for group in tl.range(0, S.G, disable_licm=True):
         b = S.I + group * S.N + n
         kept = memory.scores + q[:, None] * S.Q + q[None, :]
@@ -264,7 +321,7 @@ def through_pairs(v, chunk, slot, memory, S: tl.constexpr):
             # digits that differences of row and column sums would lose.
             PART: tl.constexpr = min(32, S.Q)
             for part in tl.static_range(S.Q // PART):
-                t = part * PART + tl.arange(0, PART)
+                t = here.zero + part * PART + tl.arange(0, PART)
                 to_later = sum_from(pairs, t, S)
                 dlog_decay = tl.sum(tl.where(q[:, None] < t[None, :], to_later, 0), 0)
                 tl.store(memory.decays + head * S.Q + t, dlog_decay)
@@ -286,11 +343,12 @@ def through_pairs(v, chunk, slot, memory, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.constexpr):
+def through_op(arrays, c, length, S: tl.constexpr):
     """Back through the rest of the op, the states among it, and through the step sizes."""
     q, p, n = tl.arange(0, S.Q), tl.arange(0, S.P), tl.arange(0, S.N)
-    inside = chunk.inside
-    rows = (slot * S.M)[:, None]
+    here = locate(arrays, c, length, S)
+    v, chunk, memory, inside = here.inputs, here.chunk, here.memory, here.chunk.inside
+    gradients = here.gradients
     for group in tl.range(0, S.G, disable_licm=True):
         b = S.I + group * S.N + n
         scores = score(memory, group, True, S)
@@ -300,7 +358,7 @@ def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.cons
         for i in tl.range(0, S.H // S.G, disable_licm=True):
             head = group * (S.H // S.G) + i
             own = head * S.P + p
-            here = memory.gradients + rows + own[None, :]
+            of_x = memory.gradients + (here.slot * S.M)[:, None] + own[None, :]
             steps, total = load_steps(v, chunk, head, S)
             step = tl.sum(steps.step[:, None], 1)
 
@@ -311,8 +369,8 @@ def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.cons
             if S.SEVERAL_CHUNKS:
                 to_end, kept = decay_to_end(total, S)
                 entering = decay_from_start(total)[:, None]
-                before_it = memory.states + state_offsets(c, head, S)
-                leaving = memory.states + state_offsets(chunks, head, S)
+                before_it = memory.states + state_offsets(here.number, head, S)
+                leaving = memory.states + state_offsets(here.chunks, head, S)
                 dstate = tl.load(leaving)
                 B = operand(load_seen(memory, b, S), S)
                 dx = product(B, operand(tl.trans(dstate), S), S) * to_end[:, None]
@@ -325,7 +383,7 @@ def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.cons
                 dlog_decay += tl.cumsum(of_position, 0) - of_position
                 tl.debug_barrier()
                 state = tl.load(before_it)
-                dout = operand(tl.load(here), S)
+                dout = operand(tl.load(of_x), S)
                 dC_head = product(dout, operand(state, S), S) * entering
                 dC += dC_head
                 of_query = tl.sum(dC_head * load_seen(memory, b + S.G * S.N, S), 1)
@@ -333,30 +391,30 @@ def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.cons
                 tl.debug_barrier()
                 dstate = tl.load(leaving)
                 dlog_decay += kept * tl.sum(tl.load(before_it) * dstate)
-                dout = operand(tl.trans(tl.load(here)), S)
+                dout = operand(tl.trans(tl.load(of_x)), S)
                 C = operand(load_seen(memory, b + S.G * S.N, S) * entering, S)
                 dentering = add_product(kept * dstate, dout, C, S)
                 tl.debug_barrier()  # all threads have read the gradient of the state after it
                 tl.store(leaving, dentering)
             mixing = scores * paired_decay_between(total, True, S)
-            dout = operand(tl.load(here), S)
+            dout = operand(tl.load(of_x), S)
             dx = add_product(dx, operand(unpair_columns(mixing), S), dout, S)
             tl.debug_barrier()
             x = load_seen(memory, own, S)
-            dout = tl.load(here)
+            dout = tl.load(of_x)
             dlog_decay += tl.load(memory.decays + head * S.Q + q)
             dstep = tl.sum(dx * x, 1) + dlog_decay * steps.rate
             dx = dx * step[:, None] + dout * tl.load(v.D + head).to(tl.float32)
             of_head = gradients.heads + head
-            add_share(of_head, tl.sum(dlog_decay * step * steps.faster, 0), earlier)
-            add_share(of_head + S.H, tl.sum(dout * x), earlier)
+            add_share(of_head, tl.sum(dlog_decay * step * steps.faster, 0), here.earlier)
+            add_share(of_head + S.H, tl.sum(dout * x), here.earlier)
             if S.HAS_RATE:
                 drate = gradients.rate + chunk.at * S.H + head
                 tl.store(drate, dlog_decay * step * steps.rate, mask=inside)
             tl.debug_barrier()  # all threads have read the gradient of the result
-            tl.store(here, dx)
+            tl.store(of_x, dx)
             dstep = tl.where(inside, dstep * tl.sigmoid(steps.raw), 0)
-            add_share(of_head + 2 * S.H, tl.sum(dstep, 0), earlier)
+            add_share(of_head + 2 * S.H, tl.sum(dstep, 0), here.earlier)
             ddt = gradients.projected + chunk.at * S.E + (S.E - S.H) + head
             tl.store(ddt, dstep * steps.factor, mask=inside)
             if S.HAS_FACTOR:
@@ -364,21 +422,23 @@ def through_op(v, chunk, c, chunks, slot, earlier, gradients, memory, S: tl.cons
             if S.HAS_STEP:
                 tl.store(gradients.added + chunk.at * S.H + head, dstep, mask=inside)
         if S.SEVERAL_CHUNKS:
-            here = memory.gradients + rows + b[None, :]
-            dB += tl.load(here)
-            dC += tl.load(here + S.G * S.N)
+            of_B = memory.gradients + (here.slot * S.M)[:, None] + b[None, :]
+            dB += tl.load(of_B)
+            dC += tl.load(of_B + S.G * S.N)
             tl.debug_barrier()
-            tl.store(here, dB)
-            tl.store(here + S.G * S.N, dC)
+            tl.store(of_B, dB)
+            tl.store(of_B + S.G * S.N, dC)
     tl.debug_barrier()
 
 
 @triton.jit
 @no_type_check
-def through_convolution(v, chunk, slot, earlier, gradients, memory, length, S: tl.constexpr):
+def through_convolution(arrays, c, length, S: tl.constexpr):
     """Back through the activation, then the convolution."""
     TILE: tl.constexpr = min(32, S.M & -S.M)
-    inside = chunk.inside
+    here = locate(arrays, c, length, S)
+    v, chunk, memory, inside = here.inputs, here.chunk, here.memory, here.chunk.inside
+    gradients, earlier = here.gradients, here.earlier
     after = count_neighbours(v.segments, chunk.at, length, True, S)
     for tile in tl.range(0, S.M // TILE, disable_licm=True):
         channel = tile * TILE + tl.arange(0, TILE)
@@ -389,10 +449,10 @@ def through_convolution(v, chunk, slot, earlier, gradients, memory, length, S: t
         else:
             s = tl.sigmoid(u)
             slope = s * (1 + u * (1 - s))
-        here = memory.gradients + (slot * S.M)[:, None] + channel[None, :]
-        d = tl.load(here) * slope
+        of_seen = memory.gradients + (here.slot * S.M)[:, None] + channel[None, :]
+        d = tl.load(of_seen) * slope
         tl.debug_barrier()
-        tl.store(here, d)
+        tl.store(of_seen, d)
         shares = gradients.convolution + channel
         add_share(shares + S.W * S.M, tl.sum(d, 0), earlier)
         dmixed = tl.load(v.taps + (S.W - 1) * S.M + channel).to(tl.float32)[None, :] * d
@@ -441,26 +501,19 @@ def block_backward(
     Where there are several chunks, a first pass leaves the state before each of them. The grid is
     that of `block_forward`. `Gradients` and `Memory` tell what the last six arrays hold.
     """
-    every = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
-    results = Results(y, rstd, dy)
+    inputs = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
     gradients = Gradients(
         dprojected, dfactor, dadded, drate, shares, shares + S.I, shares + S.I + (S.W + 1) * S.M
     )
+    arrays = Arrays(inputs, Results(y, rstd, dy), gradients, scratch)
     chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
-    row = tl.program_id(0).to(tl.int64)
-    memory = of_program(scratch, row, chunks, S)
-    # Not pipelined: what a stage reads has been left by the one before it.
-    v = from_row(every, row, length, S)
-    of, to = of_row(results, gradients, row, length, S)
     if S.SEVERAL_CHUNKS:
-        leave_states(v, memory, length, chunks, S)
+        leave_states(arrays, length, S)
+    # Not pipelined: what a stage reads has been left by the one before it.
     for behind in tl.range(0, chunks, disable_licm=True, num_stages=1):
         c = chunks - 1 - behind
-        chunk = locate_chunk(v, c, length, S)
-        slot = chunk.at % (2 * S.Q) if S.SEVERAL_CHUNKS else chunk.at
-        earlier = behind > 0
-        leave_seen(v, chunk, memory, S.M, S)
-        through_norm(v, chunk, c, slot, earlier, of, to, memory, S)
-        through_pairs(v, chunk, slot, memory, S)
-        through_op(v, chunk, c, chunks, slot, earlier, to, memory, S)
-        through_convolution(v, chunk, slot, earlier, to, memory, length, S)
+        leave_seen(arrays, c, length, S.M, S)
+        through_norm(arrays, c, length, S)
+        through_pairs(arrays, c, length, S)
+        through_op(arrays, c, length, S)
+        through_convolution(arrays, c, length, S)
