@@ -119,6 +119,9 @@ MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4re
 BOTH = ("data", "config", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10")
 TIES = "data.shuffle_ties=True train.learning_rate=0.003"
 NEAR = "model.neighbours=64"
+WIDE = "model.dropout_prob=0.3 model.hidden_size=128 train.epochs=30 train.learning_rate=0.001 " + (
+    "train.patience=30"
+)
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
     "readme": Table(
@@ -131,6 +134,7 @@ TABLES = {
             ("ml-100k", "causal", TIES),
             ("ml-1m", "causal", NO_BIAS),
             ("ml-1m", "causal", ""),
+            ("ml-1m", "causal", WIDE),
             ("beauty", "official", ""),
             ("beauty", "causal", NO_BIAS),
             ("beauty", "causal", ""),
@@ -233,6 +237,10 @@ TABLES = {
             ("kuairand-slice", "mamba4rec", f"{COMPARED['kuairand-slice']} {NEAR}"),
         ],
         ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
+    ),
+    "ml-1m": Table(RANKED, [("ml-1m", "causal", ""), ("ml-1m", "causal", WIDE)], seed="2020"),
+    "beauty": Table(
+        RANKED, _models("beauty", "lrurec sasrec causal hstu"), COMPARISON, seed="2020"
     ),
     "beauty-mixed": Table(
         RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
