@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 # /*0050*/   @!P0 BRA.U 0x2040 ;
@@ -46,12 +47,13 @@ def parse(code: str) -> list[Instruction]:
 
 def loops(instructions: list[Instruction]) -> list[Loop]:
     """Returns the loops, outer ones before those in them: jumps back to an earlier address."""
-    found: dict[int, int] = {}
+    found: dict[float, int] = {}
     for one in instructions:
         if (first := _jumps_to(one)) <= one.address:
             found[first] = max(found.get(first, 0), one.address)
     return sorted(
-        (Loop(*pair) for pair in found.items()), key=lambda loop: (loop.first, -loop.last)
+        (Loop(int(first), last) for first, last in found.items()),
+        key=lambda loop: (loop.first, -loop.last),
     )
 
 
@@ -61,7 +63,7 @@ def _jumps_to(one: Instruction) -> float:
     return int(target[1], 16) if target else float("inf")
 
 
-def issued(instructions: list[Instruction], turns: list[float]) -> Counter[str]:
+def issued(instructions: list[Instruction], turns: Sequence[int]) -> Counter[str]:
     """Counts the instructions that a warp issues, by kind. Code that a jump may skip counts.
 
     Args:
@@ -77,7 +79,7 @@ def issued(instructions: list[Instruction], turns: list[float]) -> Counter[str]:
         raise ValueError(f"the code has {len(found)} loops, and {len(turns)} are described")
     counts: Counter[str] = Counter()
     for one in instructions:
-        times = 1.0
+        times = 1
         for loop, turn in zip(found, turns, strict=True):
             if loop.first <= one.address <= loop.last:
                 times *= turn

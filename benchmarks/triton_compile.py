@@ -142,7 +142,8 @@ class Launch(NamedTuple):
             first = [S.HEADS, chunks - 1] if S.SEVERAL_CHUNKS else []
             found = [*first, chunks, S.HEADS]
         elif self.name == "block_forward":
-            found = [chunks, S.G, S.H // S.G]
+            tiles = [S.M // min(64, S.M & -S.M)] if S.SEVERAL_CHUNKS else []
+            found = [chunks, *tiles, S.G, S.H // S.G]
         else:
             heads, tile = [S.G, S.H // S.G], min(32, S.M & -S.M)
             first = []
@@ -267,7 +268,7 @@ def rows(chosen: list[Program], capabilities: list[int]) -> Iterator[dict]:
             for launch in launches(program, capability):
                 report = compile_kernel(launch, capability, program.shape.length)
                 moved = program.bytes_moved(launch.name.endswith("backward"))
-                bounds = {"programs": report.resident(launch, gpus[0])}
+                bounds: dict[str, float | None] = {"programs": report.resident(launch, gpus[0])}
                 issue = report.issue_bound(launch, gpus[0])
                 bounds["issue us"] = None if issue is None else round(issue * 1e6, 1)
                 for gpu in gpus:

@@ -13,6 +13,7 @@ import itertools
 import json
 import statistics
 import time
+from typing import Any
 from unittest import mock
 
 import jax
@@ -59,7 +60,7 @@ def seconds(
     def chosen(name, **options):
         return sizes if name == kernel else released(name, **options)
 
-    def forward(inputs):
+    def forward(inputs) -> Any:
         if "projected" in inputs:
             state = inputs["norm_scale"].size // HEADS
             return time_aware_ssd_block(
@@ -93,14 +94,14 @@ def tune(batch: int, sizes: list[int], repeats: int) -> None:
     for size, precision, (chunks, shape), kernel in classes:
         if kernel.startswith("block") and HEADS * size > triton_block.MOST_FEATURES:
             continue
-        # The block has no such products, and the op not for all states.
-        if precision == "tf32x3" and size > triton_op.WIDEST_STATE.get(kernel, 0):
-            continue
-        # The block takes the precision from what it reads, and the op is told.
-        half = kernel.startswith("block") and precision == "tf32"
-        dtype = "bfloat16" if half else "float32"
-        shape = shape._replace(batch=batch, width=size, state=size, dtype=dtype)
         block = kernel.startswith("block")
+        widest = (triton_block if block else triton_op).WIDEST_STATE[kernel]
+        exact = size <= widest and (not block or (capability or 0) >= 90)
+        # The op is told its precision. The block takes it from the GPU and from what it reads.
+        if (precision == "tf32x3" and not exact) or (precision == "ieee" and block and exact):
+            continue
+        dtype = "bfloat16" if block and precision == "tf32" else "float32"
+        shape = shape._replace(batch=batch, width=size, state=size, dtype=dtype)
         inputs = random_inputs(shape.block_inputs() if block else shape.op_inputs(), 0)
         times = {
             tiles: seconds(kernel, tiles, inputs, precision, repeats)

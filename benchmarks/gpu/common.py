@@ -24,7 +24,7 @@ class Session:
     """One run of a script: where it runs, and where its lines of JSON go."""
 
     def __init__(self, name: str, description: str | None):
-        """Reads the command line, and ends the program where there is no GPU to go on with.
+        """Reads the command line, and ends the program with 3 where there is no GPU to go on with.
 
         Args:
             name: of the script, which is in each of its lines.
@@ -44,7 +44,8 @@ class Session:
         flags = parser.parse_args()
         self.rehearse, self.warm = flags.rehearse, flags.warm
         if not self.rehearse and jax.default_backend() != "gpu":
-            sys.exit(f"there is no GPU here, JAX runs on {jax.default_backend()!r}")
+            print(f"there is no GPU here, JAX runs on {jax.default_backend()!r}")
+            sys.exit(3)
         default = FOLDER / "results" / datetime.date.today().isoformat()
         folder = Path(os.environ.get("OUT", default))
         folder.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ PLAN = [
     *(("backward", BEAUTY, TileSizes(*t, 1)) for t in ((16, 4, 2), (64, 4, 4), (16, 4, 1))),
     *(("backward", ML_1M, TileSizes(16, 4, w, 1)) for w in (2, 1)),
     *(("block_backward", ML_1M, TileSizes(16, 4, w, 1)) for w in (2, 1, 4)),
-    *(("block_forward", ML_1M, TileSizes(*t, 1)) for t in ((16, 4, 2), (32, 4, 8))),
+    *(("block_forward", ML_1M, TileSizes(16, 4, w, 1)) for w in (1, 2)),
     *(("block_forward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8)),
     *(("block_backward", BEAUTY, TileSizes(64, 4, w, 1)) for w in (4, 8)),
 ]

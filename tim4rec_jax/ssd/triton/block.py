@@ -17,7 +17,7 @@ MOST_FEATURES = 256
 MOST_TAPS = 8
 # The largest states for which products of float32 are three of tensor cores, on Hopper and later:
 # the narrower products of older GPUs want their operands in registers, which spill.
-WIDEST_STATE = {"block_forward": 32, "block_backward": 32}
+WIDEST_STATE = {"block_forward": 64, "block_backward": 32}
 
 
 class Rows(NamedTuple):
@@ -132,17 +132,20 @@ def _forward(options, rows, parameters):
 
     batch, length, _ = rows.projected.shape
     S, tiles = _specialise("block_forward", options, rows, parameters)
-    return launch.launch(
+    scratch = _float32(batch, S.Q * S.M + S.H * S.P * S.N) if S.SEVERAL_CHUNKS else _float32(1)
+    y, rstd, _ = launch.launch(
         block_forward,
         (*_inputs(rows, parameters), length),
         (
             jax.ShapeDtypeStruct((batch, length, S.I), rows.projected.dtype),
             _float32(batch, length),
+            scratch,
         ),
         programs=batch,
         specialisation=S,
         tiles=tiles,
     )
+    return y, rstd
 
 
 def _backward(options, rows_and_results, parameters):
@@ -195,23 +198,19 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
     size = max(inner // heads, options.state)
     # Products of what is read as bfloat16 need no more digits than tensor cores keep.
     if rows.projected.dtype.itemsize == 2:
-        allowed = "tf32"
+        precision = "tf32"
     elif (launch.compute_capability() or 0) >= 90 and size <= WIDEST_STATE.get(kernel, 0):
-        allowed = "tf32x3"
+        precision = "tf32x3"
     else:
-        allowed = "ieee"
+        precision = "ieee"
     tiles = launch.tile_sizes(
         kernel,
         length=length,
         heads=1,
         size=size,
-        precision=allowed,
+        precision=precision,
         largest_chunk=options.chunk_size,
     )._replace(heads=heads)
-    several = length > tiles.chunk
-    # Forward over chunks of 16 or 32 positions, most of the warps would repeat what others do, and
-    # bringing operands into place is more instructions and registers than plain products.
-    precision = "ieee" if several and kernel == "block_forward" else allowed
     specialisation = Specialisation(
         H=heads,
         G=options.groups,
@@ -222,7 +221,7 @@ def _specialise(kernel, options, rows, parameters) -> tuple[Specialisation, Tile
         M=channels,
         E=projected,
         Q=tiles.chunk,
-        SEVERAL_CHUNKS=several,
+        SEVERAL_CHUNKS=length > tiles.chunk,
         HAS_FACTOR=rows.time_factor is not None,
         HAS_STEP=rows.time_step is not None,
         HAS_RATE=rows.time_rate is not None,

@@ -14,12 +14,14 @@ import triton.language as tl
 
 from tim4rec_jax.ssd.triton.block_inputs import (
     Inputs,
-    activation,
     convolve,
     count_neighbours,
     from_row,
+    leave_seen,
+    load_seen,
     load_steps,
     locate_chunk,
+    state_offsets,
     store_tile,
 )
 from tim4rec_jax.ssd.triton.common import (
@@ -169,24 +171,10 @@ def add_share(where, value, earlier):
 
 @triton.jit
 @no_type_check
-def load_seen(memory, channel, S: tl.constexpr):
-    """What the op reads in some channels of (x, B, C): [Q, channels]."""
-    return tl.load(memory.seen + (tl.arange(0, S.Q) * S.M)[:, None] + channel[None, :])
-
-
-@triton.jit
-@no_type_check
-def leave_seen(arrays, c, length, CHANNELS: tl.constexpr, S: tl.constexpr):
-    """Leaves what the op reads in the first channels of (x, B, C)."""
-    # The largest power of two in their number.
-    TILE: tl.constexpr = min(64, CHANNELS & -CHANNELS)
+def leave_seen_here(arrays, c, length, CHANNELS: tl.constexpr, S: tl.constexpr):
+    """`leave_seen` at a chunk."""
     here = locate(arrays, c, length, S)
-    rows = (tl.arange(0, S.Q) * S.M)[:, None]
-    for tile in tl.range(0, CHANNELS // TILE, disable_licm=True):
-        channel = tile * TILE + tl.arange(0, TILE)
-        seen = activation(convolve(here.inputs, here.chunk, channel, S), S)
-        tl.store(here.memory.seen + rows + channel[None, :], seen)
-    tl.debug_barrier()
+    leave_seen(here.inputs, here.chunk, here.memory, CHANNELS, S)
 
 
 @triton.jit
@@ -198,14 +186,6 @@ def score(memory, group, FROM_TO: tl.constexpr, S: tl.constexpr):
     rows = operand(load_seen(memory, b if FROM_TO else c, S), S)
     columns = operand(tl.trans(pair_rows(load_seen(memory, c if FROM_TO else b, S))), S)
     return product(rows, columns, S)
-
-
-@triton.jit
-@no_type_check
-def state_offsets(chunk, head, S: tl.constexpr):
-    """Offsets of a state [P, N] in the memory of a program."""
-    p, n = tl.arange(0, S.P), tl.arange(0, S.N)
-    return (chunk * S.H + head) * (S.P * S.N) + p[:, None] * S.N + n[None, :]
 
 
 @triton.jit
@@ -224,7 +204,7 @@ def leave_states(arrays, length, S: tl.constexpr):
         tl.store(states + state_offsets(chunks, h, S), nothing)
     tl.debug_barrier()
     for c in tl.range(0, chunks - 1, disable_licm=True, num_stages=1):
-        leave_seen(arrays, c, length, S.I + S.G * S.N, S)
+        leave_seen_here(arrays, c, length, S.I + S.G * S.N, S)
         here = locate(arrays, c, length, S)
         memory = here.memory
         for head in tl.range(0, S.H, disable_licm=True):
@@ -512,7 +492,7 @@ def block_backward(
     # Not pipelined: what a stage reads has been left by the one before it.
     for behind in tl.range(0, chunks, disable_licm=True, num_stages=1):
         c = chunks - 1 - behind
-        leave_seen(arrays, c, length, S.M, S)
+        leave_seen_here(arrays, c, length, S.M, S)
         through_norm(arrays, c, length, S)
         through_pairs(arrays, c, length, S)
         through_op(arrays, c, length, S)

@@ -1,12 +1,14 @@
 """The forward kernel of `time_aware_ssd_block` in Triton.
 
-A program takes one row of the batch with all heads, as the norm is taken over them, and goes
-through it chunk by chunk with the states in registers. It reads the W positions of the convolution
-from `projected` wherever it needs the result; these positions are in the cache. Letters are those
-of `block_inputs`.
+A program takes one row of the batch with all heads, as the norm is taken over them. It reads the W
+positions of the convolution from `projected` wherever it needs the result; these positions are in
+the cache. If the row is several chunks, the program goes through them in turn with one warp or few,
+whose registers hold neither all states nor every operand. So it leaves the states and, first in
+each chunk, the convolution's results in memory of its own, and reads them wherever it needs them.
+Letters are those of `block_inputs`.
 """
 
-from typing import no_type_check  # Triton reads the annotations of kernels
+from typing import Any, NamedTuple, no_type_check  # Triton reads the annotations of kernels
 
 import triton
 import triton.language as tl
@@ -16,8 +18,11 @@ from tim4rec_jax.ssd.triton.block_inputs import (
     activation,
     convolve,
     from_row,
+    leave_seen,
+    load_seen,
     load_steps,
     locate_chunk,
+    state_offsets,
     store_tile,
 )
 from tim4rec_jax.ssd.triton.common import (
@@ -36,15 +41,33 @@ from tim4rec_jax.ssd.triton.common import (
 )
 
 
+class Memory(NamedTuple):
+    """Pointers to memory of a program where there are several chunks, which stays in the cache."""
+
+    seen: Any  # [Q, M], what the op reads
+    states: Any  # [H, P, N]
+
+
 @triton.jit
 @no_type_check
-def activate(v, chunk, channel, S: tl.constexpr):
+def of_program(scratch, program, S: tl.constexpr):
+    """`Memory` of a program."""
+    scratch += program * (S.Q * S.M + S.H * S.P * S.N)
+    return Memory(scratch, scratch + S.Q * S.M)
+
+
+@triton.jit
+@no_type_check
+def see(v, chunk, memory, channel, S: tl.constexpr):
     """What the op reads in some channels of (x, B, C): [Q, channels]."""
-    u = activation(convolve(v, chunk, channel, S), S)
-    if S.PRECISION == "tf32":
-        # The compiler repeats elementwise operations in the layout of every operand of tensor
-        # cores, back to what was loaded: the convolution, many times. It does not repeat a sum.
-        u = tl.sum(u[:, :, None], 2)
+    if S.SEVERAL_CHUNKS:
+        u = load_seen(memory, channel, S)
+    else:
+        u = activation(convolve(v, chunk, channel, S), S)
+        if S.PRECISION == "tf32":
+            # The compiler repeats elementwise operations in the layout of every operand of tensor
+            # cores, back to what was loaded: the convolution, many times. It does not repeat a sum.
+            u = tl.sum(u[:, :, None], 2)
     return u
 
 
@@ -72,11 +95,12 @@ def block_forward(
     length,
     y,
     rstd,
+    scratch,
     S: tl.constexpr,
 ):
     """Writes y [B, L, I], and the inverse root [B, L] of the mean square that the norm divides by.
 
-    The grid is one axis of B programs.
+    The grid is one axis of B programs. `scratch` holds the `Memory` of each.
     """
     v = Inputs(projected, factor, added, rate, taps, conv_bias, A, D, dt_bias, scale, segments)
     row = tl.program_id(0).to(tl.int64)
@@ -85,22 +109,29 @@ def block_forward(
     rstd += row * length
     q, p, n = tl.arange(0, S.Q), tl.arange(0, S.P), tl.arange(0, S.N)
 
+    memory = of_program(scratch, row, S)
+    nothing = tl.zeros([S.P, S.N], tl.float32)
+    for h in tl.static_range(S.H if S.SEVERAL_CHUNKS else 0):
+        tl.store(memory.states + state_offsets(0, h, S), nothing)
+
     # Registers cannot be numbered by a variable. Where a loop goes through all heads, they move on
     # by one in each turn, and are back in their places after the last.
-    states = ()
     results = ()
     for _ in tl.static_range(0 if S.PRECISION == "tf32x3" else S.H):
         results += (tl.zeros([S.Q, S.P], tl.float32),)
-    for _ in tl.static_range(S.H if S.SEVERAL_CHUNKS else 0):
-        states += (tl.zeros([S.P, S.N], tl.float32),)
 
-    for c in tl.range(0, tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1, disable_licm=True):
+    # Not pipelined: a turn reads what the one before it has left.
+    chunks = tl.cdiv(length, S.Q) if S.SEVERAL_CHUNKS else 1
+    for c in tl.range(0, chunks, disable_licm=True, num_stages=1):
         chunk = locate_chunk(v, c, length, S)
+        if S.SEVERAL_CHUNKS:
+            tl.debug_barrier()  # all threads have read the memory
+            leave_seen(v, chunk, memory, S.M, S)
         squares = tl.zeros([S.Q], tl.float32)
         for group in tl.range(0, S.G, disable_licm=True):
             b = S.I + group * S.N + n
-            B_ = activate(v, chunk, b, S)
-            C_ = operand(activate(v, chunk, b + S.G * S.N, S), S)
+            B_ = see(v, chunk, memory, b, S)
+            C_ = operand(see(v, chunk, memory, b + S.G * S.N, S), S)
             scores = product(C_, operand(tl.trans(pair_rows(B_)), S), S)
             for i in tl.range(0, S.H // S.G, disable_licm=True):
                 head = group * (S.H // S.G) + i
@@ -108,7 +139,7 @@ def block_forward(
                 steps, total = load_steps(v, chunk, head, S)
                 # A sum over one number keeps the compiler from computing the steps for each use.
                 step = tl.sum(steps.step[:, None], 1)
-                x = activate(v, chunk, own, S)
+                x = see(v, chunk, memory, own, S)
                 mixing = (
                     scores * paired_decay_between(total, False, S) * pair_columns(step[None, :])
                 )
@@ -116,15 +147,10 @@ def block_forward(
                 mixing += tl.where(q[:, None] == paired(q)[None, :], skip, 0)
                 y_ = tl.zeros([S.Q, S.P], tl.float32)
                 if S.SEVERAL_CHUNKS:
-                    state = states[0]
+                    state = tl.load(memory.states + state_offsets(0, head, S))
                     y_ = product(C_, operand(unpair_transposed(state), S), S)
                     y_ *= decay_from_start(total)[:, None]
                 y_ = add_product(y_, operand(unpair_columns(mixing), S), operand(x, S), S)
-                if S.SEVERAL_CHUNKS:
-                    to_end, kept = decay_to_end(total, S)
-                    from_here = operand(pair_columns(B_) * (to_end * step)[:, None], S)
-                    state = add_product(kept * state, operand(tl.trans(x), S), from_here, S)
-                    states = rotate(states, state)
                 z = load_tile(v.projected, chunk.at * S.E, chunk.inside, own)
                 y_ *= z * tl.sigmoid(z)
                 squares += tl.sum(y_ * y_, 1)
@@ -132,6 +158,17 @@ def block_forward(
                     store_tile(y, chunk.at * S.I, chunk.inside, own, y_)
                 else:
                     results = rotate(results, y_)
+                if S.SEVERAL_CHUNKS:
+                    # Loaded anew, as all operands at once would fill the registers.
+                    tl.debug_barrier()
+                    to_end, kept = decay_to_end(total, S)
+                    of_head = memory.states + state_offsets(0, head, S)
+                    B_ = pair_columns(load_seen(memory, b, S)) * (to_end * step)[:, None]
+                    x = load_seen(memory, own, S)
+                    state = kept * tl.load(of_head)
+                    state = add_product(state, operand(tl.trans(x), S), operand(B_, S), S)
+                    tl.debug_barrier()  # all threads have read the state before
+                    tl.store(of_head, state)
         rstd_ = tl.rsqrt(squares / S.I + S.EPS)
         tl.store(rstd + chunk.at, rstd_, mask=chunk.inside)
         if S.PRECISION == "tf32x3":

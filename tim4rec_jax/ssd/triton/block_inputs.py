@@ -123,6 +123,35 @@ def activation(u, S: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def leave_seen(v, chunk, memory, CHANNELS: tl.constexpr, S: tl.constexpr):
+    """Leaves what the op reads in the first channels of (x, B, C) in `memory.seen`, [Q, M]."""
+    # The largest power of two in their number.
+    TILE: tl.constexpr = min(64, CHANNELS & -CHANNELS)
+    rows = (tl.arange(0, S.Q) * S.M)[:, None]
+    for tile in tl.range(0, CHANNELS // TILE, disable_licm=True):
+        channel = tile * TILE + tl.arange(0, TILE)
+        seen = activation(convolve(v, chunk, channel, S), S)
+        tl.store(memory.seen + rows + channel[None, :], seen)
+    tl.debug_barrier()
+
+
+@triton.jit
+@no_type_check
+def load_seen(memory, channel, S: tl.constexpr):
+    """What the op reads in some channels of (x, B, C): [Q, channels]."""
+    return tl.load(memory.seen + (tl.arange(0, S.Q) * S.M)[:, None] + channel[None, :])
+
+
+@triton.jit
+@no_type_check
+def state_offsets(chunk, head, S: tl.constexpr):
+    """Offsets of a state [P, N] in the memory of a program."""
+    p, n = tl.arange(0, S.P), tl.arange(0, S.N)
+    return (chunk * S.H + head) * (S.P * S.N) + p[:, None] * S.N + n[None, :]
+
+
+@triton.jit
+@no_type_check
 def load_steps(v, chunk, head, S: tl.constexpr):
     """The `Steps` of a head, and its `LogDecays`."""
     dt = tl.load(v.projected + chunk.at * S.E + (S.E - S.H) + head, mask=chunk.inside, other=0)
