@@ -1,7 +1,8 @@
-"""What each use of time, and each other change of the causal model, is worth on validation.
+r"""What each use of time, and each other change of the causal model, is worth on validation.
 
     python -m benchmarks.causal_time data/ml-100k --config ml100k:causal --seeds 2
-    python -m benchmarks.causal_time data/ml-100k --config ml100k:causal --only "as it is" gates
+    python -m benchmarks.causal_time data/ml-100k --config ml100k:causal --only "as it is" gates \
+        --set data.shuffle_ties=True train.learning_rate=0.003
 
 Trains a config as it is and once with each of `CANDIDATES`, and prints the validation figures of
 the best epoch, as mean and range over the seeds. The best of many epochs is a lucky one, so the
@@ -30,14 +31,14 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from tim4rec_jax.commands.trainings import settings
 from tim4rec_jax.layers import CausalBlock, FeedForward
 from tim4rec_jax.layers.basic import Dense, dropout, fold
 from tim4rec_jax.layers.time import KNOTS, GapModulation, GapModulator
 from tim4rec_jax.models import tim4rec
-from tim4rec_jax.presets import load_config
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training import losses
-from tim4rec_jax.training.train import train
+from tim4rec_jax.training import train as training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +49,14 @@ class Candidate:
       settings: what it sets, by full names.
       parts: replacements of names in the module of the model.
       smoothing: share of the target's probability that all items have equally in the loss.
+      averaging: what is ranked is a mean of the weights at the ends of the epochs, in which each
+        epoch counts this times what the next one does; 0: the weights as they are.
     """
 
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     parts: dict[str, Any] = dataclasses.field(default_factory=dict)
     smoothing: float = 0.0
+    averaging: float = 0.0
 
 
 def only(*uses: str) -> Candidate:
@@ -134,6 +138,7 @@ CANDIDATES = {
     "gates": Candidate(parts={"CausalBlock": GatedBlock, "FeedForward": GatedFeedForward}),
     "bands": Candidate({"model.band_events": 5}),
     "label smoothing .1": Candidate(smoothing=0.1),
+    "averaged weights": Candidate(averaging=0.7),
     "4 layers": Candidate({"model.num_layers": 4}),
     "width 128": Candidate({"model.hidden_size": 128, "model.dropout_prob": 0.35}),
     "learning rate .003": Candidate({"train.learning_rate": 3e-3}),
@@ -145,18 +150,27 @@ CANDIDATES = {
 @contextmanager
 def in_use(candidate: Candidate) -> Iterator[None]:
     """Models that are built and trained meanwhile have the candidate's parts and its loss."""
-    plain = losses.full_cross_entropy
+    plain, rank, mean = losses.full_cross_entropy, training.evaluate, None
 
     def smoothed(hidden, table, targets, weights, history=None):
         difference = jnp.einsum("nd,nd->n", hidden, table[targets] - table[1:].mean(0))
         penalty = candidate.smoothing * jnp.sum(weights * difference)
         return plain(hidden, table, targets, weights, history) + penalty
 
+    def averaged(model, *args, **kwargs):
+        nonlocal mean
+        graphdef, params = nnx.split(model)
+        keep = candidate.averaging if mean is not None else 0.0
+        mean = jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, mean or params, params)
+        return rank(nnx.merge(graphdef, mean), *args, **kwargs)
+
     with ExitStack() as stack:
         for name, part in candidate.parts.items():
             stack.enter_context(mock.patch.object(tim4rec, name, part))
         if candidate.smoothing:
             stack.enter_context(mock.patch.object(losses, "full_cross_entropy", smoothed))
+        if candidate.averaging:
+            stack.enter_context(mock.patch.object(training, "evaluate", averaged))
         jax.clear_caches()  # a compiled step is found by its settings, which say nothing of these
         yield
 
@@ -169,6 +183,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="instead of the config's")
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="OPTION=VALUE", help="settings of all trainings"
+    )
     flags = parser.parse_args()
     enable_compilation_cache()
 
@@ -179,12 +196,12 @@ def main() -> None:
     for name in flags.only:
         runs, last, began = [], [], time.process_time()
         for seed in range(2020, 2020 + flags.seeds):
-            config = load_config(flags.config)
-            config.dataset, config.seed = flags.dataset, seed
-            config.train.epochs = flags.epochs or config.train.epochs
-            config.update_from_flattened_dict(CANDIDATES[name].settings)
+            words = {"dataset": flags.dataset, "seed": seed, **CANDIDATES[name].settings}
+            words |= {"train.epochs": flags.epochs} if flags.epochs else {}
+            changes = [*(f"{key}={value}" for key, value in words.items()), *flags.set]
+            config = settings([f"--config={flags.config}", *(f"--config.{c}" for c in changes)])
             with tempfile.TemporaryDirectory() as folder, in_use(CANDIDATES[name]):
-                runs.append(train(config, Path(folder)))
+                runs.append(training.train(config, Path(folder)))
                 lines = (Path(folder) / "log.jsonl").read_text().splitlines()
                 events = [event for event in map(json.loads, lines) if event["kind"] == "valid"]
                 last += [event["ndcg@10"] for event in events[-3:]]

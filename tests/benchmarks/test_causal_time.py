@@ -12,6 +12,7 @@ from flax import nnx
 from benchmarks.causal_time import CANDIDATES, in_use
 from tests.models.small_models import small_model
 from tim4rec_jax.models import build
+from tim4rec_jax.training import train as training
 from tim4rec_jax.training.losses import Loss
 
 SETTINGS = {
@@ -85,3 +86,15 @@ def test_the_smoothed_loss_is_that_of_smooth_targets():
     smooth[:, 0] = 0
     smooth[np.arange(3), targets] += 0.9
     assert found == pytest.approx(-np.sum(weights[:, None] * smooth * logs), rel=1e-5)
+
+
+def test_averaged_weights_are_a_mean_of_the_epochs_that_is_ranked(monkeypatch):
+    ranked = []
+    monkeypatch.setattr(training, "evaluate", lambda model, *_: ranked.append(model.kernel[...]))
+    model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    with in_use(CANDIDATES["averaged weights"]):
+        for value in (1.0, 2.0, 4.0):
+            model.kernel[...] = jnp.full((2, 1), value)
+            training.evaluate(model, None, "valid")
+    assert [float(each[0, 0]) for each in ranked] == pytest.approx([1.0, 1.3, 2.11])
+    assert float(model.kernel[0, 0]) == 4.0  # the training goes on with its own
