@@ -239,6 +239,7 @@ TABLES = {
         ("data", "config", "seeds", "Hit@10", "NDCG@10", "best"),
     ),
     "ml-1m": Table(RANKED, [("ml-1m", "causal", ""), ("ml-1m", "causal", WIDE)], seed="2020"),
+    "ml-1m-exact": Table(RANKED | {"order": "exact"}, [("ml-1m", "causal", "")]),
     "beauty": Table(
         RANKED, _models("beauty", "lrurec sasrec causal hstu"), COMPARISON, seed="2020"
     ),
