@@ -134,6 +134,8 @@ def test_pyspark_or_java_is_missing(run, logs, monkeypatch, tmp_path):
 
 
 def test_an_interrupt_waits_for_java_and_the_second_does_not():
+    # A shell starts what runs in the background with a Ctrl-C that does nothing.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     done = []
     with pytest.raises(KeyboardInterrupt), spark_engine._interrupted_later():
         signal.raise_signal(signal.SIGINT)
@@ -143,7 +145,7 @@ def test_an_interrupt_waits_for_java_and_the_second_does_not():
         signal.raise_signal(signal.SIGINT)
         done.append("never")
     assert done == ["started"]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 spark = pytest.mark.skipif(
