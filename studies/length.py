@@ -6,9 +6,9 @@ Quality: SSD, SSM (the selective scan of Mamba), attention and a recurrence (LRU
 histories of 25 to 800 events. The number of positions in a batch stays the same.
 
 Cost: one layer of each kind, 64 wide, forward and backward, on rows of 64 to 65,536 positions. A
-call has at least 8,192 positions, so that short rows are not the cost of starting a program, and two
-rows, because XLA sums the gradients of a single long row several times slower on a CPU. Times are
-processor seconds of all threads for a position, the median of a few calls. Beside the measured
+call has at least 8,192 positions, so that short rows are not the cost of starting a program, and
+two rows, because XLA sums the gradients of a single long row several times slower on a CPU. Times
+are processor seconds of all threads for a position, the median of a few calls. Beside the measured
 curves stand those of a model: floating-point operations, and bytes if each array is written once
 and read once. One factor for each, fitted to the layer's own times, turns them into time. Attention
 ends where its weights no longer fit into 2 GB.
