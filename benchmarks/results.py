@@ -255,6 +255,7 @@ TABLES = {
             ("ml-100k", "causal", ""),
             ("ml-100k", "hstu", f"{COMPARED['ml-100k']} model.repeat_bias=True"),
             ("kuairand-slice", "causal", ""),
+            ("kuairand-slice", "causal", NEAR),
         ],
     ),
     "next-time-known": Table(
@@ -267,6 +268,7 @@ TABLES = {
                 f"{COMPARED['ml-100k']} model.repeat_bias=True model.knows_next_time=True",
             ),
             ("kuairand-slice", "causal", "model.knows_next_time=True"),
+            ("kuairand-slice", "causal", f"model.knows_next_time=True {NEAR}"),
         ],
     ),
     "both": Table(
