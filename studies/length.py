@@ -273,11 +273,16 @@ def draw(results: Results, figure: Any) -> None:
         for kind in MODELS:
             rows = results.select(dataset=dataset, layer=kind)
             lengths = sorted({row["length"] for row in rows})
+            if not lengths:
+                continue
             levels = [results.level(dataset=dataset, layer=kind, length=n) for n in lengths]
             values = [level.value for level in levels if level]
             errors = [level.error for level in levels if level]
             panel.errorbar(lengths, values, errors, fmt="o-", label=kind, color=colors[kind])
         panel.set(xscale="log", xlabel="longest history, events", ylabel="test NDCG@10")
+        lengths = sorted({row["length"] for row in results.select(dataset=dataset)})
+        panel.set_xticks(lengths, [str(length) for length in lengths])
+        panel.minorticks_off()
         panel.legend(frameon=False, fontsize=8)
     for kind in measured:
         found = costs(results, kind)

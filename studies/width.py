@@ -153,7 +153,7 @@ def answer(results: Results) -> list[str]:
         said = left_out(best, events)
         errors = [abs(math.log2(said[name] / best[name])) for name in best]
         sentences.append(
-            f"Best widths grow as events to the power {exponent:.2f}; on a data set that the rule "
+            f"Best widths go with events to the power {exponent:.2f}; on a data set that the rule "
             f"has not seen it is off by a factor of {2 ** float(np.mean(errors)):.1f} on the mean."
         )
     else:
@@ -190,6 +190,8 @@ def draw(results: Results, figure: Any) -> None:
         ends = np.array([min(events), max(events)])
         right.plot(ends, np.exp(constant) * ends**exponent, color=COLORS[1])
     right.set(xscale="log", yscale="log")
+    right.set_yticks(WIDTHS, [str(width) for width in WIDTHS])
+    right.tick_params(axis="y", which="minor", left=False, labelleft=False)
 
 
 STUDY = Study(
