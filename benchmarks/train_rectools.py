@@ -32,16 +32,9 @@ SIDES = ("ours", "rectools")
 def ours(directory: str, length: int, rows: int, epochs: int):
     """Yields targets and processor seconds of each epoch of this package."""
     import jax
-    from flax import nnx
 
-    from tim4rec_jax import config as config_lib
-    from tim4rec_jax.data import open_dataset
-    from tim4rec_jax.models import build
+    from benchmarks.train_step import start_training
     from tim4rec_jax.presets import load_config
-    from tim4rec_jax.runtime import data_sharding
-    from tim4rec_jax.training.dispatch import make_steps
-    from tim4rec_jax.training.inputs import make_batches
-    from tim4rec_jax.training.state import init_state
 
     config = load_config("ml100k:sasrec")
     config.data.max_length = length
@@ -49,14 +42,7 @@ def ours(directory: str, length: int, rows: int, epochs: int):
     config.train.update(objective="every_position", batch_size=rows)
     config.model.update(hidden_size=WIDTH, n_layers=LAYERS, n_heads=HEADS, inner_size=INNER)
     config.model.update(hidden_dropout_prob=DROPOUT, attn_dropout_prob=DROPOUT)
-    config = config_lib.resolve(config)
-    data = config.data
-    dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
-    batches = make_batches(config, dataset)
-    model = build(config.model, n_items=dataset.n_items, max_length=length)
-    placement = data_sharding(rows)
-    steps = make_steps(config, batches, model, placement)
-    state = init_state(nnx.state(model), steps.settings.tx, config.seed)
+    batches, steps, state = start_training(config, directory)
     for _ in range(epochs):
         start = time.process_time()
         for _ in range(batches.batches_per_epoch):
@@ -121,6 +107,18 @@ def write_log(directory: str, path: Path) -> None:
     log[number < dataset.splits.train[users]].to_csv(path, index=False)
 
 
+def measure(python: str, *words: object) -> tuple[int, float]:
+    """Runs one side on one core: targets of an epoch, and its processor seconds."""
+    core = min(os.sched_getaffinity(0))
+    done = subprocess.run(
+        [python, "-m", "benchmarks.train_rectools", *map(str, words)],
+        **{"stdout": subprocess.PIPE, "text": True, "check": True},
+        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
+    )
+    epochs = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
+    return epochs[0][0], statistics.median(seconds for _, seconds in epochs[1:])
+
+
 def main() -> None:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -137,34 +135,24 @@ def main() -> None:
             print(json.dumps(epoch), flush=True)
         return
     print("length  rows  side      targets  processor s  us a target  RecTools / ours", flush=True)
-    core = min(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.csv"
         write_log(flags.dataset, log)
-        for length in flags.lengths:
-            for rows in flags.rows:
-                cost = {}
-                for side in SIDES if flags.rectools else SIDES[:1]:
-                    python, source = sys.executable, flags.dataset
-                    if side == "rectools":
-                        python, source = flags.rectools, log
-                    command = [python, "-m", "benchmarks.train_rectools", source, "--side", side]
-                    command += ["--lengths", length, "--rows", rows, "--epochs", flags.epochs]
-                    done = subprocess.run(
-                        [str(word) for word in command],
-                        **{"stdout": subprocess.PIPE, "text": True, "check": True},
-                        preexec_fn=lambda: os.sched_setaffinity(0, {core}),
-                    )
-                    lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
-                    epochs = [json.loads(line) for line in lines]
-                    targets, seconds = epochs[0][0], statistics.median(s for _, s in epochs[1:])
-                    cost[side] = 1e6 * seconds / targets
-                    ratio = f"{cost[side] / cost['ours']:.2f}" if side == "rectools" else ""
-                    print(
-                        f"{length:6}  {rows:4}  {side:8}  {targets:7,}  {seconds:11.2f}  "
-                        f"{cost[side]:11.1f}  {ratio:>15}",
-                        flush=True,
-                    )
+        sources = {"ours": (sys.executable, flags.dataset)}
+        if flags.rectools:
+            sources["rectools"] = flags.rectools, log
+        for length, rows in itertools.product(flags.lengths, flags.rows):
+            cost = {}
+            for side, (python, source) in sources.items():
+                sizes = ("--lengths", length, "--rows", rows, "--epochs", flags.epochs)
+                targets, seconds = measure(python, source, "--side", side, *sizes)
+                cost[side] = 1e6 * seconds / targets
+                ratio = f"{cost[side] / cost['ours']:.2f}" if side == "rectools" else ""
+                print(
+                    f"{length:6}  {rows:4}  {side:8}  {targets:7,}  {seconds:11.2f}  "
+                    f"{cost[side]:11.1f}  {ratio:>15}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

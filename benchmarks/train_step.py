@@ -181,10 +181,8 @@ def steps(console: Console, runs: int) -> None:
             console.print(f"the reference's step took {reference} s: {times}\n")
 
 
-def epochs(console: Console, directory: str, named: str, batch: int, count: int) -> None:
-    """Times whole epochs as `train.py` runs them; the first one includes compilation."""
-    config = load(named)
-    config.train.batch_size = batch or config.train.batch_size
+def start_training(config, directory: str):
+    """Returns the batches, the steps and the first state of a training as `train.py` runs it."""
     config = config_lib.resolve(config)
     data = config.data
     dataset = open_dataset(directory).split(data.split, data.valid_from, data.test_from)
@@ -199,8 +197,15 @@ def epochs(console: Console, directory: str, named: str, batch: int, count: int)
     placement = data_sharding(config.train.batch_size)
     steps = make_steps(config, batches, model, placement)
     state = init_state(nnx.state(model), steps.settings.tx, config.seed)
-    state = jax.device_put(state, placement.replicated)
-    console.print(f"{dataset.name}: {batches.n_targets:,} samples", end=", ")
+    return batches, steps, jax.device_put(state, placement.replicated)
+
+
+def epochs(console: Console, directory: str, named: str, batch: int, count: int) -> None:
+    """Times whole epochs as `train.py` runs them; the first one includes compilation."""
+    config = load(named)
+    config.train.batch_size = batch or config.train.batch_size
+    batches, steps, state = start_training(config, directory)
+    console.print(f"{batches.dataset.name}: {batches.n_targets:,} samples", end=", ")
     console.print(f"{batches.batches_per_epoch} batches, {type(steps).__name__}")
     for epoch in range(count + 1):
         wall, cpu = time.perf_counter(), time.process_time()
