@@ -44,14 +44,15 @@ def item_neighbours(
         rows = np.flatnonzero(parts == part) + 1
         first, last = int(rows[0]), int(rows[-1]) + 1
         near = sparse.csr_matrix((last - first, dataset.n_items + 1))
-        for distance in range(1, min(_WINDOW, len(items) - 1) + 1):
-            same = users[distance:] == users[:-distance]
-            before, after = items[:-distance][same], items[distance:][same]
-            for one, other in ((before, after), (after, before)):
-                here = (one >= first) & (one < last) & (one != other)
-                pairs = np.full(np.count_nonzero(here), _NEARNESS ** (distance - 1))
-                places = one[here] - first, other[here]
-                near += sparse.csr_matrix((pairs, places), shape=near.shape)
+        places = np.flatnonzero((items >= first) & (items < last))
+        for distance in range(1, _WINDOW + 1):
+            for others in (places + distance, places - distance):
+                inside = (others >= 0) & (others < len(items))
+                here, there = places[inside], others[inside]
+                pairs = (users[here] == users[there]) & (items[here] != items[there])
+                here, there = items[here[pairs]] - first, items[there[pairs]]
+                weights = np.full(len(here), _NEARNESS ** (distance - 1))
+                near += sparse.csr_matrix((weights, (here, there)), shape=near.shape)
         near = near.tocsr()
         row = np.repeat(np.arange(last - first), np.diff(near.indptr))
         similarity = near.data / (
