@@ -14,20 +14,22 @@ _PAIRS_AT_ONCE = 1 << 25
 
 
 def item_neighbours(
-    dataset: Dataset, count: int
+    dataset: Dataset, count: int, *, follow: bool = False
 ) -> tuple[Int32[np.ndarray, "V_and_1 M"], Float32[np.ndarray, "V_and_1 M"]]:
     """The most similar items of each item, and their similarities.
 
-    Two items are similar if users have them near each other, in whatever order. A pair of a user's
-    training events that are d apart counts .9^(d - 1) up to d = 20. The sum over all pairs of the
-    items i and j is divided by n_i^.5 n_j^.3, where n is an item's number of training events. (A
-    plain cosine would divide by n_i^.5 n_j^.5, and prefer rare items.)
+    Two items are similar if users have them near each other, in whatever order, or only one after
+    the other. A pair of a user's training events that are d apart counts .9^(d - 1) up to d = 20.
+    The sum over all pairs of the items i and j is divided by n_i^.5 n_j^.3, where n is an item's
+    number of training events. (A plain cosine would divide by n_i^.5 n_j^.5, and prefer rare
+    items.)
 
     It takes time in proportion to the events, and memory for the pairs of a part of the items.
 
     Args:
       dataset: as split; only events that training sees count.
       count: how many neighbours to keep of each item.
+      follow: whether a pair counts for its first item alone, so that neighbours are what follows.
 
     Returns:
       Neighbours by falling similarity, of equals the lower number first, and their similarities.
@@ -46,7 +48,7 @@ def item_neighbours(
         near = sparse.csr_matrix((last - first, dataset.n_items + 1))
         places = np.flatnonzero((items >= first) & (items < last))
         for distance in range(1, _WINDOW + 1):
-            for others in (places + distance, places - distance):
+            for others in (places + distance, places - distance)[: 1 if follow else 2]:
                 inside = (others >= 0) & (others < len(items))
                 here, there = places[inside], others[inside]
                 pairs = (users[here] == users[there]) & (items[here] != items[there])

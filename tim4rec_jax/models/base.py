@@ -70,6 +70,8 @@ class ModelSettings:
         features learn to stand alone. Used with item features only.
       neighbours: how many neighbours of each item add to the scores of a ranking, see
         `tim4rec_jax.data.item_neighbours`. 0: none. The loss does not know of them.
+      neighbours_follow: whether only items that users have after an item are its neighbours. It
+        pays where the order of the events means much.
       neighbour_weight: what the logarithm of a sum of their similarities is multiplied by.
 
     Raises:
@@ -82,6 +84,7 @@ class ModelSettings:
     item_features: bool = True
     id_dropout: float = rate(0.3)
     neighbours: int = not_negative(0)
+    neighbours_follow: bool = False
     neighbour_weight: float = 1.0
 
     def __post_init__(self):

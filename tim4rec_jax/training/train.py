@@ -279,7 +279,10 @@ def _train(
         checkpoints = Checkpoints(workdir, whole_shapes, names)
         restored = checkpoints.restore(state_shapes, steps.iterator)
         if restored is None and config.model.neighbours:
-            neighbours = item_neighbours(dataset, config.model.neighbours)
+            settings = config.model
+            neighbours = item_neighbours(
+                dataset, settings.neighbours, follow=settings.neighbours_follow
+            )
             make_model = partial(make_model, neighbours=neighbours)
         if restored is not None:
             state, progress = restored

@@ -51,7 +51,7 @@ from tim4rec_jax.training.state import TrainState, init_state, make_optimizer
 # Dates of the training data, which may differ from day to day as long as there are some.
 _DATES = "model.date_bias_knots"
 # What only a ranking adds, and is counted anew for each dataset.
-_OF_RANKING = ("model.neighbours", "model.neighbour_weight")
+_OF_RANKING = ("model.neighbours", "model.neighbours_follow", "model.neighbour_weight")
 _ITEMS, _DATE_VECTORS = "item_embedding/embedding", "drift/vectors"
 
 MakeModel = Callable[..., SequenceModel]
