@@ -232,13 +232,13 @@ def draw(results: Results, figure: Any) -> None:
         values, errors = zip(*((g.value, 2 * g.error) for _, g in groups), strict=True)
         panel.errorbar([cv for cv, _ in groups], values, errors, fmt="o", capsize=3)
         panel.axhline(0, color=COLORS[1], linewidth=1)
-        panel.set_xlabel("coefficient of variation of the gaps, median of the group")
-        panel.set_ylabel("gain of time in NDCG@10, ± 2 standard errors")
+        panel.set_xlabel("variation of the gaps, median of the group")
+        panel.set_ylabel("gain of time ± 2 standard errors")
     if made:
         values = [100 * gap.value / room(process) for process, gap in made.items()]
         errors = [200 * gap.error / room(process) for process, gap in made.items()]
         drawn[-1].bar(list(made), values, yerr=errors, color=COLORS[2], capsize=3)
-        drawn[-1].set_ylabel("gain of time, % of the possible, ± 2 standard errors")
+        drawn[-1].set_ylabel("gain of time, % of the possible")
 
 
 STUDY = Study(

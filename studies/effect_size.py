@@ -172,12 +172,12 @@ def draw(results: Results, figure: Any) -> None:
         drawn[0].plot([0, max(possible)], [0, max(possible)], color=COLORS[1], label="all of it")
         drawn[0].errorbar(possible, values, errors, fmt="o", capsize=3, label="causal model")
         drawn[0].set_xlabel("what time is worth in NDCG@10")
-        drawn[0].set_ylabel("gain of the model that knows it, ± 2 standard errors")
+        drawn[0].set_ylabel("gain of time ± 2 standard errors")
         drawn[0].legend(frameon=False)
     for panel, groups in zip(drawn[len(drawn) - len(real) :], real.values(), strict=True):
         dots(panel, list(groups), list(groups.values()), COLORS[0])
         panel.axvline(0, color=COLORS[1], linewidth=1)
-        panel.set_xlabel("gain of time in NDCG@10, ± 2 standard errors")
+        panel.set_xlabel("gain of time in NDCG@10 ± 2 standard errors")
 
 
 STUDY = Study(

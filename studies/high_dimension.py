@@ -8,7 +8,6 @@ A head is 32 wide whatever the model is, so wider models have more heads. The pu
 its activation with the number of heads; here it stays the same, so that the width alone changes.
 """
 
-import statistics
 import sys
 from typing import Any
 
@@ -133,14 +132,17 @@ def draw(results: Results, figure: Any) -> None:
     for panel, (dataset, encoding) in zip(panels(figure, titles), shown, strict=True):
         for time, color, label in (("yes", COLORS[0], "with time"), ("no", COLORS[1], "without")):
             rows = select(results.runs, dataset=dataset, encoding=encoding, time=time)
-            widths = sorted({row["width"] for row in rows})
-            same = [[r["ndcg@10"] for r in rows if r["width"] == width] for width in widths]
-            means = [statistics.mean(values) for values in same]
-            spread = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in same]
-            panel.errorbar(widths, means, spread, fmt="o-", color=color, capsize=3, label=label)
+            arms = {row["width"]: row["arm"] for row in rows}
+            levels = {w: results.level(dataset=dataset, arm=arms[w]) for w in sorted(arms)}
+            values, errors = zip(*((e.value, e.error) for e in levels.values() if e), strict=True)
+            # Side by side, so that neither bar hides the other.
+            places = [width * (0.97 if time == "yes" else 1.03) for width in levels]
+            panel.errorbar(places, values, errors, fmt="o-", color=color, capsize=3, label=label)
         panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-        panel.set(xlabel="width D", ylabel="test NDCG@10, mean and deviation over seeds")
+        widths = sorted({row["width"] for row in select(results.runs, dataset=dataset)})
+        panel.set_xticks(widths, [str(width) for width in widths])
+        panel.minorticks_off()
+        panel.set(xlabel="width D", ylabel="test NDCG@10 ± standard error")
         panel.legend(frameon=False)
 
 

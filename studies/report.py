@@ -232,8 +232,7 @@ def write_report(path: Path, results: Results, study: Any) -> None:
         if not figure.axes:
             figure.text(0.5, 0.5, "not run yet", ha="center", va="center", color=GREY)
         elif results.missing:
-            note = "not all arms have run yet"
-            figure.text(0.995, 0.995, note, ha="right", va="top", color=GREY, size=8)
+            figure.suptitle("not all arms have run yet", x=1, ha="right", color=GREY, size=8)
         # Without a date and a version, so that the same rows give the same file.
         figure.savefig(path.with_suffix(".png"), dpi=110, metadata={"Software": None})
         plt.close(figure)
@@ -303,11 +302,16 @@ def _markdown(rows: list[list[str]]) -> str:
 
 
 def panels(figure: Figure, titles: Sequence[str], **kwargs: Any) -> list[Axes]:
-    """A row of panels with titles."""
-    axes = figure.subplots(1, len(titles), squeeze=False, **kwargs)[0]
-    for panel, title in zip(axes, titles, strict=True):
+    """Panels with titles, at most two beside each other, because their axes have long names."""
+    columns = min(len(titles), 2)
+    rows = math.ceil(len(titles) / columns)
+    figure.set_size_inches(9, 4.2 if rows == 1 else 3.5 * rows)
+    axes = list(figure.subplots(rows, columns, squeeze=False, **kwargs).flat)
+    for panel, title in zip(axes, titles, strict=False):
         panel.set_title(title, loc="left", fontsize=10, fontweight="bold")
-    return list(axes)
+    for panel in axes[len(titles) :]:
+        panel.set_axis_off()
+    return axes[: len(titles)]
 
 
 def dots(panel: Axes, labels: Sequence[str], estimates: Sequence[Estimate], color: str) -> None:

@@ -221,36 +221,38 @@ def draw(results: Results, figure: Any) -> None:
     datasets = [d for d in results.datasets if _by_width(results, d)]
     if not datasets:
         return
-    dataset = datasets[0]
-    by_width = _by_width(results, dataset)
-    ranks, values = panels(figure, [f"{named(dataset)}: effective rank", "singular values"])
-    for number, rows in enumerate(by_width.values()):
-        for column, color, label in (
-            ("effective_rank", COLORS[0], "with time"),
-            ("effective_rank_plain", COLORS[1], "the same weights without"),
-        ):
-            shift = -0.12 if column == "effective_rank" else 0.12
-            ranks.plot(
-                [number + shift] * len(rows),
-                [row[column] for row in rows],
-                "_",
-                color=color,
-                markersize=11,
-                label=label if number == 0 else None,
-            )
-    ranks.set_xticks(range(len(by_width)), [str(width) for width in by_width])
-    ranks.set_xlim(-0.5, len(by_width) - 0.5)
-    ranks.set(xlabel="width D; a stroke is a head of a layer", ylabel="effective rank")
-    ranks.legend(frameon=False)
-    for prefix, style in (("", "o-"), ("plain_", "s--")):
-        for number, (width, rows) in enumerate(by_width.items()):
-            places = [k for k in PLACES if rows[0].get(f"s{k}") not in (None, "")]
-            means = [statistics.mean(row[f"{prefix}s{k}"] for row in rows) for k in places]
-            label = f"D {width}" + (" without time" if prefix else "")
-            color = COLORS[number % len(COLORS)]
-            values.plot(places, means, style, color=color, markersize=3, label=label)
-    values.set(xscale="log", yscale="log", xlabel="number", ylabel="share of their sum")
-    values.legend(frameon=False, fontsize=8)
+    kinds = ("effective rank", "singular values")
+    drawn = iter(panels(figure, [f"{named(d)}: {kind}" for d in datasets for kind in kinds]))
+    for dataset, ranks, values in zip(datasets, drawn, drawn, strict=True):
+        by_width = _by_width(results, dataset)
+        for number, rows in enumerate(by_width.values()):
+            for column, color, label in (
+                ("effective_rank", COLORS[0], "with time"),
+                ("effective_rank_plain", COLORS[1], "the same weights without"),
+            ):
+                shift = -0.12 if column == "effective_rank" else 0.12
+                ranks.plot(
+                    [number + shift] * len(rows),
+                    [row[column] for row in rows],
+                    "_",
+                    color=color,
+                    markersize=11,
+                    label=label if number == 0 else None,
+                )
+        ranks.set_xticks(range(len(by_width)), [str(width) for width in by_width])
+        ranks.set_xlim(-0.5, len(by_width) - 0.5)
+        ranks.set(xlabel="width D; a stroke is a head of a layer", ylabel="effective rank")
+        if dataset == datasets[0]:
+            ranks.legend(frameon=False, loc="lower left", fontsize=8)
+        for prefix, style in (("", "o-"), ("plain_", "s--")):
+            for number, (width, rows) in enumerate(by_width.items()):
+                places = [k for k in PLACES if rows[0].get(f"s{k}") not in (None, "")]
+                means = [statistics.mean(row[f"{prefix}s{k}"] for row in rows) for k in places]
+                label = f"D {width}" + (" without time" if prefix else "")
+                color = COLORS[number % len(COLORS)]
+                values.plot(places, means, style, color=color, markersize=3, label=label)
+        values.set(xscale="log", yscale="log", xlabel="number", ylabel="share of their sum")
+        values.legend(frameon=False, fontsize=8)
 
 
 STUDY = Study(
