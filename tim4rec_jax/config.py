@@ -418,10 +418,13 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
         )
     if train.objective == "every_position" and not model.causal:
         encoding = config.model.get("time_encoding")
-        name = f"{config.model.name} with time encoding {encoding}" if encoding else model.__name__
+        name, remedy = model.__name__, "take another model or objective"
+        if encoding:
+            name = f"{config.model.name} with time encoding {encoding}"
+            remedy = "take config.model.time_encoding=causal, or another model or objective"
         yield (
             f"config.train.objective is 'every_position', which needs a causal model, but {name} "
-            "looks ahead; take config.model.time_encoding=causal, or another model or objective"
+            f"looks ahead; {remedy}"
         )
     if train.objective == "every_position" and data.convention != "exact":
         yield (
