@@ -119,6 +119,7 @@ MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4re
 BOTH = ("data", "config", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10")
 TIES = "data.shuffle_ties=True train.learning_rate=0.003"
 NEAR = "model.neighbours=64"
+AFTER = f"{NEAR} model.neighbours_follow=True model.neighbour_weight=2.0"
 WIDE = "model.dropout_prob=0.3 model.hidden_size=128 train.epochs=30 train.learning_rate=0.001 " + (
     "train.patience=30"
 )
@@ -138,7 +139,7 @@ TABLES = {
             ("beauty", "official", ""),
             ("beauty", "causal", NO_BIAS),
             ("beauty", "causal", ""),
-            ("beauty", "causal", NEAR),
+            ("beauty", "causal", AFTER),
             ("kuairand-slice", "", "train.patience=5"),
             ("kuairand-slice", "causal", ""),
             ("kuairand-slice", "causal", NEAR),
@@ -221,6 +222,7 @@ TABLES = {
         [
             ("beauty", "causal", ""),
             ("beauty", "causal", NEAR),
+            ("beauty", "causal", AFTER),
             ("kuairand-slice", "causal", ""),
             ("kuairand-slice", "causal", NEAR),
             ("kuairand-slice", "mamba4rec", COMPARED["kuairand-slice"]),
@@ -232,6 +234,7 @@ TABLES = {
         MASKED,
         [
             ("beauty", "causal", NEAR),
+            ("beauty", "causal", AFTER),
             ("kuairand-slice", "causal", ""),
             ("kuairand-slice", "causal", NEAR),
             ("kuairand-slice", "mamba4rec", f"{COMPARED['kuairand-slice']} {NEAR}"),
@@ -242,6 +245,9 @@ TABLES = {
     "ml-1m-exact": Table(RANKED | {"order": "exact"}, [("ml-1m", "causal", "")]),
     "beauty": Table(
         RANKED, _models("beauty", "lrurec sasrec causal hstu"), COMPARISON, seed="2020"
+    ),
+    "beauty-after": Table(
+        RANKED, _models("beauty", "causal lrurec sasrec", AFTER, AFTER), COMPARISON, seed="2020"
     ),
     "beauty-mixed": Table(
         RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
