@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-from benchmarks.results import COMPARED, MODELS, NO_BIAS, RANKED, Row, in_words, pick
+from benchmarks.results import MODELS, NO_BIAS, RANKED, TUNED, Row, choices, in_words, pick
 from tim4rec_jax.commands.results import PROTOCOL
 
 matplotlib.use("Agg")
@@ -17,24 +17,24 @@ from matplotlib.axes import Axes
 
 # Readable on white and on black pages: the picture brings its own paper.
 PAPER, INK, GREY, OURS, OTHERS = "#fbfbf9", "#1f2328", "#6e7781", "#c2410c", "#33658a"
-# The panels: title, dataset, variants, settings of the causal variant, settings of the others
-# besides those of the comparison, and variants that keep the settings of their config.
+# The panels: title, and the dataset, variant and settings of each point.
 PANELS = [
     (
         "ml-100k: no repeat bias",
-        "ml-100k",
-        "causal lrurec hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser",
-        NO_BIAS,
-        "",
-        "bert4rec caser",
+        choices(
+            "ml-100k",
+            "causal lrurec hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser",
+            own=NO_BIAS,
+            alone="bert4rec caser",
+        ),
+    ),
+    (
+        "ml-100k: repeat bias, tuned alike",
+        [("ml-100k", variant, settings) for variant, settings in TUNED.items()],
     ),
     (
         "KuaiRand slice: repeat and date bias",
-        "kuairand-slice",
-        "causal mamba4rec sasrec ssd4rec",
-        "",
-        "",
-        "",
+        choices("kuairand-slice", "causal mamba4rec sasrec ssd4rec"),
     ),
 ]
 
@@ -56,12 +56,10 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
     settings whose cost was measured.
     """
     panels = {}
-    for title, dataset, variants, own, others, alone in PANELS:
+    for title, chosen in PANELS:
         panels[title] = []
-        for variant in variants.split():
-            settings = own if variant == "causal" else f"{COMPARED[dataset]} {others}"
-            settings = "" if variant in alone.split() else settings
-            row = pick(rows, RANKED, (dataset, variant, settings))
+        for choice in chosen:
+            row = pick(rows, RANKED, choice)
             same = ("dataset", "variant", "settings", *PROTOCOL)
             costs = [
                 float(other["train_cpu_s"])
@@ -97,12 +95,13 @@ def draw(rows: list[Row], path: Path) -> None:
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(settings):
-        figure, panels = plt.subplots(
-            1, len(PANELS), figsize=(9, 4.1), layout="constrained", width_ratios=(1.6, 1)
+        figure, axes = plt.subplot_mosaic(
+            [["first", "first"], ["second", "third"]], figsize=(9, 7.4), layout="constrained"
         )
+        panels = list(axes.values())
         for panel, (title, found) in zip(panels, points(rows).items(), strict=True):
             _panel(panel, title, found)
-        panels[0].set_ylabel("NDCG@10, mean and deviation of 3 seeds")
+        figure.supylabel("NDCG@10, mean and deviation of 3 seeds", fontsize=10)
         figure.supxlabel("processor seconds of the training, all threads", fontsize=10)
         figure.draw_without_rendering()
         for panel, found in zip(panels, points(rows).values(), strict=True):
