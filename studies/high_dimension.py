@@ -134,7 +134,8 @@ def draw(results: Results, figure: Any) -> None:
             rows = select(results.runs, dataset=dataset, encoding=encoding, time=time)
             arms = {row["width"]: row["arm"] for row in rows}
             levels = {w: results.level(dataset=dataset, arm=arms[w]) for w in sorted(arms)}
-            values, errors = zip(*((e.value, e.error) for e in levels.values() if e), strict=True)
+            values = [level.value for level in levels.values() if level]
+            errors = [level.error for level in levels.values() if level]
             # Side by side, so that neither bar hides the other.
             places = [width * (0.97 if time == "yes" else 1.03) for width in levels]
             panel.errorbar(places, values, errors, fmt="o-", color=color, capsize=3, label=label)
