@@ -28,7 +28,7 @@ from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.protocol import best_epoch
 from tim4rec_jax.models import build
-from tim4rec_jax.run import only_process, read_date_range
+from tim4rec_jax.run import load_model, only_process, read_date_range
 from tim4rec_jax.training import dispatch
 from tim4rec_jax.training import train as loop
 from tim4rec_jax.training.state import make_optimizer
@@ -127,6 +127,7 @@ def packed(dataset, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "packed"
     config = quick_config(dataset, objective="every_position", batch_size=6, schedule="cosine")
     config.model.update(repeat_bias=True, date_bias_knots=4)
+    config.model.update(neighbours=3, neighbours_follow=True)
     config.train.checkpoint_minutes = 1e-9  # a checkpoint after every step
     train(config, workdir)
     return workdir, config
@@ -152,6 +153,12 @@ def test_a_run_keeps_the_dates_of_what_it_was_trained_on(packed, dataset):
     trained_on = ds.lengths - 2
     times = ds.timestamps(ds.offsets[:-1], trained_on, int(trained_on.max()))
     assert read_date_range(packed[0]) == (times[times > 0].min(), times.max())
+
+
+def test_a_run_keeps_what_follows_each_item(packed):
+    _, model = load_model(packed[0])
+    nearest = np.asarray(model.neighbours.items[...])[1:, 0]
+    np.testing.assert_array_equal(nearest, np.arange(1, 31) % 30 + 1)  # everybody walks this way
 
 
 def test_a_finished_run_is_left_as_it_is(finished, dataset, capsys, monkeypatch):
