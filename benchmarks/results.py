@@ -78,16 +78,16 @@ _PACKED = f"{_ALIKE} model.repeat_bias=True train.objective=every_position train
     "train.schedule=cosine"
 )
 _SMALL = "model.hidden_size=32 train.learning_rate=0.00329 train.weight_decay=0.0001"
-_WIDE = "model.hidden_size=128 model.n_layers=1"
+_SHALLOW = "model.hidden_size=128 model.n_layers=1"
 TUNED = {
-    "lrurec": f"{_PACKED} {_WIDE} model.dropout_prob=0.445 train.learning_rate=0.00559",
+    "lrurec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.445 train.learning_rate=0.00559",
     "causal": f"{_ALIKE} {_SMALL} model.dropout_prob=0.411",
     "gru4rec": f"{_PACKED} model.dropout_prob=0.445 model.embedding_size=32 model.num_layers=1 "
     "train.learning_rate=0.00559",
-    "esasrec": f"{_PACKED} {_WIDE} model.dropout_prob=0.445 train.learning_rate=0.00559",
+    "esasrec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.445 train.learning_rate=0.00559",
     "mamba4rec": _PACKED,
     "ssd4rec": f"{_PACKED} {_SMALL} model.dropout_prob=0.411",
-    "sasrec": f"{_PACKED} {_WIDE} model.attn_dropout_prob=0.338 model.hidden_dropout_prob=0.534",
+    "sasrec": f"{_PACKED} {_SHALLOW} model.attn_dropout_prob=0.338 model.hidden_dropout_prob=0.534",
     "hstu": f"{_PACKED} {_SMALL} model.hidden_dropout_prob=0.411",
 }
 
@@ -112,9 +112,7 @@ class Table(NamedTuple):
     masked: bool = False
 
 
-def choices(
-    dataset: str, models: str, own: str = "", compared: str = "", alone: str = ""
-) -> list[tuple[str, str, str]]:
+def _models(dataset: str, models: str, own: str = "", compared: str = "", alone: str = "") -> list:
     """Choices of models that were compared.
 
     Args:
@@ -124,12 +122,12 @@ def choices(
       compared: settings of the others, besides those in `COMPARED`.
       alone: models that were trained with the settings of their config.
     """
-    found = []
+    choices = []
     for model in models.split():
         variant = "" if model == "-" else model
         settings = own if variant == "causal" else f"{COMPARED[dataset]} {compared}"
-        found.append((dataset, variant, "" if model in alone.split() else settings))
-    return found
+        choices.append((dataset, variant, "" if model in alone.split() else settings))
+    return choices
 
 
 NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
@@ -201,7 +199,7 @@ TABLES = {
     ),
     "ml-100k": Table(
         RANKED,
-        choices(
+        _models(
             "ml-100k",
             f"{MODELS_ML100K} popularity",
             own=NO_BIAS,
@@ -211,7 +209,7 @@ TABLES = {
     ),
     "ml-100k-bias": Table(
         RANKED,
-        choices("ml-100k", "causal hstu sasrec", compared="model.repeat_bias=True"),
+        _models("ml-100k", "causal hstu sasrec", compared="model.repeat_bias=True"),
         COMPARISON,
     ),
     "ml-100k-tuned": Table(
@@ -222,7 +220,7 @@ TABLES = {
     ),
     "ml-100k-pure": Table(
         MASKED,
-        choices("ml-100k", "causal sasrec esasrec", own=NO_BIAS),
+        _models("ml-100k", "causal sasrec esasrec", own=NO_BIAS),
         ("model", "seeds", "Hit@10", "NDCG@10", "best"),
         seed="2020",
     ),
@@ -270,16 +268,16 @@ TABLES = {
     "ml-1m": Table(RANKED, [("ml-1m", "causal", ""), ("ml-1m", "causal", WIDE)], seed="2020"),
     "ml-1m-exact": Table(RANKED | {"order": "exact"}, [("ml-1m", "causal", "")]),
     "beauty": Table(
-        RANKED, choices("beauty", "lrurec sasrec causal hstu"), COMPARISON, seed="2020"
+        RANKED, _models("beauty", "lrurec sasrec causal hstu"), COMPARISON, seed="2020"
     ),
     "beauty-after": Table(
-        RANKED, choices("beauty", "causal lrurec sasrec", AFTER, AFTER), COMPARISON, seed="2020"
+        RANKED, _models("beauty", "causal lrurec sasrec", AFTER, AFTER), COMPARISON, seed="2020"
     ),
     "beauty-mixed": Table(
-        RANKED, choices("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
+        RANKED, _models("beauty-mixed", "causal mamba4rec ssd4rec sasrec"), COMPARISON
     ),
     "kuairand-slice": Table(
-        RANKED, choices("kuairand-slice", "mamba4rec sasrec causal ssd4rec"), COMPARISON
+        RANKED, _models("kuairand-slice", "mamba4rec sasrec causal ssd4rec"), COMPARISON
     ),
     "next-time-unknown": Table(
         RANKED,

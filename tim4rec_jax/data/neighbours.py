@@ -48,7 +48,8 @@ def item_neighbours(
         near = sparse.csr_matrix((last - first, dataset.n_items + 1))
         places = np.flatnonzero((items >= first) & (items < last))
         for distance in range(1, _WINDOW + 1):
-            for others in (places + distance, places - distance)[: 1 if follow else 2]:
+            for step in (distance,) if follow else (distance, -distance):
+                others = places + step
                 inside = (others >= 0) & (others < len(items))
                 here, there = places[inside], others[inside]
                 pairs = (users[here] == users[there]) & (items[here] != items[there])
