@@ -3,6 +3,7 @@
     python -m benchmarks.results             # writes them anew from the files below
     python -m benchmarks.results add RUN...  # first adds the figures of finished runs, and the
                                              # means of those that differ in their seed alone
+    python -m benchmarks.results add RUN... --against RUN...  # and p values of the difference
 
 `results.csv` has a row for each run and protocol. The figures of other people are in
 `tim4rec_jax/commands/quoted.csv`, because `tim4rec compare` prints them, too. Only what stands
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tim4rec_jax.commands.compare_report import QUOTED
-from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, means, read, rows_of_run
+from tim4rec_jax.commands.results import COLUMNS, PROTOCOL, append, read, rows_of_runs
 from tim4rec_jax.errors import UserError, run_main
 
 HERE = Path(__file__).parent
@@ -580,10 +581,18 @@ def main(words: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", metavar="add")
     add = commands.add_parser("add", help="add the figures of finished runs to results.csv")
     add.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run directory")
+    add.add_argument(
+        "--against",
+        nargs="+",
+        default=[],
+        type=Path,
+        metavar="RUN",
+        help="runs of one model that the others are compared with, on NDCG@10 user by user; they "
+        "are added, too",
+    )
     flags = parser.parse_args(words)
     if flags.command:
-        rows = [row for run in flags.runs for row in rows_of_run(run)]
-        rows += means(rows)
+        rows = rows_of_runs(flags.runs, flags.against)
         append(RESULTS, rows)
         print(f"added {len(rows)} rows to {RESULTS}")
     from benchmarks.results_picture import draw  # late, because matplotlib takes long to import

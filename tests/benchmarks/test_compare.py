@@ -224,13 +224,20 @@ def test_a_setting_that_follows_from_others_is_not_named():
 def test_finished_runs_are_added_to_a_table_of_results(tmp_path, monkeypatch):
     row = dict.fromkeys(COLUMNS, "") | {"dataset": "beauty", "ndcg@10": "0.1"}
     asked = []
-    monkeypatch.setattr(compare, "runs", lambda flags: ([GOOD, FAILED], []))
-    monkeypatch.setattr(compare, "rows_of_run", lambda run: asked.append(run) or [row])
-    words = ["--datasets", "beauty", "--models", "sasrec", f"--runs={tmp_path}"]
+
+    def rows_of_runs(runs, against):
+        asked.append((list(runs), against))
+        return [row]
+
+    found = [replace(GOOD, model="sasrec"), replace(BAD, model="hstu"), FAILED]
+    monkeypatch.setattr(compare, "runs", lambda flags: (found, []))
+    monkeypatch.setattr(compare, "rows_of_runs", rows_of_runs)
+    words = ["--datasets", "beauty", "--models", "sasrec", "hstu", f"--runs={tmp_path}"]
     words += [f"--out={tmp_path / 'table'}", f"--results={tmp_path / 'results.csv'}"]
-    with pytest.raises(UserError, match="1 of 2 runs failed"):
+    with pytest.raises(UserError, match="1 of 3 runs failed"):
         compare.main(words)
-    assert asked == [tmp_path / "beauty" / "a" / "2020" / "run"]
+    sasrec, hstu = (tmp_path / "beauty" / name / "2020" / "run" for name in ("sasrec", "hstu"))
+    assert asked == [([sasrec, hstu], [sasrec])]
     assert read(tmp_path / "results.csv") == [row]
 
 

@@ -1,13 +1,25 @@
 """The tables of the pages are those of the CSV files, and none of them mixes two protocols."""
 
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks import results
 from benchmarks.results import BLOCK, PAGES, RANKED, RESULTS, TABLES, pick, table
 from tim4rec_jax.commands import compare_report
-from tim4rec_jax.commands.results import COLUMNS, KEY, METRICS, PROTOCOL, append, means, read
+from tim4rec_jax.commands import results as commands_results
+from tim4rec_jax.commands.results import (
+    COLUMNS,
+    KEY,
+    METRICS,
+    PROTOCOL,
+    append,
+    means,
+    read,
+    rows_of_runs,
+)
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
@@ -129,6 +141,58 @@ def test_runs_of_consecutive_seeds_have_a_mean():
     assert (mean["best_epoch"], mean["epochs"], mean["p"]) == ("3 5", "9", "")
     assert mean["mrr@10"] == mean["mrr@10_sd"] == mean["train_cpu_s"] == ""  # not of both seeds
     assert not means(row | {"seed": seed} for seed in ("2020", "2022"))
+
+
+PLACES = RANKED | {"dataset": "shop", "model": "m", "ndcg@10": "0.1", "code": "1"}
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """Rows and the NDCG@10 of 400 users of runs that are named MODEL/SEED."""
+    random = np.random.default_rng(0)
+    users = random.uniform(size=400)
+
+    def rows_of_run(run):
+        row = dict.fromkeys(COLUMNS, "") | PLACES | {"variant": run.parent.name, "seed": run.name}
+        row["dataset"] = "other" if row["variant"] == "elsewhere" else "shop"
+        return [row | {"part": "valid"}, row, row | {"seen": "masked"}]
+
+    def gains(run, masked):
+        worse = 0.1 if run.parent.name == "worse" and not masked else 0
+        return users - worse + random.normal(scale=0.1, size=len(users))
+
+    monkeypatch.setattr(commands_results, "rows_of_run", rows_of_run)
+    monkeypatch.setattr(commands_results, "_gains", gains)
+
+
+def test_rows_of_runs_say_how_clear_a_difference_is(runs):
+    ours = [Path("ours/2020"), Path("ours/2021")]
+    others = [Path("worse/2020"), Path("worse/2021"), Path("alike/2020")]
+    rows = rows_of_runs(others, ours)
+    assert len(rows) == 3 * 5 + 3 * 2  # each run once, and a mean of two of the models
+    assert len(rows_of_runs([*ours, *others], ours)) == len(rows)
+    told = {(row["variant"], row["seed"], row["seen"]): row["p"] for row in rows if row["p"]}
+    assert set(told) == {
+        *(("worse", "2020-2021 (mean)", seen) for seen in ("ranked", "masked")),
+        *(("alike", "2020", seen) for seen in ("ranked", "masked")),
+    }
+    assert float(told["worse", "2020-2021 (mean)", "ranked"]) < 1e-6
+    assert (
+        float(told["worse", "2020-2021 (mean)", "masked"])
+        > 0.01
+        < float(told["alike", "2020", "ranked"])
+    )
+    assert all(row["part"] == "test" and row["p_against"] == "ours" for row in rows if row["p"])
+    assert not any(row["p"] for row in rows_of_runs([*ours, *others]))
+
+
+def test_runs_that_cannot_be_compared_are_refused(runs):
+    with pytest.raises(UserError, match="--against must name all runs of one model"):
+        rows_of_runs([Path("worse/2020")], [Path("ours/2020"), Path("alike/2020")])
+    with pytest.raises(UserError, match="--against must name all runs of one model"):
+        rows_of_runs([Path("ours/2021")], [Path("ours/2020")])
+    with pytest.raises(UserError, match="has dataset other, and ours/2020 has shop"):
+        rows_of_runs([Path("elsewhere/2020")], [Path("ours/2020")])
 
 
 def test_a_table_of_something_else_is_not_replaced(tmp_path):

@@ -19,13 +19,15 @@ standard deviation over seeds with a paired test over users against the first mo
 operations, seconds and memory. The picture shows quality against cost. Seconds are processor
 seconds of all threads, compilation included, because they depend less than the clock on other
 programs. `--results FILE` also adds a row for each run and protocol to a table of results such as
-`benchmarks/results.csv`, with the items of the history ranked and masked.
+`benchmarks/results.csv`, with the items of the history ranked and masked, and the means over seeds
+with the p values of the test.
 """
 
 import argparse
 import csv
 import hashlib
 import importlib.util
+import itertools
 import json
 import time
 from collections import Counter
@@ -46,7 +48,7 @@ from tim4rec_jax.commands.compare_report import (
     print_result,
     spread,
 )
-from tim4rec_jax.commands.results import append, rows_of_run
+from tim4rec_jax.commands.results import append, rows_of_runs
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import ArgumentParser, UserError
 from tim4rec_jax.evaluation import metrics
@@ -236,9 +238,14 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.c
     picture(found, flags.out.with_suffix(".png"))
     print_result(console, found)
     console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)
-    for run in found if flags.results else ():
-        if not run.problem:
-            folder = flags.runs / run.dataset / run.model / str(run.seed)
-            append(flags.results, rows_of_run(folder / "run"))
+    finished = [run for run in found if flags.results and not run.problem]
+    for dataset in dict.fromkeys(run.dataset for run in finished):
+        folders: dict[str, list[Path]] = {}
+        for run in finished:
+            if run.dataset == dataset:
+                folder = flags.runs / dataset / run.model / str(run.seed) / "run"
+                folders.setdefault(run.model, []).append(folder)
+        first = folders.get(flags.models[0], [])
+        append(flags.results, rows_of_runs(itertools.chain(*folders.values()), first))
     if failed := [run for run in found if run.problem]:
         raise UserError(f"{len(failed)} of {len(found)} runs failed; their train.log says why")

@@ -13,9 +13,9 @@ from matplotlib.ticker import LogFormatter
 from rich import box
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from tim4rec_jax.evaluation.metrics import per_user
+from tim4rec_jax.evaluation.significance import paired_p_values
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -130,27 +130,15 @@ def spread(values: list[float]) -> str:
 
 
 def p_values(models: dict[str, list[Run]]) -> dict[str, float]:
-    """Compares the NDCG@10 of each model with that of the first model.
+    """The `paired_p_values` of NDCG@10, which is the mean over seeds for each user.
 
-    The test is a paired t-test over users. A user's NDCG@10 is the mean over seeds. Holm's method
-    corrects the p values for the number of models.
+    Args:
+      models: finished runs by model, of one dataset; a model without runs is left out.
     """
-
-    def gains(runs):
-        return np.mean([run.gains() for run in runs], axis=0)
-
-    (_, first), *others = ((name, runs) for name, runs in models.items() if runs)
-    raw = {}
-    for name, runs in others:
-        difference = gains(runs) - gains(first)
-        raw[name] = 1.0
-        if difference.any():
-            _, raw[name] = map(float, stats.ttest_1samp(difference, 0))
-    corrected, largest = {}, 0.0
-    for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
-        largest = max(largest, min(1.0, raw[name] * (len(raw) - place)))
-        corrected[name] = largest
-    return corrected
+    trained = {name: runs for name, runs in models.items() if runs}
+    return paired_p_values(
+        {name: np.mean([run.gains() for run in runs], 0) for name, runs in trained.items()}
+    )
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

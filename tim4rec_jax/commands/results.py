@@ -1,6 +1,6 @@
 """Rows for a table of results: one for each run and protocol, all in one CSV file.
 
-`rows_of_run` evaluates a finished run with items of the history ranked and masked, and `append`
+`rows_of_runs` evaluates finished runs with items of the history ranked and masked, and `append`
 writes the rows. In a clone, `python -m benchmarks.results add RUN` and `tim4rec compare --results`
 use both for `benchmarks/results.csv`.
 """
@@ -11,10 +11,12 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+
+import numpy as np
 
 from tim4rec_jax.data.splits import Split
 from tim4rec_jax.errors import UserError
@@ -108,6 +110,80 @@ def means(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
     return found
 
 
+def rows_of_runs(runs: Iterable[Path], against: Sequence[Path] = ()) -> list[dict[str, str]]:
+    """`rows_of_run` of several runs and the `means` over their seeds, with p values.
+
+    Args:
+      runs: run directories.
+      against: those of the runs that the others are compared with, user by user on NDCG@10 of the
+        test. They differ in their seed alone, and have rows too. The p value of other runs that
+        differ in their seed alone is in the row of their mean. Without `against` there is none.
+
+    Raises:
+      UserError: as `rows_of_run`, and where `against` are several models or another dataset.
+    """
+    by_run = {run: rows_of_run(run) for run in dict.fromkeys((*against, *runs))}
+    rows = [row for found in by_run.values() for row in found]
+    rows += means(rows)
+    if against:
+        _compare(rows, by_run, against)
+    return rows
+
+
+def _compare(
+    rows: list[dict[str, str]], by_run: dict[Path, list[dict[str, str]]], against: Sequence[Path]
+) -> None:
+    """Writes `p` and `p_against` into the rows of the test."""
+    from tim4rec_jax.evaluation.significance import paired_p_values
+
+    groups: dict[str, list[Path]] = {}
+    for run, (row, *_) in by_run.items():
+        groups.setdefault(_trained(row), []).append(run)
+    first, *others = groups
+    if set(groups[first]) != set(against):
+        raise UserError(f"--against must name all runs of one model and settings, as of {first}")
+    told = by_run[against[0]][0]
+    for run, (row, *_) in by_run.items():
+        for column in ("dataset", *PROTOCOL):
+            if row[column] != told[column]:
+                raise UserError(
+                    f"{run} has {column} {row[column]}, and {against[0]} has {told[column]}; "
+                    "figures can be compared only if these are the same"
+                )
+    for seen in ("ranked", "masked"):
+        gains = {
+            name: np.mean([_gains(run, seen == "masked") for run in found], axis=0)
+            for name, found in groups.items()
+        }
+        p = paired_p_values(gains)
+        for row in rows:
+            name, is_mean = _trained(row), row["seed"].endswith("(mean)")
+            if name not in others or (row["part"], row["seen"]) != ("test", seen):
+                continue
+            if is_mean or len(groups[name]) == 1:
+                row |= {"p": f"{p[name]:.6g}", "p_against": told["variant"] or told["model"]}
+
+
+def _trained(row: dict[str, str]) -> str:
+    """The model, the configuration and the settings of a row."""
+    return " ".join(row[column] for column in ("model", "config", "variant", "settings"))
+
+
+def _gains(workdir: Path, masked: bool) -> np.ndarray:
+    """NDCG@10 of each user with a target in the test, [U]."""
+    from tim4rec_jax.data import open_dataset
+    from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
+    from tim4rec_jax.evaluation.metrics import per_user, tested
+    from tim4rec_jax.run import load_model
+
+    config, model = load_model(workdir)
+    data = config.data
+    dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
+    found = rank_targets(model, dataset, "test", exclude_seen=masked, **batch_settings(config))
+    ranks, ties = tested(*found, config.eval.ties)
+    return per_user(ranks, (10,), ties)["ndcg@10"]
+
+
 def _key(row: dict[str, str]) -> tuple[str, ...]:
     return tuple(row[column] for column in KEY)
 
@@ -157,6 +233,8 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
         "command": " ".join(words),
         "date": datetime.fromtimestamp(trained.stat().st_mtime, UTC).date().isoformat(),
     }
+    if "processor_seconds" in figures:
+        row["train_cpu_s"] = f"{figures['processor_seconds']:.0f}"
     row |= _costs(workdir.parent)
     dataset, rows = open_dataset(config.dataset), []
     results: list[tuple[Split, str, dict]] = [
@@ -207,7 +285,10 @@ def _comparable(config) -> dict[str, object]:
 
 
 def _costs(folder: Path) -> dict[str, str]:
-    """What `tim4rec compare` keeps in the folder of a run; nothing for a run of `train.py`."""
+    """What `tim4rec compare` keeps in the folder of a run; nothing for a run of `train.py`.
+
+    Its processor time counts the start of the program, too.
+    """
     remedy = "delete it and compare again"
     costs = {}
     if (folder / "cost.json").exists():

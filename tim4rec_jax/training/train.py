@@ -235,6 +235,7 @@ def _train(
       loggers: where figures go besides `log.jsonl`.
       warm_start: what the training begins with instead.
     """
+    started = time.process_time()
     dataset, max_epochs, per_epoch = batches.dataset, config.train.epochs, batches.batches_per_epoch
     print(describe_data(batches), flush=True)
     if structure.feature_maps is not None:
@@ -260,6 +261,7 @@ def _train(
         "best_epoch": 0,
         "stale_epochs": 0,  # epochs in a row that were not as good as the best
         "seconds": 0.0,  # spent training, over all starts
+        "processor_seconds": 0.0,  # of all threads of this process, compilation included
     }
     pool = ThreadPoolExecutor(2)
     with waiting_for("compiling the training step"):
@@ -304,12 +306,14 @@ def _train(
             program.result()
     if restored is not None:
         print(f"resuming at step {int(state.step):,}")
+        started -= progress.get("processor_seconds", 0.0)  # a checkpoint of before has none
     # The host counts steps by itself: to ask the device would be to wait for it.
     step = int(state.step)
     begun = time.perf_counter() - progress["seconds"]
 
     def save() -> None:
         progress["seconds"] = time.perf_counter() - begun
+        progress["processor_seconds"] = time.process_time() - started
         checkpoints.save(state, steps.iterator, progress)
 
     def check_finite(bad_step: int) -> None:
@@ -422,6 +426,7 @@ def _train(
             "best_epoch": progress["best_epoch"],
             "epochs": step // per_epoch,
             "seconds": time.perf_counter() - begun,
+            "processor_seconds": time.process_time() - started,
             "seed": config.seed,
             "dataset": dataset.name,
             "content": dataset.metadata.get("content", {}),
