@@ -7,9 +7,7 @@ from jaxtyping import Float
 from scipy import stats
 
 
-def paired_p_values(
-    gains: Mapping[str, Float[np.ndarray, " U"]],
-) -> dict[str, float]:
+def paired_p_values(gains: Mapping[str, Float[np.ndarray, " U"]]) -> dict[str, float]:
     """Compares a figure of each model with that of the first one, user by user.
 
     The test is a paired t-test over users. Holm's method (1979) corrects the p values for the
@@ -25,8 +23,9 @@ def paired_p_values(
     (_, first), *others = gains.items()
     raw = {}
     for name, own in others:
-        difference = own - first
-        raw[name] = float(stats.ttest_1samp(difference, 0)[1]) if difference.any() else 1.0
+        difference, raw[name] = own - first, 1.0
+        if difference.any():
+            _, raw[name] = map(float, stats.ttest_1samp(difference, 0))
     corrected, largest = {}, 0.0
     for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
         largest = max(largest, min(1.0, raw[name] * (len(raw) - place)))
