@@ -53,7 +53,7 @@ def test_settings_of_record(path):
         assert found.pop("model.conv_path", "") == ""
         assert not found.pop("data.shuffle_ties")
         assert not found.pop("model.neighbours") and found.pop("model.neighbour_weight")
-        assert not found.pop("model.neighbours_follow")
+        assert not found.pop("model.neighbours_follow") and not found.pop("model.repeat_last")
         # No dataset of these configurations has item features.
         assert found.pop("model.item_features") and found.pop("model.id_dropout")
         assert found == expected, variant

@@ -15,7 +15,7 @@ from tim4rec_jax.evaluation.ranking import LARGEST_BLOCK, UNRANKED, ranks, ranks
 from tim4rec_jax.layers.neighbours import Neighbours
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.runtime import make_mesh
-from tim4rec_jax.scoring import HistoryItems, history_bias
+from tim4rec_jax.scoring import HistoryItems, LastItem, history_bias
 
 NAN, INF = float("nan"), float("inf")
 
@@ -30,6 +30,8 @@ def naive_scores(hidden, table, exclude, history=None, keep=None):
     if history is not None:
         for row, items in enumerate(history.items):
             scores[row, np.unique(items)] += history.repeat_bias
+        if history.at_end is not None:
+            scores[np.arange(len(scores)), history.at_end.item] += history.at_end.added
     scores[:, 0] = -INF
     for row, items in enumerate(exclude):
         for item in items:
@@ -52,7 +54,8 @@ def problems(draw, shapes):
     targets = rng.integers(1, items + 1, 4).astype(np.int32)
     exclude = rng.integers(0, items + 1, (4, 5)).astype(np.int32)
     items = rng.integers(0, items + 1, (4, 3)).astype(np.int32)
-    history = HistoryItems(jax.device_put(items), jnp.float32(-2))
+    last = jax.device_put(items[:, 0]), jnp.asarray(integers(rng, 4) * (items[:, 0] > 0))
+    history = HistoryItems(jax.device_put(items), jnp.float32(-2), at_end=LastItem(*last))
     return hidden, table, targets, exclude, history, block_size, k
 
 
@@ -190,6 +193,7 @@ class TableModel(SequenceModel):
     def __init__(self, table, neighbours):
         self.table, self.neighbours = nnx.Param(jnp.asarray(table)), neighbours
         self.offset = nnx.Param(jnp.float32(-2))
+        self.last_offset = nnx.Param(jnp.arange(len(table)) % 3 / 60)
 
     def item_table(self):
         return self.table[...]

@@ -1,4 +1,4 @@
-"""What the neighbours of the last events add is the same wherever items are ranked."""
+"""What the last events add to scores is the same wherever items are ranked."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from tim4rec_jax.serving.explain import explain
 from tim4rec_jax.serving.history import read_histories
 from tim4rec_jax.serving.recommender import Recommender
 
-KIND = KINDS["causal"] | dict(neighbours=4, neighbour_weight=0.7)
+KIND = KINDS["causal"] | dict(neighbours=4, neighbour_weight=0.7, repeat_last=True)
+OWN = np.linspace(-0.02, 0.03, N_ITEMS + 1).astype(np.float32)  # of each item where it comes last
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def with_neighbours(tiny_data):
     config, model = tiny_model(tiny_data, **KIND)
     found = item_neighbours(open_dataset(tiny_data), 4)
     model.neighbours.items[...], model.neighbours.similarity[...] = map(jnp.asarray, found)
+    model.last_offset[...] = jnp.asarray(OWN)
     catalogue = Catalogue(tiny_data)
     compiled = CompiledModel(config, model, catalogue.ids)
     return Recommender(compiled, catalogue), model, found
@@ -44,21 +46,27 @@ def naive(recommender, found, items):
     sums = np.zeros(N_ITEMS + 1)
     for age, item in enumerate(read[::-1][:RECENT]):
         np.add.at(sums, found[0][item], 0.85**age * found[1][item])
-    return 0.7 * np.log1p(10 * sums)
+    added = 0.7 * np.log1p(10 * sums)
+    if len(read) < 2 or read[-1] != read[-2]:
+        added[read[-1]] += float(recommender.model.last_bias[read[-1]])
+    return added
 
 
 @pytest.mark.parametrize("length", [1, 5, 20])
-def test_recommendations_hold_what_neighbours_add(with_neighbours, length):
+@pytest.mark.parametrize("twice", [False, True])
+def test_recommendations_hold_what_the_last_events_add(with_neighbours, length, twice):
     recommender, _, found = with_neighbours
     items, times = history(length)
+    if twice:
+        items, times = [*items, items[-1]], [*times, times[-1]]
     added = naive(recommender, found, items)
     events = recommender.recommend(items, times, k=N_ITEMS, exclude_seen=False)
-    plain, table = recommender.model, recommender.model.neighbours
+    plain, table, own = recommender.model, recommender.model.neighbours, recommender.model.last_bias
     try:
-        plain.neighbours = None
+        plain.neighbours = plain.last_bias = None
         without = recommender.recommend(items, times, k=N_ITEMS, exclude_seen=False)
     finally:
-        plain.neighbours = table
+        plain.neighbours, plain.last_bias = table, own
     before = dict(zip(without.items, without.scores, strict=True))
     for item, score in zip(events.items, events.scores, strict=True):
         index = int(recommender.catalogue.indices([item])[0])
@@ -109,7 +117,9 @@ def test_export_and_explanation_agree(with_neighbours):
     assert explained.probability == pytest.approx(softmax[place], rel=1e-4)
 
 
-def test_an_index_is_refused(tmp_path, tiny_data):
-    workdir = save_run(tmp_path / "run", tiny_data, **KIND)
-    with pytest.raises(UserError, match=r"config\.model\.neighbours"):
+@pytest.mark.parametrize("name", ["neighbours", "repeat_last"])
+def test_an_index_is_refused(tmp_path, tiny_data, name):
+    kind = KIND | ({"neighbours": 0} if name == "repeat_last" else {})
+    workdir = save_run(tmp_path / "run", tiny_data, **kind)
+    with pytest.raises(UserError, match=rf"config\.model\.{name}"):
         Recommender.load(workdir, approximate=True)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.scoring import HistoryItems, last_item
 from tim4rec_jax.training import losses as full
 from tim4rec_jax.training.losses import (
     Loss,
@@ -71,9 +71,23 @@ def test_scores_of_history_items_get_the_repeat_bias_once(x64):
     np.testing.assert_allclose(got, wanted, rtol=1e-13)
 
 
+def test_the_score_of_the_last_item_gets_what_is_its_own(x64):
+    recent = jnp.array([[5, 0], [3, 7], [7, 7], [19, 7], [7, 2], [0, 0]])
+    own = jnp.arange(20.0) / 10
+    scores = HIDDEN @ TABLE.T
+    for row, item in [(0, 5), (1, 3), (3, 19), (4, 7)]:  # 7 has come twice already, 0 is no item
+        scores[row, item] += item / 10
+    items = jnp.zeros((6, 1), int)
+    history = HistoryItems(items, jnp.asarray(0.0), at_end=last_item(own, recent))
+    got = jax.jit(cross_entropy)(jax.device_put(HIDDEN), jax.device_put(TABLE), TARGETS, history)
+    wanted = -jax.nn.log_softmax(scores)[jnp.arange(6), TARGETS]
+    np.testing.assert_allclose(got, wanted, rtol=1e-13)
+
+
 @pytest.mark.parametrize("offset", [None, -1.5])
 @pytest.mark.parametrize("rows", [7, 40])
-def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64, monkeypatch):
+@pytest.mark.parametrize("last", [False, True])
+def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, last, x64, monkeypatch):
     monkeypatch.setattr(full, "block_rows", lambda items: 8)
     hidden, table = rng.standard_normal((rows, 8)), rng.standard_normal((20, 8))
     targets = jax.device_put(rng.integers(0, 20, rows))
@@ -81,8 +95,10 @@ def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64,
     history = None
     if offset is not None:
         items = jax.device_put(rng.integers(0, 20, (1, rows)))
-        first, last = jnp.arange(rows) // 2, jnp.arange(rows)
-        history = HistoryItems(items, jnp.asarray(offset), first, last)
+        places = jnp.arange(rows) // 2, jnp.arange(rows)
+        history = HistoryItems(items, jnp.asarray(offset), *places)
+    recent = jax.device_put(rng.integers(0, 20, (rows, 2)))
+    targets = jnp.where(jnp.arange(rows) % 3 == 0, recent[:, 0], targets)
     inputs = (jax.device_put(hidden), jax.device_put(table)), history
 
     def plain(arrays, history):
@@ -92,12 +108,16 @@ def test_in_blocks_it_is_the_same_sum_with_the_same_gradients(rows, offset, x64,
         return 0.5 * summed_cross_entropy(*arrays, targets, weights, history)
 
     def of(function):
-        def total(arrays, offset):
-            return function(
-                arrays, None if history is None else history._replace(repeat_bias=offset)
-            )
+        def total(arrays, offset, own):
+            if history is None:
+                return function(arrays, None)
+            at_end = last_item(own, recent) if last else None
+            return function(arrays, history._replace(repeat_bias=offset, at_end=at_end))
 
-        return jax.value_and_grad(total, argnums=(0, 1))(inputs[0], jnp.asarray(offset or 0.0))
+        own = jnp.linspace(-1.0, 1.0, 20)
+        return jax.value_and_grad(total, argnums=(0, 1, 2))(
+            inputs[0], jnp.asarray(offset or 0.0), own
+        )
 
     # One program, or each operation would be one.
     (sum_, gradients), (blocked_sum, blocked_gradients) = jax.jit(
@@ -122,13 +142,20 @@ DRAWN = jnp.array([5, 3, 19, 3, 11], jnp.int32)
 LOG_SHARE = np.log(rng.dirichlet(np.ones(20)))[DRAWN]
 
 
-def plain(name, hidden, table, bias=0.0, histories=(frozenset(),) * 6):
+def plain(name, hidden, table, bias=0.0, histories=(frozenset(),) * 6, own=None):
     """The losses again, one row and one drawn item after the other."""
     total = 0.0
-    for row, target, weight, seen in zip(hidden, TARGETS.tolist(), WEIGHTS, histories, strict=True):
-        right = row @ table[target] + bias * (target in seen)
+    for n, (row, target, weight, seen) in enumerate(
+        zip(hidden, TARGETS.tolist(), WEIGHTS, histories, strict=True)
+    ):
+
+        def added(j, seen=seen, n=n):
+            last = own is not None and RECENT[n, 0] == j != RECENT[n, 1]
+            return bias * (j in seen) + (own[j] if last else 0)
+
+        right = row @ table[target] + added(target)
         others = [
-            (row @ table[j] + bias * (j in seen), share)
+            (row @ table[j] + added(j), share)
             for j, share in zip(DRAWN.tolist(), LOG_SHARE, strict=True)
             if j != target
         ]
@@ -156,27 +183,34 @@ SAMPLED = {
 ITEMS = jnp.array([[5, 3, 7, 7], [19, 3, 3, 7]])
 FIRST, LAST = jnp.array([0, 0, 2, 0, 1, 3]), jnp.array([0, 1, 3, 0, 2, 3])
 SEEN = [{5}, {5, 3}, {7}, {19}, {3}, {7}]
+# The last two items of each row. Targets and drawn items are among them.
+RECENT = np.array([[5, 0], [3, 5], [7, 7], [19, 0], [3, 3], [7, 3]])
 
 
 @pytest.mark.parametrize("name", SAMPLED)
 def test_sampled_losses_and_their_gradients(name, x64):
-    """With and without a bias for the items of the history."""
+    """With and without a bias for the items of the history and the last of them."""
     function, weights = SAMPLED[name], jax.device_put(WEIGHTS)
     if name == "sampled_softmax":
         function = functools.partial(function, log_share=jax.device_put(LOG_SHARE))
 
-    def ours(hidden, table, bias):
+    def ours(hidden, table, bias, own):
         history = HistoryItems(ITEMS, bias, FIRST, LAST)
+        with_last = history._replace(at_end=last_item(own, jax.device_put(RECENT)))
         losses = [
-            function(hidden, table, TARGETS, weights, each, drawn=DRAWN) for each in (None, history)
+            function(hidden, table, TARGETS, weights, each, drawn=DRAWN)
+            for each in (None, history, with_last)
         ]
         return jnp.stack(losses).sum()
 
-    def theirs(hidden, table, bias):
-        return plain(name, hidden, table) + plain(name, hidden, table, bias, SEEN)
+    def theirs(hidden, table, bias, own):
+        without = plain(name, hidden, table) + plain(name, hidden, table, bias, SEEN)
+        return without + plain(name, hidden, table, bias, SEEN, own)
 
     inputs = jax.device_put(HIDDEN), jax.device_put(TABLE), jnp.asarray(-1.5)
-    found = [jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2)))(*inputs) for f in (ours, theirs)]
+    inputs += (jnp.linspace(-1.0, 1.0, 20),)
+    every = tuple(range(4))
+    found = [jax.jit(jax.value_and_grad(f, argnums=every))(*inputs) for f in (ours, theirs)]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10), *found)
 
 

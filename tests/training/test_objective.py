@@ -40,9 +40,10 @@ def test_every_position_of_packed_rows_is_every_prefix():
     dataset = in_memory(random_histories([9, 4, 7]))
     config = tiny_config("none").model
     config.update(time_encoding="causal", num_layers=2, knows_next_time=True, repeat_bias=True)
-    config.update(date_bias_knots=3)
+    config.update(date_bias_knots=3, repeat_last=True)
     model = build(config, n_items=30, max_length=12, date_range=SPAN)
     model.offset[...] = -0.1
+    model.last_offset[...] = jnp.linspace(-0.03, 0.03, 31)
     model.drift.vectors[...] = jax.random.normal(jax.random.key(2), model.drift.vectors.shape)
     for block in model.blocks:
         kernel = block.modulator.kernel

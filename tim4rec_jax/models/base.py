@@ -23,6 +23,7 @@ NORMAL = nnx.initializers.normal(0.02)
 # Adam moves a weight by about the learning rate in a step. In this unit the bias can go from 0 to
 # a value whose exp() vanishes within an epoch or two.
 _REPEAT_BIAS_UNIT = 30.0
+_LAST_BIAS_UNIT = 60.0  # because fewer steps have a gradient for the number of one item
 
 
 def rate(default: float) -> Any:
@@ -63,6 +64,9 @@ class ModelSettings:
       repeat_bias: whether the model learns a number that is added to the scores of items that the
         history holds. Without it, a model whose inputs and scores share one table recommends what
         the user just had. No model of TiM4Rec's comparison has one.
+      repeat_last: whether each item has a learned number of its own, too. It is added to the item's
+        score where it is the last item of the history, and the one before is another. It pays where
+        some items come twice in a row and most never do. Needs `repeat_bias`.
       date_bias_knots: number of dates between which the model interpolates learned changes of the
         scores. The dates are spread evenly over the time of the training events. 0: no changes.
       item_features: whether the features of items add to their vectors, if the dataset has any.
@@ -80,6 +84,7 @@ class ModelSettings:
 
     dtype: str = one_of("float32", "bfloat16")
     repeat_bias: bool = False
+    repeat_last: bool = False
     date_bias_knots: int = not_negative(0)
     item_features: bool = True
     id_dropout: float = rate(0.3)
@@ -97,6 +102,8 @@ class ModelSettings:
                 raise ValueError(f"{field.name} {error}") from None
         if self.date_bias_knots == 1:
             raise ValueError("date_bias_knots is 1; it must be 2 or more, or 0 for no date bias")
+        if self.repeat_last and not self.repeat_bias:
+            raise ValueError("repeat_last is True, which needs repeat_bias=True")
 
     @property
     def convention(self) -> str:
@@ -137,6 +144,7 @@ class SequenceModel(nnx.Module):
       max_length: length of the longest history, in events.
       dtype: of the activations.
       offset: the parameter behind `repeat_bias`, or None.
+      last_offset: the parameters behind `repeat_last`, one for each row of items, or None.
       drift: the date bias, or None.
       neighbours: of the items, or None.
     """
@@ -163,6 +171,7 @@ class SequenceModel(nnx.Module):
     n_items: int
     max_length: int
     offset: nnx.Param | None = None
+    last_offset: nnx.Param | None = None
     drift: DateBias | None = None
     neighbours: Neighbours | None = None
 
@@ -207,6 +216,8 @@ class SequenceModel(nnx.Module):
         )
         if settings.repeat_bias:
             self.offset = nnx.Param(jnp.zeros((), param_dtype))
+        if settings.repeat_last:
+            self.last_offset = nnx.Param(jnp.zeros((sizes.n_items + 1,), param_dtype))
         if settings.date_bias_knots:
             self.drift = DateBias(settings.date_bias_knots, width, param_dtype=param_dtype)
         if settings.neighbours:
@@ -268,6 +279,10 @@ class SequenceModel(nnx.Module):
     def repeat_bias(self) -> Float[Array, ""] | None:
         """What is added to the score of each item that the history holds. None: nothing."""
         return None if self.offset is None else _REPEAT_BIAS_UNIT * self.offset[...]
+
+    def last_bias(self) -> Float[Array, " V"] | None:
+        """What is added besides to the score of each item where it comes last. None: nothing."""
+        return None if self.last_offset is None else _LAST_BIAS_UNIT * self.last_offset[...]
 
     def penalty(self) -> Float[Array, ""] | float:
         """What training adds to the mean loss of a batch."""

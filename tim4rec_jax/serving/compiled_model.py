@@ -92,6 +92,7 @@ class CompiledModel:
         table: the item embeddings, [V+1, D]; row 0 is padding.
         repeat_bias: what the model adds to the scores of items that the history holds, or `None`.
         neighbours: what it adds to the scores of items near the last events, or `None`.
+        last_bias: what it adds besides to the score of each item where it comes last, or `None`.
         supports_step: whether users have a state of fixed size; see `advance`.
         knows_next_time: whether the moment of the prediction can be given.
         no_events: the state of a user without events, if the model supports steps.
@@ -131,6 +132,7 @@ class CompiledModel:
         self.neighbours: NeighbourTable | None = None
         if model.neighbours is not None:
             self.neighbours = model.neighbours.table()
+        self.last_bias: Array | None = model.last_bias()
         self.fingerprint = _fingerprint(config, self._params, item_ids)
         if state_dtype != "float32":
             self.fingerprint += f" {state_dtype}"
@@ -267,18 +269,21 @@ class CompiledModel:
             k: how many items.
             marks: from `marks`. To an item marked as repeated the model's repeat bias is added.
             recent: the last `RECENT` items of each history, the last one first, 0 for none. Only a
-                model with neighbours needs them; `None` adds no neighbours.
+                model with neighbours or a last bias needs them; `None` adds neither.
         """
         padded = power_of_two(k, 16)
         if self.sizes and k <= self.sizes.ks[-1]:
             padded = _at_least(k, self.sizes.ks)
         # From the host, because arrays of the device would be a program of their own.
         hidden = np.asarray(hidden)
-        near = None
+        near, last = None, None
+        if recent is None:
+            recent = np.zeros((len(hidden), RECENT), np.int32)
         if self.neighbours is not None:
-            none = np.zeros((len(hidden), RECENT), np.int32)
-            near = self.neighbours, none if recent is None else recent
-        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, near, padded)
+            near = self.neighbours, recent
+        if self.last_bias is not None:
+            last = self.last_bias, recent[:, :2]
+        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, near, last, padded)
         return np.asarray(scores)[:, :k], np.asarray(items)[:, :k]
 
     def advance(self, users: Sequence[NewEvents]) -> list[bytes]:

@@ -229,7 +229,7 @@ class Ranker:
         else:
             marks = self._marks(events, barred, exclude_seen)
             recent = None
-            if self.model.neighbours is not None:
+            if self.model.neighbours is not None or self.model.last_bias is not None:
                 recent = events.last_items(RECENT, len(marks))
             scores, items = self.model.best(hidden, k, marks, recent)
         empty = np.diff(events.offsets) == 0

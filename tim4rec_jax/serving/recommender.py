@@ -102,8 +102,8 @@ class Recommender:
 
         Raises:
             UserError: the run or the dataset is missing or damaged, they do not belong together,
-                the library of the index is not installed, or the model has neighbours, which an
-                index does not know.
+                the library of the index is not installed, or the model has neighbours or numbers
+                for last items, which an index does not know.
         """
         config, model, catalogue = load_run(Path(workdir), Path(dataset) if dataset else None)
         compiled = CompiledModel(config, model, catalogue.ids, state_dtype)
@@ -114,6 +114,12 @@ class Recommender:
                     f"{workdir} adds the neighbours of items to its scores (config.model."
                     "neighbours), which an approximate index does not know; score all items, or "
                     "train with config.model.neighbours=0"
+                )
+            if compiled.last_bias is not None:
+                raise UserError(
+                    f"{workdir} adds a number of its own to the score of each last item (config."
+                    "model.repeat_last), which an approximate index does not know; score all "
+                    "items, or train with config.model.repeat_last=False"
                 )
             index = ApproximateIndex(compiled.table, Path(workdir) / "index.faiss")
         training = of_run(Path(workdir), config, Path(dataset) if dataset else None)

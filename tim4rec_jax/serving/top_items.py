@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
 
 from tim4rec_jax.layers.neighbours import NeighbourTable
+from tim4rec_jax.scoring import add_at_end, last_item
 
 # What a user's mark on an item says. An item without a mark may be recommended.
 BARRED = 1  # it is never recommended
@@ -28,6 +29,7 @@ def top_items(
     marks: UInt8[Array, "R V_and_1"],
     repeat_bias: Float[Array, ""] | None,
     near_items: tuple[NeighbourTable, Int[Array, "R S"]] | None,
+    last_items: tuple[Float[Array, " V"], Int[Array, "R 2"]] | None,
     k: int,
 ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index comes first.
@@ -43,6 +45,8 @@ def top_items(
         marks: what each user's marks say: 0, `BARRED` or `REPEATED`.
         repeat_bias: what is added to the scores of repeated items; `None`: there are none.
         near_items: the neighbours of items, and the last items of each user; `None` adds nothing.
+        last_items: what is added to the score of each item where it comes last, and the last two
+            items of each user; `None` adds nothing.
         k: the number of items; static.
     """
     rows = table.shape[0]
@@ -52,6 +56,7 @@ def top_items(
     if near_items is not None:
         neighbours, recent = near_items
         near = neighbours.near(recent)
+    at_end = None if last_items is None else last_item(*last_items)
 
     def step(best, first):
         # The last block begins earlier, so that it is as long as the others. The items that it
@@ -71,6 +76,7 @@ def top_items(
             scores = scores + jnp.where(mark == REPEATED, repeat_bias, 0).astype(dtype)
         if near is not None:
             scores += near.scores(block, start).astype(dtype)
+        scores = add_at_end(scores, at_end, start)
         barred = (mark == BARRED) | jnp.isnan(scores) | (items == 0) | (items < first)
         scores = jnp.where(scores == 0, 0.0, scores)  # lax.top_k puts -0 below 0
         scores = jnp.where(barred, -jnp.inf, scores)

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from tim4rec_jax.layers.lookup import add_at, lookup
 from tim4rec_jax.models import imported
 from tim4rec_jax.runtime import target
-from tim4rec_jax.scoring import HistoryItems, item_mask
+from tim4rec_jax.scoring import HistoryItems, LastItem, add_at_end, add_history, added_to, item_mask
 from tim4rec_jax.training.negatives import (
     Drawn,
     ItemFrequencies,
@@ -124,9 +124,9 @@ def cross_entropy(
         "bd,bd->b", hidden, lookup(table, targets), preferred_element_type=accumulate
     )
     if history is not None:
-        mask = item_mask(history.of_rows(jnp.arange(len(hidden))).items, len(table))
-        scores += jnp.where(mask, history.repeat_bias, 0)
-        at_target += jnp.where(_at(mask, targets), history.repeat_bias, 0)
+        history = history.of_rows(jnp.arange(len(hidden)))
+        scores = add_history(scores, history)
+        at_target += added_to(targets, history)
     return jax.nn.logsumexp(scores, axis=1) - at_target
 
 
@@ -193,16 +193,20 @@ def _forward(hidden, table, targets, weights, history):
     rows = blocks(size, hidden, targets, weights.astype(accumulate), numbers)
 
     def block(i, carry):
-        loss, d_hidden, d_table, d_bias = carry
+        loss, d_hidden, d_table, d_bias, d_added = carry
         h, t, w, number = (x[i] for x in rows)
         scores = matmul(h, narrow.T)
         at_target = narrow[t]
         picked = jnp.einsum("nd,nd->n", h, at_target, preferred_element_type=accumulate)
-        mask = None
+        mask, at_end = None, None
         if history is not None:
-            mask = item_mask(history.of_rows(number).items, len(table))
+            own = history.of_rows(number)
+            mask, at_end = item_mask(own.items, len(table)), own.at_end
             scores += jnp.where(mask, history.repeat_bias, 0)
             picked += jnp.where(_at(mask, t), history.repeat_bias, 0)
+        if at_end is not None:
+            scores = add_at_end(scores, at_end)
+            picked += at_end.added_to(t)
         top = scores.max(axis=1, keepdims=True)
         exp = jnp.exp(scores - top)
         total = exp.sum(axis=1)
@@ -210,32 +214,46 @@ def _forward(hidden, table, targets, weights, history):
         d_scores = exp * (w / total)[:, None]
         if mask is not None:
             d_bias += jnp.sum(jnp.where(mask, d_scores, 0)) - jnp.sum(w * _at(mask, t))
+        if at_end is not None:
+            d_added = d_added.at[i].set(_at(d_scores, at_end.item) - w * (at_end.item == t))
         d_scores = d_scores.astype(h.dtype)
         d_block = matmul(d_scores, narrow) - w[:, None] * at_target
         d_hidden = d_hidden.at[i].set(d_block.astype(h.dtype))
-        return loss, d_hidden, d_table + matmul(d_scores.T, h), d_bias
+        return loss, d_hidden, d_table + matmul(d_scores.T, h), d_bias, d_added
 
-    zero = jnp.zeros((), accumulate)
-    start = zero, jnp.zeros_like(rows[0]), jnp.zeros(table.shape, accumulate), zero
+    zero, none = jnp.zeros((), accumulate), jnp.zeros_like(rows[2])
+    start = zero, jnp.zeros_like(rows[0]), jnp.zeros(table.shape, accumulate), zero, none
     if len(rows[0]) == 1:
-        loss, d_hidden, d_table, d_bias = block(0, start)
+        loss, d_hidden, d_table, d_bias, d_added = block(0, start)
     else:
         end = jnp.max(jnp.where(weights != 0, jnp.arange(1, len(weights) + 1), 0))
         count = (end + size - 1) // size
         if target().platform == "gpu":
             count = len(rows[0])  # else the device would ask the host before every block
-        loss, d_hidden, d_table, d_bias = jax.lax.fori_loop(0, count, block, start)
+        loss, d_hidden, d_table, d_bias, d_added = jax.lax.fori_loop(0, count, block, start)
     weights = weights.astype(accumulate)
     d_table = add_at(d_table, targets, -weights[:, None] * hidden.astype(accumulate))
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    d_bias = None if history is None else d_bias.astype(history.repeat_bias.dtype)
-    return loss, (d_hidden, d_table.astype(table.dtype), d_bias)
+    d_history = history_gradient(history, d_bias, d_added.reshape(-1)[: len(hidden)])
+    return loss, (d_hidden, d_table.astype(table.dtype), d_history)
+
+
+def history_gradient(
+    history: HistoryItems | None, d_bias: Float[Array, ""], d_added: Float[Array, " N"]
+) -> HistoryItems | None:
+    """The gradient of what the history adds to scores, in the place of it."""
+    if history is None:
+        return None
+    no_gradient: Any = None
+    at_end = None
+    if history.at_end is not None:
+        at_end = LastItem(no_gradient, d_added.astype(history.at_end.added.dtype))
+    d_bias = d_bias.astype(history.repeat_bias.dtype)
+    return HistoryItems(no_gradient, d_bias, at_end=at_end)
 
 
 def _backward(gradients, d_loss):
-    d_hidden, d_table, d_bias = jax.tree.map(lambda g: g * d_loss.astype(g.dtype), gradients)
-    no_gradient: Any = None
-    d_history = None if d_bias is None else HistoryItems(no_gradient, d_bias)
+    d_hidden, d_table, d_history = jax.tree.map(lambda g: g * d_loss.astype(g.dtype), gradients)
     return d_hidden, d_table, None, None, d_history
 
 
@@ -271,6 +289,10 @@ def _scores(hidden, table, targets, drawn, history):
         repeats = (own == targets[:, None]).any(axis=1) & (targets > 0)
         at_target += jnp.where(repeats, history.repeat_bias, 0)
         others += jnp.where(_in_history(history, drawn, len(hidden)), history.repeat_bias, 0)
+        if history.at_end is not None:
+            at_target += history.at_end.added_to(targets)
+            item, added = history.at_end
+            others += jnp.where(item[:, None] == drawn, added[:, None], 0)
     return at_target, others, drawn != targets[:, None]
 
 

@@ -15,7 +15,7 @@ from tim4rec_jax.data import Batch
 from tim4rec_jax.layers.attention import segment_positions
 from tim4rec_jax.models import SequenceModel, condition_on_time, encode_batch
 from tim4rec_jax.models.bert4rec import BERT4Rec
-from tim4rec_jax.scoring import HistoryItems
+from tim4rec_jax.scoring import HistoryBias, HistoryItems, last_item
 from tim4rec_jax.training.losses import SummedLoss, full_cross_entropy, summed_cross_entropy
 
 
@@ -36,7 +36,8 @@ def prefix_loss(
     hidden, weights = encode_batch(model, batch, seeds), batch["weights"]
     history = {}
     if (repeat_bias := model.repeat_bias()) is not None:
-        history["history"] = HistoryItems(batch["items"], repeat_bias)
+        bias = HistoryBias(repeat_bias, last_bias=model.last_bias())
+        history["history"] = bias.of(batch["items"])
     total = loss(*_scored(model, hidden), batch["targets"], weights, **history)
     return total + weights.sum() * model.penalty()
 
@@ -64,7 +65,14 @@ def every_position_loss(
         # The history of a position is its segment, up to the position itself.
         last = jnp.broadcast_to(jnp.arange(items.shape[1]), items.shape)
         first = last - segment_positions(segment_ids)
-        history["history"] = HistoryItems(items, repeat_bias, first.reshape(-1), last.reshape(-1))
+        at_end = None
+        if (last_bias := model.last_bias()) is not None:
+            before = jnp.where(first < last, jnp.roll(items, 1, axis=1), 0)
+            recent = jnp.stack([items.reshape(-1), before.reshape(-1)], axis=1)
+            at_end = last_item(last_bias, recent)
+        history["history"] = HistoryItems(
+            items, repeat_bias, first.reshape(-1), last.reshape(-1), at_end=at_end
+        )
     return loss(
         *_scored(model, hidden.reshape(-1, hidden.shape[-1])),
         batch["targets"].reshape(-1),

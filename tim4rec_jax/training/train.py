@@ -193,6 +193,12 @@ def _run(
             "config.model.item_features=False, or leave config.mesh and config.train."
             "item_optimizer out"
         )
+    if placement.by_item is not None and structure.last_offset is not None:
+        raise UserError(
+            "config.model.repeat_last has a number for each item, and these are not spread over "
+            "devices yet; take config.model.repeat_last=False, or leave config.mesh and "
+            "config.train.item_optimizer out"
+        )
     names = structure.item_rows if placement.by_item is not None else ()
     check_memory(
         config, nnx.to_pure_dict(nnx.state(structure, nnx.Param)), names, placement.mesh.size

@@ -193,9 +193,10 @@ def read_warm_start(
 
     def first_rows(name: str) -> Fill:
         # Where an item has features, they stand alone until its own row is trained, and a value
-        # adds nothing before it is.
+        # adds nothing before it is. Neither does a new item's number for where it comes last.
         by_features = features is not None and name in (_ITEMS, VALUES, KERNEL)
-        return zeros if by_features else functools.partial(new_rows, rng=rng)
+        nothing = by_features or name == "last_offset"
+        return zeros if nothing else functools.partial(new_rows, rng=rng)
 
     params = moved(_arrays(nnx.state(model, nnx.Param)), first_rows)
     if features is not None:
