@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 from studies.report import COLORS, Estimate, Results, join, named, panels, select
-from studies.study import QUICK, QUICK_SSD, Arm, Study, main, overridden
+from studies.study import PREFIX, QUICK, QUICK_SSD, Arm, Study, main, overridden
 from tim4rec_jax.errors import run_main
 
 WIDTHS = (16, 32, 64, 128, 256)
@@ -31,7 +31,9 @@ def arm(dataset: str, width: int, encoding: str, time: bool) -> Arm:
     """
     name = f"{encoding} {width}"
     settings = (f"model.hidden_size={width}", "model.conv_path=hardswish")
-    if encoding == "causal" and dataset in EPOCHS:
+    if encoding == "paper":
+        settings += PREFIX[dataset]
+    elif dataset in EPOCHS:
         settings += (f"train.epochs={EPOCHS[dataset]}", f"train.patience={EPOCHS[dataset]}")
     return Arm(
         name if time else f"{name} without time",

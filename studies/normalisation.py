@@ -36,7 +36,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, UInt32
 
 from studies.report import COLORS, Estimate, Results, dots, join, named, panels, together
-from studies.study import QUICK, QUICK_SSD, Arm, Study, main, overridden
+from studies.study import PREFIX, QUICK, QUICK_SSD, Arm, Study, main, overridden
 from tim4rec_jax.data_prep import synthetic
 from tim4rec_jax.data_prep.__main__ import main as data_prep
 from tim4rec_jax.errors import run_main
@@ -139,15 +139,10 @@ MODEL = (
     *("model.dropout_prob=0.2", "model.time_drop_out=0.0", "model.norm_eps=1e-12"),
     "model.is_kai_ming_init=True",
 )
-TRAIN = {
-    "ml100k": ("train.batch_size=512", "train.epochs=30", "train.patience=4"),
-    "beauty": ("train.batch_size=2048", "train.epochs=100", "train.patience=8"),
-    "kuairand": ("train.batch_size=2048", "train.epochs=60", "train.patience=5"),
-    "synthetic": (
-        *("train.batch_size=64", "train.epochs=4", "train.patience=4"),
-        *("train.learning_rate=0.003", "data.max_length=32", "data.buckets=(32,)"),
-    ),
-}
+MADE = (
+    *("train.batch_size=64", "train.epochs=4", "train.patience=4", "train.learning_rate=0.003"),
+    *("data.max_length=32", "data.buckets=(32,)", "train.objective=prefix"),
+)
 ENCODINGS = {
     "none": ("model.is_time=False",),
     "paper": ("model.time_encoding=paper",),
@@ -166,7 +161,7 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
     """All normalisations; with `quick` three of them."""
     made = dataset in (*SYNTHETIC, QUICK)
     config, data = ("quickstart", dataset) if made else (dataset, "")
-    common = (*MODEL, *TRAIN["synthetic" if made else dataset], "train.objective=prefix")
+    common = (*MODEL, *(MADE if made else PREFIX[dataset]))
     if quick:
         common = overridden(common, QUICK_SSD)
     return [

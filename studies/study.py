@@ -57,6 +57,15 @@ QUICK_SSD = (
     *("model.hidden_size=8", "model.head_dim=8", "model.num_layers=1", "model.d_state=4"),
     *QUICK_SETTINGS,
 )
+# A training by prefixes that ends after some epochs. The configurations wait for a long patience
+# instead, and an epoch costs many times one at every position.
+PREFIX = {
+    name: (
+        *("train.objective=prefix", "train.schedule=cosine", f"train.batch_size={rows}"),
+        *(f"train.epochs={epochs}", f"train.patience={epochs}"),
+    )
+    for name, rows, epochs in (("ml100k", 256, 10), ("beauty", 512, 12), ("kuairand", 512, 12))
+}
 console = Console()
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from studies.report import COLORS, Results, Row, join, named, panels, select, short
 from studies.study import (
+    PREFIX,
     QUICK,
     QUICK_SETTINGS,
     QUICK_SSD,
@@ -64,6 +65,8 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
             if not quick:
                 [epochs] = (s for s in PACKED[dataset] if "epochs" in s)
                 settings += (*PACKED[dataset], epochs.replace("epochs", "patience"))
+        elif not quick:
+            settings += PREFIX[dataset]
         if quick:
             settings = overridden(settings, QUICK_SSD if "SSD" in own else QUICK_SETTINGS)
             settings += () if "SSD" in own else ("model.hidden_size=8", "model.n_layers=1")
