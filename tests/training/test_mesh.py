@@ -66,6 +66,11 @@ def test_a_validation_of_some_users_between_epochs(dataset, tmp_path):
         ({"mesh.data": 16}, "asks for 16 x 1 devices, and there are 8"),
         ({"train.item_optimizer": "adagrad"}, "has a gradient for every row"),
         ({"mesh.catalogue": 2, "train.loss": "os:path"}, "needs the whole item table"),
+        (
+            {"mesh.catalogue": 2, "model.repeat_bias": True, "model.repeat_last": True},
+            "repeat_last has a number for each item",
+        ),
+        ({"model.repeat_last": True}, "repeat_last is True, which needs repeat_bias=True"),
         ({"eval.valid_epochs": 2, "eval.valid_steps": 2}, "set one of them"),
     ],
 )

@@ -40,9 +40,9 @@ DAY = 86_400
 
 
 def settings(dataset, **train):
-    """A model with a date bias and a repeat bias, on packed rows."""
+    """A model with all biases, on packed rows."""
     config = quick_config(dataset, objective="every_position", batch_size=6, epochs=2)
-    config.model.update(repeat_bias=True, date_bias_knots=3)
+    config.model.update(repeat_bias=True, repeat_last=True, date_bias_knots=3)
     config.train.update(train)
     return config
 
@@ -106,6 +106,9 @@ def test_items_keep_their_rows_by_id(yesterday, today, tmp_path, monkeypatch, ca
     assert (np.abs(table[1:5] - mean) < 0.06 * spread).all()
     assert len(np.unique(table[1:5] @ before[1])) == 4  # no two of them have the same score
     assert float(params["offset"][...]) == old["offset"] != 0
+    own = np.asarray(params["last_offset"])
+    np.testing.assert_array_equal(own[5:], old["last_offset"][30:10:-1])
+    assert own[5:].any() and not own[1:5].any()
     assert not np.asarray(adam.mu["item_embedding"]["embedding"])[1:5].any()
     nu = np.asarray(adam.nu["item_embedding"]["embedding"])
     assert nu.all()
@@ -240,8 +243,8 @@ def test_more_epochs_where_they_would_not_be_the_same(yesterday, source):
     ("change", "says"),
     [
         (
-            {"model.repeat_bias": False},
-            r"other settings: model.repeat_bias \(True -> False\); take",
+            {"model.repeat_last": False},
+            r"other settings: model.repeat_last \(True -> False\); take",
         ),
         ({"model.date_bias_knots": 0}, r"model.date_bias_knots \(3 -> 0\)"),
         ({"model.name": "popularity"}, "counts the events of its dataset and learns nothing"),
