@@ -144,6 +144,7 @@ def draw(results: Results, figure: Any) -> None:
         panel.set_xscale("log", base=2)
         widths = sorted({row["width"] for row in select(results.runs, dataset=dataset)})
         panel.set_xticks(widths, [str(width) for width in widths])
+        panel.set_xlim(widths[0] / 1.3, widths[-1] * 1.3)  # wide enough where there is one width
         panel.minorticks_off()
         panel.set(xlabel="width D", ylabel="test NDCG@10 ± standard error")
         panel.legend(frameon=False)
