@@ -155,7 +155,7 @@ STUDY = Study(
     question="Does time still help in wide models, where SSD is at its best?",
     hypothesis="Less: a wide state can keep what a narrow one must leave out, so the gain of time "
     "falls with the width and is gone at 256.",
-    hours={"ml100k": 34, "beauty": 90, "kuairand": 90},
+    hours={"ml100k": 9, "beauty": 16, "kuairand": 9},
     datasets=("ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,

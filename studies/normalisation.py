@@ -265,7 +265,7 @@ STUDY = Study(
     hypothesis="The idea: every normalisation that keeps long and short gaps apart gains about the "
     "same, and the paper's gains nothing where times are since 1970, because its padding holds a "
     "number beside which real gaps vanish.",
-    hours={"ml100k": 6, "beauty": 12, "kuairand": 12, "synthetic": 0.5, "synthetic-unix": 0.5},
+    hours={"ml100k": 3, "beauty": 4, "kuairand": 3, "synthetic": 0.5, "synthetic-unix": 0.5},
     datasets=("synthetic", "synthetic-unix", "ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,

@@ -171,7 +171,7 @@ STUDY = Study(
     question="Are transformers that know the time as good as TiM4Rec, at equal size and cost?",
     hypothesis="At equal size yes: what counts is that a model sees the gaps, not what it "
     "mixes with. At equal cost the models that train at every position win.",
-    hours={"ml100k": 4, "beauty": 14, "kuairand": 14},
+    hours={"ml100k": 2, "beauty": 5, "kuairand": 3},
     datasets=("ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,
