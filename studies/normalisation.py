@@ -249,7 +249,9 @@ def draw(results: Results, figure: Any) -> None:
     with_gaps = [d for d in results.datasets if _gains(results, [d])]
     if not with_gaps:
         return
-    for panel, dataset in zip(panels(figure, with_gaps, sharey=False), with_gaps, strict=True):
+    for panel, dataset in zip(
+        panels(figure, list(map(named, with_gaps)), sharey=False), with_gaps, strict=True
+    ):
         gaps = {name: each[0] for name, each in _gains(results, [dataset]).items()}
         dots(panel, list(gaps), list(gaps.values()), COLORS[0])
         panel.axvline(0, color=COLORS[1], linewidth=1)
