@@ -221,6 +221,10 @@ def answer(results: Results) -> list[str]:
             told = [f"{name} {mean}" for name, mean in ordered]
             clear = [name for name, mean in ordered if mean.clear and mean.value > 0]
             verdict = f"clear for {join(clear)}" if clear else "clear for none of them"
+            alone = [name for name, mean in ordered if name in clear and mean.seeds == 1]
+            if alone:
+                who = "each of these" if alone == clear else join(alone)
+                verdict += f"; {who} ran with one seed, whose chance the error leaves out"
             sentences.append(
                 f"On {join([named(name) for name in real])} the NDCG@10 changes against the model "
                 f"without time by {join(told)}: a gain is {verdict}."
