@@ -157,9 +157,10 @@ def runs(monkeypatch):
         row["dataset"] = "other" if row["variant"] == "elsewhere" else "shop"
         return [row | {"part": "valid"}, row, row | {"seen": "masked"}]
 
-    def gains(run, masked):
-        worse = 0.1 if run.parent.name == "worse" and not masked else 0
-        return users - worse + random.normal(scale=0.1, size=len(users))
+    def gains(run):
+        worse = 0.1 if run.parent.name == "worse" else 0
+        noise = random.normal(scale=0.1, size=(2, len(users)))
+        return {"ranked": users - worse + noise[0], "masked": users + noise[1]}
 
     monkeypatch.setattr(commands_results, "rows_of_run", rows_of_run)
     monkeypatch.setattr(commands_results, "_gains", gains)

@@ -150,12 +150,14 @@ def _compare(
                     f"{run} has {column} {row[column]}, and {against[0]} has {told[column]}; "
                     "figures can be compared only if these are the same"
                 )
+    by_group = {name: [_gains(run) for run in found] for name, found in groups.items()}
     for seen in ("ranked", "masked"):
-        gains = {
-            name: np.mean([_gains(run, seen == "masked") for run in found], axis=0)
-            for name, found in groups.items()
-        }
-        p = paired_p_values(gains)
+        p = paired_p_values(
+            {
+                name: np.mean([gains[seen] for gains in each], axis=0)
+                for name, each in by_group.items()
+            }
+        )
         for row in rows:
             name, is_mean = _trained(row), row["seed"].endswith("(mean)")
             if name not in others or (row["part"], row["seen"]) != ("test", seen):
@@ -169,8 +171,8 @@ def _trained(row: dict[str, str]) -> str:
     return " ".join(row[column] for column in ("model", "config", "variant", "settings"))
 
 
-def _gains(workdir: Path, masked: bool) -> np.ndarray:
-    """NDCG@10 of each user with a target in the test, [U]."""
+def _gains(workdir: Path) -> dict[str, np.ndarray]:
+    """NDCG@10 of each user with a target in the test, [U], with the history ranked and masked."""
     from tim4rec_jax.data import open_dataset
     from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
     from tim4rec_jax.evaluation.metrics import per_user, tested
@@ -179,9 +181,13 @@ def _gains(workdir: Path, masked: bool) -> np.ndarray:
     config, model = load_model(workdir)
     data = config.data
     dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
-    found = rank_targets(model, dataset, "test", exclude_seen=masked, **batch_settings(config))
-    ranks, ties = tested(*found, config.eval.ties)
-    return per_user(ranks, (10,), ties)["ndcg@10"]
+    gains = {}
+    for seen in ("ranked", "masked"):
+        exclude = seen == "masked"
+        found = rank_targets(model, dataset, "test", exclude_seen=exclude, **batch_settings(config))
+        ranks, ties = tested(*found, config.eval.ties)
+        gains[seen] = per_user(ranks, (10,), ties)["ndcg@10"]
+    return gains
 
 
 def _key(row: dict[str, str]) -> tuple[str, ...]:

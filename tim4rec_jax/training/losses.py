@@ -234,22 +234,14 @@ def _forward(hidden, table, targets, weights, history):
     weights = weights.astype(accumulate)
     d_table = add_at(d_table, targets, -weights[:, None] * hidden.astype(accumulate))
     d_hidden = d_hidden.reshape(-1, hidden.shape[1])[: hidden.shape[0]]
-    d_history = history_gradient(history, d_bias, d_added.reshape(-1)[: len(hidden)])
-    return loss, (d_hidden, d_table.astype(table.dtype), d_history)
-
-
-def history_gradient(
-    history: HistoryItems | None, d_bias: Float[Array, ""], d_added: Float[Array, " N"]
-) -> HistoryItems | None:
-    """The gradient of what the history adds to scores, in the place of it."""
-    if history is None:
-        return None
     no_gradient: Any = None
-    at_end = None
-    if history.at_end is not None:
-        at_end = LastItem(no_gradient, d_added.astype(history.at_end.added.dtype))
-    d_bias = d_bias.astype(history.repeat_bias.dtype)
-    return HistoryItems(no_gradient, d_bias, at_end=at_end)
+    d_history = None
+    if history is not None:
+        d_history = HistoryItems(no_gradient, d_bias.astype(history.repeat_bias.dtype))
+        if history.at_end is not None:
+            d_added = d_added.reshape(-1)[: len(hidden)].astype(history.at_end.added.dtype)
+            d_history = d_history._replace(at_end=LastItem(no_gradient, d_added))
+    return loss, (d_hidden, d_table.astype(table.dtype), d_history)
 
 
 def _backward(gradients, d_loss):
