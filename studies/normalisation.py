@@ -56,7 +56,8 @@ def _days(gaps: jax.Array, real: jax.Array) -> jax.Array:
 
 def _log(gaps: jax.Array, real: jax.Array) -> jax.Array:
     del real
-    return jnp.log1p(gaps) / jnp.log1p(_TEN_YEARS)
+    # Times rounded to float32 order the events, so an exact gap can be some seconds below zero.
+    return jnp.log1p(jnp.maximum(gaps, 0.0)) / jnp.log1p(_TEN_YEARS)
 
 
 def _user(gaps: jax.Array, real: jax.Array) -> jax.Array:

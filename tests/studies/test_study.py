@@ -270,3 +270,11 @@ def test_normalisations_of_a_row():
     }
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6, err_msg=name)
+
+
+def test_the_logarithm_of_a_gap_below_zero():
+    # ml-100k has such gaps in the order of RecBole; one of them made a whole training fail.
+    gaps, real = np.array([[[0.0, -40.0]]]), np.ones((1, 1, 2), bool)
+    np.testing.assert_array_equal(
+        normalisation.NORMALISATIONS["log"](gaps, real), np.zeros_like(gaps)
+    )
