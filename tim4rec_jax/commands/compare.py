@@ -186,7 +186,7 @@ def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
                     figures = measure(folder)
                     ranks, ties = (np.load(folder / f"{name}.npy") for name in ("ranks", "ties"))
                 said = problem or f"test NDCG@10 {spread([figures['test']['ndcg@10']])}"
-                console.print(said, highlight=False)
+                console.print(said, soft_wrap=True, markup=False, highlight=False)
                 found.append(Run(dataset, model, seed, problem, figures, ranks, ties))
     return found, tunings
 
@@ -237,7 +237,8 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.c
     write_csv(flags.out.with_suffix(".csv"), found)
     picture(found, flags.out.with_suffix(".png"))
     print_result(console, found)
-    console.print(f"wrote {flags.out}.md, .csv and .png", highlight=False)
+    wrote = f"wrote {flags.out}.md, .csv and .png"
+    console.print(wrote, soft_wrap=True, markup=False, highlight=False)
     finished = [run for run in found if flags.results and not run.problem]
     for dataset in dict.fromkeys(run.dataset for run in finished):
         folders: dict[str, list[Path]] = {}
