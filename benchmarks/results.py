@@ -132,6 +132,21 @@ def _models(dataset: str, models: str, own: str = "", compared: str = "", alone:
 
 
 NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
+
+
+def _pure(dataset: str, models: str, own: str) -> list:
+    """Choices of the causal variant with time and without, and others, none with an addition.
+
+    Args:
+      dataset: its name.
+      models: variants of the others.
+      own: settings that take the additions from the causal variant.
+    """
+    settings = " ".join(s for s in COMPARED[dataset].split() if not s.startswith("model."))
+    ours = [(dataset, "causal", own), (dataset, "causal", f"{own} {NO_TIME}")]
+    return ours + [(dataset, model, settings) for model in models.split()]
+
+
 MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
 SLICE = "model.date_bias_knots=0 model.output_std=0.02"
 MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"
@@ -143,6 +158,7 @@ AFTER = f"{NEAR} model.neighbours_follow=True model.neighbour_weight=2.0"
 WIDE = "model.dropout_prob=0.3 model.hidden_size=128 train.epochs=30 train.learning_rate=0.001 " + (
     "train.patience=30"
 )
+PURE = ("model", "seeds", "Hit@10", "NDCG@10", "best", "p")
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
     "readme": Table(
@@ -221,11 +237,12 @@ TABLES = {
         ("model", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10", "p"),
         masked=True,
     ),
-    "ml-100k-pure": Table(
+    "ml-100k-pure": Table(MASKED, _pure("ml-100k", "hstu tisasrec sasrec esasrec", NO_BIAS), PURE),
+    "beauty-pure": Table(MASKED, _pure("beauty", "sasrec hstu tisasrec", NO_BIAS), PURE),
+    "kuairand-slice-pure": Table(
         MASKED,
-        _models("ml-100k", "causal sasrec esasrec", own=NO_BIAS),
-        ("model", "seeds", "Hit@10", "NDCG@10", "best"),
-        seed="2020",
+        _pure("kuairand-slice", "hstu sasrec tisasrec", f"model.date_bias_knots=0 {NO_BIAS}"),
+        PURE,
     ),
     "ml-100k-bands": Table(
         RANKED,
@@ -378,9 +395,12 @@ def _best(row: Row) -> str:
     return ", ".join(f"{a}/{b}" for a, b in zip(best, epochs, strict=bool(best)))
 
 
-def _model(row: Row) -> str:
+def model_name(row: Row) -> str:
+    """The name of the model of a row, as tables and the picture have it."""
     forms = {"causal": "causal", "official": "as published", "": "as published"}
     form = forms.get(row["variant"], "") if row["model"] == "tim4rec" else ""
+    if NO_TIME in row["settings"].split():
+        form += " without time"
     return f"{MODELS[row['model']]} {form}".strip()
 
 
@@ -390,7 +410,7 @@ def _p(row: Row) -> str:
 
 CELLS = {
     "data": lambda row: NAMES.get(row["dataset"], row["dataset"]),
-    "model": _model,
+    "model": model_name,
     "config": _config,
     "seeds": lambda row: row["seed"].removesuffix(" (mean)"),
     "Hit@10": _figure("hit@10"),

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-from benchmarks.results import MODELS, RANKED, TABLES, Row, in_words, pick
+from benchmarks.results import RANKED, TABLES, Row, in_words, model_name, pick
 from tim4rec_jax.commands.results import PROTOCOL
 
 matplotlib.use("Agg")
@@ -22,6 +22,7 @@ PAPER, INK, GREY, OURS, OTHERS = "#fbfbf9", "#1f2328", "#6e7781", "#c2410c", "#3
 PANELS = {
     "ml-100k: no repeat bias": "ml-100k",
     "ml-100k: repeat bias, tuned alike": "ml-100k-tuned",
+    "Beauty: no repeat bias, one seed": "beauty-pure",
     "KuaiRand slice: repeat and date bias": "kuairand-slice",
 }
 
@@ -57,9 +58,8 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
             ]
             if costs:
                 ours = row["model"] == "tim4rec"
-                label = MODELS[row["model"]] + (" causal" if ours else "")
                 figures = float(row["ndcg@10"]), float(row["ndcg@10_sd"] or 0)
-                panels[title].append(Point(label, statistics.mean(costs), *figures, ours))
+                panels[title].append(Point(model_name(row), statistics.mean(costs), *figures, ours))
     return panels
 
 
@@ -84,13 +84,11 @@ def draw(rows: list[Row], path: Path) -> None:
         "axes.spines.right": False,
     }
     with matplotlib.rc_context(settings):
-        figure, axes = plt.subplot_mosaic(
-            [["first", "first"], ["second", "third"]], figsize=(9, 7.4), layout="constrained"
-        )
-        panels = list(axes.values())
+        figure, axes = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+        panels = list(axes.flat)
         for panel, (title, found) in zip(panels, points(rows).items(), strict=True):
             _panel(panel, title, found)
-        figure.supylabel("NDCG@10, mean and deviation of 3 seeds", fontsize=10)
+        figure.supylabel("NDCG@10, mean and deviation over seeds", fontsize=10)
         figure.supxlabel("processor seconds of the training, all threads", fontsize=10)
         figure.draw_without_rendering()
         for panel, found in zip(panels, points(rows).values(), strict=True):
