@@ -111,10 +111,11 @@ class Results:
 
         Args:
           path: of NAME.csv.
-          planned: data sets and names of the arms of the whole study. Rows of other arms, which
-            the study had once, are left out.
+          planned: data sets and names of the arms of the whole study, in the order in which rows
+            are reported. Rows of other arms, which the study had once, are left out.
           seeds: how many each arm should have.
         """
+        place = {arm: number for number, arm in enumerate(planned)}
 
         def rows(suffix: str, only: bool = True) -> list[Row]:
             file = path.with_suffix(suffix)
@@ -122,7 +123,10 @@ class Results:
                 return []
             with open(file, newline="") as text:
                 found = [{k: _value(v) for k, v in row.items()} for row in csv.DictReader(text)]
-            return [r for r in found if not only or (r["dataset"], r["arm"]) in planned]
+            if not only:
+                return found
+            known = [row for row in found if (row["dataset"], row["arm"]) in place]
+            return sorted(known, key=lambda row: place[row["dataset"], row["arm"]])
 
         runs, missing = rows(".csv"), {}
         counts: dict[tuple[str, str], int] = {}
@@ -163,7 +167,7 @@ class Results:
         return None
 
     def arms(self, dataset: str) -> list[str]:
-        """The arms with results on a data set, in the order of the file."""
+        """The arms with results on a data set, in the order of the grid."""
         return list(dict.fromkeys(row["arm"] for row in self.select(dataset=dataset)))
 
 
@@ -207,7 +211,7 @@ def answer_page(results: Results, study: Any) -> str:
     sentences = study.answer(results) if there else ["This study has not been run yet."]
     parts = [
         f"<!-- Made by `python -m studies.{study.name} --report` from the tables beside it. -->",
-        " ".join(sentences),
+        "\n".join(f"- {sentence}" for sentence in sentences),
         *_tables(results),
         *_missing(results, study),
     ]

@@ -210,8 +210,8 @@ def answer(results: Results) -> list[str]:
         start = statistics.mean(row["effective_rank"] for row in first)
         end = statistics.mean(r["effective_rank"] for rows in by_width.values() for r in rows)
         sentences.append(
-            f"It raises it in {up} of {len(heads)} heads, and training itself moves the effective "
-            f"rank from {_spoken(start)} to {_spoken(end)}."
+            f"There it raises it in {up} of {len(heads)} heads, and training itself moves the "
+            f"effective rank from {_spoken(start)} to {_spoken(end)}."
         )
     return sentences or ["No training has been looked at yet."]
 

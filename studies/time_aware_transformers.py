@@ -138,11 +138,11 @@ def answer(results: Results) -> list[str]:
         at = join([f"{name} {short(value)}" for name, value in ordered if value is not None])
         sentences.append(
             f"Within the {budget:,.0f} processor seconds of the cheapest training "
-            f"({min(costs, key=lambda name: costs[name])}), validation NDCG@10 reaches: {at}."
+            f"there ({min(costs, key=lambda name: costs[name])}), validation NDCG@10 reaches: {at}."
         )
         sizes = {name: results.select(dataset=dataset, arm=name)[0]["parameters"] for name in costs}
         least, most = min(sizes.values()), max(sizes.values())
-        sentences.append(f"The models have from {least:,} to {most:,} parameters.")
+        sentences.append(f"The models there have from {least:,} to {most:,} parameters.")
     return sentences
 
 
