@@ -102,14 +102,17 @@ def measure(found: list[Training]) -> Iterator[Row]:
 
 
 def at_cost(results: Results, dataset: str, arm: str, budget: float) -> float | None:
-    """The mean over seeds of the best validation NDCG@10 within a processor time."""
+    """The mean over seeds of the best validation NDCG@10 within a processor time.
+
+    It is None where a seed has not ended its first epoch by then.
+    """
     rows = select(results.details, dataset=dataset, arm=arm, what="validation")
-    seeds = {row["seed"] for row in rows}
-    reached = [
-        max((r["best_ndcg@10"] for r in rows if r["seed"] == s and r["cpu_s"] <= budget), default=0)
-        for s in seeds
-    ]
-    return sum(reached) / len(reached) if reached else None
+    by_seed: dict[int, list[float]] = {row["seed"]: [] for row in rows}
+    for row in rows:
+        if row["cpu_s"] <= budget:
+            by_seed[row["seed"]].append(row["best_ndcg@10"])
+    reached = [max(found) for found in by_seed.values() if found]
+    return sum(reached) / len(reached) if reached and len(reached) == len(by_seed) else None
 
 
 def answer(results: Results) -> list[str]:
@@ -134,8 +137,11 @@ def answer(results: Results) -> list[str]:
         }
         budget = min(costs.values())
         reached = {name: at_cost(results, dataset, name, budget) for name in costs}
-        ordered = sorted(reached.items(), key=lambda pair: -(pair[1] or 0))
-        at = join([f"{name} {short(value)}" for name, value in ordered if value is not None])
+        known = {name: value for name, value in reached.items() if value is not None}
+        ordered = sorted(known.items(), key=lambda pair: -pair[1])
+        at = join([f"{name} {short(value)}" for name, value in ordered])
+        if late := [name for name in reached if name not in known]:
+            at += f"; {join(late)} {'has' if len(late) == 1 else 'have'} not ended an epoch by then"
         sentences.append(
             f"Within the {budget:,.0f} processor seconds of the cheapest training "
             f"there ({min(costs, key=lambda name: costs[name])}), validation NDCG@10 reaches: {at}."
@@ -163,6 +169,11 @@ def draw(results: Results, figure: Any) -> None:
                     label=arm if seed == mine[0]["seed"] == rows[0]["seed"] else None,
                 )
         panel.set(xscale="log", xlabel="processor seconds so far", ylabel="best validation NDCG@10")
+        low, high = panel.get_xlim()
+        ticks = [step * 10**power for power in range(6) for step in (1, 2, 5)]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        panel.minorticks_off()
         panel.legend(frameon=False, fontsize=8)
 
 
