@@ -237,7 +237,9 @@ TABLES = {
         ("model", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10", "p"),
         masked=True,
     ),
-    "ml-100k-pure": Table(MASKED, _pure("ml-100k", "hstu tisasrec sasrec esasrec", NO_BIAS), PURE),
+    "ml-100k-pure": Table(
+        MASKED, _pure("ml-100k", "hstu tisasrec lrurec sasrec esasrec", NO_BIAS), PURE
+    ),
     "beauty-pure": Table(MASKED, _pure("beauty", "sasrec hstu tisasrec", NO_BIAS), PURE),
     "kuairand-slice-pure": Table(
         MASKED,
