@@ -107,12 +107,19 @@ def by_width(results: Results, dataset: str) -> dict[int, Estimate]:
 
 
 def best_widths(results: Results) -> dict[str, int]:
-    """The width with the best validation, of data sets where all widths have been run."""
+    """The width with the best validation, by data set.
+
+    A data set has one if all smaller widths and the next larger one have been run, so that quality
+    is known to fall on both sides.
+    """
     found = {}
     for dataset in results.datasets:
         levels = by_width(results, dataset)
-        if set(levels) >= set(WIDTHS):
-            found[dataset] = max(levels, key=lambda width: levels[width].value)
+        if not levels:
+            continue
+        best = max(levels, key=lambda width: levels[width].value)
+        if set(levels) >= {width for width in WIDTHS if width <= 2 * best}:
+            found[dataset] = best
     return found
 
 
@@ -141,10 +148,12 @@ def answer(results: Results) -> list[str]:
         if len(levels) > 1:
             best = max(levels, key=lambda width: levels[width].value)
             level = levels[best]
-            near = [str(w) for w, each in levels.items() if each.value >= level.value - level.error]
+            least = level.value - level.error
+            near = [str(w) for w, each in levels.items() if each.value >= least and w != best]
+            verb = "is" if len(near) < 2 else "are"
             sentences.append(
                 f"On {named(dataset)} width {best} is best on validation ({level}); within one "
-                f"standard error are {join(near)}."
+                f"standard error {verb} {join(near) if near else 'no other'}."
             )
     best = best_widths(results)
     if len(best) >= 4:
@@ -176,6 +185,7 @@ def draw(results: Results, figure: Any) -> None:
         color = COLORS[number % len(COLORS)]
         left.errorbar(list(levels), relative, errors, fmt="o-", label=named(dataset), color=color)
     left.set_xscale("log", base=2)
+    left.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
     left.set(xlabel="width D", ylabel="validation NDCG@10, share of the best")
     left.legend(frameon=False, fontsize=8)
     best, counts = best_widths(results), events_of(results)
