@@ -142,7 +142,7 @@ def left_out(best: dict[str, int], events: dict[str, int]) -> dict[str, float]:
 
 def answer(results: Results) -> list[str]:
     """The best widths, how clear they are, and the rule on data sets that it has not seen."""
-    sentences = []
+    sentences, known = [], best_widths(results)
     for dataset in results.datasets:
         levels = by_width(results, dataset)
         if len(levels) > 1:
@@ -153,21 +153,21 @@ def answer(results: Results) -> list[str]:
             verb = "is" if len(near) < 2 else "are"
             sentences.append(
                 f"On {named(dataset)} width {best} is best on validation ({level}); within one "
-                f"standard error {verb} {join(near) if near else 'no other'}."
+                f"standard error {verb} {join(near) if near else 'no other'}"
+                f"{'' if dataset in known else '. Whether a wider one is better has not been tried'}."
             )
-    best = best_widths(results)
-    if len(best) >= 4:
+    if len(known) >= 4:
         events = events_of(results)
-        exponent, _ = rule(best, events)
-        said = left_out(best, events)
-        errors = [abs(math.log2(said[name] / best[name])) for name in best]
+        exponent, _ = rule(known, events)
+        said = left_out(known, events)
+        errors = [abs(math.log2(said[name] / known[name])) for name in known]
         sentences.append(
             f"Best widths go with events to the power {exponent:.2f}; on a data set that the rule "
             f"has not seen it is off by a factor of {2 ** float(np.mean(errors)):.1f} on the mean."
         )
     else:
         sentences.append(
-            f"A rule needs the best widths of four data sets, and there are {len(best)}."
+            f"A rule needs the best widths of four data sets, and there are {len(known)}."
         )
     return sentences
 
