@@ -228,8 +228,11 @@ def train_all(
             except UserError as error:
                 problems.append(f"{arm.dataset} {arm.name} {seed}: {error}")
                 continue
-            work = (lambda *_: "") if done else trainings.train
-            waiting[pool.submit(work, folder, words, stop.is_set)] = number
+            if done:
+                future = pool.submit(str)  # no problem: ""
+            else:
+                future = pool.submit(trainings.train, folder, words, stop.is_set)
+            waiting[future] = number
         try:
             for ended in as_completed(waiting):
                 arm, seed = planned[waiting[ended]]

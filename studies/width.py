@@ -98,7 +98,7 @@ def by_width(results: Results, dataset: str) -> dict[int, Estimate]:
     """Validation NDCG@10 by width, other sizes as usual; the error is that of the test."""
     found = {}
     for width in sorted({row["width"] for row in results.select(dataset=dataset)}):
-        sizes = _usual(dataset) | {"width": width}
+        sizes: dict[str, Any] = {**_usual(dataset), "width": width}
         valid = results.level("valid_ndcg@10", dataset=dataset, **sizes)
         test = results.level(dataset=dataset, **sizes)
         if valid and test:
@@ -151,10 +151,10 @@ def answer(results: Results) -> list[str]:
             least = level.value - level.error
             near = [str(w) for w, each in levels.items() if each.value >= least and w != best]
             verb = "is" if len(near) < 2 else "are"
+            wider = "" if dataset in known else " Whether a wider one is better has not been tried."
             sentences.append(
                 f"On {named(dataset)} width {best} is best on validation ({level}); within one "
-                f"standard error {verb} {join(near) if near else 'no other'}"
-                f"{'' if dataset in known else '. Whether a wider one is better has not been tried'}."
+                f"standard error {verb} {join(near) if near else 'no other'}.{wider}"
             )
     if len(known) >= 4:
         events = events_of(results)
