@@ -201,35 +201,42 @@ def ceilings() -> dict[str, float]:
     return {name: found[name]["ndcg@10"] for name in ("with_time", "time_blind")}
 
 
-def _gains(results: Results, datasets: list[str]) -> dict[str, list[Estimate]]:
-    """The differences from the model without time, by normalisation, on all data sets."""
-    found: dict[str, list[Estimate]] = {}
-    for name in ENCODINGS:
-        gaps = [results.difference(dataset, name) for dataset in datasets]
-        if known := [gap for gap in gaps if gap]:
-            found[name] = known
-    return found
+def _gains(results: Results, dataset: str) -> dict[str, Estimate]:
+    """The differences from the model without time on a data set, by normalisation."""
+    gaps = {name: results.difference(dataset, name) for name in ENCODINGS}
+    return {name: gap for name, gap in gaps.items() if gap}
+
+
+def _told(gains: dict[str, Estimate]) -> str:
+    """The differences, the largest first, and for which of them a gain is clear."""
+    ordered = sorted(gains.items(), key=lambda pair: -pair[1].value)
+    clear = [name for name, gap in ordered if gap.clear and gap.value > 0]
+    verdict = f"clear for {join(clear)}" if clear else "clear for none of them"
+    alone = [name for name in clear if gains[name].seeds == 1]
+    if alone:
+        who = "each of these" if alone == clear else join(alone)
+        verdict += f"; {who} ran with one seed, whose chance the error leaves out"
+    return f"{join([f'{name} {gap}' for name, gap in ordered])}: a gain is {verdict}."
 
 
 def answer(results: Results) -> list[str]:
     """What time gives under each normalisation, where it matters, and what that means."""
-    real = [name for name in results.datasets if name not in SYNTHETIC]
-    sentences = []
-    if real:
-        means = {name: together(gaps) for name, gaps in _gains(results, real).items()}
-        ordered = sorted(((n, m) for n, m in means.items() if m), key=lambda p: -p[1].value)
-        if ordered:
-            told = [f"{name} {mean}" for name, mean in ordered]
-            clear = [name for name, mean in ordered if mean.clear and mean.value > 0]
-            verdict = f"clear for {join(clear)}" if clear else "clear for none of them"
-            alone = [name for name, mean in ordered if name in clear and mean.seeds == 1]
-            if alone:
-                who = "each of these" if alone == clear else join(alone)
-                verdict += f"; {who} ran with one seed, whose chance the error leaves out"
-            sentences.append(
-                f"On {join([named(name) for name in real])} the NDCG@10 changes against the model "
-                f"without time by {join(told)}: a gain is {verdict}."
-            )
+    gains = {name: _gains(results, name) for name in results.datasets}
+    real = [name for name, found in gains.items() if found and name not in SYNTHETIC]
+    sentences = [
+        f"On {named(dataset)} the NDCG@10 changes against the model without time by "
+        f"{_told(gains[dataset])}"
+        for dataset in real
+    ]
+    if len(real) > 1:
+        means = {
+            name: mean
+            for name in ENCODINGS
+            if all(name in gains[dataset] for dataset in real)
+            and (mean := together([gains[dataset][name] for dataset in real]))
+        }
+        if means:
+            sentences.append(f"In the mean of these data sets it changes by {_told(means)}")
     made = [name for name in SYNTHETIC if name in results.datasets]
     if made:
         best = ceilings()
@@ -237,8 +244,7 @@ def answer(results: Results) -> list[str]:
         for dataset in made:
             shares = [
                 f"{name} {100 * gap.value / room:.0f} ± {100 * gap.error / room:.0f} %"
-                for name in ENCODINGS
-                if (gap := results.difference(dataset, name))
+                for name, gap in gains[dataset].items()
             ]
             if shares:
                 since = "the first visit" if dataset == "synthetic" else "1970"
@@ -251,13 +257,12 @@ def answer(results: Results) -> list[str]:
 
 def draw(results: Results, figure: Any) -> None:
     """The gain over the model without time, a panel for each data set."""
-    with_gaps = [d for d in results.datasets if _gains(results, [d])]
-    if not with_gaps:
+    gains = {d: gaps for d in results.datasets if (gaps := _gains(results, d))}
+    if not gains:
         return
-    for panel, dataset in zip(
-        panels(figure, list(map(named, with_gaps)), sharey=False), with_gaps, strict=True
-    ):
-        gaps = {name: each[0] for name, each in _gains(results, [dataset]).items()}
+    drawn = panels(figure, list(map(named, gains)), sharey=False)
+    for panel, (dataset, gaps) in zip(drawn, gains.items(), strict=True):
+        panel.locator_params(axis="x", nbins=5)
         dots(panel, list(gaps), list(gaps.values()), COLORS[0])
         panel.axvline(0, color=COLORS[1], linewidth=1)
         if dataset in SYNTHETIC:
