@@ -131,9 +131,6 @@ def _models(dataset: str, models: str, own: str = "", compared: str = "", alone:
     return choices
 
 
-NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
-
-
 def _pure(dataset: str, models: str, own: str) -> list:
     """Choices of the causal variant with time and without, and others, none with an addition.
 
@@ -147,6 +144,7 @@ def _pure(dataset: str, models: str, own: str) -> list:
     return ours + [(dataset, model, settings) for model in models.split()]
 
 
+NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
 MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
 SLICE = "model.date_bias_knots=0 model.output_std=0.02"
 MODELS_ML100K = "causal lrurec - hstu mamba4rec ssd4rec tisasrec gru4rec bert4rec sasrec caser"

@@ -13,9 +13,12 @@ figures of the best epoch say what a model reaches. The curves say what it costs
 validation so far against the processor time so far, at which models can be compared at equal cost.
 """
 
+import statistics
 import sys
 from collections.abc import Iterator
 from typing import Any
+
+from matplotlib.ticker import LogLocator
 
 from studies.report import COLORS, Results, Row, join, named, panels, select, short
 from studies.study import (
@@ -111,8 +114,9 @@ def at_cost(results: Results, dataset: str, arm: str, budget: float) -> float | 
     for row in rows:
         if row["cpu_s"] <= budget:
             by_seed[row["seed"]].append(row["best_ndcg@10"])
-    reached = [max(found) for found in by_seed.values() if found]
-    return sum(reached) / len(reached) if reached and len(reached) == len(by_seed) else None
+    if not by_seed or not all(by_seed.values()):
+        return None
+    return statistics.mean(max(found) for found in by_seed.values())
 
 
 def answer(results: Results) -> list[str]:
@@ -169,10 +173,8 @@ def draw(results: Results, figure: Any) -> None:
                     label=arm if seed == mine[0]["seed"] == rows[0]["seed"] else None,
                 )
         panel.set(xscale="log", xlabel="processor seconds so far", ylabel="best validation NDCG@10")
-        low, high = panel.get_xlim()
-        ticks = [step * 10**power for power in range(6) for step in (1, 2, 5)]
-        ticks = [tick for tick in ticks if low <= tick <= high]
-        panel.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter("{x:,.0f}")
         panel.minorticks_off()
         panel.legend(frameon=False, fontsize=8)
 
