@@ -66,7 +66,7 @@ PREFIX = {
     )
     for name, rows, epochs in (("ml100k", 256, 10), ("beauty", 512, 12), ("kuairand", 512, 12))
 }
-console = Console(soft_wrap=True, markup=False, highlight=False)
+console = Console(highlight=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +244,7 @@ def train_all(
                     training = finished(arm, seed, arm.folder(runs, seed))
                     found[waiting[ended]] = training
                     said = f"NDCG@10 {training.figures['test']['ndcg@10']:.4f}"
-                console.print(f"{named}: {said}")
+                console.out(f"{named}: {said}")
         except BaseException:
             stop.set()
             pool.shutdown(cancel_futures=True)
@@ -437,7 +437,7 @@ def main(study: Study, words: Sequence[str] | None = None) -> None:
         for row in study.bench(read_results(study, path, flags.quick), flags.quick):
             update(path.with_suffix(".details.csv"), [row], KEYS["details"])
     write_report(path, read_results(study, path, flags.quick), study)
-    console.print(f"wrote {path.with_suffix('.md')}, its picture and its tables")
+    console.out(f"wrote {path.with_suffix('.md')}, its picture and its tables")
     if problems:
         raise UserError(f"{len(problems)} trainings failed: {'; '.join(problems)}")
 

@@ -174,7 +174,9 @@ def quiet_in_notebooks() -> Console:
     of a spinner below the one before.
     """
     in_notebook = Console().is_jupyter
-    return Console(force_jupyter=False, force_terminal=False if in_notebook else None)
+    return Console(
+        force_jupyter=False, force_terminal=False if in_notebook else None, highlight=False
+    )
 
 
 def _as_keyword(flag: re.Match[str]) -> str:

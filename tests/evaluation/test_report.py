@@ -48,6 +48,10 @@ def test_table(report):
     assert "seen items excluded" in printed(report | {"exclude_seen": True})
 
 
+def test_a_name_is_printed_as_it_is(report):
+    assert "[red]:apple:, test split" in printed(report | {"dataset": "[red]:apple:"})
+
+
 def test_what_could_be_reached_stands_beside(report):
     oracle = {"with_time": {"hit@10": 0.9}, "time_blind": {"hit@10": 0.5}}
     text = printed(report | {"oracle": oracle})

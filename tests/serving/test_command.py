@@ -65,6 +65,14 @@ def test_a_history_as_a_table(run, tmp_path, recommenders):
     assert "1 event left out, of items" in printed
 
 
+def test_odd_ids_are_printed_as_they_are(run, monkeypatch, recommenders):
+    recommender = recommenders("causal")
+    found = Recommendations([":apple:", "[red]", "\\[b]"], [3.0, 2.0, 1.0])
+    monkeypatch.setattr(recommender, "recommend", lambda *_, **__: found)
+    _, printed, _ = run("recommend", "--workdir=run", "--history", "i7@10")
+    assert [line.split()[1] for line in printed.splitlines()[-4:] if line.strip()] == found.items
+
+
 def test_standard_input_and_filters(run, monkeypatch, tmp_path):
     (tmp_path / "some").write_text("\ufeffi1\ni2\n\ni4\n")
     (tmp_path / "others").write_text("\ufeffi4\n")

@@ -63,7 +63,7 @@ from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training.log import flops_per_sample
 
 FIRST_SEED = 2020
-console = Console()
+console = Console(highlight=False)
 
 
 def variant(model: str) -> str:
@@ -171,7 +171,7 @@ def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
             directory = flags.data / Path(load_config(named).dataset).name
             options, why = [f"dataset={directory}", *flags.options], ""
             if flags.tune:
-                console.print(f"{dataset} {model}: search of settings", highlight=False)
+                console.out(f"{dataset} {model}: search of settings")
                 try:
                     tunings.append(tune(flags, config, model, options))
                     options += [f"{name}={value}" for name, value in tunings[-1].settings.items()]
@@ -179,14 +179,14 @@ def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
                     why = f"error: {error}"
             for seed in range(FIRST_SEED, FIRST_SEED + flags.seeds):
                 folder = flags.runs / dataset / model / str(seed)
-                console.print(f"{dataset} {model}, seed {seed}:", end=" ", highlight=False)
+                console.out(f"{dataset} {model}, seed {seed}:", end=" ")
                 problem = why or train(folder, arguments(config, model, seed, options))
                 figures, ranks, ties = {}, None, None
                 if not problem:
                     figures = measure(folder)
                     ranks, ties = (np.load(folder / f"{name}.npy") for name in ("ranks", "ties"))
                 said = problem or f"test NDCG@10 {spread([figures['test']['ndcg@10']])}"
-                console.print(said, soft_wrap=True, markup=False, highlight=False)
+                console.out(said)
                 found.append(Run(dataset, model, seed, problem, figures, ranks, ties))
     return found, tunings
 
@@ -238,7 +238,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.c
     picture(found, flags.out.with_suffix(".png"))
     print_result(console, found)
     wrote = f"wrote {flags.out}.md, .csv and .png"
-    console.print(wrote, soft_wrap=True, markup=False, highlight=False)
+    console.out(wrote)
     finished = [run for run in found if flags.results and not run.problem]
     for dataset in dict.fromkeys(run.dataset for run in finished):
         folders: dict[str, list[Path]] = {}

@@ -195,7 +195,7 @@ def print_result(console: Console, found: list[Run]) -> None:
             chance = f"{p[model]:.2g}" if model in p else ""
             cost = sum(run.figures["cpu"] for run in runs)
             table.add_row(model, *values, chance, _rounded(cost))
-        console.print(f"\n{dataset}, test figures in the mean over seeds:", highlight=False)
+        console.out(f"\n{dataset}, test figures in the mean over seeds:")
         console.print(table)
 
 

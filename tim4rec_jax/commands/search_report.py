@@ -72,14 +72,14 @@ def print_plan(
         + (f"; {done} are done" if done else ""),
         *(f"  {name:<{width}}  {text}" for name, text in ranges.items()),
     ]
-    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+    console.out("\n".join(lines))
 
 
 def print_start(console: Console, number: int, trials: int, values: Mapping[str, Any]) -> None:
     """Prints what a trial tries."""
     tried = in_words(values)
     text = f"trial {number + 1}/{trials}: {tried}"
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.out(text)
 
 
 def print_end(console: Console, study: optuna.Study) -> None:
@@ -95,7 +95,7 @@ def print_end(console: Console, study: optuna.Study) -> None:
         if math.isfinite(cost := trial.user_attrs["cpu"]):
             text += f", {duration(cost)} of processor time"
         text += " (best)" if best is not None and best.number == trial.number else ""
-    console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
+    console.out(f"  {text}")
 
 
 def print_result(console: Console, study: optuna.Study, out: Path) -> None:
@@ -112,21 +112,17 @@ def print_result(console: Console, study: optuna.Study, out: Path) -> None:
         shown = _figure(_best_figure(trial)) if figures else ""
         epochs = f"{note}{max(figures, default=0)}"
         table.add_row(str(trial.number + 1), shown, epochs, *map(str, trial.params.values()))
-    console.print("\nthe trials, the best first:")
+    console.out("\nthe trials, the best first:")
     console.print(table)
     if len(ranked) > _MOST_ROWS:
-        console.print(f"and {len(ranked) - _MOST_ROWS} more in {out / 'trials.csv'}")
+        console.out(f"and {len(ranked) - _MOST_ROWS} more in {out / 'trials.csv'}")
     if len(_finished(study)) >= _FEW:
         parts = optuna.importance.get_param_importances(study).items()
         said = ", ".join(f"{name.rpartition('.')[2]} {part:.0%}" for name, part in parts)
-        console.print(f"how much of the difference each explains: {said}", highlight=False)
-    console.print(f"processor time: {duration(processor_seconds(study))}", highlight=False)
+        console.out(f"how much of the difference each explains: {said}")
+    console.out(f"processor time: {duration(processor_seconds(study))}")
     if best_trial(study) is not None:
-        console.print(
-            f"train with the best: tim4rec train --config {out / 'best.py'} --workdir RUN",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.out(f"train with the best: tim4rec train --config {out / 'best.py'} --workdir RUN")
 
 
 def processor_seconds(study: optuna.Study) -> float:

@@ -102,7 +102,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if not ranges:
         raise UserError(f"{flags.config} learns nothing, so that there is nothing to search")
     plan = search.Plan(shared, ranges, flags.trials, flags.out or Path(f"runs/tune-{name}"))
-    console = Console()
+    console = Console(highlight=False)
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -26,7 +26,7 @@ def main(
     arguments = sys.argv[1:] if arguments is None else arguments
     flags = flags_.parser(prog=prog).parse_args(arguments)
     flags.again = shlex.join(["python", "-m", "data_prep", *arguments])
-    console = console or Console()
+    console = console or Console(highlight=False)
     for argument in arguments:
         try:
             argument.encode()
@@ -49,7 +49,7 @@ def _inspect(flags: argparse.Namespace, console: Console) -> None:
     inspect.print_doubts(dataset, console)
     path = flags.plot or flags.directory / "inspect.png"
     plot.plot(dataset, figures, path)
-    console.print(one_line(f"picture: {path}"), **inspect.PLAIN)
+    console.out(one_line(f"picture: {path}"))
 
 
 def _make(flags: argparse.Namespace, console: Console) -> None:
@@ -66,7 +66,7 @@ def _make(flags: argparse.Namespace, console: Console) -> None:
         inspect.print_doubts(open_dataset(flags.out), console)
     counts = ", ".join(f"{metadata[key]:,} {key}" for key in ("users", "items", "events"))
     days = f"{inspect.day(metadata['first_time'])} to {inspect.day(metadata['last_time'])}"
-    console.print(one_line(f"{flags.out}: {counts}, {days}"), **inspect.PLAIN)
+    console.out(one_line(f"{flags.out}: {counts}, {days}"))
 
 
 def _inputs(flags: argparse.Namespace, console: Console) -> list[str]:

@@ -74,7 +74,7 @@ def fetch(
             answered, reason = True, "the connection was cut"
         if not answered or attempt == _ATTEMPTS:
             raise UserError(f"cannot download {path.name} ({reason}): {by_hand}")
-        console.print(one_line(f"{path.name}: {reason}; trying again"), markup=False)
+        console.out(one_line(f"{path.name}: {reason}; trying again"))
         time.sleep(pause * 2 ** (attempt - 1))
     if md5 is not None:
         with open(partial, "rb") as file:

@@ -2,7 +2,6 @@
 
 import datetime
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int64
@@ -21,8 +20,6 @@ GAP_BINS = np.concatenate([[0], np.logspace(0, 11, 221)])
 _PIECE = 1 << 22  # events read at once
 EARLY = 100_000_000  # seconds: in 1973, before there were logs of this kind
 MANY_EVENTS = 5_000  # of one user
-# For texts that quote what the user named: no markup, no colours of our choice, no line breaks.
-PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 _SPANS = ((365 * 86_400, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
@@ -137,7 +134,7 @@ def doubts(ds: Dataset) -> list[str]:
 def print_doubts(ds: Dataset, console: Console) -> None:
     """Prints what `doubts` returns."""
     for doubt in doubts(ds):
-        console.print(f"warning: {doubt}", style="yellow", **PLAIN)
+        console.out(f"warning: {doubt}", style="yellow")
 
 
 def _chunks(ds: Dataset) -> Iterator[Chunk]:
@@ -186,15 +183,14 @@ def print_statistics(ds: Dataset, figures: dict, console: Console) -> None:
     table.add_row("events per user", *(f"{value:,.0f}" for value in figures["lengths"]))
     table.add_row("gap between events", *map(span, figures["gaps"]))
     console.print(table)
-    console.print(
+    console.out(
         f"{ds.n_users:,} users, {ds.n_items:,} items, {ds.n_events:,} events "
         f"(density {figures['density']:.3%})\n"
         f"{day(figures['first'])} to {day(figures['last'])} "
         f"({span(figures['last'] - figures['first'])}), order {ds.order}\n"
         f"same time as the event before: {figures['tied']:.1%}, "
         f"{figures['tied_float32']:.1%} after rounding to float32 (these are in the order of the "
-        "source's rows)",
-        highlight=False,
+        "source's rows)"
     )
 
 

@@ -16,7 +16,6 @@ from tim4rec_jax.data_prep import events, features, files, filters, writer
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.duckdb_engine import DuckDBEngine
 from tim4rec_jax.data_prep.engine import Engine
-from tim4rec_jax.data_prep.inspect import PLAIN
 from tim4rec_jax.data_prep.sources import SOURCES, read_titles
 from tim4rec_jax.errors import UserError, one_line
 
@@ -125,7 +124,7 @@ def _print_left_out(found: files.Found, console: Console) -> None:
     for container, names in found.left_out.items():
         more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
         shown = ", ".join(one_line(name, 60) for name in names[:5]) + more
-        console.print(f"not read of {one_line(container)}: {shown}", style="yellow", **PLAIN)
+        console.out(f"not read of {one_line(container)}: {shown}", style="yellow")
 
 
 def print_steps(metadata: dict, console: Console) -> None:
@@ -145,15 +144,14 @@ def print_steps(metadata: dict, console: Console) -> None:
         before = step["events"]
     console.print(table)
     for reason, count in metadata["bad_rows"].items():
-        console.print(f"skipped {count:,}: {reason}", **PLAIN)
+        console.out(f"skipped {count:,}: {reason}")
     if found := metadata.get("item_features"):
-        console.print(
+        console.out(
             f"item features: {one_line(found['features'])}; {found['items']:,} of "
             f"{metadata['items']:,} items have a row in the table, and {found['unused']:,} of its "
-            "rows are of no item",
-            **PLAIN,
+            "rows are of no item"
         )
         for note in found["notes"]:
-            console.print(f"item features: {note}", **PLAIN)
+            console.out(f"item features: {note}")
         for reason, count in found["bad_rows"].items():
-            console.print(f"item features: skipped {count:,}: {reason}", **PLAIN)
+            console.out(f"item features: skipped {count:,}: {reason}")

@@ -132,7 +132,7 @@ def evaluate_run(
         report["beyond_accuracy"], report["sampled"] = judge_lists(model, ds, split, ks, **options)
     if "oracle" in ds.metadata and data.split == "leave_one_out" and not exclude_seen:
         report["oracle"] = ds.metadata["oracle"][split]
-    console = Console()
+    console = Console(highlight=False)
     print_report(report, console)
     # The file that says that all is done comes last.
     if ranks:
@@ -142,7 +142,7 @@ def evaluate_run(
     if csv:
         write_csv(report, csv)
     write_json(report_file, report)
-    console.print("wrote", *outputs, soft_wrap=True, markup=False, highlight=False)
+    console.out("wrote", *outputs)
     return report
 
 

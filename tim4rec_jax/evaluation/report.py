@@ -37,7 +37,7 @@ def print_report(report: dict, console: Console) -> None:
         console: the console to print to.
     """
     if "protocol" in report:
-        console.print(protocol_line(report), soft_wrap=True, markup=False, highlight=False)
+        console.out(protocol_line(report))
     seen = ", seen items excluded" if report["exclude_seen"] else ""
     title = f"{report['dataset']}, {report['split']} split, {report['users']:,} users{seen}"
     oracle, others = report.get("oracle", {}), _other_ties(report)
@@ -50,15 +50,17 @@ def print_report(report: dict, console: Console) -> None:
         figures += [limits.get(name) for limits in (*others.values(), *oracle.values())]
         cells = ("" if figure is None else f"{figure:.4f}" for figure in figures)
         table.add_row(_pretty(name), *cells)
-    console.print(title, table, sep="\n")
+    console.out(title)
+    console.print(table)
     for warning in _warnings(report):
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False, highlight=False)
+        console.out(f"warning: {warning}")
     if "beyond_accuracy" in report:
-        console.print("beyond accuracy", _beyond_accuracy(report["beyond_accuracy"]), sep="\n")
+        console.out("beyond accuracy")
+        console.print(_beyond_accuracy(report["beyond_accuracy"]))
         if report.get("sampled"):
-            console.print(report["sampled"], soft_wrap=True, markup=False, highlight=False)
+            console.out(report["sampled"])
     for by, groups in report.get("slices", {}).items():
-        console.print(f"by {_SLICES[by]}")
+        console.out(f"by {_SLICES[by]}")
         table, width = _slice_table(by, groups), console.width
         if _width(table, console) > width:
             table = _slice_table(by, groups, between="\n± ")

@@ -57,7 +57,7 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m tim4rec_jax.
             f"--events {flags.events:,} is less than 3 for each of {flags.users:,} users, which "
             "leave one out takes for validation and test; give more events or fewer users"
         )
-    _print(config, sizes, layout, formulas.plan(config, sizes, layout), Console())
+    _print(config, sizes, layout, formulas.plan(config, sizes, layout), Console(highlight=False))
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -90,12 +90,10 @@ def _count(text: str) -> int:
 
 def _print(config, sizes, layout, plan, console: Console) -> None:
     device, memory = layout.device, sum(plan.memory.values())
-    console.print(
+    console.out(
         f"{sizes.items:,} items, {sizes.users:,} users, {sizes.events:,} events; "
         f"{layout.number} x {layout.kind}; {config.model.name}, {config.train.objective}, "
-        f"{config.train.loss}, {config.train.batch_size:,} rows of {config.data.max_length}",
-        highlight=False,
-        soft_wrap=True,
+        f"{config.train.loss}, {config.train.batch_size:,} rows of {config.data.max_length}"
     )
     table = Table("on each device", "", "", title="memory")
     for column in table.columns[1:]:
@@ -129,8 +127,8 @@ def _print(config, sizes, layout, plan, console: Console) -> None:
     table.add_row("index of users, memory of each process", size(plan.host))
     console.print(table)
     for sentence in advice(config, layout, plan):
-        console.print(sentence, highlight=False, soft_wrap=True)
-    console.print(f"figures of the device: {device.source}", highlight=False, soft_wrap=True)
+        console.out(sentence)
+    console.out(f"figures of the device: {device.source}")
 
 
 def advice(config, layout, plan) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from tim4rec_jax.errors import ArgumentParser, UserError, run_main
 from tim4rec_jax.files import named_file, named_folder, read_regular
@@ -129,7 +129,7 @@ def _recommend(flags: argparse.Namespace) -> None:
 
 
 def _print_table(found: Recommendations, recommender: Recommender) -> None:
-    table, console = Table(box=SIMPLE_HEAD), Console()
+    table, console = Table(box=SIMPLE_HEAD), Console(highlight=False)
     table.add_column("", justify="right")
     table.add_column("item")
     titled = bool(recommender.catalogue.titles)
@@ -137,15 +137,15 @@ def _print_table(found: Recommendations, recommender: Recommender) -> None:
         table.add_column("title")
     table.add_column("events" if found.fallback else "score", justify="right")
     for rank, (item, score) in enumerate(zip(found.items, found.scores, strict=True), 1):
-        title = [escape(recommender.catalogue.title(item) or "")] if titled else []
+        title = [Text(recommender.catalogue.title(item) or "")] if titled else []
         number = f"{score:,.0f}" if found.fallback else f"{score:.4f}"
-        table.add_row(str(rank), escape(item), *title, number)
+        table.add_row(str(rank), Text(item), *title, number)
     console.print(table)
     if found.unknown:
         events = f"{found.unknown:,} event{'s' * (found.unknown > 1)}"
-        console.print(f"{events} left out, of items that the model does not know")
+        console.out(f"{events} left out, of items that the model does not know")
     if found.fallback:
-        console.print("no known event: these are the most popular items of the training")
+        console.out("no known event: these are the most popular items of the training")
 
 
 def _add_batch(commands: Any) -> None:

@@ -148,12 +148,11 @@ def _train_and_report(
         report |= {"protocol": figures["protocol"], "epoch": figures["best_epoch"]}
     if "oracle" in dataset.metadata and config.data.split == "leave_one_out":
         report["oracle"] = dataset.metadata["oracle"]["test"]
-    console = Console()
+    console = Console(highlight=False)
     print_report(report, console)
-    console.print(
+    console.out(
         f"best epoch {figures['best_epoch']} of {figures['epochs']}; "
-        f"figures in {workdir / 'metrics.json'}",
-        soft_wrap=True,
+        f"figures in {workdir / 'metrics.json'}"
     )
 
 
