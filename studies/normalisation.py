@@ -45,7 +45,7 @@ from tim4rec_jax.models.base import DataSizes, one_of
 from tim4rec_jax.models.tim4rec import TiM4Rec, TiM4RecSettings
 
 _DAY, _TEN_YEARS = 86_400.0, 10 * 365.25 * 86_400.0  # seconds
-# The first second of all users. The names are the study's own: `data/synthetic` is another log.
+# The first second of all users.
 SYNTHETIC = {"since-visit": 0, "since-1970": 1_300_000_000}
 # Of the synthetic logs. With 1,000 users four epochs are too few to find out what the time says.
 USERS, ITEMS = 4000, 120

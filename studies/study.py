@@ -47,6 +47,9 @@ from tim4rec_jax.runtime import enable_compilation_cache
 RESULTS = Path(__file__).with_name("results")
 FIRST_SEED, SEEDS = 2020, 3
 QUICK = "quick"  # the name of the synthetic data set of `--quick`
+# Of the prepared data, the folder that only studies write to. Elsewhere a data set of the user's
+# could have the name of one that a study makes, and would be taken for it.
+OWN = "studies"
 # A model and a training that take seconds.
 QUICK_SETTINGS = (
     *("data.max_length=16", "data.buckets=(16,)", "train.epochs=1", "train.batch_size=32"),
@@ -80,7 +83,7 @@ class Arm:
       settings: what differs from it, as KEY=VALUE.
       factors: what the question is about, as columns of the results.
       against: the name of the arm that this one is compared with, user by user; "": none.
-      data: the folder of the data set in the folder of prepared data; "": the configuration's.
+      data: the name of the data set if studies make it; "": that of the configuration.
     """
 
     name: str
@@ -93,8 +96,9 @@ class Arm:
 
     def words(self, data: Path, seed: int) -> list[str]:
         """The command line of `train.py`, without the run directory."""
-        folder = self.data or Path(load_config(self.config).dataset).name
-        settings = (f"dataset={data / folder}", *self.settings, f"seed={seed}")
+        theirs = Path(load_config(self.config).dataset).name
+        folder = data / OWN / self.data if self.data else data / theirs
+        settings = (f"dataset={folder}", *self.settings, f"seed={seed}")
         return [f"--config={self.config}", *(f"--config.{setting}" for setting in settings)]
 
     def folder(self, runs: Path, seed: int) -> Path:
@@ -336,14 +340,14 @@ def update(path: Path, rows: Iterable[Row], key: Sequence[str]) -> None:
 def make_data(study: Study, planned: Sequence[Arm], data: Path, quick: bool) -> None:
     """Makes the data sets of the study's own, and that of `--quick`, where they are missing."""
     for name in dict.fromkeys(arm.data for arm in planned if arm.data):
-        if (data / name / "dataset.json").exists():
+        folder = data / OWN / name
+        if (folder / "dataset.json").exists():
             continue
-        data.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
         if name in study.make:
-            study.make[name](data / name, quick)
+            study.make[name](folder, quick)
         elif name == QUICK:
-            words = ["synthetic", "--users", "150", "--items", "48", "--out", str(data / name)]
-            data_prep(words)
+            data_prep(["synthetic", "--users", "150", "--items", "48", "--out", str(folder)])
 
 
 def plan(chosen: Sequence[Arm], runs: Path, seeds: int) -> list[tuple[Arm, int]]:

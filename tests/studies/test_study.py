@@ -18,6 +18,7 @@ from studies.study import (
     Training,
     difference,
     main,
+    make_data,
     overridden,
     paired,
     read_results,
@@ -71,7 +72,8 @@ def test_the_arms_of_a_study_are_told_apart(name):
 def test_the_quick_arms_have_settings_that_go_together(name):
     for arm in STUDIES[name].grid(quick=True):
         config = trainings.settings(arm.words(Path("data"), 2020))
-        assert (config.seed, config.train.epochs, config.dataset) == (2020, 1, "data/quick")
+        assert (config.seed, config.train.epochs) == (2020, 1)
+        assert config.dataset == "data/studies/quick"
 
 
 @pytest.mark.slow
@@ -216,6 +218,18 @@ def test_a_study_has_a_page_with_its_answer(name):
     assert f"](../../studies/results/{name}.png)" in page
     assert f"```{{include}} {results}.md\n```" in page
     assert "**Question.**" in page and "**Hypothesis.**" in page and "## Method" in page
+
+
+def test_a_log_of_a_study_is_made_beside_one_of_the_same_name(tmp_path):
+    (tmp_path / "poisson").mkdir()
+    (tmp_path / "poisson" / "dataset.json").write_text("{}")  # the user's own
+    made = []
+    study = replace(STUDIES["burstiness"], make={"poisson": lambda path, _: made.append(path)})
+    arms = [arm for arm in study.grid() if arm.dataset == "poisson"]
+    make_data(study, arms, tmp_path, quick=False)
+    assert made == [tmp_path / "studies" / "poisson"]
+    config = trainings.settings(arms[0].words(tmp_path, 2020))
+    assert config.dataset == str(made[0])
 
 
 def test_a_training_that_fails_does_not_stop_the_others(tmp_path, monkeypatch):
