@@ -245,7 +245,7 @@ def answer(results: Results) -> list[str]:
         room = best["with_time"] - best["time_blind"]
         for dataset in made:
             shares = [
-                f"{name} {100 * gap.value / room:.0f} ± {100 * gap.error / room:.0f} %"
+                f"{name} {round(100 * gap.value / room)} ± {round(100 * gap.error / room)} %"
                 for name, gap in gains[dataset].items()
             ]
             if shares:
