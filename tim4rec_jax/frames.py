@@ -14,7 +14,7 @@ import narwhals.stable.v2 as nw
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from jaxtyping import Int32, Int64
+from jaxtyping import Int32, Int64, Num
 from narwhals.exceptions import NarwhalsError
 
 from tim4rec_jax.errors import UserError, first_line
@@ -143,13 +143,18 @@ def is_temporal(kind: pa.DataType) -> bool:
     return pa.types.is_timestamp(kind) or pa.types.is_date(kind)
 
 
-def seconds(column: pa.ChunkedArray, name: str, unit: str) -> Int64[np.ndarray, " N"]:
-    """Times in whole seconds since 1970.
+def times(
+    column: pa.ChunkedArray, name: str, unit: str
+) -> tuple[Num[np.ndarray, " N"], Int64[np.ndarray, " N"]]:
+    """The times of a column, as they are and in whole seconds since 1970.
 
     Args:
       column: dates or moments (UTC where they have no zone), or numbers since 1970.
       name: of the column, for the message.
       unit: of numbers: "s", "ms", "us" or "ns".
+
+    Returns:
+      The numbers of the column, in its own unit, by which events can be ordered; the seconds.
 
     Raises:
       UserError: a time is missing, before 1970 or implausible in this unit, or is of another type.
@@ -160,7 +165,8 @@ def seconds(column: pa.ChunkedArray, name: str, unit: str) -> Int64[np.ndarray, 
     if missing.any():
         raise UserError(f"row {int(np.argmax(missing))} of the table has no {name!r}")
     if is_temporal(column.type):
-        column, unit = column.cast(pa.timestamp("us"), safe=False).cast(pa.int64()), "us"
+        unit = column.type.unit if pa.types.is_timestamp(column.type) else "us"
+        column = column.cast(pa.timestamp(unit), safe=False).cast(pa.int64())
     elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
         raise UserError(
             f"the column {name!r} holds {column.type}; times are dates, or numbers since 1970"
@@ -176,7 +182,7 @@ def seconds(column: pa.ChunkedArray, name: str, unit: str) -> Int64[np.ndarray, 
             f"row {row} of the table has the time {values[row]}, which is no plausible number of "
             f"{unit} since 1970{remedy}"
         )
-    return (values // per_second).astype(np.int64)
+    return values, (values // per_second).astype(np.int64)
 
 
 def _plausible(value: float, unit: str) -> bool:
@@ -202,7 +208,7 @@ def moments(at: Any) -> Int64[np.ndarray, " N"] | int | None:
             given = given.cast(pa.timestamp("us"))
     except (pa.ArrowException, UserError) as error:
         raise UserError(f"`at` is {at!r}, which is no date and no number since 1970") from error
-    found = seconds(given, "at", "s")
+    _, found = times(given, "at", "s")
     return int(found[0]) if one else found
 
 
@@ -316,13 +322,14 @@ def histories(table: Any, names: dict[str, str], known: pa.Array, *, rounded: bo
             raise UserError(f"row {row} of the table has no {name!r}")
     users, user_type = ids(events[wanted[0]], wanted[0])
     items, item_type = ids(events[wanted[1]], wanted[1])
-    times = seconds(events[wanted[2]], wanted[2], names["time_unit"])
+    exact, seconds = times(events[wanted[2]], wanted[2], names["time_unit"])
     encoded = users.dictionary_encode()
     codes = encoded.indices.to_numpy()
     indices = positions(items, known).fill_null(-1).to_numpy().astype(np.int32) + 1
-    order = np.lexsort((times.astype(np.float32) if rounded else times, codes))
+    # Whole seconds would leave the events of a second in the order of their rows.
+    order = np.lexsort((seconds.astype(np.float32) if rounded else exact, codes))
     order = order[indices[order] > 0]
     lengths = np.bincount(codes[order], minlength=len(encoded.dictionary))
     return Histories(
-        encoded.dictionary, user_type, item_type, kind, lengths, indices[order], times[order]
+        encoded.dictionary, user_type, item_type, kind, lengths, indices[order], seconds[order]
     )

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import http.server
 import io
+import os
 import socket
 import threading
 import zipfile
@@ -116,6 +117,14 @@ def test_wrong_checksum(server, tmp_path):
 def test_missing_file_is_not_asked_for_twice(server, tmp_path):
     server.status = 404
     with pytest.raises(UserError, match="the server answers 404; fetch http"):
+        get(server, tmp_path)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, which Linux has")
+def test_a_full_disk_is_no_broken_connection(server, tmp_path):
+    (tmp_path / "a.bin.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"a.bin.part cannot be written: No space left .* --cache"):
         get(server, tmp_path)
     assert len(server.requests) == 1
 

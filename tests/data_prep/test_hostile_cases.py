@@ -105,11 +105,43 @@ def test_a_folder_of_several_formats_is_read_whole(run, histories, write, tmp_pa
     assert histories(run("table", tmp_path / "f", *ALL)) == EVENTS
 
 
-def test_the_same_file_is_not_counted_twice(run, write, tmp_path):
+def test_the_same_file_is_not_counted_twice(run, write, tmp_path, monkeypatch):
     path = write("a.csv", FIRST)
     (tmp_path / "b.csv").symlink_to("a.csv")
     sentence = run("table", path.parent / "*.csv", path, fails=True)
     assert "are the same file, which would count twice; name it once" in sentence
+    zipped(tmp_path / "c.zip", ("c.csv", FIRST))
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.csv", "c.zip"):
+        sentence = run("table", name, name, fails=True)
+        assert f"{name} and {name} are the same file" in sentence
+
+
+def test_what_programs_keep_in_hidden_folders_is_not_read(run, histories, write, tmp_path):
+    write("log/events.csv", FIRST)
+    write("log/.ipynb_checkpoints/events-checkpoint.csv", FIRST)
+    assert histories(run("table", tmp_path / "log", *ALL)) == {"u": [("i", 5)]}
+
+
+def test_a_missing_id_of_json_is_not_called_nan(run, histories, write):
+    rows = [("u", "i", 5), (float("nan"), "i", 6), ("NaN", "j", 7)]
+    lines = [json.dumps(dict(zip(("user_id", "item_id", "timestamp"), row, strict=True)))
+             for row in rows]  # fmt: skip
+    path = write("a.jsonl", "\n".join(lines))
+    assert "line 2: the user id is empty" in run("table", path, *ALL, fails=True)
+    ds = run("table", path, *ALL, "--on-bad-row", "skip")
+    assert histories(ds) == {"u": [("i", 5)], "NaN": [("j", 7)]}
+
+
+def test_names_of_columns_are_not_replaced(run, write, tmp_path):
+    pq.write_table(table(("u", "i", 5)), tmp_path / "a.parquet")
+    columns = ("--columns", "item_id,user_id,timestamp")
+    sentence = run("table", tmp_path / "a.parquet", *columns, fails=True)
+    assert sentence.endswith("a.parquet names its columns itself; leave out --columns")
+    sentence = run(
+        "table", write("a.csv", "u,i,t,t\n"), "--user=u", "--item=i", "--time=t", fails=True
+    )
+    assert "two columns are called 't'" in sentence
 
 
 def test_a_user_is_no_item(run, write):

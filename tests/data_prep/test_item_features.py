@@ -96,6 +96,7 @@ def test_an_item_dropped_by_the_filters_comes_back_without_events(run, write):
         ("i0,b,1.5,1990\ni0,b,1.5,1990\n", "line 3: the item 'i0' has a row already"),
         (",b,1.5,1990\n", "line 2: the item id is empty"),
         ("i0,b,1.5,1990\ni1,b,1e999,1991\n", "line 3: the value of 'price' is not finite"),
+        ("i0,b,1e200,1990\n", "line 2: the value of 'price' is more than float32 holds"),
         ("i0,b,1.5\n", "line 2: 3 fields for 4 columns"),
         ('i0,"b,1.5,1990\n', "quote"),
         ("x0,b,1.5,1990\nx1,a,2.5,1991\n", "its ids begin with 'x0', 'x1'"),
@@ -124,10 +125,15 @@ def test_a_flag_that_cannot_be_followed(run, write, flags, says):
 
 
 def test_bad_rows_are_left_out_and_counted(run, write):
-    items = write("items.csv", ITEMS + "i3,a,1.5,1990\n,a,1.5,1990\n")
+    more = "i3,a,1.5,1990\n,a,1.5,1990\nj,a,1e200,1990\n"
+    items = write("items.csv", ITEMS + more)
     ds = run(*("table", write("log.csv", LOG), "--item-features", items, "--on-bad-row", "skip"))
     told = ds.metadata["item_features"]
-    assert told["bad_rows"] == {"the item has a row already": 1, "the item id is empty": 1}
+    assert told["bad_rows"] == {
+        "the item has a row already": 1,
+        "the item id is empty": 1,
+        "the value of 'price' is more than float32 holds": 1,
+    }
     assert ds.features.columns()["price"][ds.item_ids.to_pylist().index("i3")] == pytest.approx(3.5)
 
 

@@ -1,5 +1,6 @@
 """Downloads files with progress, continues interrupted downloads, and checks the result."""
 
+import errno
 import hashlib
 import http.client
 import time
@@ -15,6 +16,7 @@ from tim4rec_jax.errors import UserError, one_line
 
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CUT = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
@@ -64,8 +66,13 @@ def fetch(
                 raise UserError(f"{url}: the server answers {error.code}; {by_hand}") from error
             reason: object = f"the server answers {error.code}"
         except _CUT as error:
-            if isinstance(error, OSError) and error.filename:  # our own file: full disk, permission
+            if isinstance(error, OSError) and error.filename:  # our own file: permission
                 raise
+            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+                raise UserError(
+                    f"{partial} cannot be written: {error.strerror}; make room there, or pass "
+                    "another --cache"
+                ) from error
             reason = getattr(error, "reason", error)
             reason = getattr(reason, "strerror", None) or reason or type(error).__name__
             # A server that has not answered once (no name, no connection) is not asked again.

@@ -27,6 +27,7 @@ from tim4rec_jax.data_prep.layout import column_names, guess_delimiter, json_obj
 from tim4rec_jax.data_prep.read import NUMBER
 from tim4rec_jax.errors import UserError, first_line, one_line
 
+_LARGEST = 3.4e38  # of float32
 _MOST_VALUES = 100  # of one item in one column; models compute as many for all items
 _REMEDY = "correct it or pass --on-bad-row=skip"
 _MEMBERS = ("*.parquet|*.pq|*.csv|*.tsv|*.jsonl|*.ndjson|*.json|*.item",)
@@ -179,7 +180,8 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
         if not one:
             problems.add(row, "the item id is empty")
         elif seen.setdefault(one, row) != row:
-            problems.add(row, f"the item {one_line(one, 60)!r} has a row already")
+            problem = f"the item {one_line(one, 60)!r} has a row already"
+            problems.add(row, problem, "the item has a row already")
     columns = {}
     for name, _ in first.columns:
         kinds = [_column(part, name, choices) for part in parts]
@@ -188,7 +190,7 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
             wanted = dataclasses.replace(choices, dense=(*choices.dense, name))
             kinds = [_column(part, name, wanted) for part in parts]
         texts = kinds[0][0] == "categorical"
-        columns[name] = _texts(kinds, problems) if texts else _vectors(name, kinds, problems)
+        columns[name] = _texts(name, kinds, problems) if texts else _vectors(name, kinds, problems)
     kept = np.array([row for row in range(len(ids)) if row not in problems.rows], np.int64)
     if not len(kept):
         raise UserError(f"{first.source} has no row that can be used")
@@ -274,10 +276,10 @@ class _Problems:
         self._parts, self._skip = parts, skip
         self.rows: dict[int, str] = {}
 
-    def add(self, row: int, problem: str) -> None:
-        """Raises the error, or notes the first problem of a row."""
+    def add(self, row: int, problem: str, counted: str = "") -> None:
+        """Raises the error, or notes the first problem of a row, to be counted as it is or so."""
         if self._skip:
-            self.rows.setdefault(row, problem)
+            self.rows.setdefault(row, counted or problem)
             return
         for part in self._parts:
             if row < len(part.ids):
@@ -287,9 +289,8 @@ class _Problems:
             row -= len(part.ids)
 
     def counts(self) -> dict[str, int]:
-        """The number of bad rows by reason, without the values in it."""
-        plain = (re.sub(r" '.*?'( |$)", " ", problem).strip() for problem in self.rows.values())
-        return dict(collections.Counter(plain))
+        """The number of bad rows by reason."""
+        return dict(collections.Counter(self.rows.values()))
 
 
 def _typed(source: files.SourceFile) -> pa.Table:
@@ -430,12 +431,14 @@ def _split(values: Any, listed_type: bool, separator: str | None) -> list[list[s
     return found
 
 
-def _texts(kinds: list[tuple[str, Any]], problems: _Problems) -> pa.Array:
+def _texts(name: str, kinds: list[tuple[str, Any]], problems: _Problems) -> pa.Array:
     """The column of a categorical feature."""
+    counted = f"more than {_MOST_VALUES} values in the column {one_line(name, 40)!r}"
     lists = [one if isinstance(one, list) else [] for _, part in kinds for one in part]
     for row, words in enumerate(lists):
         if len(words) > _MOST_VALUES:
-            problems.add(row, f"{len(words):,} values in one column; {_MOST_VALUES} can be used")
+            problem = f"{len(words):,} values in the column {one_line(name, 40)!r}"
+            problems.add(row, f"{problem}; {_MOST_VALUES} can be used", counted)
     return pa.array(lists, pa.list_(pa.string()))
 
 
@@ -447,8 +450,9 @@ def _vectors(
     if all(part is not None for part in parts) and len({part.shape[1] for part in parts}) == 1:
         found = np.concatenate(parts)
         partly = np.isnan(found).any(axis=1) & (found.shape[1] > 1)
-        for row in np.flatnonzero(np.isinf(found).any(axis=1) | partly).tolist():
-            problems.add(row, f"the value of {one_line(name, 40)!r} is not finite")
+        # Not only infinite: their squares would be.
+        for row in np.flatnonzero((np.abs(found) > _LARGEST).any(axis=1) | partly).tolist():
+            problems.add(row, _fault(name, found[row]))
         return found
     rows = [row for _, part in kinds for row in part.to_pylist()]
     size = next((len(row) for row in rows if isinstance(row, list)), 1)
@@ -466,11 +470,17 @@ def _vectors(
             problems.add(
                 number, f"the vector of {one_line(name, 40)!r} has another length than the first"
             )
-        elif np.isinf(vector).any() or (np.isnan(vector).any() and size > 1):
-            problems.add(number, f"the value of {one_line(name, 40)!r} is not finite")
+        elif (np.abs(vector) > _LARGEST).any() or (np.isnan(vector).any() and size > 1):
+            problems.add(number, _fault(name, vector))
         else:
             found[number] = vector
     return found
+
+
+def _fault(name: str, vector: Float[np.ndarray, " n"]) -> str:
+    """What is wrong with the value of a dense feature."""
+    wrong = "is more than float32 holds" if np.isfinite(vector).all() else "is not finite"
+    return f"the value of {one_line(name, 40)!r} {wrong}"
 
 
 def _numbers_at_once(values: Any) -> Any:

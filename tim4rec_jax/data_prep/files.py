@@ -89,7 +89,7 @@ def find_files(
       UserError: there is no such file, none of `members` inside, one file is named twice, or a file
         cannot be read: it is empty, damaged, too large, or something else than a file.
     """
-    found = Found([], [], {})
+    found, seen = Found([], [], {}), {}
     for pattern in patterns:
         exists = os.path.lexists(pattern)
         paths = [Path(pattern)] if exists else sorted(map(Path, glob.glob(pattern)))
@@ -97,31 +97,34 @@ def find_files(
             name = pattern or "the empty name"
             raise UserError(f"{name}: no such file; check the path given as --source")
         for path in paths:
-            _look_into(path, members, titles, work, found)
-    seen: dict[tuple[int, int], str] = {}
-    for file in found.events:
-        status = file.path.stat()
-        before = seen.setdefault((status.st_dev, status.st_ino), file.name)
-        if before is not file.name:
-            raise UserError(
-                f"{file} and {before} are the same file, which would count twice; name it once"
-            )
+            _look_into(path, members, titles, work, found, seen)
     return found
 
 
 def _look_into(
-    path: Path, members: tuple[str, ...], titles: tuple[str, ...], work: Path, found: Found
+    path: Path,
+    members: tuple[str, ...],
+    titles: tuple[str, ...],
+    work: Path,
+    found: Found,
+    seen: dict[tuple[int, int], Path],
 ) -> None:
-    """Adds a file, or what is wanted of a folder or an archive, to `found`."""
+    """Adds a file, or what is wanted of a folder or an archive, to `found`.
+
+    `seen` has the files and archives so far, by what a file system knows them by.
+    """
     if path.is_dir():
         inside = {os.path.relpath(file, path): file for file in _walk(path)}
         events, others = (_wanted(list(inside), names) for names in (members, titles))
         for names, files in ((events, found.events), (others, found.titles)):
             for name in names:
                 check_readable(inside[name], str(inside[name]))
+                if files is found.events:
+                    _refuse_twice(inside[name], seen)
                 files.append(SourceFile(str(inside[name]), inside[name]))
     else:
         check_readable(path, str(path))
+        _refuse_twice(path, seen)
         with archives.opened(path) as archive:
             if archive is None:
                 found.events.append(SourceFile(str(path), path))
@@ -140,6 +143,17 @@ def _look_into(
         raise UserError(f"{path} holds no file called {wanted}; pass the file itself as --source")
     if left_out := sorted(set(inside) - {*events, *others}):
         found.left_out[str(path)] = left_out
+
+
+def _refuse_twice(path: Path, seen: dict[tuple[int, int], Path]) -> None:
+    """Notes a file, and refuses one that is there already, also under another name."""
+    status = path.stat()
+    key = (status.st_dev, status.st_ino)
+    if key in seen:
+        raise UserError(
+            f"{path} and {seen[key]} are the same file, which would count twice; name it once"
+        )
+    seen[key] = path
 
 
 def _walk(folder: Path) -> list[Path]:
@@ -173,8 +187,12 @@ def _wanted(names: list[str], members: tuple[str, ...]) -> list[str]:
 
 
 def _is_hidden(name: str) -> bool:
-    """Tells what other programs leave beside files, such as `__MACOSX/._events.csv`."""
-    return PurePath(name).name.startswith(".") or "__MACOSX" in PurePath(name).parts
+    """Tells what other programs leave beside files, such as `__MACOSX/._events.csv`.
+
+    The folder `.ipynb_checkpoints` holds copies of the files that Jupyter has shown.
+    """
+    parts = PurePath(name).parts
+    return "__MACOSX" in parts or any(part.startswith(".") and part != ".." for part in parts)
 
 
 def check_readable(path: Path, name: str) -> None:

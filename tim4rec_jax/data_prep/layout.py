@@ -178,11 +178,13 @@ def _refuse_twins(file: SourceFile, layout: Layout) -> None:
     """Refuses columns of one name; with a condition also those that are the same for SQL."""
     seen: dict[str, str] = {}
     for column in layout.columns:
-        before = seen.setdefault(column.casefold() if layout.where else column, column)
-        if before is not column:
+        key = column.casefold() if layout.where else column
+        if key in seen:
+            before = seen[key]
             two = f"{column!r}" if before == column else f"{before!r} and {column!r}"
             same = "" if before == column else ", which is the same name in --where"
             raise UserError(f"{file}: two columns are called {two}{same}; rename one of them")
+        seen[key] = column
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

@@ -263,7 +263,7 @@ def _fields(file: SourceFile, layout: Layout) -> str:
     else:  # long texts that nobody uses need not be parsed
         keys = tuple(layout.columns[n] for n in used)
         line = (_json if layout.kind == "json" else _literal)(keys)
-    values = [line.field.format(f"fields[{place}]") for place in range(1, len(used) + 1)]
+    values = [field.format(f"fields[{place}]") for place, field in enumerate(line.fields, 1)]
     named = [f"{value} AS c{n}" for value, n in zip(values, used, strict=True)]
     return f"""
           SELECT {", ".join(named)}, coalesce(line != '', FALSE) AS present,
@@ -278,12 +278,12 @@ class _Line(NamedTuple):
 
     Attributes:
       cut: makes the list `fields` of the text in `line`.
-      field: makes the value of the field that is inserted for `{0}`.
+      fields: for each field what makes its value; the field is inserted for `{0}`.
       broken: the rest of a CASE: the condition of a broken line, THEN, and the reason.
     """
 
     cut: str
-    field: str
+    fields: list[str]
     broken: str
 
 
@@ -291,7 +291,7 @@ def _split(layout: Layout) -> _Line:
     """A line of fields with delimiters between them."""
     n = len(layout.columns)
     broken = f"len(fields) != {n} THEN 'the line has ' || len(fields) || ' fields, not {n}'"
-    return _Line(f"string_split(line, {quote_text(layout.delimiter)})", "{0}", broken)
+    return _Line(f"string_split(line, {quote_text(layout.delimiter)})", ["{0}"] * n, broken)
 
 
 def _json(keys: tuple[str, ...]) -> _Line:
@@ -308,7 +308,13 @@ def _json(keys: tuple[str, ...]) -> _Line:
         "WHEN left(ltrim(line), 1) != '{' THEN 'the line is no JSON object' "
         f"WHEN {nested} THEN 'the line has a list or an object in place of a text or a number'"
     )
-    return _Line(cut, "{0}", broken)
+    # Python writes a missing number as NaN without quotes, which a text may be as well.
+    fields = [
+        f"CASE WHEN {{0}} = 'NaN' AND json_type(line, {path.replace('{', '{{').replace('}', '}}')})"
+        " = 'DOUBLE' THEN NULL ELSE {0} END"
+        for path in paths
+    ]
+    return _Line(cut, fields, broken)
 
 
 def _literal(keys: tuple[str, ...]) -> _Line:
@@ -319,7 +325,9 @@ def _literal(keys: tuple[str, ...]) -> _Line:
     patterns = [quote_text(_LITERAL.format(key=re.escape(key))) for key in keys]
     cut = ", ".join(f"regexp_extract(line, {pattern}, 1)" for pattern in patterns)
     bare = "CASE WHEN contains({0}, chr(92)) THEN {0} ELSE substr({0}, 2, len({0}) - 2) END"
-    return _Line(f"[{cut}]", bare, "line NOT LIKE '{%}' THEN 'the line is no dictionary'")
+    return _Line(
+        f"[{cut}]", [bare] * len(keys), "line NOT LIKE '{%}' THEN 'the line is no dictionary'"
+    )
 
 
 def _read_csv(file: SourceFile, columns: list[str], quoting: str, header: bool) -> str:

@@ -162,6 +162,8 @@ def _table(file: SourceFile, flags: Flags) -> Layout:
         delimiter = flags.delimiter or guess_delimiter(file)
         kind = "split" if len(delimiter) > 1 else "csv"
     given = tuple(flags.columns.split(",")) if flags.columns else None
+    if given and kind not in ("csv", "split"):
+        raise UserError(f"{file} names its columns itself; leave out --columns")
     columns = given or column_names(file, kind, delimiter)
     header = given is None and kind in ("csv", "split")
     return _chosen(kind, columns, flags, delimiter, header=header)
