@@ -17,6 +17,7 @@ from tim4rec_jax.evaluation import evaluate
 from tim4rec_jax.evaluation.evaluate import batch_settings
 from tim4rec_jax.run import (
     check_unchanged,
+    claim,
     load_model,
     only_process,
     read_date_range,
@@ -120,6 +121,55 @@ def test_a_pipe_in_the_place_of_a_lock(tmp_path):
     os.mkfifo(tmp_path / ".lock")
     with only_process(tmp_path):
         pass
+
+
+def test_the_folder_of_a_dataset_is_no_run_directory(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4]))
+    config = read_settings(save_run(tmp_path / "run", dataset) / "config.json")
+    before = sorted(path.name for path in dataset.iterdir())
+    with (
+        pytest.raises(UserError, match="is the folder of the dataset; choose another"),
+        claim(dataset, config, open_dataset(dataset)),
+    ):
+        pass
+    assert sorted(path.name for path in dataset.iterdir()) == before
+
+
+def test_a_start_that_fails_removes_what_it_wrote_and_no_more(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4]))
+    config = read_settings(save_run(tmp_path / "run", dataset) / "config.json")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "date_range.json").write_text("mine")
+    with (
+        pytest.raises(KeyboardInterrupt),
+        claim(tmp_path / "new", config, open_dataset(dataset)),
+    ):
+        assert (tmp_path / "new" / "config.json").exists()
+        raise KeyboardInterrupt
+    left = {path.name for path in (tmp_path / "new").iterdir()}
+    assert left == {".lock", "date_range.json"}
+
+
+def test_what_another_process_has_trained_meanwhile_is_kept(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4]))
+    run = save_run(tmp_path / "run", dataset)
+    (run / "metrics.json").write_text("{}")
+    config = read_settings(run / "config.json")
+    config.train.learning_rate *= 2
+    with (
+        pytest.raises(UserError, match=r"other settings: train\.learning_rate"),
+        claim(run, config, open_dataset(dataset)),
+    ):
+        pass
+    assert (run / "metrics.json").exists()
+    # Nor is a run taken over whose settings are gone.
+    (run / "config.json").unlink()
+    with (
+        pytest.raises(UserError, match=r"config\.json is missing, and .* holds a run; restore it"),
+        claim(run, config, open_dataset(dataset)),
+    ):
+        pass
+    assert not (run / "config.json").exists()
 
 
 @pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"users": NaN}', '{"test": 1}'])

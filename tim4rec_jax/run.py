@@ -173,6 +173,12 @@ def check_unchanged(config: config_lib.Config, path: Path, *, more_epochs: bool 
                 "anew with another --workdir, or begin a new run there with "
                 f"--init-from={path.parent}, whose learning rate starts again"
             )
+        if _ended_between_validations(path.parent, ours):
+            raise UserError(
+                f"{path.parent} cannot go on for more epochs, {epochs}: at its end it validated "
+                "where a longer run does not, by config.eval.valid_epochs or valid_steps; train "
+                f"anew with another --workdir, or begin there with --init-from={path.parent}"
+            )
         finished = (path.parent / "metrics.json").exists()
         if finished and not checkpoint_steps(path.parent / "checkpoints"):
             raise UserError(
@@ -186,6 +192,20 @@ def check_unchanged(config: config_lib.Config, path: Path, *, more_epochs: bool 
             f"{path.parent} holds a run with other settings: {listed}; "
             "choose another --workdir, or delete that one to start anew"
         )
+
+
+def _ended_between_validations(workdir: Path, settings: dict[str, Any]) -> bool:
+    """Whether the last validation of a run was one that comes only at the end of a training."""
+    log = workdir / "log.jsonl"
+    for line in reversed(log.read_text(errors="replace").splitlines() if log.exists() else []):
+        with suppress(ValueError, TypeError, KeyError):  # a torn line
+            record = json.loads(line)
+            if record["kind"] == "valid":
+                every = settings["eval.valid_steps"]
+                if every is not None:
+                    return record["step"] % every != 0
+                return record["epoch"] % settings["eval.valid_epochs"] != 0
+    return False
 
 
 def _changes(
@@ -225,13 +245,25 @@ def claim(
       date_range: see `read_date_range`.
 
     Raises:
-      UserError: another process is training there, or it holds a run on another dataset.
+      UserError: another process is training there, it holds another run or one on another dataset,
+        or it is the folder of the dataset.
     """
     settings_file, there = workdir / "config.json", workdir.exists()
+    if there and workdir.samefile(dataset.directory):
+        raise UserError(f"{workdir} is the folder of the dataset; choose another --workdir")
     check_same_dataset(dataset.directory, dataset.metadata, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with only_process(workdir):
+        # Another process may have trained here since the settings were compared.
+        check_unchanged(config, settings_file, more_epochs=True)
         new = not settings_file.exists()
+        if new and _was_begun(workdir):
+            raise UserError(
+                f"{settings_file} is missing, and {workdir} holds a run; restore it from a copy, "
+                "or choose another --workdir"
+            )
+        kept = ("config.json", DATASET_FILE, ITEMS_FILE, FEATURES_FILE, "date_range.json")
+        missing = [name for name in kept if not (workdir / name).exists()]
         try:
             if not new and _changes(config, settings_file)[2]:
                 # First, or a kill between the two would leave a run that looks finished.
@@ -250,14 +282,19 @@ def claim(
             yield
         except BaseException:
             if new and not (workdir / "log.jsonl").exists():
-                made = ("config.json", DATASET_FILE, ITEMS_FILE, FEATURES_FILE, "date_range.json")
-                for name in made:
+                for name in missing:
                     (workdir / name).unlink(missing_ok=True)
                 if not there:
                     (workdir / ".lock").unlink()
                     with suppress(OSError):  # it holds something of somebody else
                         workdir.rmdir()
             raise
+
+
+def _was_begun(workdir: Path) -> bool:
+    """Whether a run directory holds what only a training writes."""
+    saved = (checkpoint_steps(workdir / name) for name in ("checkpoints", "best"))
+    return any((workdir / name).exists() for name in ("log.jsonl", "metrics.json")) or any(saved)
 
 
 @contextmanager

@@ -212,6 +212,11 @@ def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
     again = rows[0]["command"].replace("configs/own.py:causal", "own:causal").split()[1:]
     made, _ = parse([*again, words[-2]], usage="")
     assert made == parse(["train.py", *words], usage="")[0]
+    metadata = json.loads((folder / "run" / "dataset.json").read_text())
+    metadata["content"]["sequences"] = "other"
+    (folder / "run" / "dataset.json").write_text(json.dumps(metadata))
+    with pytest.raises(UserError, match="is not the dataset that the run in"):
+        rows_of_run(folder / "run")
 
 
 def test_a_setting_that_follows_from_others_is_not_named():
@@ -233,12 +238,15 @@ def test_finished_runs_are_added_to_a_table_of_results(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "runs", lambda flags: (found, []))
     monkeypatch.setattr(compare, "rows_of_runs", rows_of_runs)
     words = ["--datasets", "beauty", "--models", "sasrec", "hstu", f"--runs={tmp_path}"]
-    words += [f"--out={tmp_path / 'table'}", f"--results={tmp_path / 'results.csv'}"]
+    words += [f"--out={tmp_path / 'table-v1.2'}", f"--results={tmp_path / 'results.csv'}"]
     with pytest.raises(UserError, match="1 of 3 runs failed"):
         compare.main(words)
     sasrec, hstu = (tmp_path / "beauty" / name / "2020" / "run" for name in ("sasrec", "hstu"))
     assert asked == [([sasrec, hstu], [sasrec])]
     assert read(tmp_path / "results.csv") == [row]
+    assert {path.name for path in tmp_path.glob("table*")} == {
+        f"table-v1.2.{kind}" for kind in ("md", "csv", "png")
+    }
 
 
 def test_every_model_is_searched_with_the_same_budget_before_its_seeds(tmp_path, monkeypatch):

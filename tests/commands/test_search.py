@@ -219,6 +219,11 @@ def test_a_setting_is_searched_or_given(dataset, tmp_path):
         plan(dataset, tmp_path, **{"train.learning_rate": 0.1})
 
 
+def test_trials_are_compared_after_whole_epochs(dataset, tmp_path):
+    with pytest.raises(UserError, match=r"epoch by epoch; leave config.eval.valid_steps out"):
+        plan(dataset, tmp_path, **{"eval.valid_steps": 3})
+
+
 @pytest.mark.parametrize(
     ("figures", "ended"),
     [

@@ -12,9 +12,10 @@ import pytest
 from flax import nnx
 
 from tests.training.tiny_run import iterator, state
+from tim4rec_jax import item_rows
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.training import checkpoints as checkpoints_module
-from tim4rec_jax.training.checkpoints import Checkpoints
+from tim4rec_jax.training.checkpoints import Checkpoints, read_state
 
 
 def save(workdir, *steps):
@@ -172,6 +173,24 @@ def test_large_arrays_are_written_in_parts(tmp_path, monkeypatch, shape, parts):
     found = nnx.to_pure_dict(again.restore_best(params))
     again.close()
     np.testing.assert_array_equal(found["kernel"], array)
+
+
+def test_a_run_begins_with_tables_that_were_spread_over_devices(tmp_path):
+    names, mine = ("kernel",), state(5, 7)
+    spread = mine.replace(
+        params=item_rows.completed(mine.params, names, 4),
+        opt_state=item_rows.completed(mine.opt_state, names, 4),
+    )
+    assert spread.params["kernel"].shape == (4, 5)
+    checkpoints = Checkpoints(tmp_path, mine, names)
+    checkpoints.save(spread, iterator(5), {})
+    checkpoints.close()
+    found = read_state(tmp_path, mine, names)
+    assert found is not None
+    for ours, theirs in zip(
+        jax.tree.leaves(found.params), jax.tree.leaves(mine.params), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 def test_half_written_checkpoints_are_removed(tmp_path):

@@ -239,6 +239,18 @@ def test_more_epochs_where_they_would_not_be_the_same(yesterday, source):
     assert (source / "metrics.json").exists()
 
 
+@pytest.mark.parametrize("every", [{"valid_epochs": 3}, {"valid_steps": 7}])
+def test_more_epochs_after_a_validation_that_they_would_not_have(yesterday, source, every):
+    written = read_settings(source / "config.json")
+    written.eval.update(every)
+    write_settings(written, source / "config.json")
+    config = settings(yesterday / "data", learning_rate=0.01, epochs=3)
+    config.eval.update(every)
+    with pytest.raises(UserError, match="at its end it validated where a longer run does not"):
+        train(config, source)
+    assert (source / "metrics.json").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [

@@ -28,7 +28,6 @@ import csv
 import hashlib
 import importlib.util
 import itertools
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -55,7 +54,7 @@ from tim4rec_jax.evaluation import metrics
 from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
 from tim4rec_jax.evaluation.metrics import tested
 from tim4rec_jax.evaluation.protocol import protocol
-from tim4rec_jax.files import named_file, positive_count
+from tim4rec_jax.files import named_file, positive_count, read_json, write_json
 from tim4rec_jax.models import DEFAULT_MODEL
 from tim4rec_jax.presets import load_config
 from tim4rec_jax.run import load_model
@@ -63,6 +62,7 @@ from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training.log import flops_per_sample
 
 FIRST_SEED = 2020
+_REMEASURE = "delete it and compare again"
 console = Console(highlight=False)
 
 
@@ -130,7 +130,7 @@ def measure(folder: Path) -> dict:
     digest = hashlib.sha256((folder / "run" / "metrics.json").read_bytes()).hexdigest()
     # Versions before this one kept the ranks without the ties.
     whole = path.exists() and (folder / "ties.npy").exists()
-    kept = json.loads(path.read_text()) if whole else {}
+    kept = read_json(path, dict, _REMEASURE) if whole else {}
     if kept.get("run") != digest:
         config, model = load_model(folder / "run")
         data = config.data
@@ -153,9 +153,9 @@ def measure(folder: Path) -> dict:
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
             "flops": flops_per_sample(graphdef, params, data.max_length),
         }
-        path.write_text(json.dumps(measured))
-    told = json.loads((folder / "run" / "metrics.json").read_text())
-    return told | trainings.cost(folder) | json.loads(path.read_text())
+        write_json(path, measured)
+    told = read_json(folder / "run" / "metrics.json", dict, _REMEASURE)
+    return told | trainings.cost(folder) | read_json(path, dict, _REMEASURE)
 
 
 def runs(flags: argparse.Namespace) -> tuple[list[Run], list[Tuning]]:
@@ -233,9 +233,10 @@ def main(words: Sequence[str] | None = None, prog: str = "python -m benchmarks.c
     enable_compilation_cache()
     found, tunings = runs(flags)
     flags.out.parent.mkdir(parents=True, exist_ok=True)
-    flags.out.with_suffix(".md").write_text(markdown(found, tunings))
-    write_csv(flags.out.with_suffix(".csv"), found)
-    picture(found, flags.out.with_suffix(".png"))
+    page, table, drawn = (Path(f"{flags.out}{suffix}") for suffix in (".md", ".csv", ".png"))
+    page.write_text(markdown(found, tunings))
+    write_csv(table, found)
+    picture(found, drawn)
     print_result(console, found)
     wrote = f"wrote {flags.out}.md, .csv and .png"
     console.out(wrote)

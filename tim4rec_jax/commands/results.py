@@ -176,11 +176,13 @@ def _gains(workdir: Path) -> dict[str, np.ndarray]:
     from tim4rec_jax.data import open_dataset
     from tim4rec_jax.evaluation.evaluate import batch_settings, rank_targets
     from tim4rec_jax.evaluation.metrics import per_user, tested
-    from tim4rec_jax.run import load_model
+    from tim4rec_jax.run import check_same_dataset, load_model
 
     config, model = load_model(workdir)
     data = config.data
-    dataset = open_dataset(config.dataset).split(data.split, data.valid_from, data.test_from)
+    whole = open_dataset(config.dataset)
+    check_same_dataset(whole.directory, whole.metadata, workdir)
+    dataset = whole.split(data.split, data.valid_from, data.test_from)
     gains = {}
     for seen in ("ranked", "masked"):
         exclude = seen == "masked"
@@ -210,9 +212,11 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
     from tim4rec_jax.data import open_dataset
     from tim4rec_jax.evaluation.evaluate_run import evaluate_run
     from tim4rec_jax.evaluation.protocol import protocol
-    from tim4rec_jax.run import read_figures, read_settings
+    from tim4rec_jax.run import check_same_dataset, read_figures, read_settings
 
     config, figures = read_settings(workdir / "config.json"), read_figures(workdir)
+    dataset = open_dataset(config.dataset)
+    check_same_dataset(dataset.directory, dataset.metadata, workdir)
     if not config.preset:
         raise UserError(
             f"{workdir / 'config.json'} does not say which configuration its settings began with; "
@@ -242,7 +246,7 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
     if "processor_seconds" in figures:
         row["train_cpu_s"] = f"{figures['processor_seconds']:.0f}"
     row |= _costs(workdir.parent)
-    dataset, rows = open_dataset(config.dataset), []
+    rows = []
     results: list[tuple[Split, str, dict]] = [
         ("valid", "ranked", figures["valid"]),
         ("test", "ranked", figures["test"]),

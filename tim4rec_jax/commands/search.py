@@ -66,6 +66,10 @@ class Plan:
         for name in self.ranges:
             if any(word.startswith(f"--config.{name}=") for word in self.words):
                 raise UserError(f"{name} is searched, so --config.{name} has no effect; drop one")
+        if config.eval.valid_steps is not None:
+            raise UserError(
+                "a search compares trainings epoch by epoch; leave config.eval.valid_steps out"
+            )
         object.__setattr__(self, "config", config)
         object.__setattr__(self, "space", make_space(self.ranges, config))
 

@@ -318,12 +318,15 @@ def _restore_iterator(iterator, folder: Path) -> None:
     iterator.start_prefetch()
 
 
-def read_state(workdir: Path, shapes: TrainState) -> TrainState | None:
+def read_state(
+    workdir: Path, shapes: TrainState, tables: tuple[str, ...] = ()
+) -> TrainState | None:
     """The state of a run that another one begins with. Nothing in the run is changed.
 
     Args:
       workdir: the run directory.
       shapes: a state of the right structure, with shapes for arrays.
+      tables: the places of parameters that may have been spread over devices, see `Checkpoints`.
 
     Returns:
       The state that was saved with the run's best parameters, or else the latest one that can be
@@ -331,20 +334,20 @@ def read_state(workdir: Path, shapes: TrainState) -> TrainState | None:
     """
     steps, best = (checkpoint_steps(workdir / name) for name in ("checkpoints", "best"))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    storable = jax.eval_shape(_storable, shapes)
+    rows = item_rows.numbers_of_rows(storable, tables)
     wanted = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        jax.eval_shape(_storable, shapes),
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), storable
     )
     for step in sorted(steps, key=lambda step: (step in best, step), reverse=True):
         checkpoint = workdir / "checkpoints" / str(step)
         try:
             check_plain(checkpoint)
-            stored = _read(checkpoint / "state", wanted, strict=True)
             recorded = read_digests(checkpoint)
+            stored = _read(checkpoint / "state", wanted, strict=recorded is None)
             if recorded is not None:
-                check_digests(
-                    stored, {name: recorded[name] for name in recorded if name not in _AS_ARRAYS}
-                )
+                of_arrays = {n: recorded[n] for n in recorded if n not in _AS_ARRAYS}
+                check_digests(stored, of_arrays, rows)
         # Damage shows as whatever the layer that meets it raises.
         except Exception as error:
             print(f"checkpoint {checkpoint} is damaged, passing over it: {first_line(error)}")

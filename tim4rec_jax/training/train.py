@@ -337,6 +337,10 @@ def _train(
         if shown := line.update(step, float(metrics["loss"])):
             log.write("train", step, **shown)
 
+    def place(step: int) -> str:
+        epoch = -(-step // per_epoch)
+        return f"epoch {epoch}" if step % per_epoch == 0 else f"step {step:,}, epoch {epoch}"
+
     open_log: Any = NoLog
     if processes.first():
         open_log = partial(RunLog, workdir, step, loggers, config_lib.flatten(config))
@@ -397,9 +401,8 @@ def _train(
             # After a crash between the two, the epoch is done again and its record removed.
             log.write("valid", step, epoch=epoch, train_loss=loss, **figures)
             save()
-            where = f"epoch {epoch}" if step % per_epoch == 0 else f"step {step:,}, epoch {epoch}"
             print(
-                f"{where}: loss {loss:.4f}, validation Hit@10 {figures['hit@10']:.4f}, "
+                f"{place(step)}: loss {loss:.4f}, validation Hit@10 {figures['hit@10']:.4f}, "
                 f"NDCG@10 {figures['ndcg@10']:.4f}{' (best)' if better else ''}, "
                 f"{duration(progress['seconds'])} so far",
                 flush=True,
@@ -407,7 +410,7 @@ def _train(
         checkpoints.wait()
         if step < max_epochs * per_epoch:
             print(
-                f"stops after epoch {step // per_epoch}: more than {config.train.patience} epochs "
+                f"stops after {place(step)}: more than {config.train.patience} epochs "
                 "in a row (config.train.patience) had no better NDCG@10"
             )
 
@@ -429,7 +432,7 @@ def _train(
             "users": len(ranks),
             "valid": progress["best"],
             "best_epoch": progress["best_epoch"],
-            "epochs": step // per_epoch,
+            "epochs": -(-step // per_epoch),
             "seconds": time.perf_counter() - begun,
             "processor_seconds": time.process_time() - started,
             "seed": config.seed,

@@ -348,9 +348,14 @@ def _read_adam(theirs: Config, model: SequenceModel, run: Path) -> optax.ScaleBy
     """Adam's state in a checkpoint of a run, with the best weights if it is still there.
 
     Raises:
-      UserError: the run has no checkpoint.
+      UserError: the run has no checkpoint, or another optimizer for the item table.
     """
     train = theirs.train
+    if train.item_optimizer != "adam":
+        raise UserError(
+            f"--init-from {run} was trained with train.item_optimizer={train.item_optimizer}, "
+            "whose state Adam cannot go on from; take config.train.init_optimizer=rewarm"
+        )
     tx = make_optimizer(
         train.learning_rate,
         train.weight_decay,
@@ -359,7 +364,7 @@ def _read_adam(theirs: Config, model: SequenceModel, run: Path) -> optax.ScaleBy
         warmup_steps=1 if train.init_from and train.init_optimizer == "rewarm" else 0,
     )
     shapes = jax.eval_shape(lambda params: init_state(params, tx, 0), nnx.state(model))
-    state = read_state(run, shapes)
+    state = read_state(run, shapes, model.item_rows)
     if state is None:
         raise UserError(
             f"--init-from {run} has no checkpoint that can be read, and with it Adam's state is "
