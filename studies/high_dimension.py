@@ -113,12 +113,12 @@ def answer(results: Results) -> list[str]:
                     )
                 )
             plain = [
-                (row["width"], results.level(dataset=dataset, arm=row["arm"]))
+                (row["width"], results.level("valid_ndcg@10", dataset=dataset, arm=row["arm"]))
                 for row in select(results.runs, dataset=dataset, encoding=encoding, time="no")
             ]
             if len({width for width, _ in plain}) > 1:
                 best = max(plain, key=lambda pair: pair[1].value if pair[1] else 0)
-                text += f". Without time the best width is {best[0]} ({best[1]})"
+                text += f". Without time the best width on validation is {best[0]}"
             sentences.append(f"{text}.")
     return sentences or ["No width has been run both with time and without."]
 

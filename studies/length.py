@@ -245,6 +245,18 @@ def crossing(one: dict[int, Estimate], other: dict[int, Estimate]) -> tuple[int,
     return None
 
 
+def _compared(results: Results, dataset: str, kind: str, lengths: list[int]) -> str:
+    """The best length on validation, and which lengths the test tells from 50."""
+    valid = {
+        n: results.level("valid_ndcg@10", dataset=dataset, layer=kind, length=n) for n in lengths
+    }
+    best = max(lengths, key=lambda n: valid[n].value if valid[n] else 0)
+    gaps = {n: results.difference(dataset, f"{kind} {n}") for n in lengths}
+    clear = [f"{n} by {gap}" for n, gap in gaps.items() if gap and gap.clear]
+    from_50 = f"{join(clear)} from 50" if clear else "no length clearly from 50"
+    return f"on validation {best} events are best, and the test tells {from_50}"
+
+
 def answer(results: Results) -> list[str]:
     """What length does to quality, what it does to cost, and where the kinds cross."""
     sentences = []
@@ -256,11 +268,9 @@ def answer(results: Results) -> list[str]:
             }
             known = {length: level for length, level in levels.items() if level}
             if len(known) > 1:
-                best = max(known, key=lambda length: known[length].value)
                 told = join([f"{level} at {length}" for length, level in sorted(known.items())])
-                sentences.append(
-                    f"On {named(dataset)} {kind} has NDCG@10 {told}; {best} events are best."
-                )
+                rest = _compared(results, dataset, kind, sorted(known))
+                sentences.append(f"On {named(dataset)} {kind} has NDCG@10 {told}; {rest}.")
     measured = {kind: costs(results, kind) for kind in KINDS}
     measured = {kind: found for kind, found in measured.items() if len(found) > 1}
     for kind, found in measured.items():
