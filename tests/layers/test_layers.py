@@ -198,6 +198,18 @@ def test_the_layer_of_the_paper_goes_on_position_by_position():
     np.testing.assert_allclose(steps, whole, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("kind", [TimeAwareSSD, CausalSSD, Mamba])
+def test_a_state_keeps_its_dtype(kind, dtype):
+    sizes = SMALL if kind is not Mamba else {}
+    layer = nnx.eval_shape(
+        lambda: kind(WIDTH, **sizes, dtype=dtype, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    )
+    state = jax.eval_shape(lambda: layer.init_state(2))
+    after, _ = nnx.eval_shape(lambda layer, h: layer.step(layer.init_state(2), h), layer, H[:, 0])
+    assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+
+
 def shapes_of(layer, *args, **settings):
     return nnx.eval_shape(lambda: layer(*args, **settings, rngs=nnx.Rngs(0)))
 

@@ -387,3 +387,17 @@ def test_bsarec_is_its_equations(x64):
     close(encoded[0], expected[-1])
     with pytest.raises(ValueError, match="one history each"):
         call(*model, items, gaps, np.zeros_like(items))
+
+
+def test_bsarec_learns_nothing_for_padding_from_histories():
+    """It is `padding_idx=0` in the authors' program, and padding has a part in every frequency."""
+    settings = {"name": "bsarec", "hidden_size": 8, "inner_size": 16, "n_heads": 2, "n_layers": 1}
+    graph, params = small_model(settings, spread=0.3, n_items=ITEMS, max_length=LENGTH)
+    items, lengths = jnp.zeros((1, LENGTH), jnp.int32).at[0, :2].set(1), jnp.array([2])
+
+    def loss(params):
+        gaps = jnp.zeros(items.shape, jnp.float32)
+        return jnp.square(nnx.merge(graph, params).encode(items, lengths, gaps)).sum()
+
+    table = jax.grad(loss)(params)["item_embedding"]["embedding"][...]
+    assert not table[0].any() and table[1].any()

@@ -7,7 +7,9 @@ import pytest
 from flax import nnx
 
 from tim4rec_jax import config as config_lib
+from tim4rec_jax.layers.items import ItemEmbedding
 from tim4rec_jax.models import DEFAULT_MODEL, MODELS, build
+from tim4rec_jax.models.tisasrec import TimeRelation
 
 ITEMS, LENGTH = 30, 10
 LENGTHS = jnp.array([10, 3, 1])
@@ -47,3 +49,19 @@ def test_states_are_those_of_float32(name):
 
 def _encode(graph, params, items, gaps, users):
     return nnx.merge(graph, params).encode(items, LENGTHS, gaps, **users)
+
+
+def test_gradients_of_items_are_summed_in_float32():
+    """In bfloat16 a sum of ones ends at 256."""
+    settings = dict(dtype=jnp.bfloat16, param_dtype=jnp.float32, rngs=nnx.Rngs(0))
+    table = ItemEmbedding(3, 2, features=None, embedding_init=nnx.initializers.ones, **settings)
+    rows = jnp.ones(4096, jnp.int32)
+    gradient = nnx.grad(lambda table: table(rows).astype(jnp.float32).sum())(table)
+    np.testing.assert_array_equal(gradient.embedding[...], [[0, 0], [4096, 4096], [0, 0]])
+
+
+def test_the_values_of_many_pairs_of_one_distance_are_summed_in_float32():
+    distance, ones = jnp.zeros((1, 1, 1000), jnp.int32), jnp.ones((2, 1, 1), jnp.bfloat16)
+    relation = TimeRelation(distance, ones, ones, 0.0, None)
+    weights = jnp.full((1, 1, 1, 1000), 1 / 1024, jnp.bfloat16)
+    assert float(relation.add_up(weights)[0, 0, 0, 0]) == pytest.approx(1000 / 1024, rel=2**-8)

@@ -3,11 +3,12 @@
 import json
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from tim4rec_jax.interop import to_torch
-from tim4rec_jax.models import build
+from tim4rec_jax.models import build, encode_batch
 
 SEEDS = 8
 SETTINGS = {
@@ -131,3 +132,42 @@ def test_no_two_parameters_share_their_random_numbers(statistics_and_weights):
     distances = np.abs(values[:, None] - values[None]).max(-1)
     assert np.all(distances[~np.eye(len(values), dtype=bool)] > 1e-3)
     assert not np.array_equal(*weights["ssd_layers.0.ssd.out_proj.weight"][:2])  # nor two seeds
+
+
+def test_comparison_models_begin_as_their_authors_have_them():
+    sizes = dict(n_items=40, max_length=50)
+    hstu = build({"name": "hstu"}, **sizes)
+    bias = np.concatenate([layer.out.bias[...] for layer in hstu.layers])
+    assert np.abs(bias).max() <= 1 / 8 and np.std(bias) == pytest.approx(1 / 8 / 3**0.5, rel=0.2)
+    # 3,200 numbers: the standard deviation of a standard deviation is 1.3 %.
+    std = np.std(hstu.position_embedding.embedding[...])
+    assert std == pytest.approx((2 / (50 + 64)) ** 0.5, rel=0.06)
+    esasrec = build({"name": "esasrec"}, **sizes)
+    for layer in esasrec.layers:
+        for part in (layer.attention.query, layer.attention.key, layer.attention.value):
+            assert np.std(part.kernel[...]) == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+        assert np.std(layer.attention.out.kernel[...]) == pytest.approx((2 / 128) ** 0.5, rel=0.05)
+    bsarec = build({"name": "bsarec"}, **sizes)
+    first, *others = (np.asarray(layer.beta[...]) for layer in bsarec.layers)
+    assert others and all((first == other).all() for other in others)
+
+
+def test_what_is_added_to_scores_begins_at_zero():
+    extras = {"repeat_bias": True, "repeat_last": True, "date_bias_knots": 3}
+    model = build(
+        {"name": "lrurec", "hidden_size": 8, "n_layers": 1, **extras},
+        n_items=40,
+        max_length=5,
+        date_range=(10**8, 10**9),
+    )
+    assert float(model.repeat_bias()) == 0
+    assert not np.asarray(model.last_bias()).any() and not np.asarray(model.drift.vectors).any()
+    # A state has a 1 behind its 8 numbers, and the date moves those alone.
+    model.drift.vectors[...] = np.ones_like(model.drift.vectors)
+    batch = {"items": np.ones((1, 5), np.int32), "lengths": np.array([5], np.int32)}
+    batch |= {"gaps": np.zeros((1, 5), np.float32), "dates": np.array([2000.0], np.float32)}
+    batch = {name: jnp.asarray(array) for name, array in batch.items()}
+    moved = np.asarray(encode_batch(model, batch))
+    model.drift.vectors[...] = np.zeros_like(model.drift.vectors)
+    moved = moved - np.asarray(encode_batch(model, batch))
+    assert (moved[0, :8] != 0).all() and moved[0, 8] == 0

@@ -147,6 +147,17 @@ def test_what_is_not_a_number_changes_nothing_before_it(implementation, x64):
     assert_same(got, wanted)
 
 
+def test_rates_beyond_the_numbers_decay_not_at_all_or_at_once(x64):
+    inputs, _, options = make(6, causal=True)
+    inputs = to_dtype(inputs, np.float32)
+    ends = {}
+    for rate in (-1e3, -50.0, 50.0, 1e3):
+        inputs["time_rate"] = np.full_like(inputs["time_rate"], rate)
+        ends[rate] = time_aware_ssd_block(**inputs, **options, implementation="xla")
+    np.testing.assert_allclose(ends[-1e3], ends[-50.0], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(ends[1e3], ends[50.0], rtol=1e-4, atol=1e-5)
+
+
 def test_equals_the_block_written_out(x64):
     """The definition once more, one row and one position after the other."""
     inputs, _, options = make(9, batch=1, heads=4, groups=2, segments=True)

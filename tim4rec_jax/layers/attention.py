@@ -16,6 +16,7 @@ from tim4rec_jax.layers.checks import (
     check_shape,
     check_sizes,
 )
+from tim4rec_jax.layers.lookup import lookup
 from tim4rec_jax.ssd import finite, finite_inputs
 from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.segments import first_positions
@@ -93,6 +94,7 @@ class Attention(nnx.Module):
         param_dtype: Any = jnp.float32,
         rngs: nnx.Rngs,
         kernel_init: nnx.Initializer = NORMAL,
+        out_init: nnx.Initializer | None = None,
     ):
         """Initialises all biases with 0.
 
@@ -103,7 +105,8 @@ class Attention(nnx.Module):
           dtype: of the activations.
           param_dtype: of the parameters.
           rngs: a stream `params`.
-          kernel_init: initialiser of all maps; N(0, 0.02^2) by default.
+          kernel_init: initialiser of the maps; N(0, 0.02^2) by default.
+          out_init: initialiser of the last map, behind the heads; None: the same.
 
         Raises:
           ValueError: an argument does not fit; the message names it.
@@ -111,11 +114,11 @@ class Attention(nnx.Module):
         check_sizes(width=width, heads=heads)
         check_divides("heads", heads, "width", width)
         check_rate("dropout_rate", dropout_rate)
-        kwargs: dict = dict(
-            dtype=dtype, param_dtype=param_dtype, rngs=rngs, kernel_init=kernel_init
+        kwargs: dict = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.query, self.key, self.value = (
+            Dense(width, width, kernel_init=kernel_init, **kwargs) for _ in range(3)
         )
-        self.query, self.key = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
-        self.value, self.out = Dense(width, width, **kwargs), Dense(width, width, **kwargs)
+        self.out = Dense(width, width, kernel_init=out_init or kernel_init, **kwargs)
         self.heads, self.scale = heads, (width // heads) ** -0.5
         self.dropout_rate = dropout_rate
 
@@ -355,7 +358,8 @@ class Positions(nnx.Module):
         if segment_ids is None:
             vectors = self.embedding.embedding[: x.shape[1]].astype(x.dtype)
         else:
-            vectors = self.embedding(segment_positions(segment_ids))
+            positions = segment_positions(segment_ids)
+            vectors = lookup(self.embedding.embedding[...], positions).astype(x.dtype)
         return dropout(self.norm(x + vectors), self.dropout_rate, seeds)
 
 

@@ -168,7 +168,8 @@ class ItemEmbedding(nnx.Embed):
             return (lookup(self.embedding[...], inputs) + self.maps(inputs)).astype(self.dtype)
         if out_sharding is not None:
             return super().__call__(inputs, out_sharding=out_sharding)
-        return lookup(self.embedding[...].astype(self.dtype), inputs)
+        # The gradient is summed in the dtype of the parameters.
+        return lookup(self.embedding[...], inputs).astype(self.dtype)
 
     def vectors(self) -> Float[Array, "rows D"]:
         """The vectors of all rows, in the dtype of the parameters."""

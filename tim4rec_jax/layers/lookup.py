@@ -26,6 +26,20 @@ def lookup(table: Float[Array, "V D"], rows: Int[Array, "*batch"]) -> Float[Arra
     return _lookup(table, rows) if target().platform == "gpu" else jnp.take(table, rows, axis=0)
 
 
+def without_padding(
+    vectors: Float[Array, "*batch D"], rows: Int[Array, "*batch"]
+) -> Float[Array, "*batch D"]:
+    """Vectors that were looked up, of which row 0 of the table learns nothing.
+
+    It is the `padding_idx` of PyTorch, and matters where padding has a part in the result.
+
+    Args:
+      vectors: what was found.
+      rows: where.
+    """
+    return jnp.where((rows == 0)[..., None], jax.lax.stop_gradient(vectors), vectors)
+
+
 def add_at(
     table: Float[Array, "V D"], rows: Int[Array, " N"], shares: Float[Array, "N D"]
 ) -> Float[Array, "V D"]:

@@ -360,7 +360,8 @@ class Mamba(nnx.Module):
         """The state before the first event."""
         taps = self.conv.kernel.shape[0]
         window = jnp.zeros((batch, taps - 1, self.inner), self.dtype)
-        return MambaState(window, jnp.zeros((batch, self.inner, self.state), self.D.dtype))
+        wide = jnp.promote_types(self.D.dtype, jnp.float32)  # as `step` returns it
+        return MambaState(window, jnp.zeros((batch, self.inner, self.state), wide))
 
     def step(
         self, state: MambaState, h: Float[AnyArray, "B D"]

@@ -26,7 +26,7 @@ from tim4rec_jax.ssd import ssd, ssd_step, time_aware_ssd_block
 from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.convolution import ACTIVATIONS
 from tim4rec_jax.ssd.finite import call_guarded, zero_behind
-from tim4rec_jax.ssd.fused_block import has_kernel
+from tim4rec_jax.ssd.fused_block import has_kernel, rate_factor
 from tim4rec_jax.ssd.reference import decay_mask
 from tim4rec_jax.ssd.xla import ssd_last
 
@@ -128,7 +128,9 @@ class SSDLayer(nnx.Module):
         taps, channels = self.conv.kernel.shape
         shape = (batch, self.heads, self.head_width, self.state)
         window = jnp.zeros((batch, taps - 1, channels), self.dtype)
-        return LayerState(window, jnp.zeros(shape, self.dt_bias.dtype))
+        # As `step` returns it.
+        wide = jnp.promote_types(jnp.float32, jnp.promote_types(self.dtype, self.dt_bias.dtype))
+        return LayerState(window, jnp.zeros(shape, wide))
 
     def op_inputs(self, mixed: Float[Array, "*batch C"]) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Makes of the convolution's output the op's `x [*batch,H,P]`, B and C `[*batch,1,N]`."""
@@ -321,7 +323,7 @@ class CausalSSD(SSDLayer):
         dt = dt.astype(self.dt_bias.dtype) + self.dt_bias[...]
         if time is None:
             return jax.nn.softplus(dt), None
-        return jax.nn.softplus(dt + time.step), jnp.exp(time.rate)
+        return jax.nn.softplus(dt + time.step), rate_factor(time.rate)
 
     def _for_op(self, x, dt, time):
         """The op's input and step sizes.

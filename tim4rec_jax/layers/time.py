@@ -298,8 +298,8 @@ class DateBias(nnx.Module):
         return first + max(last - first, 1 / _DAY) * np.linspace(0, 1, self.vectors.shape[0])
 
     def __call__(
-        self, hidden: Float[Array, "*batch D"], dates: Float[Array, "*batch"]
-    ) -> Float[Array, "*batch D"]:
+        self, hidden: Float[Array, "*batch E"], dates: Float[Array, "*batch"]
+    ) -> Float[Array, "*batch E"]:
         """Hidden states that score items on `dates`, in days since 1970.
 
         Raises:
@@ -310,7 +310,10 @@ class DateBias(nnx.Module):
         share = (dates - first) / max(last - first, 1 / _DAY)  # all events may have one time
         position = jnp.clip(share, 0.0, 1.0) * (len(vectors) - 1)
         near = jnp.maximum(1.0 - jnp.abs(position[..., None] - jnp.arange(len(vectors))), 0.0)
-        return hidden + (near.astype(vectors.dtype) @ vectors).astype(hidden.dtype)
+        added = near.astype(vectors.dtype) @ vectors
+        # Behind the D numbers, a state can have others, such as the 1 for biases of items.
+        more = [(0, 0)] * (added.ndim - 1) + [(0, hidden.shape[-1] - added.shape[-1])]
+        return hidden + jnp.pad(added, more).astype(hidden.dtype)
 
     def _known_days(self) -> tuple[float, float]:
         if self.days is None:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Float64, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import EncoderLayer, Positions, Relation, take_rows
 from tim4rec_jax.layers.basic import dropout, fold, layer_norm
+from tim4rec_jax.layers.lookup import without_padding
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate, share
 from tim4rec_jax.ssd import finite_inputs
 
@@ -70,6 +71,7 @@ class BSARecLayer(EncoderLayer):
         self,
         settings: BSARecSettings,
         length: int,
+        beta: Float[Array, "D"],
         *,
         dtype: Any,
         param_dtype: Any,
@@ -87,7 +89,7 @@ class BSARecLayer(EncoderLayer):
             param_dtype=param_dtype,
             rngs=rngs,
         )
-        self.beta = nnx.Param(jax.random.normal(rngs.params(), (width,), param_dtype))
+        self.beta = nnx.Param(beta)
         self.filter_norm = layer_norm(width, _EPS, dtype, param_dtype, rngs)
         self.alpha, self.length, self.c = settings.alpha, length, settings.c
 
@@ -160,8 +162,10 @@ class BSARec(SequenceModel):
         self.positions = Positions(
             width, length, dropout_rate=settings.hidden_dropout_prob, eps=_EPS, **kwargs
         )
+        # Their layers are copies of one, all of whose other weights are drawn again.
+        beta = jax.random.normal(rngs.params(), (width,), param_dtype)
         self.layers = nnx.List(
-            [BSARecLayer(settings, length, **kwargs) for _ in range(settings.n_layers)]
+            [BSARecLayer(settings, length, beta, **kwargs) for _ in range(settings.n_layers)]
         )
 
     def __call__(
@@ -213,6 +217,8 @@ class BSARec(SequenceModel):
         real = source >= 0
         items = jnp.take_along_axis(items, jnp.clip(source, 0, items.shape[1] - 1), axis=1)
         items = jnp.where(real, items, 0)
-        h = self.positions(self.item_embedding(items), None, fold(seeds, 0))
+        # Padding has a part in every frequency, and learns nothing from it, as published.
+        vectors = without_padding(self.item_embedding(items), items)
+        h = self.positions(vectors, None, fold(seeds, 0))
         seen = real[:, None, None, :] & (index <= index[:, None])
         return h, seen | ~real[:, None, :, None]

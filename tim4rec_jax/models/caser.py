@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import Dense, dropout, uniform
+from tim4rec_jax.layers.lookup import lookup, without_padding
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, not_negative, rate
 
 _CHANNELS = 64  # of one convolution over windows of several heights
@@ -129,11 +130,12 @@ class Caser(SequenceModel):
         if users is None:
             users = jnp.zeros(len(items), jnp.int32)
         items = jnp.pad(items, ((0, 0), (0, self.max_length - items.shape[1])))
-        image = _looked_up(self.item_embedding, items)
+        image = without_padding(self.item_embedding(items), items)
         vertical = self.vertical(image.swapaxes(1, 2)).swapaxes(1, 2)  # [B,nv,D]
         seen = jnp.concatenate([vertical.reshape(len(items), -1), self._horizontal(image)], axis=1)
         h = jax.nn.relu(self.fc1(dropout(seen, self.dropout_rate, dropout_seeds)))
-        user = _looked_up(self.user_embedding, users)
+        table = self.user_embedding.embedding[...]
+        user = without_padding(lookup(table, users).astype(self.dtype), users)
         return jax.nn.relu(self.fc2(jnp.concatenate([h, user], axis=1)))
 
     def penalty(self) -> Float[Array, ""]:
@@ -174,12 +176,6 @@ class Caser(SequenceModel):
 def _xavier_normal(key, shape, dtype=None, out_sharding=None):
     """Not truncated, as `nnx.initializers.glorot_normal` is."""
     return nnx.initializers.normal((2 / sum(shape)) ** 0.5)(key, shape, dtype)
-
-
-def _looked_up(table: nnx.Embed, rows: Int32[Array, "*batch"]) -> Float[Array, "*batch D"]:
-    """Rows of a table, of which row 0 learns nothing from being looked up."""
-    found = table(rows)
-    return jnp.where((rows == 0)[..., None], jax.lax.stop_gradient(found), found)
 
 
 def _plain_correlate(x, kernel):

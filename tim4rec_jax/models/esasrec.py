@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import Attention, causal_mask, segment_positions, take_rows
 from tim4rec_jax.layers.basic import Dense, dropout, fold, layer_norm
+from tim4rec_jax.layers.lookup import lookup
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 from tim4rec_jax.ssd import finite_inputs
 
@@ -53,14 +54,19 @@ class LiGRLayer(nnx.Module):
     def __init__(self, settings: ESASRecSettings, *, dtype: Any, param_dtype: Any, rngs: nnx.Rngs):
         width, inner = settings.hidden_size, settings.inner_multiplier * settings.hidden_size
         self.dropout_rate = settings.dropout_prob
-        kwargs: dict[str, Any] = dict(
-            dtype=dtype, param_dtype=param_dtype, rngs=rngs, kernel_init=_GLOROT
-        )
+        kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         norm = (width, _EPS, dtype, param_dtype, rngs)
         self.attention_norm, self.feed_forward_norm = layer_norm(*norm), layer_norm(*norm)
         self.attention = Attention(
-            width, settings.n_heads, dropout_rate=self.dropout_rate, **kwargs
+            width,
+            settings.n_heads,
+            dropout_rate=self.dropout_rate,
+            # Theirs is one map to queries, keys and values, of width and 3 * width.
+            kernel_init=nnx.initializers.normal((2 / (4 * width)) ** 0.5),
+            out_init=_GLOROT,
+            **kwargs,
         )
+        kwargs["kernel_init"] = _GLOROT
         self.attention_gate = Dense(width, width, **kwargs)
         self.feed_forward_gate = Dense(width, width, **kwargs)
         self.fc1, self.fc3 = (Dense(width, inner, use_bias=False, **kwargs) for _ in range(2))
@@ -177,5 +183,6 @@ class ESASRec(SequenceModel):
     def _embed(self, items, segment_ids, seeds):
         index = jnp.arange(items.shape[1])
         positions = index if segment_ids is None else segment_positions(segment_ids)
-        x = self.item_embedding(items) + self.position_embedding(positions)
+        vectors = lookup(self.position_embedding.embedding[...], positions).astype(self.dtype)
+        x = self.item_embedding(items) + vectors
         return dropout(x, self.dropout_rate, fold(seeds, 0))

@@ -84,7 +84,8 @@ class LRURec(CausalBlocks):
         drawn = [
             param
             for path, param in nnx.to_flat_state(nnx.state(self, nnx.Param))
-            if not {"norm", "params_log", "maps"} & set(path)
+            # What is added to scores begins at zero, as in all models.
+            if not {"norm", "params_log", "maps", "offset", "last_offset", "drift"} & set(path)
         ]
         shapes = tuple(param.shape for param in drawn)
         values = _truncated_normal(rngs.params(), shapes, param_dtype)

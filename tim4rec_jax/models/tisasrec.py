@@ -43,8 +43,10 @@ class TimeRelation(NamedTuple):
 
     def score(self, query: Float[Array, "B H Q P"]) -> Float[Array, "B H Q L"]:
         """Query times the vector of each pair."""
-        by_time = jnp.einsum("bhqp,shp->bhqs", query, self.keys)
-        scores = jnp.take_along_axis(by_time, self.distance[:, None], axis=3)
+        # In at least float32: its gradient sums over all pairs of one distance.
+        wide = jnp.promote_types(query.dtype, jnp.float32)
+        by_time = jnp.einsum("bhqp,shp->bhqs", query, self.keys).astype(wide)
+        scores = jnp.take_along_axis(by_time, self.distance[:, None], axis=3).astype(query.dtype)
         return dropout(scores, self.dropout_rate, fold(self.seeds, 0))
 
     def add_up(self, weights: Float[Array, "B H Q L"]) -> Float[Array, "B H Q P"]:
@@ -52,11 +54,13 @@ class TimeRelation(NamedTuple):
         weights = dropout(weights, self.dropout_rate, fold(self.seeds, 1))
         batch, heads, queries, _ = weights.shape
         b, h, q = jnp.ix_(jnp.arange(batch), jnp.arange(heads), jnp.arange(queries))
-        sums = jnp.zeros((batch, heads, queries, len(self.values)), weights.dtype)
+        # In at least float32: hundreds of weights can have one distance.
+        wide = jnp.promote_types(weights.dtype, jnp.float32)
+        sums = jnp.zeros((batch, heads, queries, len(self.values)), wide)
         sums = sums.at[b[..., None], h[..., None], q[..., None], self.distance[:, None]].add(
-            weights
+            weights.astype(wide)
         )
-        return jnp.einsum("bhqs,shp->bhqp", sums, self.values)
+        return jnp.einsum("bhqs,shp->bhqp", sums.astype(weights.dtype), self.values)
 
 
 @dataclasses.dataclass(frozen=True)

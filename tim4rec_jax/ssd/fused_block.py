@@ -39,6 +39,15 @@ class BlockArguments(NamedTuple):
     time_rate: jax.Array | None = None
 
 
+def rate_factor(logarithm: Float[AnyArray, "*batch"]) -> Float[Array, "*batch"]:
+    """The factor on the rate of decay.
+
+    At e^-60 nothing decays and at e^60 all does, for any step size there is. Beyond, the factor
+    would vanish or overflow, and the input is divided by it.
+    """
+    return jnp.exp(jnp.clip(logarithm, -60.0, 60.0))
+
+
 def _composed(v: BlockArguments, op: str | None) -> jax.Array:
     """Computes the block from its parts, in at least float32 until the result."""
     heads, inner, cells = v.A.shape[0], v.norm_scale.shape[0], v.groups * v.state
@@ -62,7 +71,7 @@ def _composed(v: BlockArguments, op: str | None) -> jax.Array:
     else:
         # The op has one step size for input and decay. The factor on the rate of decay multiplies
         # that step size, and the input is divided by it.
-        rate = jnp.exp(v.time_rate.astype(dtype))
+        rate = rate_factor(v.time_rate.astype(dtype))
         dt = jax.nn.softplus(dt + v.dt_bias) * rate
         seen: Any = ssd(x / rate[..., None], dt, v.A, *of_rows, **settings)
         y = seen + v.D[:, None] * x
