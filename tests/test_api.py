@@ -293,6 +293,15 @@ def test_it_is_what_the_commands_do(model, tmp_path):
     assert report["metrics"] == model.evaluate() == model.metrics["test"]
 
 
+def test_a_filter_counts_for_all_users_however_it_is_given(model, monkeypatch):
+    monkeypatch.setattr("tim4rec_jax.serving.compiled_model.MAX_ROWS", 5)
+    users, denied = list(range(1000, 1012)), [70, 71, 72, 73]
+    expected = model.recommend(users=users, k=3, deny=denied)
+    found = model.recommend(users=users, k=3, deny=iter(denied))
+    pd.testing.assert_frame_equal(found, expected)
+    assert not set(found["sku"]) & set(denied)
+
+
 def test_similar_items(model):
     found = model.similar_items([75, 70], k=3)
     assert found["sku"].tolist() == [75] * 3 + [70] * 3

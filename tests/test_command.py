@@ -1,6 +1,7 @@
 """The command `tim4rec`: its parts under their names, and the wheel that brings it."""
 
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -90,6 +91,13 @@ def test_verify(tim4rec, tmp_path):
     assert "wrong" not in printed
     code, printed, _ = tim4rec("verify", run, "--dataset", tmp_path)
     assert (code, printed.count("wrong  ")) == (1, 1)
+    (run / "metrics.json").write_text("{}")  # a copy that ended before `best/`
+    shutil.rmtree(run / "best")
+    code, printed, _ = tim4rec("verify", run)
+    assert code == 1 and "has no best checkpoint yet" in printed
+    (run / "config.json").write_text('{"seed": ')
+    code, printed, _ = tim4rec("verify", run)
+    assert code == 1 and f"whole  {run / 'dataset.json'}" in printed
 
 
 def test_presets_by_name(tim4rec, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -155,8 +156,8 @@ def main(words: Sequence[str] | None = None) -> int | None:
 
 def _named(text: str) -> str:
     """The text with the commands as they are called here."""
-    for old, new in _NAMES.items():
-        text = text.replace(old, new)
+    for old, new in _NAMES.items():  # not within the name of a file
+        text = re.sub(rf"(?<![\w./-]){re.escape(old)}(?!\w)", new, text)
     return text
 
 

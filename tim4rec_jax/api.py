@@ -227,6 +227,8 @@ class Model:
           UserError: a user is not in the data, a column is missing, a time cannot be right, or
             `k` or `at` cannot be used.
         """
+        from tim4rec_jax.serving.ranker import ids_of
+
         if (users is None) == (histories is None):
             raise UserError("recommend takes either users= or histories=")
         if unknown := sorted(columns.keys() - frames.NAMES.keys()):
@@ -239,8 +241,10 @@ class Model:
             kind, item_type = self.frame, self._item_type()
         else:
             who, user_type, lengths, events_of, kind, item_type = self._of_table(histories, names)
-        filters: dict[str, Any] = dict(exclude_seen=exclude_seen, allow=allow, deny=deny)
-        scores, items = self._rank(lengths, events_of, k, frames.moments(at), filters)
+        # Once for all users: an iterator would be empty after the first of them.
+        filters: dict[str, Any] = dict(exclude_seen=exclude_seen)
+        filters |= {"allow": ids_of("allow", allow), "deny": ids_of("deny", deny)}
+        scores, items, known = self._rank(lengths, events_of, k, frames.moments(at), filters)
         row, place = np.nonzero(items)  # item 0 fills up where no item was left
         ids = pa.array(self.recommender.catalogue.ids).take(pa.array(items[row, place] - 1))
         found = {
@@ -248,7 +252,7 @@ class Model:
             names["item"]: frames.typed(ids, item_type),
             "rank": (place + 1).astype(np.int32),
             "score": scores[row, place].astype(np.float32),
-            "fallback": (lengths == 0)[row],
+            "fallback": ~known[row],
         }
         return frames.like(pa.table(found), kind)
 
@@ -259,8 +263,11 @@ class Model:
         k: int,
         at: Any,
         filters: dict[str, Any],
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Ranks users with histories of similar length together, which need less padding."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ranks users with histories of similar length together, which need less padding.
+
+        Returns the scores, the items, and of which users an event is known.
+        """
         from tim4rec_jax.serving.compiled_model import MAX_ROWS
 
         if np.ndim(at) and len(at) != len(lengths):
@@ -268,16 +275,15 @@ class Model:
         order = np.argsort(lengths, kind="stable")
         parts = [order[n : n + MAX_ROWS] for n in range(0, max(len(order), 1), MAX_ROWS)]
         longest = [int(lengths[rows].max(initial=1)) for rows in parts]
-        scores, items = [], []
+        scores, items, known = [], [], []
         for rows, width in zip(parts, _widths(longest), strict=True):
-            moments = at[rows] if np.ndim(at) else at
-            found = self.recommender.ranker.rank(
-                events_of(rows), k, at=moments, width=width, **filters
-            )
+            moments, events = at[rows] if np.ndim(at) else at, events_of(rows)
+            found = self.recommender.ranker.rank(events, k, at=moments, width=width, **filters)
             scores.append(found[0])
             items.append(found[1])
+            known.append(np.diff(events.offsets) > 0)
         back = np.argsort(order)
-        return np.concatenate(scores)[back], np.concatenate(items)[back]
+        return tuple(np.concatenate(each)[back] for each in (scores, items, known))
 
     def _of_users(self, users: Any) -> tuple:
         """The ids of users, their type, the lengths of their histories, and the histories."""
@@ -382,8 +388,10 @@ class Model:
           cosine between the two vectors.
 
         Raises:
-          UserError: an item is not known, or `k` is below 1.
+          UserError: an item is not known, `k` is below 1, or the model has no vectors of items.
         """
+        from tim4rec_jax.models.popularity import Popularity
+
         catalogue = self.recommender.catalogue
         given, _ = frames.ids(frames.array(items), "items")
         indices = catalogue.indices(given.to_pylist())
@@ -391,7 +399,11 @@ class Model:
             raise UserError(f"the model does not know the item {given[int(np.argmin(indices))]}")
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
-        table = np.asarray(self.recommender.model.table)[1 : len(catalogue) + 1]
+        model = self.recommender.model.sequence_model
+        if isinstance(model, Popularity):
+            raise UserError("the model is popularity, which has no vectors of items to compare")
+        # Not those that score: the last number of some of them is a bias.
+        table = np.asarray(model.item_vectors())[1 : len(catalogue) + 1]
         table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)
         k = min(k, len(catalogue) - 1)
         scores = table[indices - 1] @ table.T

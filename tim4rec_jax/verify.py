@@ -1,5 +1,6 @@
 """Checks that a run is whole: settings, figures, checkpoints, items, and the dataset behind it."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,7 +73,7 @@ def _findings(workdir: Path, dataset: str | Path | None) -> Iterator[Finding]:
         for step in checkpoint_steps(folder):
             path = folder / str(step)
             yield _finding(path, lambda path=path: _verify_arrays(path))
-    if (workdir / "best").is_dir():
+    if (workdir / "best").is_dir() or (workdir / "metrics.json").exists():
         yield _finding(workdir, lambda: _nothing(load_model(workdir)))
     if (workdir / fmt.ITEMS_FILE).exists():
         items = workdir / fmt.ITEMS_FILE
@@ -84,8 +85,13 @@ def _findings(workdir: Path, dataset: str | Path | None) -> Iterator[Finding]:
             lambda: _nothing(fmt.read_item_features(workdir, fmt.read_metadata(workdir))),
         )
     if (workdir / fmt.DATASET_FILE).exists():
-        named = Path(dataset or read_json(settings, dict[str, Any], _RESTORE).get("dataset") or "")
-        yield _finding(named, lambda: _verify_dataset(workdir, named))
+        with contextlib.suppress(UserError):  # damaged settings were told above
+            dataset = dataset or str(
+                read_json(settings, dict[str, Any], _RESTORE).get("dataset", "")
+            )
+        if dataset is not None:
+            named = Path(dataset)
+            yield _finding(named, lambda: _verify_dataset(workdir, named))
 
 
 def _finding(part: Path, check: Callable[[], str]) -> Finding:

@@ -153,3 +153,12 @@ def test_reads_what_torch_itself_writes(tmp_path):
     np.testing.assert_array_equal(read["weight"], linear.weight.detach().numpy())
     np.testing.assert_array_equal(read["view"], [2, 4, 6])
     assert read["bf16"].dtype == ml_dtypes.bfloat16
+
+
+def test_reads_complex_weights(tmp_path):
+    """LRURec has some."""
+    weights = {"a": np.array([1 + 2j, -3j], np.complex64), "b": np.array([1e-9j], np.complex128)}
+    _, read = read_checkpoint(torch_save(weights, tmp_path / "x.pth"))
+    for name, array in weights.items():
+        np.testing.assert_array_equal(read[name], array)
+        assert read[name].dtype == array.dtype

@@ -17,6 +17,8 @@ STORAGES = {
     "float32": "FloatStorage",
     "float16": "HalfStorage",
     "bfloat16": "BFloat16Storage",
+    "complex64": "ComplexFloatStorage",
+    "complex128": "ComplexDoubleStorage",
     "int64": "LongStorage",
     "bool": "BoolStorage",
 }

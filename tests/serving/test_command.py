@@ -231,6 +231,30 @@ def test_all_users_of_a_file(run, tmp_path, recommenders, monkeypatch):
     assert [found.fallback for found in expected].count(True) == 1
 
 
+@pytest.mark.parametrize(
+    ("second", "users"),
+    [
+        ("csv", ["01", "1", "7"]),
+        (pa.string(), ["01", "1", "7"]),
+        (pa.int64(), [1, 7, 3_000_000_000]),
+    ],
+)
+def test_users_of_several_files(run, tmp_path, second, users):
+    """In the order of texts, unless all files hold whole numbers."""
+    write_events(tmp_path / "a.parquet", [(7, "i1", 5), (1, "i1", 5)], pa.int32())
+    other = 3_000_000_000 if second == pa.int64() else "01"
+    if second == "csv":
+        (tmp_path / "b.csv").write_text("user,item,timestamp\n01,i2,6\n1,i2,6\n")
+    else:
+        one = 1 if second == pa.int64() else "1"
+        write_events(tmp_path / "b.parquet", [(other, "i2", 6), (one, "i2", 6)], second)
+    files = sorted(tmp_path.iterdir())
+    code, _, error = run("batch", "--workdir=run", "--events", *files, "--top-k=1",
+                         "--out", tmp_path / "out.parquet")  # fmt: skip
+    assert code == 0, error
+    assert pq.read_table(tmp_path / "out.parquet")["user"].to_pylist() == users
+
+
 def test_timestamps_of_parquet(run, tmp_path):
     """Columns of type TIMESTAMP are whole seconds since 1970, UTC."""
     write_events(tmp_path / "s.parquet", [("a", "i1", 86_400), ("a", "i2", 86_405)])

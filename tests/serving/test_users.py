@@ -25,9 +25,9 @@ from tests.serving.tiny_run import (
 )
 from tim4rec_jax.data import time_gaps
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.serving import Recommender, SQLiteStore
+from tim4rec_jax.serving import MemoryStore, Recommender, SQLiteStore
 from tim4rec_jax.serving.compiled_model import CompiledModel
-from tim4rec_jax.serving.stores import Change, Snapshot
+from tim4rec_jax.serving.stores import Change, Snapshot, StoreError
 
 ROOT = Path(__file__).parents[2]
 HISTORIES = [
@@ -91,6 +91,26 @@ def test_filters_and_moments_of_stored_users(recommenders, store):
     assert ours.scores == pytest.approx(theirs.scores, rel=1e-5)
     with pytest.raises(UserError, match="before the last event"):
         recommender.recommend_user("u0", at=times[-1] - 1)
+
+
+def test_of_updates_that_are_stored_together_each_is_stored_or_refused(recommenders, monkeypatch):
+    monkeypatch.setattr("tim4rec_jax.serving.user_state.MAX_ROWS", 4)
+    store = MemoryStore()
+    recommender = with_store(recommenders("causal"), store)
+    applied = store.apply
+
+    def apply(changes, model):
+        if any(change.user == "b2" for change in changes):
+            raise StoreError("full")
+        return applied(changes, model)
+
+    monkeypatch.setattr(store, "apply", apply)
+    requests = [([(f"{who}{n}", "i1", 5) for n in range(3)], False) for who in "abc"]
+    first, second, third = recommender.update_many(requests)
+    assert first == [True] * 3
+    assert isinstance(second, StoreError) and isinstance(third, StoreError)
+    known = [bool(store.history(f"{who}{n}")[0]) for who in "abc" for n in range(3)]
+    assert known == [True] * 3 + [False] * 6
 
 
 def test_strangers_and_unknown_items(recommenders, store):

@@ -76,6 +76,9 @@ def _open(directory: Path, n_items: int, checkpoint: Path) -> Dataset:
     return dataset
 
 
+_NARROW = {np.dtype(np.float64): np.float32, np.dtype(np.complex128): np.complex64}
+
+
 def _write_run(
     workdir: Path, settings: dict, max_length: int, dataset: Dataset | None, model: SequenceModel
 ) -> None:
@@ -104,7 +107,7 @@ def main(arguments: list[str] | None = None) -> None:
         config |= _read_yaml(flags.config)
     with np.errstate(over="ignore"):  # what overflows is refused as not finite
         weights = {  # a run computes in float32
-            name: value.astype(np.float32) if value.dtype == np.float64 else value
+            name: value.astype(_NARROW.get(value.dtype, value.dtype), copy=False)
             for name, value in weights.items()
         }
     try:

@@ -21,6 +21,8 @@ import numpy as np
 from tim4rec_jax.errors import UserError
 
 _STORAGE_DTYPES = {
+    "torch.ComplexDoubleStorage": np.dtype(np.complex128),
+    "torch.ComplexFloatStorage": np.dtype(np.complex64),
     "torch.DoubleStorage": np.dtype(np.float64),
     "torch.FloatStorage": np.dtype(np.float32),
     "torch.HalfStorage": np.dtype(np.float16),

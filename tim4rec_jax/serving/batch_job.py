@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
+from tim4rec_jax.data_prep.layout import sniff
 from tim4rec_jax.data_prep.sources import SOURCES
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import table_writer
@@ -200,8 +201,8 @@ class SortedEvents:
 
     Attributes:
         count: the number of events.
-        user_type: the type of the user ids: that of a Parquet file's column, if it holds whole
-            numbers, and texts otherwise.
+        user_type: the type of the user ids: whole numbers if all files are Parquet and have such,
+            and texts otherwise.
         bad_rows: the number of rows left out, by reason.
     """
 
@@ -277,12 +278,12 @@ class SortedEvents:
 
 
 def _look_into(paths: Sequence[str], columns: Columns, work: Path) -> tuple[Columns, pa.DataType]:
-    """The columns by name, and the type of the user ids, as the first file has them."""
+    """The columns by name, as the first file has them, and the type of the user ids of all."""
     source = SOURCES["table"]
     work.mkdir()
-    file = find(paths, source, work).events[0]
+    files = find(paths, source, work).events
     flags = {name: "" for name in ("user", "item", "time", "time_unit", "delimiter", "columns")}
-    layout = source.layout(file, Flags(**flags, rating=None, where=None))
+    layout = source.layout(files[0], Flags(**flags, rating=None, where=None))
     chosen = columns._replace(
         **{
             name: next((each for each in names if each in layout.columns), names[0])
@@ -290,11 +291,18 @@ def _look_into(paths: Sequence[str], columns: Columns, work: Path) -> tuple[Colu
             if getattr(columns, name) is None
         }
     )
-    if layout.kind == "parquet" and chosen.user in layout.columns:
-        kind = pq.read_schema(file.path).field(str(chosen.user)).type
-        if pa.types.is_integer(kind):
-            return chosen, kind
-    return chosen, pa.string()
+    kinds = set()
+    for file in files:
+        schema = pq.read_schema(file.path) if sniff(file) == "parquet" else pa.schema([])
+        place = schema.get_field_index(str(chosen.user))
+        kinds.add(schema.types[place] if place >= 0 else pa.string())
+    if not all(map(pa.types.is_integer, kinds)):
+        return chosen, pa.string()
+    if len(kinds) == 1:
+        return chosen, kinds.pop()
+    if all(map(pa.types.is_unsigned_integer, kinds)):
+        return chosen, pa.uint64()
+    return chosen, pa.string() if pa.uint64() in kinds else pa.int64()
 
 
 def _starts(table: pa.Table) -> np.ndarray:

@@ -57,8 +57,10 @@ class Catalogue:
 
     def title(self, item: str) -> str | None:
         """The title of an item, or `None` where it has none."""
+        if not self.titles:
+            return None
         [index] = self.indices([item])
-        return self.titles[index - 1] if self.titles and index else None
+        return self.titles[index - 1] if index else None
 
     def search(self, query: str, limit: int) -> list[int]:
         """The positions of items whose title or id contains a text.
@@ -73,9 +75,12 @@ class Catalogue:
         found = [position for position, name in enumerate(self._names) if wanted in name]
 
         def key(position: int) -> tuple[bool, int]:
-            item = self.ids[position]
-            names = (item.casefold(), (self.title(item) or "").casefold())
-            whole = bool(wanted) and wanted in names
+            # A name is the title, a space and the id, and neither has to be looked up.
+            name = self._names[position]
+            whole = bool(wanted) and (name.endswith(f" {wanted}") or name.startswith(f"{wanted} "))
+            if whole:  # which can be words of a title
+                title = self.titles[position] if self.titles else None
+                whole = wanted in (self.ids[position].casefold(), (title or "").casefold())
             return not whole, -int(self.counts[position])
 
         return sorted(found, key=key)[:limit]

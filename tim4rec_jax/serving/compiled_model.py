@@ -128,6 +128,7 @@ class CompiledModel:
         self.sizes: Sizes | None = None
         self.supports_step, self.knows_next_time = model.supports_step, model.knows_next_time
         self.table: Array = model.item_table()
+        self._top_items = jax.jit(lambda *arrays, k: top_items(*arrays, k), static_argnames="k")
         self.repeat_bias: Array | None = model.repeat_bias()
         self.neighbours: NeighbourTable | None = None
         if model.neighbours is not None:
@@ -283,7 +284,8 @@ class CompiledModel:
             near = self.neighbours, recent
         if self.last_bias is not None:
             last = self.last_bias, recent[:, :2]
-        scores, items = top_items(hidden, self.table, marks, self.repeat_bias, near, last, padded)
+        arrays = (hidden, self.table, marks, self.repeat_bias, near, last)
+        scores, items = self._top_items(*arrays, k=padded)
         return np.asarray(scores)[:, :k], np.asarray(items)[:, :k]
 
     def advance(self, users: Sequence[NewEvents]) -> list[bytes]:

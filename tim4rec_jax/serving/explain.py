@@ -74,7 +74,8 @@ def explain(
       at: the moment of the prediction, for models that know it.
 
     Raises:
-      UserError: times fall, or the model knows fewer than two of the events.
+      UserError: times fall, the model knows fewer than two of the events, or nothing is left to
+        recommend.
     """
     model, catalogue = recommender.model, recommender.catalogue
     history, _ = read_histories([(items, timestamps)], catalogue, sort=False)
@@ -84,6 +85,8 @@ def explain(
             "or more"
         )
     found = recommender.recommend(items, timestamps, at=at)
+    if not found.items:
+        raise UserError("the history holds every item that the model knows, so none is recommended")
     top = int(catalogue.indices(found.items[:1])[0])
     log_probabilities = _log_probabilities(model, without_each(history, model.max_length), at, top)
     last = slice(-model.max_length, None)

@@ -61,7 +61,9 @@ class Ranker:
         self.model, self.catalogue, self.index = model, catalogue, index
         self._by_popularity = np.argsort(-catalogue.counts, kind="stable").astype(np.int32) + 1
         # The batches of a large job share one filter.
-        self._barred: Callable[..., Any] = functools.lru_cache(maxsize=4)(self._find_barred)
+        # It does not know this object, so that a model that is replaced is gone at once.
+        find = functools.partial(_find_barred, catalogue)
+        self._barred: Callable[..., Any] = functools.lru_cache(maxsize=4)(find)
 
     def rank(
         self,
@@ -95,7 +97,7 @@ class Ranker:
         """
         count, k = len(events.offsets) - 1, self._number(k)
         moments = self._moments(at, count)
-        barred = self._barred(_ids("allow", allow), _ids("deny", deny))
+        barred = self._barred(ids_of("allow", allow), ids_of("deny", deny))
         scores, items = [np.zeros((0, k), np.float32)], [np.zeros((0, k), np.int32)]
         most = max(1, min(MAX_ROWS, self.model.max_rows, _MAX_MARKS // len(self.model.table)))
         most = 1 << (most.bit_length() - 1)  # what is not a power of two is padded to one
@@ -127,7 +129,7 @@ class Ranker:
         moment = None if moments is None else int(moments[0])
         if moment is not None and events.items.size and moment < events.timestamps[-1]:
             raise UserError("`at` is before the last event of a history")
-        barred = self._find_barred(_ids("allow", allow), _ids("deny", deny))
+        barred = _find_barred(self.catalogue, ids_of("allow", allow), ids_of("deny", deny))
         return Query(events, self._number(k), moment, exclude_seen, barred=barred, unknown=unknown)
 
     def answer(
@@ -205,18 +207,6 @@ class Ranker:
             raise UserError(f"`at` has {len(moments)} times for {count} histories")
         return np.broadcast_to(moments, count)
 
-    def _find_barred(
-        self, allow: frozenset[str] | None, deny: frozenset[str] | None
-    ) -> Bool[np.ndarray, " V_and_1"] | None:
-        if allow is None and deny is None:
-            return None
-        barred = np.full(len(self.catalogue) + 1, allow is not None)
-        if allow is not None:
-            barred[self.catalogue.indices(allow)] = False
-        if deny is not None:
-            barred[self.catalogue.indices(deny)] = True
-        return barred
-
     def _best(self, events: Events, hidden, k: int, barred: list, exclude_seen: list[bool]):
         """The best items of histories, each with its own filter and `exclude_seen`."""
         repeat_bias = self.model.repeat_bias
@@ -257,7 +247,29 @@ class Ranker:
         return marks
 
 
-def _ids(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
+def _find_barred(
+    catalogue: Catalogue, allow: frozenset[str] | None, deny: frozenset[str] | None
+) -> Bool[np.ndarray, " V_and_1"] | None:
+    if allow is None and deny is None:
+        return None
+    barred = np.full(len(catalogue) + 1, allow is not None)
+    if allow is not None:
+        barred[catalogue.indices(allow)] = False
+    if deny is not None:
+        barred[catalogue.indices(deny)] = True
+    return barred
+
+
+def ids_of(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
+    """The ids of a filter, which may be an iterator; None stays.
+
+    Args:
+        name: of the filter, for messages.
+        items: the ids.
+
+    Raises:
+        UserError: it is a single text, or something else than texts and whole numbers.
+    """
     if isinstance(items, str | bytes):
         raise UserError(f"{name} is the single text {items!r}; give a list of ids")
     if items is None:

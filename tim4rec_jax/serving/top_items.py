@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt8
@@ -22,7 +19,6 @@ _BLOCK, _LARGE_BLOCK = 4096, 16384
 _GROUP = 64  # neighbours in a block, of which only the best are looked at one by one
 
 
-@partial(jax.jit, static_argnames="k")
 def top_items(
     hidden: Float[Array, "R D"],
     table: Float[Array, "V_and_1 D"],
@@ -33,6 +29,8 @@ def top_items(
     k: int,
 ) -> tuple[Float[Array, "R K"], Int[Array, "R K"]]:
     """The `k` best items of every user, best first; of equal scores the lower index comes first.
+
+    Whoever calls it compiles it, so that programs for a catalogue go with its model.
 
     The rules are those of `evaluation.ranking.top_k`: scores are `hidden @ table.T` in float32 or
     wider, an item with a NaN score is never among the best, and item 0 with score -inf fills up.

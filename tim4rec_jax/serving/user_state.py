@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import threading
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -138,8 +139,11 @@ class Users:
             For each update its error, `None` if it is stored. An update whose events are out of
             order is not stored at all, and does not keep the others from being stored.
 
+        Where the store fails, the updates that it has not stored have its error. One of more than
+        `MAX_ROWS` users may be stored in part.
+
         Raises:
-            StoreError: the store cannot be used. Some updates may be stored.
+            StoreError: the store cannot be read. Nothing is stored.
         """
         errors: list[UserError | None] = [None] * len(updates)
         users = list({user: None for update in updates for user in update.events})
@@ -149,7 +153,8 @@ class Users:
             user: snapshot.last
             for user, snapshot in zip(users, self.store.snapshots(users, ""), strict=True)
         }
-        pending: dict[str, list[tuple[int, NewOnes]]] = {}
+        # What is stored at once: whole updates, as long as they have no more than `MAX_ROWS` users.
+        chunks: list[dict[str, list[tuple[int, NewOnes]]]] = [{}]
         for number, update in enumerate(updates):
             try:
                 latest = {
@@ -160,8 +165,27 @@ class Users:
                 errors[number] = error
                 continue
             lasts |= latest
+            if len(chunks[-1] | update.events) > MAX_ROWS and chunks[-1]:
+                chunks.append({})
             for user, events in update.events.items():
-                pending.setdefault(user, []).append((number, events))
+                chunks[-1].setdefault(user, []).append((number, events))
+        for place, pending in enumerate(chunks):
+            try:
+                self._store(pending, updates, errors)
+            except StoreError as error:
+                for lost in chunks[place:]:
+                    for number, _ in itertools.chain.from_iterable(lost.values()):
+                        errors[number] = errors[number] or error
+                break
+        return errors
+
+    def _store(
+        self,
+        pending: dict[str, list[tuple[int, NewOnes]]],
+        updates: Sequence[Update],
+        errors: list[UserError | None],
+    ) -> None:
+        """Stores the events of some users; the number of its update stands by each."""
         names = list(pending)
         for first in range(0, len(names), MAX_ROWS):
             part = {name: pending[name] for name in names[first : first + MAX_ROWS]}
@@ -169,7 +193,6 @@ class Users:
             # compete for a user, one succeeds each time, so the loop ends.
             while part:
                 part = self._try_update(part, updates, errors)
-        return errors
 
     def _try_update(
         self,

@@ -102,6 +102,7 @@ def serve(
     server = Server(app, load)
     if token or host.startswith("127."):
         app.state.service.reload = server.load_again
+    del recommender, app  # the service has them, and lets go of what it has loaded again
     server.run(sockets=[listener])
 
 
