@@ -248,9 +248,11 @@ def crossing(one: dict[int, Estimate], other: dict[int, Estimate]) -> tuple[int,
 def _compared(results: Results, dataset: str, kind: str, lengths: list[int]) -> str:
     """The best length on validation, and which lengths the test tells from 50."""
     valid = {
-        n: results.level("valid_ndcg@10", dataset=dataset, layer=kind, length=n) for n in lengths
+        n: level.value
+        for n in lengths
+        if (level := results.level("valid_ndcg@10", dataset=dataset, layer=kind, length=n))
     }
-    best = max(lengths, key=lambda n: valid[n].value if valid[n] else 0)
+    best = max(valid, key=lambda n: valid[n])
     gaps = {n: results.difference(dataset, f"{kind} {n}") for n in lengths}
     clear = [f"{n} by {gap}" for n, gap in gaps.items() if gap and gap.clear]
     from_50 = f"{join(clear)} from 50" if clear else "no length clearly from 50"

@@ -283,7 +283,8 @@ class Model:
             items.append(found[1])
             known.append(np.diff(events.offsets) > 0)
         back = np.argsort(order)
-        return tuple(np.concatenate(each)[back] for each in (scores, items, known))
+        scores, items, known = (np.concatenate(each)[back] for each in (scores, items, known))
+        return scores, items, known
 
     def _of_users(self, users: Any) -> tuple:
         """The ids of users, their type, the lengths of their histories, and the histories."""

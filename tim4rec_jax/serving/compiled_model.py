@@ -128,7 +128,7 @@ class CompiledModel:
         self.sizes: Sizes | None = None
         self.supports_step, self.knows_next_time = model.supports_step, model.knows_next_time
         self.table: Array = model.item_table()
-        self._top_items = jax.jit(lambda *arrays, k: top_items(*arrays, k), static_argnames="k")
+        self._top_items = jax.jit(lambda *arrays, k: top_items(*arrays, k=k), static_argnames="k")
         self.repeat_bias: Array | None = model.repeat_bias()
         self.neighbours: NeighbourTable | None = None
         if model.neighbours is not None:

@@ -165,7 +165,7 @@ class Users:
                 errors[number] = error
                 continue
             lasts |= latest
-            if len(chunks[-1] | update.events) > MAX_ROWS and chunks[-1]:
+            if chunks[-1] and len(chunks[-1].keys() | update.events.keys()) > MAX_ROWS:
                 chunks.append({})
             for user, events in update.events.items():
                 chunks[-1].setdefault(user, []).append((number, events))
