@@ -48,7 +48,7 @@ test-lowest: .venv-lowest/lowest.txt
 
 # The kernels on an NVIDIA GPU. The environment needs JAX for CUDA.
 test-gpu: $(VENV)/.dev
-	JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $(PY) -m pytest tests/ssd/test_triton.py tests/ssd/test_block.py -k triton
+	JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $(PY) -m pytest tests/ssd/test_triton.py tests/ssd/test_block.py tests/ssd/test_ssd.py -k triton
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

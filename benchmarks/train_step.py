@@ -29,7 +29,7 @@ from rich.table import Table
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import open_dataset, train_dates
 from tim4rec_jax.models import build
-from tim4rec_jax.runtime import data_sharding
+from tim4rec_jax.runtime import data_sharding, keep_bits
 from tim4rec_jax.training.dispatch import make_steps
 from tim4rec_jax.training.inputs import make_batches
 from tim4rec_jax.training.state import init_state, make_optimizer
@@ -233,6 +233,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="its size (default: the config's)")
     parser.add_argument("--runs", type=int, default=5, help="steps or epochs to measure")
     flags = parser.parse_args()
+    keep_bits()  # as `train.py` does
     console = Console()
     if flags.epoch:
         epochs(console, flags.epoch, flags.config, flags.batch, flags.runs)

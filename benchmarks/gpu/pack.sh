@@ -5,14 +5,14 @@
 # the committed files, the wheels and the datasets. Unpack it there and run
 # `bash benchmarks/gpu/run.sh` in the folder.
 #   PYTHON_VERSION   the GPU machine's Python (3.12)
-#   WHEELS           what it lacks. It has JAX for CUDA, flax, optax, orbax-checkpoint and pytest.
+#   WHEELS           what it lacks. It has JAX 0.11 for CUDA, flax, optax, orbax-checkpoint and pytest.
 #   MAMBA            folder of an unpacked source distribution of mamba-ssm, to compare with
 set -eu
 HERE=$(cd "$(dirname "$0")" && pwd); ROOT=$(cd "$HERE/../.." && pwd)
 for data in "$@"; do
   [ -f "$data/dataset.json" ] || { echo "$data is no prepared dataset: it has no dataset.json" >&2; exit 1; }
 done
-: "${WHEELS:=annotated-types array_record beartype grain jax-triton>=0.4.1,<0.5 ml_collections portpicker pydantic tensorboardX typing-inspection}"
+: "${WHEELS:=annotated-types array_record beartype grain hypothesis jax-triton>=0.4.1,<0.5 jaxtyping ml_collections portpicker pyarrow pydantic sortedcontainers tensorboardX typing-inspection wadler-lindig}"
 fetch() { # REQUIREMENT...: wheels for the machine
   python3 -m pip download -q --no-deps --only-binary=:all: --implementation cp \
     --python-version "${PYTHON_VERSION:-3.12}" --platform manylinux_2_28_x86_64 \

@@ -19,6 +19,10 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HERE/cache/xla}
 PY=python3; [ -x .venv/bin/python ] && PY=.venv/bin/python
 SHARED="env XLA_PYTHON_CLIENT_PREALLOCATE=false"  # several programs on one GPU
 
+STEPS=" smoke time-causal tests check time-op time-step ml1m-causal time-mamba ml1m-paper tune "
+for name in "$@"; do
+  [ "${STEPS/ $name /}" != "$STEPS" ] || { echo "$name is no step; there are$STEPS" >&2; exit 2; }
+done
 say() { echo "[$(($(date +%s) - START)) s] $*" | tee -a "$LOG"; }
 wanted() { [ "$WANTED" = "  " ] || [ "${WANTED/ $1 /}" != "$WANTED" ]; }
 step() { # NAME LIMIT COMMAND...: the output goes to the log, its last lines to the screen
@@ -36,6 +40,7 @@ step() { # NAME LIMIT COMMAND...: the output goes to the log, its last lines to 
 }
 training() { # NAME LIMIT CONFIG FLAG...: time that runs out is no failure, as a later run goes on
   local name=$1 limit=$2 config=$3 before=$FAILED; shift 3
+  wanted "$name" || return 0
   step "$name" "$limit" $PY train.py --config "$config" --workdir "$RUNS/$name" --config.eval.batch_size=2048 "$@" "${TINY[@]}"
   case $? in 124 | 137) FAILED=$before ;; esac
   keep_runs
@@ -61,11 +66,11 @@ step time-causal 70 $PY -m benchmarks.gpu.time_causal "${MODE[@]}"
 # Side by side, as nothing of it is timed: compiling takes the host's cores, and the GPU has room.
 WORKERS=(); $PY -c 'import xdist' 2>/dev/null && WORKERS=(-n 8)
 if [ -z "${MODE[*]}" ]; then
-  step tests 110 $SHARED JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $PY -m pytest "${WORKERS[@]}" -v -W default tests/ssd/test_triton.py tests/ssd/test_block.py -k triton -p no:cacheprovider &
+  step tests 110 $SHARED JAX_PLATFORMS=cuda,cpu TRITON_INTERPRET=0 $PY -m pytest "${WORKERS[@]}" -v -W default tests/ssd/test_triton.py tests/ssd/test_block.py tests/ssd/test_ssd.py -k triton -p no:cacheprovider &
   TESTS=$!
   wanted time-mamba && $MAMBA timeout 110 $PY -m benchmarks.gpu.time_mamba --warm >/dev/null 2>&1 &
 fi
-step check 110 $SHARED $PY -m benchmarks.gpu.check_kernels "${MODE[@]}"
+step check 110 $SHARED XLA_PYTHON_CLIENT_MEM_FRACTION=.9 $PY -m benchmarks.gpu.check_kernels "${MODE[@]}"
 [ -z "${TESTS:-}" ] || wait "$TESTS" || FAILED=1
 wait
 step time-op 85 $PY -m benchmarks.gpu.time_op "${MODE[@]}"

@@ -38,16 +38,15 @@ def time_shape(session: Session, shape: Shape, sets: list, gradient: bool) -> di
 def main() -> None:
     """Runs the command line."""
     session = Session("time_causal", __doc__)
-    sentences = []
     for shape in map(session.sized, (PACKED, BEAUTY, ML_1M)):
         sets = input_sets(shape.block_inputs(causal=True))
         times = time_shape(session, shape, sets, gradient=True)
         figures = ", ".join(f"{way} {us} us" for way, us in times.items())
         fastest = min(times, key=times.__getitem__, default="no way")
         where = f"{shape.batch} rows of {shape.length} positions ({shape.name})"
-        sentences.append(f"Of the causal layer, {fastest} is the fastest for {where}: {figures}.")
+        said = f"Of the causal layer, {fastest} is the fastest for {where}: {figures}."
+        print(said, flush=True)
         time_shape(session, shape, sets, gradient=False)
-    print("\n".join(sentences))
     session.finish()
 
 

@@ -1,6 +1,7 @@
 """Times mamba_ssm's Triton pipeline in PyTorch, whose products of float32 are tf32.
 
-It needs PyTorch and the module `mamba_ssm.ops.triton.ssd_combined`.
+A call starts some fifteen kernels from Python, which is most of its time at small shapes. It needs
+PyTorch and the module `mamba_ssm.ops.triton.ssd_combined`.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import os
 from typing import NamedTuple
 
 import jax
@@ -84,10 +85,24 @@ def test_rows_stay_on_their_devices():
         ({}, None, "it needs an NVIDIA GPU"),
     ],
 )
-def test_says_why_it_cannot_run(change, capability, message, triton):
+def test_says_why_it_cannot_run(change, capability, message, triton, monkeypatch):
+    if capability is None:  # whatever this machine has
+
+        def no_devices(**_):
+            raise RuntimeError("no such platform")
+
+        monkeypatch.setattr(jax, "local_devices", no_devices)
     inputs = to_dtype(make(dataclasses.replace(SMALL, **change))[0], "float32")
     with compile_for("gpu", capability), pytest.raises(ValueError, match=message):
         ssd(**inputs, implementation="triton")
+
+
+def test_what_no_kernel_reads_is_left_to_xla(triton):
+    inputs = to_dtype(make(SMALL)[0], "float32")
+    inputs |= {name: inputs[name].astype(jnp.float8_e4m3fn) for name in ("x", "B", "C")}
+    with pytest.raises(ValueError, match="it reads float32, bfloat16, float16, and an input is"):
+        ssd(**inputs, implementation="triton")
+    assert jax.eval_shape(lambda: ssd(**inputs)).shape == inputs["x"].shape
 
 
 def test_float64_and_other_platforms_are_refused(triton, x64):
@@ -122,6 +137,9 @@ def multiply(a, b, high, low, total, S: tl.constexpr):
     tl.store(total + at, common.product(left, right, S))
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "0", reason="it starts its kernel in the interpreter"
+)
 def test_three_products_of_tensor_cores_are_nearly_float32():
     rng = np.random.default_rng(0)
     shape = jax.ShapeDtypeStruct((32, 32), np.float32)

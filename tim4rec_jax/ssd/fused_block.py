@@ -42,10 +42,10 @@ class BlockArguments(NamedTuple):
 def rate_factor(logarithm: Float[AnyArray, "*batch"]) -> Float[Array, "*batch"]:
     """The factor on the rate of decay.
 
-    At e^-60 nothing decays and at e^60 all does, for any step size there is. Beyond, the factor
-    would vanish or overflow, and the input is divided by it.
+    At e^-40 nothing decays and at e^40 all does, for any step size there is. Beyond e^44, the
+    square of the factor would vanish or overflow, and the gradient is divided by it.
     """
-    return jnp.exp(jnp.clip(logarithm, -60.0, 60.0))
+    return jnp.exp(jnp.clip(logarithm, -40.0, 40.0))
 
 
 def _composed(v: BlockArguments, op: str | None) -> jax.Array:

@@ -168,7 +168,8 @@ def load_steps(v, chunk, head, S: tl.constexpr):
     step = tl.where(chunk.inside, softplus(raw), 0)
     if S.HAS_RATE:
         faster = tl.load(v.rate + chunk.at * S.H + head, mask=chunk.inside, other=0)
-        faster = tl.exp(faster.to(tl.float32))
+        # As `ssd.fused_block.rate_factor`: what is infinite would make gradients of NaN.
+        faster = tl.exp(tl.minimum(tl.maximum(faster.to(tl.float32), -40.0), 40.0))
     else:
         faster = tl.full(chunk.at.shape, 1, tl.float32)
     rate = faster * tl.load(v.A + head).to(tl.float32)

@@ -86,6 +86,9 @@ def tile_sizes(
     return best._replace(chunk=min(best.chunk, enough), heads=together)
 
 
+_FLOATS = ("float32", "bfloat16", "float16")
+
+
 def unsupported_reason(
     arrays, width: int, state: int, sizes: tuple[int, ...] = SIZES
 ) -> str | None:
@@ -102,8 +105,11 @@ def unsupported_reason(
     """
     if importlib.util.find_spec("jax_triton") is None:
         return "jax-triton is not installed; pip install 'tim4rec-jax[triton]'"
-    if any(array is not None and array.dtype == jnp.float64 for array in arrays):
-        return "it computes in float32 and an input is float64"
+    for dtype in (array.dtype for array in arrays if array is not None):
+        if dtype == jnp.float64:
+            return "it computes in float32 and an input is float64"
+        if jnp.issubdtype(dtype, jnp.floating) and dtype not in _FLOATS:
+            return f"it reads {', '.join(_FLOATS)}, and an input is {dtype}"
     for letter, size in (("P", width), ("N", state)):
         if size not in sizes:
             return f"{letter} must be one of {', '.join(map(str, sizes))}, and it is {size}"
