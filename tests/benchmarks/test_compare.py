@@ -10,8 +10,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from rich.console import Console
+from scipy import stats
 
-from tests.serving.tiny_run import tiny_dataset
+from tests.data.small_dataset import random_histories, write_dataset
+from tests.serving.tiny_run import save_run, tiny_dataset
 from tim4rec_jax.cli import parse
 from tim4rec_jax.commands import compare
 from tim4rec_jax.commands.compare import arguments, measure, train, write_csv
@@ -24,11 +26,16 @@ from tim4rec_jax.commands.compare_report import (
     print_result,
     spread,
 )
-from tim4rec_jax.commands.results import COLUMNS, changed_settings, read, rows_of_run
+from tim4rec_jax.commands.results import COLUMNS, _gains, changed_settings, read, rows_of_run
 from tim4rec_jax.commands.trainings import settings
+from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.evaluation.metrics import metrics
-from tim4rec_jax.run import write_settings
+from tim4rec_jax.evaluation import evaluate
+from tim4rec_jax.evaluation.evaluate import batch_settings
+from tim4rec_jax.evaluation.evaluate_run import evaluate_run
+from tim4rec_jax.evaluation.metrics import metrics, per_user
+from tim4rec_jax.evaluation.significance import paired_p_values
+from tim4rec_jax.run import load_model, read_settings, write_settings
 
 RNG = np.random.default_rng(0)
 USERS = 400
@@ -68,6 +75,41 @@ def test_holm_multiplies_the_smallest_by_the_number_of_models():
     alone = p_values({"a": [GOOD], "c": [BAD]})["c"]
     among_two = p_values({"a": [GOOD], "b": [SAME], "c": [BAD]})["c"]
     assert among_two == pytest.approx(2 * alone)
+
+
+def test_holm_multiplies_each_by_the_number_that_are_left():
+    rng = np.random.default_rng(0)
+    first = rng.normal(size=200)
+    others = {str(n): first + rng.normal(0.05 * n, 1, 200) for n in (1, 3, 5)}
+    raw = {name: stats.ttest_rel(gains, first).pvalue for name, gains in others.items()}
+    found, (a, b, c) = paired_p_values({"first": first} | others), sorted(raw, key=raw.get)
+    second = max(3 * raw[a], 2 * raw[b])
+    assert [found[a], found[b]] == pytest.approx([3 * raw[a], second])
+    assert found[c] == pytest.approx(max(second, raw[c]))
+
+
+@pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
+def test_what_is_measured_is_the_test_of_the_run(tmp_path, split):
+    dataset = write_dataset(tmp_path / "data", random_histories([20] * 9))
+    run = save_run(tmp_path / "run", dataset)
+    config = read_settings(run / "config.json")
+    config.data.split = split
+    write_settings(config, run / "config.json")
+    (run / "metrics.json").write_text("{}")
+    (tmp_path / "cost.json").write_text('{"cpu": 1.0, "memory": 1.0}')
+    config, model = load_model(run)
+    ds, expected = open_dataset(dataset).split(split), {}
+    for seen in ("ranked", "masked"):
+        settings = batch_settings(config) | {"exclude_seen": seen == "masked"}
+        figures, found = evaluate(model, ds, "test", **settings)
+        expected[seen] = per_user(found[found > 0], (10,))["ndcg@10"]
+        if seen == "ranked":
+            assert measure(tmp_path)["test"] == pytest.approx(figures)
+            report = evaluate_run(run, accuracy_only=True)
+            assert report["metrics"] == pytest.approx(figures)
+    assert not np.array_equal(expected["ranked"], expected["masked"])
+    for seen, gains in _gains(run).items():
+        np.testing.assert_array_equal(gains, expected[seen])
 
 
 def test_tables_and_files(tmp_path):
@@ -189,7 +231,13 @@ def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
     folder, words = finished
     figures = {"hit@10": 0.25, "ndcg@10": 0.125}
     told = {"test": figures, "test_standard_errors": figures, "users": 3}
-    told |= {"valid": figures, "epochs": 3, "best_epoch": 2, "jax": "0.10.2", "device": "cpu"}
+    told |= {
+        "valid": figures | {"ndcg@10": 0.75},
+        "epochs": 3,
+        "best_epoch": 2,
+        "jax": "0.10.2",
+        "device": "cpu",
+    }
     (folder / "run" / "metrics.json").write_text(json.dumps(told))
     masked = {"metrics": figures | {"ndcg@10": 0.5}, "protocol": {"ties": "optimistic"}}
     (folder / "run" / "eval_test_exclude_seen.json").write_text(json.dumps(masked))
@@ -197,7 +245,7 @@ def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
     rows = rows_of_run(folder / "run")
     found = [(row["part"], row["seen"], row["ndcg@10"]) for row in rows]
     assert found == [
-        ("valid", "ranked", "0.125000"),
+        ("valid", "ranked", "0.750000"),
         ("test", "ranked", "0.125000"),
         ("test", "masked", "0.500000"),
     ]

@@ -23,7 +23,7 @@ from tim4rec_jax.serving import Recommender
 from tim4rec_jax.serving.catalogue import Catalogue
 
 HISTORIES = [([f"i{item}" for item in items], times) for items, times in random_histories(LENGTHS)]
-ENCODINGS = ("masked", "paper", "causal", "bert4rec")
+ENCODINGS = ("masked", "paper", "causal", "bert4rec", "next_time")
 
 
 @pytest.mark.parametrize("exclude_seen", [False, True])
@@ -37,8 +37,9 @@ def test_equal_to_evaluation(tiny_data, recommenders, tmp_path, encoding, exclud
     table = pq.read_table(path).to_pylist()
     for user, (items, times) in enumerate(HISTORIES):
         rows = [row for row in table if row["user"] == f"u{user}"]
+        at = int(times[-1]) if encoding == "next_time" else None  # which evaluation knows
         found = recommenders(encoding).recommend(
-            items[:-1], times[:-1], k=5, exclude_seen=exclude_seen
+            items[:-1], times[:-1], k=5, exclude_seen=exclude_seen, at=at
         )
         assert found.items == [row["item"] for row in rows]
         assert found.scores == pytest.approx([row["score"] for row in rows], rel=1e-5, abs=1e-5)

@@ -23,7 +23,7 @@ from tests.training.tiny_run import (
 )
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.commands.search import validations
-from tim4rec_jax.data import TrainBatches, open_dataset
+from tim4rec_jax.data import TrainBatches, open_dataset, train_item_counts
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.protocol import best_epoch
@@ -119,6 +119,58 @@ def test_the_model_that_only_counts(dataset, tmp_path):
     config_lib.use_model(config, "popularity")
     result = train(config, tmp_path / "run")
     assert result["epochs"] == 1 and read_date_range(tmp_path / "run") is None
+    ds, (_, model) = open_dataset(config.dataset), load_model(tmp_path / "run")
+    hidden = model.encode(jnp.ones((1, 2), jnp.int32), jnp.array([2]), jnp.zeros((1, 2)))
+    counts = train_item_counts(ds)
+    assert (counts != ds.item_counts).any()  # which hold the events of the test, too
+    np.testing.assert_array_equal((hidden @ model.item_table().T)[0, 1:], counts)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train.weight_decay": 0.1},
+        {"data.windows_per_user": 1, "train.objective": "every_position"},
+        {"train.loss": "gbce", "train.calibration": 0.0},
+    ],
+)
+def test_a_setting_changes_what_is_learnt(dataset, tmp_path, change):
+    found = []
+    for name, more in (("a", {}), ("b", change)):
+        config = quick_config(dataset, epochs=1)
+        if "train.loss" in change:
+            config.train.update(loss="gbce", negatives=4)
+        config.train.objective = change.get("train.objective", "prefix")
+        config.update_from_flattened_dict(more)
+        train(config, tmp_path / name)
+        found.append(jax.tree.leaves(nnx.state(load_model(tmp_path / name)[1], nnx.Param)))
+    assert any((one[...] != other[...]).any() for one, other in zip(*found, strict=True))
+
+
+def test_validation_every_second_epoch(dataset, tmp_path, monkeypatch):
+    scripted(monkeypatch, [0.1, 0.2])
+    config = quick_config(dataset, epochs=4)
+    config.eval.valid_epochs = 2
+    train(config, tmp_path)
+    assert [record["epoch"] for record in records(tmp_path, "valid")] == [2, 4]
+
+
+def test_a_run_that_goes_on_keeps_its_stale_epochs(dataset, tmp_path, monkeypatch):
+    config = quick_config(dataset, epochs=9, patience=1)
+    run = dispatch.HostSteps.run
+
+    def signalled(self, state):
+        if last_of_epoch(self, state) and int(state.step) + 1 > self._batches.batches_per_epoch:
+            signal.raise_signal(signal.SIGTERM)
+        return run(self, state)
+
+    scripted(monkeypatch, [0.3, 0.2])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dispatch.HostSteps, "run", signalled)
+        train(config, tmp_path)
+    scripted(monkeypatch, [0.1, 0.9])
+    figures = train(config, tmp_path)
+    assert (figures["epochs"], figures["best_epoch"]) == (3, 1)
 
 
 @pytest.fixture(scope="module")
