@@ -130,7 +130,7 @@ def test_the_model_that_only_counts(dataset, tmp_path):
     "change",
     [
         {"train.weight_decay": 0.1},
-        {"data.windows_per_user": 1, "train.objective": "every_position"},
+        {"data.windows_per_user": 1},
         {"train.loss": "gbce", "train.calibration": 0.0},
     ],
 )
@@ -140,7 +140,9 @@ def test_a_setting_changes_what_is_learnt(dataset, tmp_path, change):
         config = quick_config(dataset, epochs=1)
         if "train.loss" in change:
             config.train.update(loss="gbce", negatives=4)
-        config.train.objective = change.get("train.objective", "prefix")
+        if "data.windows_per_user" in change:  # of which a history must have several
+            config.train.objective = "every_position"
+            config.data.update(max_length=4, buckets=(4,))
         config.update_from_flattened_dict(more)
         train(config, tmp_path / name)
         found.append(jax.tree.leaves(nnx.state(load_model(tmp_path / name)[1], nnx.Param)))
