@@ -259,6 +259,7 @@ def test_data_that_cannot_be_fetched(command, tmp_path, monkeypatch):
 def test_settings_of_another_run_are_told_apart_before_data_is_prepared(command, tmp_path):
     config, _ = parsed(CONFIG)
     write_settings(config, tmp_path / "config.json")
+    (tmp_path / "log.jsonl").touch()  # it has begun
     code, said, errors = command(CONFIG, f"--workdir={tmp_path}", "--config.train.epochs=3")
     assert (code, said) == (1, "")
     assert "holds a run with other settings: train.epochs (300 -> 3)" in errors
@@ -268,8 +269,8 @@ def test_a_dataset_not_prepared_yet(command, tmp_path):
     code, said, errors = command(CONFIG, f"--workdir={tmp_path}", "--config.dataset=nowhere")
     assert (code, said) == (1, "")
     assert errors == (
-        "error: nowhere is not a prepared dataset yet; prepare it with "
-        "`python -m data_prep movielens ml-1m --order recbole --out data/ml-1m`\n"
+        "error: nowhere is not a prepared dataset; correct --config.dataset, or prepare it with "
+        "`python -m data_prep movielens ml-1m --order recbole --out nowhere`\n"
     )
 
 

@@ -23,6 +23,7 @@ from tim4rec_jax.run import (
     read_date_range,
     read_figures,
     read_settings,
+    write_settings,
 )
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.training.train import train
@@ -148,6 +149,29 @@ def test_a_start_that_fails_removes_what_it_wrote_and_no_more(tmp_path):
         raise KeyboardInterrupt
     left = {path.name for path in (tmp_path / "new").iterdir()}
     assert left == {".lock", "date_range.json"}
+
+
+def test_a_start_that_was_killed_before_its_first_step_blocks_no_settings(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4]))
+    config = read_settings(save_run(tmp_path / "run", dataset) / "config.json")
+    (tmp_path / "new").mkdir()
+    write_settings(config, tmp_path / "new" / "config.json")
+    config.train.learning_rate *= 2
+    check_unchanged(config, tmp_path / "new" / "config.json")
+    with claim(tmp_path / "new", config, open_dataset(dataset)):
+        kept = read_settings(tmp_path / "new" / "config.json").train.learning_rate
+        assert kept == config.train.learning_rate
+
+
+def test_a_run_goes_on_where_its_dataset_lies_now(tmp_path):
+    dataset = write_dataset(tmp_path / "data", random_histories([3, 4]))
+    run = save_run(tmp_path / "run", dataset)
+    config = read_settings(run / "config.json")
+    config.dataset = str(dataset.rename(tmp_path / "moved"))
+    check_unchanged(config, run / "config.json")
+    with claim(run, config, open_dataset(tmp_path / "moved")):
+        pass
+    assert read_settings(run / "config.json").dataset == config.dataset
 
 
 def test_what_another_process_has_trained_meanwhile_is_kept(tmp_path):

@@ -180,8 +180,11 @@ def prepare_data(config: Config) -> None:
         return
     command = shlex.split(config.prepare)
     if command[:3] != ["python", "-m", "data_prep"] or command[-2:] != ["--out", config.dataset]:
+        out = command.index("--out") if "--out" in command else len(command)
+        remedy = shlex.join([*command[:out], "--out", config.dataset])
         raise UserError(
-            f"{config.dataset} is not a prepared dataset yet; prepare it with `{config.prepare}`"
+            f"{config.dataset} is not a prepared dataset; correct --config.dataset, or prepare it "
+            f"with `{remedy}`"
         )
     from tim4rec_jax.data_prep.__main__ import main as prepare
 

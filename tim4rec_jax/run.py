@@ -66,10 +66,12 @@ def silence_echoes() -> None:
 
 _EPOCHS = "train.epochs"
 
-# Settings that change no result, so that a run may go on with others: how to get the data, where
-# the settings came from, who is told, how often a checkpoint is written, where batches are gathered
-# and on which devices a run goes on, how many users are evaluated at once.
+# Settings that change no result, so that a run may go on with others: where the data lies, which is
+# compared itself, and how to get it, where the settings came from, who is told, how often a
+# checkpoint is written, where batches are gathered and on which devices a run goes on, how many
+# users are evaluated at once.
 CHANGE_NOTHING = (
+    "dataset",
     "prepare",
     "preset",
     "data.placement",
@@ -164,6 +166,8 @@ def check_unchanged(config: config_lib.Config, path: Path, *, more_epochs: bool 
     if not path.exists():
         return
     ours, theirs, changed = _changes(config, path)
+    if not _was_begun(path.parent):  # a kill before its first step has left the settings alone
+        return
     if more_epochs and changed == [_EPOCHS] and ours[_EPOCHS] > theirs[_EPOCHS]:
         epochs = f"{_EPOCHS} ({theirs[_EPOCHS]} -> {ours[_EPOCHS]})"
         if ours["train.schedule"] != "constant":
@@ -256,7 +260,7 @@ def claim(
     with only_process(workdir):
         # Another process may have trained here since the settings were compared.
         check_unchanged(config, settings_file, more_epochs=True)
-        new = not settings_file.exists()
+        new = not (settings_file.exists() and _was_begun(workdir))
         if new and _was_begun(workdir):
             raise UserError(
                 f"{settings_file} is missing, and {workdir} holds a run; restore it from a copy, "
@@ -269,7 +273,8 @@ def claim(
                 # First, or a kill between the two would leave a run that looks finished.
                 (workdir / "metrics.json").unlink(missing_ok=True)
                 write_settings(config, settings_file)
-            if new:
+            # Where the data lies now is for those who evaluate the run.
+            if new or read_settings(settings_file).dataset != config.dataset:
                 write_settings(config, settings_file)
             if not (workdir / DATASET_FILE).exists():
                 write_json(workdir / DATASET_FILE, dataset.metadata)

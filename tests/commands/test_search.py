@@ -187,6 +187,7 @@ def test_a_trial_folder_of_other_settings_is_refused(dataset, tmp_path, made_up)
     run.mkdir(parents=True)
     config = plan(dataset, tmp_path, **{"train.batch_size": 7}).config
     write_settings(config, run / "config.json")
+    (run / "log.jsonl").touch()  # it has begun
     with pytest.raises(UserError, match=r"other settings: train.batch_size \(7 -> 32\)"):
         search(plan(dataset, tmp_path), Console(quiet=True))
     assert not made_up.settings

@@ -454,6 +454,16 @@ def test_seeds_of_any_size():
 # ---------------------------------------------------------------- doubts of `inspect`
 
 
+def test_exports_that_overlap_are_doubted(run, write):
+    rows = [f"u{n % 7},i{n % 5},{n + 1}\n" for n in range(70)]
+    one = write("1.csv", HEADER + "".join(rows[:40]))
+    ds = run("table", one, write("2.csv", HEADER + "".join(rows[30:])), *ALL)
+    [doubt] = [doubt for doubt in inspect.doubts(ds) if "copies" in doubt]
+    assert doubt.startswith("10 of 80 events are copies of the event before")
+    ds = run("table", one, *ALL, "--out", ds.directory.parent / "once")
+    assert not [doubt for doubt in inspect.doubts(ds) if "copies" in doubt]
+
+
 def log_of(write, rows):
     rows = "".join(f"{user},{item},{time}\n" for user, item, time in rows)
     return write("a.csv", HEADER + rows)

@@ -73,6 +73,19 @@ def test_odd_ids_are_printed_as_they_are(run, monkeypatch, recommenders):
     assert [line.split()[1] for line in printed.splitlines()[-4:] if line.strip()] == found.items
 
 
+def test_ids_of_filters_that_nobody_knows_are_told(run, tmp_path):
+    (tmp_path / "ids").write_text('"i1"\ni2\n')
+    flags = ["recommend", "--workdir=run", "--history", "i7@10"]
+    code, _, error = run(*flags, "--deny", tmp_path / "ids")
+    assert code == 0
+    assert error == (
+        "note: 1 of the 2 ids of --deny are not known to the model, the first is '\"i1\"'\n"
+    )
+    (tmp_path / "ids").write_text("typo\n")
+    code, _, error = run(*flags, "--allow", tmp_path / "ids")
+    assert code == 1 and "1 of the 1 ids of --allow are not known to the model" in error
+
+
 def test_standard_input_and_filters(run, monkeypatch, tmp_path):
     (tmp_path / "some").write_text("\ufeffi1\ni2\n\ni4\n")
     (tmp_path / "others").write_text("\ufeffi4\n")

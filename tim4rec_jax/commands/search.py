@@ -35,9 +35,6 @@ from tim4rec_jax.data.format import read_metadata
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.run import CHANGE_NOTHING, only_process
 
-# None of them changes what a trial learns.
-_FREE = ("dataset", *CHANGE_NOTHING)
-
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
@@ -252,7 +249,9 @@ def _open(plan: Plan) -> optuna.Study:
         load_if_exists=True,
     )
     content = read_metadata(Path(plan.config.dataset)).get("content", {})
-    settings = {n: v for n, v in flatten(plan.config).items() if n not in {*_FREE, *plan.ranges}}
+    settings = {
+        n: v for n, v in flatten(plan.config).items() if n not in {*CHANGE_NOTHING, *plan.ranges}
+    }
     ranges = {f"the range of {name}": text for name, text in plan.ranges.items()}
     # Through JSON, which makes lists of tuples.
     ours = json.loads(json.dumps(settings | ranges | {"the data": content}))
@@ -262,7 +261,7 @@ def _open(plan: Plan) -> optuna.Study:
     changed = [
         name if name == "the data" else f"{name} ({theirs.get(name)} -> {ours.get(name)})"
         for name in sorted(theirs | ours)
-        if theirs.get(name) != ours.get(name) and name not in _FREE
+        if theirs.get(name) != ours.get(name) and name not in CHANGE_NOTHING
     ]
     if changed:
         raise UserError(

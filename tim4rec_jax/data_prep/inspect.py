@@ -1,6 +1,7 @@
 """Describes a prepared dataset: figures for the terminal and for `plot`."""
 
 import datetime
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -118,6 +119,12 @@ def doubts(ds: Dataset) -> list[str]:
             f"which are from {day(start)} to {day(end)}; {' and '.join(ends)}; "
             f"{' and '.join(ends.values())} can leave out such events"
         )
+    copies = sum(map(_copies, _chunks(ds), itertools.repeat(ds.offsets)))
+    if copies > ds.n_events / 200:
+        found.append(
+            f"{copies:,} of {ds.n_events:,} events are copies of the event before, with the same "
+            "user, item and time, as in exports that overlap; --deduplicate=exact leaves them out"
+        )
     busy = ds.lengths > max(MANY_EVENTS, 50 * np.median(ds.lengths))
     if busy.any():
         few, most, count = ds.lengths[busy].min(), ds.lengths.max(), int(busy.sum())
@@ -142,6 +149,19 @@ def _chunks(ds: Dataset) -> Iterator[Chunk]:
     for chunk in ds.chunks:
         yield chunk
         chunk.release()
+
+
+def _copies(chunk: Chunk, offsets: Int64[np.ndarray, " ends"]) -> int:
+    """The number of events of a chunk that have item and time of the event before."""
+    count, end = 0, chunk.start + len(chunk.items)
+    for start in range(chunk.start, end, _PIECE):
+        part = slice(start - chunk.start, min(start + _PIECE, end) + 1 - chunk.start)
+        items, times = chunk.items[part], chunk.timestamps[part]
+        same = (items[1:] == items[:-1]) & (times[1:] == times[:-1])
+        first = offsets[(offsets > start) & (offsets < start + len(items))]
+        same[first - start - 1] = False  # another user
+        count += int(same.sum())
+    return count
 
 
 def _ends(ds: Dataset) -> tuple[int, int]:

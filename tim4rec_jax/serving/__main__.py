@@ -22,9 +22,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from tim4rec_jax.errors import ArgumentParser, UserError, run_main
+from tim4rec_jax.errors import ArgumentParser, UserError, one_line, run_main
 from tim4rec_jax.files import named_file, named_folder, read_regular
 from tim4rec_jax.runtime import enable_compilation_cache
+from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.recommender import Recommendations, Recommender
 
 # Events of --history. A comma separates two events only behind a time, as ids may hold commas.
@@ -368,7 +369,26 @@ def _load(flags: argparse.Namespace) -> tuple[Recommender, dict[str, Any]]:
     recommender = Recommender.load(
         flags.workdir, dataset=flags.dataset, approximate=flags.approximate
     )
+    for name in ("allow", "deny"):
+        _tell_unknown(name, options[name], recommender.catalogue)
     return recommender, options
+
+
+def _tell_unknown(name: str, ids: list[str] | None, catalogue: Catalogue) -> None:
+    """Says which ids of a filter the model does not know, as one wrongly written does nothing.
+
+    Raises:
+        UserError: it knows none of those that alone may be recommended.
+    """
+    if not ids:
+        return
+    unknown = [one for one, index in zip(ids, catalogue.indices(ids), strict=True) if not index]
+    if unknown:
+        told = f"{len(unknown):,} of the {len(ids):,} ids of --{name} are not known to the model, "
+        told += f"the first is {one_line(unknown[0], 60)!r}"
+        if name == "allow" and len(unknown) == len(ids):
+            raise UserError(f"{told}; write one id per line, as in the log")
+        print(f"note: {told}", file=sys.stderr)
 
 
 def _read_ids(path: Path | None) -> list[str] | None:
