@@ -15,7 +15,6 @@ step size and the rate of decay.
 
 import argparse
 import dataclasses
-import json
 import statistics
 import tempfile
 import time
@@ -36,6 +35,7 @@ from tim4rec_jax.layers import CausalBlock, FeedForward
 from tim4rec_jax.layers.basic import Dense, dropout, fold
 from tim4rec_jax.layers.time import KNOTS, GapModulation, GapModulator
 from tim4rec_jax.models import tim4rec
+from tim4rec_jax.run import read_validations
 from tim4rec_jax.runtime import enable_compilation_cache
 from tim4rec_jax.training import losses
 from tim4rec_jax.training import train as training
@@ -202,9 +202,7 @@ def main() -> None:
             config = settings([f"--config={flags.config}", *(f"--config.{c}" for c in changes)])
             with tempfile.TemporaryDirectory() as folder, in_use(CANDIDATES[name]):
                 runs.append(training.train(config, Path(folder)))
-                lines = (Path(folder) / "log.jsonl").read_text().splitlines()
-                events = [event for event in map(json.loads, lines) if event["kind"] == "valid"]
-                last += [event["ndcg@10"] for event in events[-3:]]
+                last += [each["ndcg@10"] for each in read_validations(Path(folder))[-3:]]
         ndcg = [run["valid"]["ndcg@10"] for run in runs]
         table.add_row(
             name,

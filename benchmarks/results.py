@@ -158,6 +158,11 @@ def _pure(dataset: str, models: str, own: str) -> list:
     return ours + [(dataset, model, settings) for model in models.split()]
 
 
+def _tuned(dataset: str, settings: dict[str, str]) -> list:
+    """Choices of models with the settings that a search has found, by their variants."""
+    return [(dataset, *each) for each in settings.items()]
+
+
 NO_BIAS, NO_TIME = "model.repeat_bias=False", "model.is_time=False"
 MIXED = "model.dropout_prob=0.5 model.output_std=0.02"
 SLICE = "model.date_bias_knots=0 model.output_std=0.02"
@@ -170,6 +175,7 @@ AFTER = f"{NEAR} model.neighbours_follow=True model.neighbour_weight=2.0"
 WIDE = "model.dropout_prob=0.3 model.hidden_size=128 train.epochs=30 train.learning_rate=0.001 " + (
     "train.patience=30"
 )
+TUNED_ALIKE = ("model", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10", "p")
 PURE = ("model", "seeds", "Hit@10", "NDCG@10", "best", "p")
 COMPARISON = ("model", "seeds", "Hit@10", "NDCG@10", "MRR@10", "best", "p")
 TABLES = {
@@ -243,17 +249,9 @@ TABLES = {
         _models("ml-100k", "causal hstu sasrec", compared="model.repeat_bias=True"),
         COMPARISON,
     ),
-    "ml-100k-tuned": Table(
-        RANKED,
-        [("ml-100k", variant, settings) for variant, settings in TUNED.items()],
-        ("model", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10", "p"),
-        masked=True,
-    ),
+    "ml-100k-tuned": Table(RANKED, _tuned("ml-100k", TUNED), TUNED_ALIKE, masked=True),
     "kuairand-slice-tuned": Table(
-        RANKED,
-        [("kuairand-slice", variant, settings) for variant, settings in TUNED_KUAIRAND.items()],
-        ("model", "seeds", "Hit@10", "NDCG@10", "masked Hit@10", "masked NDCG@10", "p"),
-        masked=True,
+        RANKED, _tuned("kuairand-slice", TUNED_KUAIRAND), TUNED_ALIKE, masked=True
     ),
     "ml-100k-pure": Table(
         MASKED, _pure("ml-100k", "hstu tisasrec lrurec sasrec esasrec", NO_BIAS), PURE

@@ -23,7 +23,7 @@ from tim4rec_jax.ssd import finite_inputs, ssd
 from tim4rec_jax.ssd.shapes import OP_SHAPES, Shape, random_inputs
 
 CALLS = 8
-_STARTED = 4
+_STARTED = 4  # runs before any is waited for
 
 
 def input_sets(inputs: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.Array]]:
@@ -33,7 +33,7 @@ def input_sets(inputs: dict[str, jax.ShapeDtypeStruct]) -> list[dict[str, jax.Ar
 
 
 def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int) -> float:
-    """Returns the median time of one of the `CALLS` calls of `run`, in seconds.
+    """Returns the median time of `run` in seconds.
 
     Several runs are started before any is waited for, so that the host starts one while the device
     computes the one before.
@@ -45,7 +45,7 @@ def median_time(run: Callable[[], Any], wait: Callable[[Any], Any], repeats: int
         for _ in range(_STARTED):
             last = run()
         wait(last)
-        times.append((time.perf_counter() - start) / (_STARTED * CALLS))
+        times.append((time.perf_counter() - start) / _STARTED)
     return statistics.median(times)
 
 
@@ -53,7 +53,7 @@ def time_program(function: Callable[[Any], Any], sets: list, repeats: int) -> fl
     """Times a function on `CALLS` sets of inputs, all in one program."""
     with finite_inputs():  # as in models: else XLA looks for NaN in all of them
         program = jax.jit(lambda sets: [function(one) for one in sets]).lower(sets).compile()
-    return median_time(lambda: program(sets), jax.block_until_ready, repeats)
+    return median_time(lambda: program(sets), jax.block_until_ready, repeats) / CALLS
 
 
 def time_op(sets: list, repeats: int, gradient: bool, **options) -> float:
@@ -101,7 +101,7 @@ def time_mamba(shape: Shape, sets: list, repeats: int, gradient: bool) -> float 
             if gradient:
                 y.backward(one["x"])
 
-    return median_time(run, lambda _: torch.cuda.synchronize(), repeats)
+    return median_time(run, lambda _: torch.cuda.synchronize(), repeats) / CALLS
 
 
 def time_copy(size: int, repeats: int) -> float:

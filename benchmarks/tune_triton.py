@@ -11,14 +11,13 @@ Rows of other GPUs stay. A size takes some minutes, most of them for compiling.
 import argparse
 import itertools
 import json
-import statistics
-import time
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 
+from benchmarks.ssd_gpu import median_time
 from tim4rec_jax.ssd import finite_inputs, ssd, time_aware_ssd_block
 from tim4rec_jax.ssd.shapes import BEAUTY, ML_1M, random_inputs
 from tim4rec_jax.ssd.triton import block as triton_block
@@ -28,7 +27,6 @@ from tim4rec_jax.ssd.triton.launch import TileSizes, compute_capability
 
 HEADS = BEAUTY.heads
 SHAPES = {"one": BEAUTY, "many": ML_1M}
-_STARTED = 8  # programs before any is waited for
 KERNELS = ("forward", "backward", "block_forward", "block_backward")
 
 
@@ -80,14 +78,7 @@ def seconds(
         except (jax.errors.JaxRuntimeError, ValueError) as error:
             print(f"  {tuple(sizes)}: {str(error).splitlines()[0][:90]}")
             return float("inf")
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        for _ in range(_STARTED):  # the host starts one while the device computes another
-            last = program(inputs)
-        jax.block_until_ready(last)
-        times.append((time.perf_counter() - start) / _STARTED)
-    return statistics.median(times)
+    return median_time(lambda: program(inputs), jax.block_until_ready, repeats)
 
 
 def tune(batch: int, sizes: list[int], repeats: int) -> None:

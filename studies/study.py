@@ -21,7 +21,6 @@ import argparse
 import csv
 import dataclasses
 import hashlib
-import json
 import math
 import shlex
 import threading
@@ -450,9 +449,3 @@ def read_results(study: Study, path: Path, quick: bool = False) -> Results:
     """The results of a study in NAME.csv and the files beside it."""
     names = {(arm.dataset, arm.name): None for arm in study.grid(quick)}
     return Results.read(path, names, 1 if quick else SEEDS)
-
-
-def validations(training: Training) -> list[Row]:
-    """The validations in the log of a training, with `epoch` and `ndcg@10`."""
-    lines = (training.folder / "run" / "log.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["kind"] == "valid"]

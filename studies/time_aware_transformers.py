@@ -31,9 +31,9 @@ from studies.study import (
     Training,
     main,
     overridden,
-    validations,
 )
 from tim4rec_jax.errors import run_main
+from tim4rec_jax.run import read_validations
 
 REFERENCE = "TiM4Rec causal"
 PACKED = {
@@ -94,7 +94,7 @@ def measure(found: list[Training]) -> Iterator[Row]:
     """
     for training in found:
         best = 0.0
-        for record in validations(training):
+        for record in read_validations(training.folder / "run"):
             best = max(best, record["ndcg@10"])
             share = record["epoch"] / training.figures["epochs"]
             yield {

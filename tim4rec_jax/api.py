@@ -242,8 +242,11 @@ class Model:
         else:
             who, user_type, lengths, events_of, kind, item_type = self._of_table(histories, names)
         # Once for all users: an iterator would be empty after the first of them.
-        filters: dict[str, Any] = dict(exclude_seen=exclude_seen)
-        filters |= {"allow": ids_of("allow", allow), "deny": ids_of("deny", deny)}
+        filters: dict[str, Any] = {
+            "exclude_seen": exclude_seen,
+            "allow": ids_of("allow", allow),
+            "deny": ids_of("deny", deny),
+        }
         scores, items, known = self._rank(lengths, events_of, k, frames.moments(at), filters)
         row, place = np.nonzero(items)  # item 0 fills up where no item was left
         ids = pa.array(self.recommender.catalogue.ids).take(pa.array(items[row, place] - 1))
@@ -391,8 +394,6 @@ class Model:
         Raises:
           UserError: an item is not known, `k` is below 1, or the model has no vectors of items.
         """
-        from tim4rec_jax.models.popularity import Popularity
-
         catalogue = self.recommender.catalogue
         given, _ = frames.ids(frames.array(items), "items")
         indices = catalogue.indices(given.to_pylist())
@@ -401,8 +402,8 @@ class Model:
         if isinstance(k, bool) or not isinstance(k, int | np.integer) or k < 1:
             raise UserError(f"k is {k!r}; it must be a whole number of 1 or more")
         model = self.recommender.model.sequence_model
-        if isinstance(model, Popularity):
-            raise UserError("the model is popularity, which has no vectors of items to compare")
+        if model.needs_item_counts:
+            raise UserError("the model only counts, and has no vectors of items to compare")
         # Not those that score: the last number of some of them is a bias.
         table = np.asarray(model.item_vectors())[1 : len(catalogue) + 1]
         table = table / np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-12)

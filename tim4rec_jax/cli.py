@@ -180,8 +180,9 @@ def prepare_data(config: Config) -> None:
         return
     command = shlex.split(config.prepare)
     if command[:3] != ["python", "-m", "data_prep"] or command[-2:] != ["--out", config.dataset]:
-        out = command.index("--out") if "--out" in command else len(command)
-        remedy = shlex.join([*command[:out], "--out", config.dataset])
+        remedy = config.prepare or f"python -m data_prep NAME --out {config.dataset}"
+        if command[-2:-1] == ["--out"]:  # of which another folder would not help
+            remedy = shlex.join([*command[:-1], config.dataset])
         raise UserError(
             f"{config.dataset} is not a prepared dataset; correct --config.dataset, or prepare it "
             f"with `{remedy}`"

@@ -200,16 +200,12 @@ def check_unchanged(config: config_lib.Config, path: Path, *, more_epochs: bool 
 
 def _ended_between_validations(workdir: Path, settings: dict[str, Any]) -> bool:
     """Whether the last validation of a run was one that comes only at the end of a training."""
-    log = workdir / "log.jsonl"
-    for line in reversed(log.read_text(errors="replace").splitlines() if log.exists() else []):
-        with suppress(ValueError, TypeError, KeyError):  # a torn line
-            record = json.loads(line)
-            if record["kind"] == "valid":
-                every = settings["eval.valid_steps"]
-                if every is not None:
-                    return record["step"] % every != 0
-                return record["epoch"] % settings["eval.valid_epochs"] != 0
-    return False
+    done = read_validations(workdir)
+    if not done:
+        return False
+    if (every := settings["eval.valid_steps"]) is not None:
+        return done[-1].get("step", 0) % every != 0
+    return done[-1]["epoch"] % settings["eval.valid_epochs"] != 0
 
 
 def _changes(
@@ -260,8 +256,8 @@ def claim(
     with only_process(workdir):
         # Another process may have trained here since the settings were compared.
         check_unchanged(config, settings_file, more_epochs=True)
-        new = not (settings_file.exists() and _was_begun(workdir))
-        if new and _was_begun(workdir):
+        new = not _was_begun(workdir)
+        if not (new or settings_file.exists()):
             raise UserError(
                 f"{settings_file} is missing, and {workdir} holds a run; restore it from a copy, "
                 "or choose another --workdir"
@@ -274,7 +270,7 @@ def claim(
                 (workdir / "metrics.json").unlink(missing_ok=True)
                 write_settings(config, settings_file)
             # Where the data lies now is for those who evaluate the run.
-            if new or read_settings(settings_file).dataset != config.dataset:
+            elif new or read_settings(settings_file).dataset != config.dataset:
                 write_settings(config, settings_file)
             if not (workdir / DATASET_FILE).exists():
                 write_json(workdir / DATASET_FILE, dataset.metadata)
@@ -394,6 +390,20 @@ def read_figures(workdir: Path) -> dict[str, Any]:
     if values["test"].keys() != values["test_standard_errors"].keys():
         raise UserError(f"{path} is damaged (`test` has other figures than its errors); {remedy}")
     return values
+
+
+def read_validations(workdir: Path) -> list[dict[str, Any]]:
+    """What `log.jsonl` of a run says of its validations, in order; a torn line is left out.
+
+    Each is a dictionary with `step`, `epoch`, and metrics such as `ndcg@10`.
+    """
+    log, found = workdir / "log.jsonl", []
+    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            record = json.loads(line)
+            if record["kind"] == "valid" and "epoch" in record:
+                found.append(record)
+    return found
 
 
 class _DateRange(TypedDict):

@@ -19,9 +19,9 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$HERE/cache/xla}
 PY=python3; [ -x .venv/bin/python ] && PY=.venv/bin/python
 SHARED="env XLA_PYTHON_CLIENT_PREALLOCATE=false"  # several programs on one GPU
 
-STEPS=" smoke time-causal tests check time-op time-step ml1m-causal time-mamba ml1m-paper tune "
+STEPS=$(sed -nE 's/^ *(step|training) ([a-z0-9-]+) .*/\2/p' "$HERE/run.sh" | tr '\n' ' ')
 for name in "$@"; do
-  [ "${STEPS/ $name /}" != "$STEPS" ] || { echo "$name is no step; there are$STEPS" >&2; exit 2; }
+  [[ " $STEPS" = *" $name "* ]] || { echo "$name is no step; there are $STEPS" >&2; exit 2; }
 done
 say() { echo "[$(($(date +%s) - START)) s] $*" | tee -a "$LOG"; }
 wanted() { [ "$WANTED" = "  " ] || [ "${WANTED/ $1 /}" != "$WANTED" ]; }

@@ -33,7 +33,7 @@ from tim4rec_jax.commands.search_space import Space, make_space
 from tim4rec_jax.config import Config, flatten
 from tim4rec_jax.data.format import read_metadata
 from tim4rec_jax.errors import UserError, first_line
-from tim4rec_jax.run import CHANGE_NOTHING, only_process
+from tim4rec_jax.run import CHANGE_NOTHING, only_process, read_validations
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -105,17 +105,9 @@ def search(plan: Plan, console: Console) -> optuna.Study:
 
 
 def validations(run: Path) -> dict[int, float]:
-    """NDCG@10 on validation by epoch, as the log of a run has it; a torn line is left out."""
-    figures = {}
-    log = run / "log.jsonl"
-    for line in log.read_text(errors="replace").splitlines() if log.exists() else ():
-        try:
-            record = json.loads(line)
-            if record["kind"] == "valid":
-                figures[int(record["epoch"])] = float(record["ndcg@10"])
-        except (ValueError, TypeError, KeyError):
-            continue
-    return figures
+    """NDCG@10 on validation by epoch, as the log of a run has it."""
+    done = (each for each in read_validations(run) if "ndcg@10" in each)
+    return {int(each["epoch"]): float(each["ndcg@10"]) for each in done}
 
 
 def ends(figures: Mapping[int, float], train: Any) -> bool:

@@ -158,8 +158,8 @@ def _copies(chunk: Chunk, offsets: Int64[np.ndarray, " ends"]) -> int:
         part = slice(start - chunk.start, min(start + _PIECE, end) + 1 - chunk.start)
         items, times = chunk.items[part], chunk.timestamps[part]
         same = (items[1:] == items[:-1]) & (times[1:] == times[:-1])
-        first = offsets[(offsets > start) & (offsets < start + len(items))]
-        same[first - start - 1] = False  # another user
+        users = slice(*np.searchsorted(offsets, (start + 1, start + len(items))))
+        same[offsets[users] - start - 1] = False  # the first event of another user
         count += int(same.sum())
     return count
 

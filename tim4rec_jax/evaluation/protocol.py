@@ -5,7 +5,6 @@ run, `tim4rec compare` and `benchmarks/results.csv` say the protocol, all in the
 `protocol`. docs/protocols.md shows what each choice changes.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tim4rec_jax.data import Dataset
 from tim4rec_jax.data.splits import Split
 from tim4rec_jax.evaluation.metrics import Ties
 from tim4rec_jax.models import model_class
+from tim4rec_jax.run import read_validations
 
 
 def protocol(
@@ -66,12 +66,9 @@ def protocol(
 
 def best_epoch(workdir: Path) -> int | None:
     """The epoch of the best checkpoint of a run, None if its log does not say."""
-    steps = ocp.utils.checkpoint_steps((workdir / "best").absolute())
+    best = max(ocp.utils.checkpoint_steps((workdir / "best").absolute()), default=None)
     try:
-        for line in (workdir / "log.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            if record["kind"] == "valid" and record["step"] == max(steps):
-                return int(record["epoch"])
-    except (OSError, ValueError, TypeError, KeyError):
-        pass  # there is no log, or its last line is cut short
-    return None
+        done = read_validations(workdir)
+    except OSError:
+        return None
+    return next((int(each["epoch"]) for each in done if each.get("step", -1) == best), None)

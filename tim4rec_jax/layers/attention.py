@@ -16,7 +16,7 @@ from tim4rec_jax.layers.checks import (
     check_shape,
     check_sizes,
 )
-from tim4rec_jax.layers.lookup import lookup
+from tim4rec_jax.layers.lookup import Embedding
 from tim4rec_jax.ssd import finite, finite_inputs
 from tim4rec_jax.ssd.arrays import AnyArray
 from tim4rec_jax.ssd.segments import first_positions
@@ -337,7 +337,7 @@ class Positions(nnx.Module):
         check_sizes(width=width, max_length=max_length)
         check_rate("dropout_rate", dropout_rate)
         check_eps(eps)
-        self.embedding = nnx.Embed(
+        self.embedding = Embedding(
             max_length,
             width,
             embedding_init=NORMAL,
@@ -358,8 +358,7 @@ class Positions(nnx.Module):
         if segment_ids is None:
             vectors = self.embedding.embedding[: x.shape[1]].astype(x.dtype)
         else:
-            positions = segment_positions(segment_ids)
-            vectors = lookup(self.embedding.embedding[...], positions).astype(x.dtype)
+            vectors = self.embedding(segment_positions(segment_ids))
         return dropout(self.norm(x + vectors), self.dropout_rate, seeds)
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from tim4rec_jax.layers.basic import NORMAL
 from tim4rec_jax.layers.draws import in_parts
-from tim4rec_jax.layers.lookup import lookup
+from tim4rec_jax.layers.lookup import Embedding, lookup
 
 # The score of an item that takes no part in the loss. Its exponential is 0 in every dtype.
 EXCLUDED = -1e4
@@ -114,7 +114,7 @@ def _add_values(added, values, codes, weights):
     return jax.lax.scan(add, added, slots)[0]
 
 
-class ItemEmbedding(nnx.Embed):
+class ItemEmbedding(Embedding):
     """A table with a row for each item, to which features may add.
 
     Attributes:
@@ -166,10 +166,7 @@ class ItemEmbedding(nnx.Embed):
         """The vectors of items."""
         if self.maps is not None:
             return (lookup(self.embedding[...], inputs) + self.maps(inputs)).astype(self.dtype)
-        if out_sharding is not None:
-            return super().__call__(inputs, out_sharding=out_sharding)
-        # The gradient is summed in the dtype of the parameters.
-        return lookup(self.embedding[...], inputs).astype(self.dtype)
+        return super().__call__(inputs, out_sharding=out_sharding)
 
     def vectors(self) -> Float[Array, "rows D"]:
         """The vectors of all rows, in the dtype of the parameters."""

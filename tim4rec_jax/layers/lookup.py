@@ -9,8 +9,11 @@ equal rows are added up in a fixed order. Other devices scatter in a fixed order
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from tim4rec_jax.runtime import target
@@ -24,6 +27,18 @@ def lookup(table: Float[Array, "V D"], rows: Int[Array, "*batch"]) -> Float[Arra
       rows: which rows; they must exist.
     """
     return _lookup(table, rows) if target().platform == "gpu" else jnp.take(table, rows, axis=0)
+
+
+class Embedding(nnx.Embed):
+    """`nnx.Embed` whose gradient is that of `lookup`, summed in the dtype of the parameters."""
+
+    def __call__(
+        self, inputs: Int[Array, "*batch"], out_sharding: Any = None
+    ) -> Float[Array, "*batch D"]:
+        """Looks up rows, and gives them the dtype of the activations."""
+        if out_sharding is not None:
+            return super().__call__(inputs, out_sharding=out_sharding)
+        return lookup(self.embedding[...], inputs).astype(self.dtype)
 
 
 def without_padding(

@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.basic import Dense, dropout, uniform
-from tim4rec_jax.layers.lookup import lookup, without_padding
+from tim4rec_jax.layers.lookup import Embedding, without_padding
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, not_negative, rate
 
 _CHANNELS = 64  # of one convolution over windows of several heights
@@ -89,7 +89,7 @@ class Caser(SequenceModel):
         )
         self.dropout_rate, self.reg_weight = settings.dropout_prob, settings.reg_weight
         kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-        self.user_embedding = nnx.Embed(sizes.n_users + 1, width, embedding_init=table, **kwargs)
+        self.user_embedding = Embedding(sizes.n_users + 1, width, embedding_init=table, **kwargs)
         vertical = uniform(length**-0.5)
         self.vertical = Dense(
             length, settings.nv, kernel_init=vertical, bias_init=vertical, **kwargs
@@ -134,8 +134,7 @@ class Caser(SequenceModel):
         vertical = self.vertical(image.swapaxes(1, 2)).swapaxes(1, 2)  # [B,nv,D]
         seen = jnp.concatenate([vertical.reshape(len(items), -1), self._horizontal(image)], axis=1)
         h = jax.nn.relu(self.fc1(dropout(seen, self.dropout_rate, dropout_seeds)))
-        table = self.user_embedding.embedding[...]
-        user = without_padding(lookup(table, users).astype(self.dtype), users)
+        user = without_padding(self.user_embedding(users), users)
         return jax.nn.relu(self.fc2(jnp.concatenate([h, user], axis=1)))
 
     def penalty(self) -> Float[Array, ""]:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import Attention, causal_mask, segment_positions, take_rows
 from tim4rec_jax.layers.basic import Dense, dropout, fold, layer_norm
-from tim4rec_jax.layers.lookup import lookup
+from tim4rec_jax.layers.lookup import Embedding
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 from tim4rec_jax.ssd import finite_inputs
 
@@ -141,7 +141,7 @@ class ESASRec(SequenceModel):
         )
         self.dropout_rate = settings.dropout_prob
         kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
-        self.position_embedding = nnx.Embed(
+        self.position_embedding = Embedding(
             sizes.max_length, width, embedding_init=_GLOROT, **kwargs
         )
         self.layers = nnx.List([LiGRLayer(settings, **kwargs) for _ in range(settings.n_layers)])
@@ -183,6 +183,5 @@ class ESASRec(SequenceModel):
     def _embed(self, items, segment_ids, seeds):
         index = jnp.arange(items.shape[1])
         positions = index if segment_ids is None else segment_positions(segment_ids)
-        vectors = lookup(self.position_embedding.embedding[...], positions).astype(self.dtype)
-        x = self.item_embedding(items) + vectors
+        x = self.item_embedding(items) + self.position_embedding(positions)
         return dropout(x, self.dropout_rate, fold(seeds, 0))

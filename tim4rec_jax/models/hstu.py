@@ -9,8 +9,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32, UInt32
 
 from tim4rec_jax.layers.attention import causal_mask, segment_positions, take_rows
-from tim4rec_jax.layers.basic import Dense, dropout, fold
-from tim4rec_jax.layers.lookup import lookup
+from tim4rec_jax.layers.basic import Dense, dropout, fold, uniform
+from tim4rec_jax.layers.lookup import Embedding
 from tim4rec_jax.layers.time import NextTime, gap_features
 from tim4rec_jax.models.base import DataSizes, ModelSettings, SequenceModel, count, rate
 
@@ -76,13 +76,11 @@ class HSTULayer(nnx.Module):
         kwargs: dict[str, Any] = dict(dtype=dtype, param_dtype=param_dtype, rngs=rngs)
         self.uqvk = Dense(width, 4 * width, use_bias=False, **kwargs)
         glorot = nnx.initializers.glorot_uniform()
-        uniform = nnx.initializers.uniform(2 * width**-0.5)
         self.out = Dense(
             width,
             width,
             kernel_init=glorot,
-            # As PyTorch does, between -width**-0.5 and width**-0.5.
-            bias_init=lambda *args: uniform(*args) - width**-0.5,
+            bias_init=uniform(width**-0.5),  # as PyTorch does
             **kwargs,
         )
         buckets = settings.time_buckets + 1
@@ -178,7 +176,7 @@ class HSTU(SequenceModel):
         kwargs: dict[str, Any] = dict(dtype=self.dtype, param_dtype=param_dtype, rngs=rngs)
         # Their program draws this table a second time, as Glorot proposed.
         init = nnx.initializers.normal((2 / (length + width)) ** 0.5)
-        self.position_embedding = nnx.Embed(length, width, embedding_init=init, **kwargs)
+        self.position_embedding = Embedding(length, width, embedding_init=init, **kwargs)
         self.layers = nnx.List(
             [HSTULayer(settings, length, **kwargs) for _ in range(settings.n_layers)]
         )
@@ -238,8 +236,7 @@ class HSTU(SequenceModel):
         index = jnp.arange(length)
         positions = index if segment_ids is None else segment_positions(segment_ids)
         x = self.item_embedding(items) * self.item_embedding.features**0.5
-        vectors = lookup(self.position_embedding.embedding[...], positions).astype(self.dtype)
-        x = dropout(x + vectors, self.dropout_rate, fold(seeds, 0))
+        x = dropout(x + self.position_embedding(positions), self.dropout_rate, fold(seeds, 0))
         return x, time_buckets(gaps[:, :length], self.last_bucket)
 
 

@@ -16,14 +16,13 @@ from typing import Any, Literal, NamedTuple
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
-from tim4rec_jax.data_prep.layout import sniff
+from tim4rec_jax.data_prep.layout import schema, sniff
 from tim4rec_jax.data_prep.sources import SOURCES
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import table_writer
@@ -293,9 +292,9 @@ def _look_into(paths: Sequence[str], columns: Columns, work: Path) -> tuple[Colu
     )
     kinds = set()
     for file in files:
-        schema = pq.read_schema(file.path) if sniff(file) == "parquet" else pa.schema([])
-        place = schema.get_field_index(str(chosen.user))
-        kinds.add(schema.types[place] if place >= 0 else pa.string())
+        known = schema(file) if sniff(file) == "parquet" else pa.schema([])
+        place = known.get_field_index(str(chosen.user))
+        kinds.add(known.types[place] if place >= 0 else pa.string())
     if not all(map(pa.types.is_integer, kinds)):
         return chosen, pa.string()
     if len(kinds) == 1:

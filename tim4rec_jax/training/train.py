@@ -337,9 +337,11 @@ def _train(
         if shown := line.update(step, float(metrics["loss"])):
             log.write("train", step, **shown)
 
+    def epoch_of(step: int) -> int:
+        return -(-step // per_epoch)
+
     def place(step: int) -> str:
-        epoch = -(-step // per_epoch)
-        return f"epoch {epoch}" if step % per_epoch == 0 else f"step {step:,}, epoch {epoch}"
+        return f"step {step:,}, " * bool(step % per_epoch) + f"epoch {epoch_of(step)}"
 
     open_log: Any = NoLog
     if processes.first():
@@ -385,7 +387,7 @@ def _train(
             line.clear()
 
             # Validate; keep the parameters if they are the best; save.
-            epoch, loss = -(-step // per_epoch), float(state.loss_sum) / float(state.weight_sum)
+            epoch, loss = epoch_of(step), float(state.loss_sum) / float(state.weight_sum)
             state = start_epoch(state)
             compiling_evaluation.result()
             figures, _ = rank(nnx.merge(graphdef, state.params), dataset, "valid")
@@ -432,7 +434,7 @@ def _train(
             "users": len(ranks),
             "valid": progress["best"],
             "best_epoch": progress["best_epoch"],
-            "epochs": -(-step // per_epoch),
+            "epochs": epoch_of(step),
             "seconds": time.perf_counter() - begun,
             "processor_seconds": time.process_time() - started,
             "seed": config.seed,
