@@ -25,6 +25,7 @@ from tim4rec_jax.data_prep.__main__ import main as data_prep
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.evaluate_run import evaluate_run
 from tim4rec_jax.run import load_model
+from tim4rec_jax.serving.__main__ import main as serve
 
 FIRST = 1_700_000_000
 N_USERS, N_EVENTS, N_ITEMS = 24, 8, 12
@@ -81,7 +82,7 @@ def test_prepared(data):
     start, length = data.dataset.offsets[user : user + 1], data.dataset.lengths[user : user + 1]
     times = data.dataset.timestamps(start, length, N_EVENTS)[0]
     assert times.tolist() == [FIRST + 3 + 3600 * number for number in range(N_EVENTS)]
-    assert data.dataset.metadata["columns"] == NAMES | {"time_unit": "s"}
+    assert data.dataset.metadata["columns"] == NAMES | {"time_unit": "iso"}
     assert data.dataset.metadata["types"] == {"user": "int64", "item": "int64"}
 
 
@@ -239,7 +240,9 @@ def test_users_and_items_that_nobody_knows(model):
         ({"histories": events(at=FIRST * 1000)}, "plausible number of s since .*time_unit='ms'"),
         ({"histories": events(at=-1)}, "time -1, which"),
         ({"histories": events(at=None)}, "row 0 of the table has no 'at'"),
-        ({"histories": events(at="noon")}, "'at' holds .*string"),
+        ({"histories": events(at="noon")}, "'at' of the table, row 1: .*is no ISO date .noon"),
+        ({"histories": events(at=True)}, "'at' holds bool; times are"),
+        ({"histories": events(), "data": "folder"}, "leave it out with histories="),
         ({"histories": events(sku=None)}, "row 0 of the table has no 'sku'"),
         ({"histories": events(), "time_unit": "h"}, "time_unit is 'h'"),
         ({"users": [1003], "k": 0}, "k is 0"),
@@ -291,6 +294,20 @@ def test_it_is_what_the_commands_do(model, tmp_path):
         np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
     report = evaluate_run(tmp_path / "run", accuracy_only=True)
     assert report["metrics"] == model.evaluate() == model.metrics["test"]
+    # The run knows how the columns were named, in Python and on the command line.
+    found = t4r.load(tmp_path / "run").recommend(histories=pd.read_csv(log, dtype=str), k=3)
+    same = model.recommend(histories=events(), k=3)
+    same = same.sort_values(["customer", "rank"], ignore_index=True)
+    pd.testing.assert_frame_equal(
+        found.sort_values(["customer", "rank"], ignore_index=True),
+        same.astype({"customer": str, "sku": str}),
+        check_dtype=False,
+    )
+    out = tmp_path / "top.csv"
+    serve(["batch", f"--workdir={tmp_path / 'run'}", f"--events={log}", f"--out={out}", "--top-k=3"])
+    written = pd.read_csv(out)
+    assert written["user"].tolist() == same["customer"].tolist()
+    assert written["item"].tolist() == same["sku"].tolist()
 
 
 def test_a_filter_counts_for_all_users_however_it_is_given(model, monkeypatch):
@@ -357,11 +374,16 @@ def test_the_data_may_grow_after_the_training(model, tmp_path):
     with pytest.raises(UserError, match="is not a prepared dataset"):
         loaded.recommend([1003])
     more = events().assign(sku=lambda table: table["sku"].where(table["customer"] != 1000, 300))
-    t4r.prepare(more[::-1], out=tmp_path / "kept" / "data", **NAMES)
+    grown = t4r.prepare(more[::-1], out=tmp_path / "kept" / "data", **NAMES)
     expected = model.recommend([1003], k=3)
-    pd.testing.assert_frame_equal(t4r.load(tmp_path / "kept").recommend([1003], k=3), expected)
-    with pytest.raises(UserError, match="is not the dataset that the run"):
-        t4r.load(tmp_path / "kept").evaluate()
+    loaded = t4r.load(tmp_path / "kept")
+    # It may as well be the log of another shop, whose users have the same numbers.
+    with pytest.raises(UserError, match=r"is not the dataset that .* pass data='.*kept/data' if"):
+        loaded.recommend([1003], k=3)
+    for place in (grown, tmp_path / "kept" / "data"):
+        pd.testing.assert_frame_equal(loaded.recommend([1003], k=3, data=place), expected)
+    with pytest.raises(UserError, match="is not the dataset that .* pass data= with the data of"):
+        loaded.evaluate()
 
 
 def test_a_run_directory_that_is_there(model, data, tmp_path):

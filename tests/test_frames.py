@@ -21,3 +21,24 @@ def test_the_events_of_a_second_are_in_the_order_of_their_times(unit):
     found = frames.histories(table, names, pa.array(["a", "b", "c"]), rounded=False)
     assert found.items.tolist() == [1, 2, 3]
     assert found.times.tolist() == [SECOND] * 3 and found.times.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("unit", "texts"),
+    [
+        ("iso", ["2023-11-14 22:13:21", "2023-11-14T23:13:20.5+01:00", "2023/11/14 22:13:20.25Z"]),
+        ("ms", ["1700000001000", "1700000000500", "1700000000250"]),
+    ],
+)
+def test_times_that_are_texts_count_as_in_the_preparation(unit, texts):
+    table = pa.table({"user": ["u"] * 3, "item": ["c", "b", "a"], "time": texts})
+    names = NAMES | {"time_unit": unit}
+    found = frames.histories(table, names, pa.array(["a", "b", "c"]), rounded=False)
+    assert found.items.tolist() == [1, 2, 3]
+    assert found.times.tolist() == [SECOND, SECOND, SECOND + 1]
+
+
+def test_numbers_are_seconds_where_texts_would_be_dates():
+    table = pa.table({"user": ["u"], "item": ["a"], "time": [SECOND]})
+    found = frames.histories(table, NAMES | {"time_unit": "iso"}, pa.array(["a"]), rounded=False)
+    assert found.times.tolist() == [SECOND]

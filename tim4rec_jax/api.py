@@ -200,6 +200,7 @@ class Model:
         at: Any = None,
         allow: Iterable[Any] | None = None,
         deny: Iterable[Any] | None = None,
+        data: Data | str | Path | None = None,
         **columns: str,
     ) -> Any:
         """Recommends items to users of the data, or after histories of any users.
@@ -215,8 +216,11 @@ class Model:
             moment, or one for each user in the order of `users`, or of their first events.
           allow: the ids of the only items to recommend; unknown ids are ignored.
           deny: the ids of items never to recommend.
+          data: where the events of `users` are, if not in the data of the training: what was
+            prepared since then, or the data of the training at another place.
           columns: `user`, `item`, `time` name the columns of `histories`, and `time_unit` says
-            what numbers count; the default is what `prepare` was told.
+            what numbers count ("s", "ms", "us", "ns"), or that texts are dates ("iso"); the
+            default is what the preparation was told.
 
         Returns:
           A table of the kind that came in. It has the columns of the user and the item, which keep
@@ -224,20 +228,22 @@ class Model:
           event of the user was known, so that the items are the most popular ones.
 
         Raises:
-          UserError: a user is not in the data, a column is missing, a time cannot be right, or
-            `k` or `at` cannot be used.
+          UserError: a user is not in the data, the data is not that of the training any more, a
+            column is missing, a time cannot be right, or `k` or `at` cannot be used.
         """
         from tim4rec_jax.serving.ranker import ids_of
 
         if (users is None) == (histories is None):
             raise UserError("recommend takes either users= or histories=")
+        if users is None and data is not None:
+            raise UserError("data is where users= are looked up; leave it out with histories=")
         if unknown := sorted(columns.keys() - frames.NAMES.keys()):
             raise UserError(f"{unknown[0]} is no keyword of recommend")
         if not isinstance(exclude_seen, bool):
             raise UserError(f"exclude_seen is {exclude_seen!r}; it must be True or False")
         names = frames.NAMES | self._remembered("columns") | columns
         if users is not None:
-            who, user_type, lengths, events_of = self._of_users(users)
+            who, user_type, lengths, events_of = self._of_users(users, data)
             kind, item_type = self.frame, self._item_type()
         else:
             who, user_type, lengths, events_of, kind, item_type = self._of_table(histories, names)
@@ -289,13 +295,24 @@ class Model:
         scores, items, known = (np.concatenate(each)[back] for each in (scores, items, known))
         return scores, items, known
 
-    def _of_users(self, users: Any) -> tuple:
+    def _of_users(self, users: Any, data: Data | str | Path | None) -> tuple:
         """The ids of users, their type, the lengths of their histories, and the histories."""
+        from tim4rec_jax.run import check_same_dataset
         from tim4rec_jax.serving.history import Events
 
         given = frames.array(users)
         who, user_type = frames.ids(given, "users")
-        dataset = self._dataset
+        if data is not None:
+            dataset = opened(data).dataset
+        else:
+            dataset = self._dataset
+            check_same_dataset(
+                dataset.directory,
+                dataset.metadata,
+                self.run,
+                more_items=True,
+                remedy=f"pass data={str(dataset.directory)!r} if its events are meant",
+            )
         rows = frames.positions(who, dataset.user_ids)
         if rows.null_count:
             first = int(np.argmax(rows.is_null().to_numpy(zero_copy_only=False)))
@@ -304,7 +321,7 @@ class Model:
                 f"first is {given[first]}; give their events as histories="
             )
         rows = rows.to_numpy().astype(np.int64)
-        # The data may have been prepared again since the training, with items in another order.
+        # Other data than that of the training has its items in another order.
         known = np.append(
             np.int32(0), self.recommender.catalogue.indices(dataset.item_ids.to_pylist())
         )
@@ -368,7 +385,8 @@ class Model:
             raise UserError(f"split is {split!r}; it must be test or valid")
         config, model = load_model(self.run)
         dataset = self._dataset if data is None else opened(data).dataset
-        check_same_dataset(dataset.directory, dataset.metadata, self.run)
+        remedy = "pass data= with the data of the training"
+        check_same_dataset(dataset.directory, dataset.metadata, self.run, remedy=remedy)
         how = config.data
         dataset = dataset.split(how.split, how.valid_from, how.test_from)
         settings: dict[str, Any] = batch_settings(config)

@@ -21,6 +21,7 @@ from tim4rec_jax.errors import UserError, first_line
 
 NANOSECONDS = {"s": 1_000_000_000, "ms": 1_000_000, "us": 1_000, "ns": 1}
 NAMES = {"user": "user_id", "item": "item_id", "time": "timestamp", "time_unit": "s"}
+_TEXTS = (pa.string(), pa.large_string(), pa.string_view())
 _LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is in a finer unit than seconds
 
 
@@ -118,7 +119,7 @@ def ids(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[pa.Array, pa.Dat
     if kind is None or not (
         pa.types.is_integer(kind)
         or pa.types.is_null(kind)
-        or kind in (pa.string(), pa.large_string(), pa.string_view())
+        or kind in _TEXTS
     ):
         raise UserError(
             f"the column {name!r} holds {column.type}; ids are texts or whole numbers, so convert "
@@ -149,9 +150,10 @@ def times(
     """The times of a column, as they are and in whole seconds since 1970.
 
     Args:
-      column: dates or moments (UTC where they have no zone), or numbers since 1970.
+      column: dates or moments (UTC where they have no zone), or numbers since 1970, or texts of
+        either, as the preparation reads them.
       name: of the column, for the message.
-      unit: of numbers: "s", "ms", "us" or "ns".
+      unit: of numbers: "s", "ms", "us" or "ns". With "iso", texts are dates, and numbers seconds.
 
     Returns:
       The numbers of the column, in its own unit, by which events can be ordered; the seconds.
@@ -159,11 +161,15 @@ def times(
     Raises:
       UserError: a time is missing, before 1970 or implausible in this unit, or is of another type.
     """
-    if unit not in NANOSECONDS:
-        raise UserError(f"time_unit is {unit!r}; it must be one of {', '.join(NANOSECONDS)}")
+    if unit not in (*NANOSECONDS, "iso"):
+        raise UserError(f"time_unit is {unit!r}; it must be one of {', '.join(NANOSECONDS)}, iso")
     missing = np.asarray(column.is_null(nan_is_null=True))
     if missing.any():
         raise UserError(f"row {int(np.argmax(missing))} of the table has no {name!r}")
+    if column.type in _TEXTS:
+        column, unit = _read_texts(column, name, unit), "s"
+    elif unit == "iso":
+        unit = "s"
     if is_temporal(column.type):
         unit = column.type.unit if pa.types.is_timestamp(column.type) else "us"
         column = column.cast(pa.timestamp(unit), safe=False).cast(pa.int64())
@@ -183,6 +189,24 @@ def times(
             f"{unit} since 1970{remedy}"
         )
     return values, (values // per_second).astype(np.int64)
+
+
+def _read_texts(column: pa.ChunkedArray, name: str, unit: str) -> pa.ChunkedArray:
+    """The seconds since 1970 that texts say, by the code that reads files."""
+    # Here and not above, because dates and numbers need no database.
+    from tim4rec_jax.data_prep.events import read_events
+
+    rows = pa.repeat("-", len(column))  # rows have a user and an item there
+    table = pa.table([rows, rows, column], names=["user", "item", "time"])
+    try:
+        read, _ = read_events(table, user="user", item="item", time="time", time_unit=unit)  # pyright: ignore
+    except UserError as error:
+        said = str(error).partition(";")[0].removeprefix("the table, ")
+        raise UserError(
+            f"{name!r} of the table, {said}; times are dates, or numbers since 1970 in the unit "
+            f"time_unit={unit!r}, where 'iso' says that texts are dates"
+        ) from error
+    return read["time"]
 
 
 def _plausible(value: float, unit: str) -> bool:

@@ -112,10 +112,9 @@ def prepare(
         if item_features is not None:
             flags = {**flags, "item_features": _feature_paths(item_features, item, Path(work))}
         _data_prep(paths, flags | named | {"out": folder}, table)
-    unit = flags.get("time_unit", "s")
-    memory["columns"] = named | {"time_unit": "s" if unit == "iso" else unit}
-    path = folder / DATASET_FILE
-    write_json(path, json.loads(path.read_text()) | memory)
+    if memory:
+        path = folder / DATASET_FILE
+        write_json(path, json.loads(path.read_text()) | memory)
     return Data(folder, kind, temporary)
 
 

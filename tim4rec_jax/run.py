@@ -317,7 +317,12 @@ def only_process(workdir: Path) -> Iterator[None]:
 
 
 def check_same_dataset(
-    directory: Path, ours: dict, workdir: Path, *, more_items: bool = False
+    directory: Path,
+    ours: dict,
+    workdir: Path,
+    *,
+    more_items: bool = False,
+    remedy: str = "restore it, or choose another --workdir",
 ) -> None:
     """Makes sure that a dataset is the one that a run began with, if the run says which that was.
 
@@ -326,6 +331,7 @@ def check_same_dataset(
       ours: the metadata of that dataset.
       workdir: the run directory.
       more_items: whether the run may know further items (`tim4rec add-items`).
+      remedy: what the message says to do.
 
     Raises:
       UserError: it is another dataset; the message says what tells them apart.
@@ -338,7 +344,7 @@ def check_same_dataset(
     if changed := _differences(ours, theirs):
         raise UserError(
             f"{directory} is not the dataset that the run in {workdir} began with "
-            f"(other {', '.join(changed)}); restore it, or choose another --workdir"
+            f"(other {', '.join(changed)}); {remedy}"
         )
 
 

@@ -442,3 +442,5 @@ def test_new_items_begin_with_their_features(tmp_path, monkeypatch):
     train(settings(new, init_from=str(tmp_path / "run")), run)
     with pytest.raises(UserError, match=r"was trained without item features, and .* has some"):
         train(config, tmp_path / "again")
+    config.model.item_features = False  # as the message says
+    train(config, tmp_path / "again")

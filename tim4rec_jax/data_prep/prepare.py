@@ -65,6 +65,9 @@ def prepare(
                 "sources": reading.sources + sources,
                 "prepared_by": f"tim4rec-jax {tim4rec_jax.__version__}",
             }
+            if name == "table":  # the user's own names, which recommendations then have too
+                named = ("user", "item", "time", "time_unit")
+                metadata["columns"] = {each: getattr(flags, each) for each in named}
             return writer.write(
                 engine,
                 folder,

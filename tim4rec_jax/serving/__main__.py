@@ -174,14 +174,13 @@ def _add_batch(commands: Any) -> None:
     )
     _add_run_flags(parser)
     _add_ranking_flags(parser)
-    add("--user", metavar="COLUMN", help="who (default: user_id, or user if there is such one)")
-    add("--item", metavar="COLUMN", help="what (default: item_id, or item if there is such one)")
-    add("--time", "--timestamp", metavar="COLUMN", help="when (default: timestamp)")
+    add("--user", metavar="COLUMN", help="who (default: as prepared, or user_id or user)")
+    add("--item", metavar="COLUMN", help="what (default: as prepared, or item_id or item)")
+    add("--time", "--timestamp", metavar="COLUMN", help="when (default: as prepared, or timestamp)")
     add(
         "--time-unit",
         choices=("s", "ms", "us", "ns", "iso"),
-        default="s",
-        help="of the times: since 1970, or iso for dates (default: s)",
+        help="of the times: since 1970, or iso for dates (default: as prepared)",
     )
     add(
         "--on-bad-row",

@@ -33,7 +33,7 @@ from tim4rec_jax.serving.recommender import Recommender
 _STREAM_EVENTS = 1 << 17  # how many events are read at once
 _PREFIX = ".sorting-"
 _MARK = ".made-by-tim4rec-jax"  # lies in each folder for sorting that is ours
-# The columns that are looked for where none is named, the preparation's name first.
+# The columns that are looked for where none is named, after those of the training's data.
 _NAMES = {"user": ("user_id", "user"), "item": ("item_id", "item"), "time": ("timestamp",)}
 
 
@@ -41,17 +41,18 @@ class Columns(NamedTuple):
     """The columns of the files.
 
     Attributes:
-        user: the name of the column with the user id; `None` takes `user_id`, or `user` if the
-            file has that.
-        item: likewise, `item_id` or `item`.
-        time: likewise, `timestamp`.
-        time_unit: of the times: since 1970, or iso for dates.
+        user: the name of the column with the user id; `None` takes the name that the data of the
+            training had, `user_id` or `user`, whichever the file has.
+        item: likewise, its name there, `item_id` or `item`.
+        time: likewise, its name there or `timestamp`.
+        time_unit: of the times: since 1970, or iso for dates; `None` takes that of the training's
+            data.
     """
 
     user: str | None = None
     item: str | None = None
     time: str | None = None
-    time_unit: TimeUnit = "s"
+    time_unit: TimeUnit | None = None
 
 
 @dataclass
@@ -232,7 +233,8 @@ class SortedEvents:
                 row.
         """
         self._con = con
-        columns, self.user_type = _look_into(files, columns, work / "first")
+        remembered = catalogue.metadata.get("columns", {})
+        columns, self.user_type = _look_into(files, columns, remembered, work / "first")
         self.bad_rows = load_events(
             con,
             work,
@@ -240,7 +242,7 @@ class SortedEvents:
             user=str(columns.user),
             item=str(columns.item),
             time=str(columns.time),
-            time_unit=columns.time_unit,
+            time_unit=columns.time_unit or remembered.get("time_unit", "s"),
             on_bad_row=on_bad_row,
         )
         ids = pa.array(catalogue.ids)
@@ -276,18 +278,24 @@ class SortedEvents:
         yield _part(held)
 
 
-def _look_into(paths: Sequence[str], columns: Columns, work: Path) -> tuple[Columns, pa.DataType]:
+def _look_into(
+    paths: Sequence[str], columns: Columns, remembered: dict[str, str], work: Path
+) -> tuple[Columns, pa.DataType]:
     """The columns by name, as the first file has them, and the type of the user ids of all."""
     source = SOURCES["table"]
     work.mkdir()
     files = find(paths, source, work).events
     flags = {name: "" for name in ("user", "item", "time", "time_unit", "delimiter", "columns")}
     layout = source.layout(files[0], Flags(**flags, rating=None, where=None))
+    wanted = {
+        name: [remembered[name], *names] if name in remembered else names
+        for name, names in _NAMES.items()
+        if getattr(columns, name) is None
+    }
     chosen = columns._replace(
         **{
             name: next((each for each in names if each in layout.columns), names[0])
-            for name, names in _NAMES.items()
-            if getattr(columns, name) is None
+            for name, names in wanted.items()
         }
     )
     kinds = set()

@@ -52,6 +52,8 @@ from tim4rec_jax.training.state import TrainState, init_state, make_optimizer
 _DATES = "model.date_bias_knots"
 # What only a ranking adds, and is counted anew for each dataset.
 _OF_RANKING = ("model.neighbours", "model.neighbours_follow", "model.neighbour_weight")
+# Whether item features count, which `_match_features` compares with what the datasets have.
+_FEATURES = "model.item_features"
 _ITEMS, _DATE_VECTORS = "item_embedding/embedding", "drift/vectors"
 
 MakeModel = Callable[..., SequenceModel]
@@ -229,7 +231,7 @@ def _check_same_model(config: Config, theirs: Config, run: Path) -> None:
         for name in [*names, "data.convention"]
         if ours_flat.get(name) != theirs_flat.get(name)
         and not (name == _DATES and ours_flat.get(name) and theirs_flat.get(name))
-        and name not in _OF_RANKING
+        and name not in (*_OF_RANKING, _FEATURES)
     ]
     if different:
         listed = ", ".join(
@@ -339,7 +341,7 @@ def _match_features(run: Path, model: Any, dataset: Dataset, structure: Any) -> 
     if old is None or dataset.features is None:
         raise UserError(
             f"--init-from {run} was trained without item features, and {dataset.directory} has "
-            "some; train anew once, or take config.model.item_features=False in both"
+            "some; train anew once, or take config.model.item_features=False"
         )
     return FeatureMatch.matched(old, dataset.features)
 
