@@ -67,7 +67,11 @@ def get_config(variant: str = "") -> config_lib.Config:
         # Chosen on the validation split. Times are whole days: many gaps are 0, so small initial
         # outputs and less dropout suffice.
         config.model.update(
-            time_encoding="causal", repeat_bias=True, dropout_prob=0.3, output_std=0.002
+            time_encoding="causal",
+            single_layer_residual=True,
+            repeat_bias=True,
+            dropout_prob=0.3,
+            output_std=0.002,
         )
         # A row of 50 positions holds several histories. The last epochs are the best under the
         # cosine schedule, so nothing stops training before.

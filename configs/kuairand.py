@@ -66,6 +66,7 @@ def get_config(variant: str = "") -> config_lib.Config:
     if variant == "causal":
         config.model.update(
             time_encoding="causal",
+            single_layer_residual=True,
             repeat_bias=True,
             date_bias_knots=28,  # two weeks: one every half day
             output_std=0.002,

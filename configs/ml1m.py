@@ -70,7 +70,7 @@ def get_config(variant: str = "") -> config_lib.Config:
         config.model.update(alpha=0.3, c=9, n_heads=4)  # its paper's for ML-1M
 
     if variant == "causal":
-        config.model.update(time_encoding="causal", repeat_bias=True)
+        config.model.update(time_encoding="causal", single_layer_residual=True, repeat_bias=True)
         # A row of 200 positions holds several histories. The last epochs are the best under the
         # cosine schedule, so nothing stops training before. The schedule allows a higher rate.
         config.train.update(

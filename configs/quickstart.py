@@ -65,7 +65,7 @@ def get_config(variant: str = "") -> config_lib.Config:
     if not variant:
         config.train.epochs = 3  # the fourth is no better on validation
     if variant == "causal":
-        config.model.update(time_encoding="causal", repeat_bias=True)
+        config.model.update(time_encoding="causal", single_layer_residual=True, repeat_bias=True)
         # A row of 32 positions holds several histories. The last epochs are the best under the
         # cosine schedule, so nothing stops training before.
         config.train.update(

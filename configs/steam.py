@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> config_lib.Config:
     presets.use_baseline(config, variant)
 
     if variant == "causal":
-        config.model.update(time_encoding="causal", repeat_bias=True)
+        config.model.update(time_encoding="causal", single_layer_residual=True, repeat_bias=True)
         # A row of 50 positions holds several histories. The last epochs are the best under the
         # cosine schedule, so nothing stops training before.
         config.train.update(

@@ -304,7 +304,8 @@ def test_it_is_what_the_commands_do(model, tmp_path):
         check_dtype=False,
     )
     out = tmp_path / "top.csv"
-    serve(["batch", f"--workdir={tmp_path / 'run'}", f"--events={log}", f"--out={out}", "--top-k=3"])
+    words = [f"--workdir={tmp_path / 'run'}", f"--events={log}", f"--out={out}", "--top-k=3"]
+    serve(["batch", *words])
     written = pd.read_csv(out)
     assert written["user"].tolist() == same["customer"].tolist()
     assert written["item"].tolist() == same["sku"].tolist()
@@ -382,7 +383,7 @@ def test_the_data_may_grow_after_the_training(model, tmp_path):
         loaded.recommend([1003], k=3)
     for place in (grown, tmp_path / "kept" / "data"):
         pd.testing.assert_frame_equal(loaded.recommend([1003], k=3, data=place), expected)
-    with pytest.raises(UserError, match="is not the dataset that .* pass data= with the data of"):
+    with pytest.raises(UserError, match=r"is not the dataset that .* pass data= with the data of"):
         loaded.evaluate()
 
 

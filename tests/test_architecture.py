@@ -34,7 +34,7 @@ MAY_IMPORT |= {
     "plan": (*LIBRARY, "training"),
     "presets": ("config", "models", "errors"),
     "configs": ("presets", "config"),
-    "frames": ("errors",),
+    "frames": ("data_prep", "errors"),
 }
 # Commands put the parts together, and nothing but another command imports them.
 COMMANDS = {

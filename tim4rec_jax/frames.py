@@ -116,11 +116,7 @@ def ids(column: pa.ChunkedArray | pa.Array, name: str) -> tuple[pa.Array, pa.Dat
             kind = None
         else:
             kind = pa.int64()
-    if kind is None or not (
-        pa.types.is_integer(kind)
-        or pa.types.is_null(kind)
-        or kind in _TEXTS
-    ):
+    if kind is None or not (pa.types.is_integer(kind) or pa.types.is_null(kind) or kind in _TEXTS):
         raise UserError(
             f"the column {name!r} holds {column.type}; ids are texts or whole numbers, so convert "
             "it first"

@@ -54,6 +54,8 @@ def test_settings_of_record(path):
         assert not found.pop("data.shuffle_ties")
         assert not found.pop("model.neighbours") and found.pop("model.neighbour_weight")
         assert not found.pop("model.neighbours_follow") and not found.pop("model.repeat_last")
+        alone = found.pop("model.single_layer_residual", False)
+        assert not alone or found["model.num_layers"] > 1
         # No dataset of these configurations has item features.
         assert found.pop("model.item_features") and found.pop("model.id_dropout")
         assert found == expected, variant

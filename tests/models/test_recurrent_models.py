@@ -12,7 +12,7 @@ from flax import nnx
 from tests.data.small_dataset import in_memory, random_histories
 from tests.models.small_models import jit, small_model
 from tim4rec_jax.data import PackedBatches, TrainBatches
-from tim4rec_jax.models import MODELS
+from tim4rec_jax.models import MODELS, build
 from tim4rec_jax.training.objectives import every_position_loss, prefix_loss
 
 ITEMS, LENGTH, ROWS = 30, 12, 3
@@ -129,3 +129,27 @@ def test_every_position_of_packed_rows_is_every_prefix(name):
         for loss, batch in ((prefix_loss, prefixes[0]), (every_position_loss, rows[0]))
     ]
     np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "tim4rec", "time_encoding": "causal"},
+        {"name": "tim4rec", "time_encoding": "masked"},
+        {"name": "mamba4rec"},
+        {"name": "ssd4rec"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_a_single_layer_has_a_residual_connection_only_where_it_is_asked_for(settings):
+    """Where the layer gives nothing, only that connection tells one item from another."""
+    small = {"hidden_size": 16, "d_state": 4, "head_dim": 8, "num_layers": 1} | settings
+    if settings["name"] == "mamba4rec":
+        del small["head_dim"]
+    for asked in (True, False):
+        model = build(small | {"single_layer_residual": asked}, n_items=ITEMS, max_length=4, seed=0)
+        [block] = model.blocks
+        out = (block.mamba if settings["name"] == "mamba4rec" else block.ssd).out_proj
+        out.kernel[...] = jnp.zeros_like(out.kernel[...])
+        hidden = model.encode(jnp.array([[1], [2]]), jnp.ones(2, jnp.int32), jnp.zeros((2, 4)))
+        assert asked == (float(jnp.abs(hidden[0] - hidden[1]).max()) > 1e-3)

@@ -20,7 +20,9 @@ class Mamba4RecSettings(ModelSettings):
 
     Attributes:
       hidden_size: D, the width of the item vectors.
-      num_layers: number of layers. A single layer has no residual connection.
+      num_layers: number of layers.
+      single_layer_residual: whether a single layer has a residual connection, as each of several
+        has. The published code leaves it out.
       dropout_prob: of item vectors and layers.
       d_state: N, the size of the state of each channel.
       d_conv: taps of the causal convolutions.
@@ -29,6 +31,7 @@ class Mamba4RecSettings(ModelSettings):
 
     hidden_size: int = 64
     num_layers: int = count(2)
+    single_layer_residual: bool = False
     dropout_prob: float = rate(0.2)
     d_state: int = 32
     d_conv: int = count(4)
@@ -38,8 +41,9 @@ class Mamba4RecSettings(ModelSettings):
 class Mamba4Rec(CausalBlocks):
     """Item embedding, dropout, norm; Mamba blocks with feed-forward networks.
 
-    As published, a single layer has no residual connection around its Mamba block, and Mamba's own
-    initial step sizes are lost (see `tim4rec_jax.layers.mamba.Mamba`).
+    As published, a single layer has no residual connection around its Mamba block, unless
+    `single_layer_residual` is set, and Mamba's own initial step sizes are lost (see
+    `tim4rec_jax.layers.mamba.Mamba`).
     """
 
     Settings = Mamba4RecSettings
@@ -76,7 +80,7 @@ class Mamba4Rec(CausalBlocks):
                 **kwargs,
             )
             feed_forward = FeedForward(width, activation=gelu, **around)
-            residual = settings.num_layers > 1
+            residual = settings.num_layers > 1 or settings.single_layer_residual
             return MambaBlock(mamba, feed_forward, width=width, residual=residual, **around)
 
         self.blocks = nnx.List([block() for _ in range(settings.num_layers)])

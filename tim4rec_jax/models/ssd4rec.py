@@ -16,7 +16,9 @@ class SSD4RecSettings(ModelSettings):
 
     Attributes:
       hidden_size: D, the width of the item vectors.
-      num_layers: number of layers. A single layer has no residual connection.
+      num_layers: number of layers.
+      single_layer_residual: whether a single layer has a residual connection, as each of several
+        has. The published code leaves it out.
       dropout_prob: of item vectors and layers.
       d_state: N, the size of the state of each head.
       d_conv: taps of the causal convolutions.
@@ -32,6 +34,7 @@ class SSD4RecSettings(ModelSettings):
 
     hidden_size: int = 64
     num_layers: int = count(2)
+    single_layer_residual: bool = False
     dropout_prob: float = rate(0.2)
     d_state: int = 32
     d_conv: int = count(4)

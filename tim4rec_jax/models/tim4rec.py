@@ -42,15 +42,17 @@ from tim4rec_jax.models.base import (
 class TiM4RecSettings(ModelSettings):
     """Names and defaults are those of the 64-d configurations in the TiM4Rec repository.
 
-    `time_encoding`, `output_std`, `knows_next_time`, `band_events` and `conv_path` are ours. Their
-    defaults reproduce the published model.
+    `time_encoding`, `single_layer_residual`, `output_std`, `knows_next_time`, `band_events` and
+    `conv_path` are ours. Their defaults reproduce the published model.
 
     Attributes:
       time_encoding: "paper": the published time stream. "masked": the same, but its statistics
         are taken over real events only and gaps are exact. "causal": each event's own gap changes
         its step, and nothing looks ahead.
       hidden_size: D, the width of the item vectors.
-      num_layers: number of layers. A single layer has no residual connection.
+      num_layers: number of layers.
+      single_layer_residual: whether a single layer has a residual connection, as each of several
+        has. The published code leaves it out, which costs quality.
       dropout_prob: of item vectors, layers, and the input of the time stream.
       time_drop_out: of the layers of the time stream.
       d_state: N, the size of the state of each head.
@@ -78,6 +80,7 @@ class TiM4RecSettings(ModelSettings):
     time_encoding: str = one_of("paper", "masked", "causal")
     hidden_size: int = 64
     num_layers: int = count(2)
+    single_layer_residual: bool = False
     dropout_prob: float = rate(0.2)
     time_drop_out: float = rate(0.2)
     d_state: int = 32
@@ -346,7 +349,7 @@ def block_arguments(
     return dict(
         feed_forward=FeedForward(settings.hidden_size, **kwargs) if settings.is_ffn else None,
         width=settings.hidden_size,
-        residual=settings.num_layers > 1,
+        residual=settings.num_layers > 1 or settings.single_layer_residual,
         eps=settings.norm_eps,
         **kwargs,
     )
