@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
-from benchmarks.results import RANKED, TABLES, Row, in_words, model_name, pick
+from benchmarks.results import Row, in_words, model_name, pick
+from benchmarks.results_tables import RANKED, TABLES
 from tim4rec_jax.commands.results import PROTOCOL
 
 matplotlib.use("Agg")

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import results
-from benchmarks.results import BLOCK, PAGES, RANKED, RESULTS, TABLES, pick, table
+from benchmarks.results import BLOCK, PAGES, RESULTS, pick, table
+from benchmarks.results_tables import RANKED, TABLES, Table
 from tim4rec_jax.commands import compare_report
 from tim4rec_jax.commands import results as commands_results
 from tim4rec_jax.commands.results import (
@@ -76,7 +77,7 @@ def test_a_table_cannot_mix_protocols(monkeypatch):
     rows = read(RESULTS)
     with pytest.raises(UserError, match="no row"):
         pick(rows, RANKED, choice)
-    monkeypatch.setitem(TABLES, "loose", results.Table({}, [*TABLES["readme"].chosen, choice]))
+    monkeypatch.setitem(TABLES, "loose", Table({}, [*TABLES["readme"].chosen, choice]))
     with pytest.raises(UserError, match="would mix the protocols"):
         table("loose")
 
