@@ -1,6 +1,6 @@
 """Which rows of `results.csv` each table of results shows, with which columns.
 
-`benchmarks.results` writes the tables. A row is chosen by its dataset, its variant, and the settings
+`benchmarks.results` writes the tables. A row is chosen by its dataset, variant, and the settings
 that differ from those of its config.
 """
 
