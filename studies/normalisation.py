@@ -97,7 +97,7 @@ class NormalisedGaps(nnx.Module):
         self,
         gaps: Float[Array, "B T"],
         real: Bool[Array, "B 1 T"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B 1 T"]:
         """See `TimeEncoder`."""
         tau = NORMALISATIONS[self.how](gaps[:, None].astype(self.dtype), real)

@@ -143,7 +143,7 @@ def test_whatever_ends_the_process_the_bits_stay(folder, calm):
 @pytest.mark.slow
 def test_a_hundred_kills(folder, calm):
     """At random moments of a process: while it starts, compiles, trains, validates or writes."""
-    rng, kills, runs = random.Random(11), 0, 0
+    rng, kills, runs, seconds = random.Random(11), 0, 0, 0.0
     theirs = calm.arrays()
     begun = time.monotonic()
     while kills < 100:

@@ -42,8 +42,8 @@ Batch = dict[str, Any]
 
 def collate(
     log: EventLog | DeviceLog,
-    starts: Int[Array, "B"],
-    lengths: Int[Array, "B"],
+    starts: Int[Array, " B"],
+    lengths: Int[Array, " B"],
     *,
     width: int,
     max_length: int,
@@ -84,8 +84,8 @@ def collate(
 
 def prefix_batch(
     dataset: Dataset,
-    users: Int64[np.ndarray, "B"],
-    ends: Int64[np.ndarray, "B"],
+    users: Int64[np.ndarray, " B"],
+    ends: Int64[np.ndarray, " B"],
     *,
     width: int,
     max_length: int,
@@ -115,8 +115,8 @@ _ROUNDS = 4
 
 
 def permute(
-    positions: Int64[np.ndarray, "N"], size: int, key: tuple[int, ...]
-) -> Int64[np.ndarray, "N"]:
+    positions: Int64[np.ndarray, " N"], size: int, key: tuple[int, ...]
+) -> Int64[np.ndarray, " N"]:
     """Maps positions in a shuffled list to positions in the list itself.
 
     The map is a pseudo-random permutation of `range(size)` that is computed and never stored. So
@@ -433,7 +433,11 @@ class EvalBatches:
 
 
 def default_buckets(
-    targets: Int64[np.ndarray, "users"], max_length: int, *, max_buckets: int = 5, multiple: int = 4
+    targets: Int64[np.ndarray, " users"],
+    max_length: int,
+    *,
+    max_buckets: int = 5,
+    multiple: int = 4,
 ) -> tuple[int, ...]:
     """Chooses the widths of batches that leave the least padding in an epoch of training.
 
@@ -466,8 +470,8 @@ def default_buckets(
 
 
 def window_counts(
-    targets: Int64[np.ndarray, "users"], max_length: int
-) -> Int64[np.ndarray, "max_length_and_1"]:
+    targets: Int64[np.ndarray, " users"], max_length: int
+) -> Int64[np.ndarray, " max_length_and_1"]:
     """Number of training windows of each length, from 0 to `max_length`.
 
     Args:

@@ -63,7 +63,7 @@ class Dataset:
     user_ids: pa.ChunkedArray
     item_ids: pa.ChunkedArray
     item_counts: Int64[np.ndarray, "n_items"]
-    offsets: Int64[np.ndarray, "n_users_and_1"]
+    offsets: Int64[np.ndarray, " n_users_and_1"]
     chunks: tuple[Chunk, ...]
     features: FeatureTable | None = None
     time_splits: Splits | None = None
@@ -148,7 +148,7 @@ class Dataset:
         return dataclasses.replace(self, time_splits=splits, split_in_words=words)
 
     def items(
-        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], width: int
+        self, starts: Int64[np.ndarray, " B"], lengths: Int[np.ndarray, " B"], width: int
     ) -> Int32[np.ndarray, "B width"]:
         """Item indices of runs of events, padded with 0 on the right.
 
@@ -161,14 +161,14 @@ class Dataset:
         return self._windows("items", starts, lengths, width)
 
     def timestamps(
-        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"], width: int
+        self, starts: Int64[np.ndarray, " B"], lengths: Int[np.ndarray, " B"], width: int
     ) -> Int64[np.ndarray, "B width"]:
         """Times of runs of events, in seconds since 1970; the arguments are those of `items`."""
         return self._windows("timestamps", starts, lengths, width)
 
     def events(
-        self, starts: Int64[np.ndarray, "B"], lengths: Int[np.ndarray, "B"]
-    ) -> tuple[EventLog, Int64[np.ndarray, "B"]]:
+        self, starts: Int64[np.ndarray, " B"], lengths: Int[np.ndarray, " B"]
+    ) -> tuple[EventLog, Int64[np.ndarray, " B"]]:
         """A log that holds runs of events.
 
         Args:
@@ -193,8 +193,8 @@ class Dataset:
     def gather(
         self,
         make: Callable[[EventLog, np.ndarray, np.ndarray], dict[str, np.ndarray]],
-        starts: Int64[np.ndarray, "B"],
-        lengths: Int[np.ndarray, "B"],
+        starts: Int64[np.ndarray, " B"],
+        lengths: Int[np.ndarray, " B"],
     ) -> dict[str, np.ndarray]:
         """Makes rows from runs of events, straight from the mapped files.
 
@@ -278,7 +278,7 @@ def open_dataset(directory: str | os.PathLike) -> Dataset:
     )
 
 
-def train_targets(dataset: Dataset) -> Int64[np.ndarray, "n_users"]:
+def train_targets(dataset: Dataset) -> Int64[np.ndarray, " n_users"]:
     """Number of training targets of each user: every event that training sees but the first.
 
     Raises:
@@ -292,7 +292,7 @@ def train_targets(dataset: Dataset) -> Int64[np.ndarray, "n_users"]:
     return targets
 
 
-def train_item_counts(dataset: Dataset) -> Int64[np.ndarray, "n_items"]:
+def train_item_counts(dataset: Dataset) -> Int64[np.ndarray, " n_items"]:
     """Number of events of each item among those that training sees."""
     counts = np.zeros(dataset.n_items + 1, np.int64)
     for chunk in dataset.chunks:

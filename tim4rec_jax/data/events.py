@@ -25,8 +25,8 @@ class EventLog:
       timestamps: seconds since 1970.
     """
 
-    items: Int32[np.ndarray, "E"]
-    timestamps: Int64[np.ndarray, "E"]
+    items: Int32[np.ndarray, " E"]
+    timestamps: Int64[np.ndarray, " E"]
 
     def gaps_at(self, events: Int[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
         """Exact seconds from the event before in the log, whichever user that belongs to.
@@ -42,8 +42,8 @@ class EventLog:
 
     def window_gaps(
         self,
-        starts: Int[np.ndarray, "B"],
-        lengths: Int[np.ndarray, "B"],
+        starts: Int[np.ndarray, " B"],
+        lengths: Int[np.ndarray, " B"],
         width: int,
         convention: Convention,
     ) -> Float32[np.ndarray, "B width"]:
@@ -61,10 +61,10 @@ class DeviceLog(NamedTuple):
       dates: days since 1970.
     """
 
-    items: Int32[Array, "E"]
-    gaps: Float32[Array, "E"]
-    times: Float32[Array, "E"]
-    dates: Float32[Array, "E"]
+    items: Int32[Array, " E"]
+    gaps: Float32[Array, " E"]
+    times: Float32[Array, " E"]
+    dates: Float32[Array, " E"]
 
     @classmethod
     def from_host(cls, log: EventLog) -> "DeviceLog":
@@ -81,7 +81,11 @@ class DeviceLog(NamedTuple):
         return self.dates[events]
 
     def window_gaps(
-        self, starts: Int[Array, "B"], lengths: Int[Array, "B"], width: int, convention: Convention
+        self,
+        starts: Int[Array, " B"],
+        lengths: Int[Array, " B"],
+        width: int,
+        convention: Convention,
     ) -> Float32[Array, "B width"]:
         """See `EventLog.window_gaps`."""
         xp = self.items.__array_namespace__()
@@ -99,7 +103,7 @@ def days(timestamps: Int64[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
 
 def time_gaps(
     timestamps: Int64[np.ndarray, "B L"],
-    lengths: Int[np.ndarray, "B"],
+    lengths: Int[np.ndarray, " B"],
     convention: Convention = "recbole",
 ) -> Float32[np.ndarray, "B L"]:
     """Seconds from the event before to each event.
@@ -124,7 +128,7 @@ def time_gaps(
 
 
 def windows(
-    values: Shaped[Array, "E"], starts: Int[Array, "B"], lengths: Int[Array, "B"], width: int
+    values: Shaped[Array, " E"], starts: Int[Array, " B"], lengths: Int[Array, " B"], width: int
 ) -> Shaped[Array, "B width"]:
     """Gathers `values[start : start + length]` into each row, padded with 0 on the right.
 

@@ -50,10 +50,10 @@ def pack(log: EventLog | DeviceLog, indices: Batch) -> Batch:
 
 def shuffle_ties(
     log: EventLog,
-    starts: Int[np.ndarray, "H"],
-    lengths: Int[np.ndarray, "H"],
+    starts: Int[np.ndarray, " H"],
+    lengths: Int[np.ndarray, " H"],
     order: str,
-    ranks: Int[np.ndarray, "E"],
+    ranks: Int[np.ndarray, " E"],
 ) -> EventLog:
     """A log of some histories, in which the events of one moment stand in another order.
 

@@ -19,12 +19,12 @@ class Splits(NamedTuple):
       test: the event that the test predicts, likewise.
     """
 
-    train: Int64[np.ndarray, "n_users"]
-    valid: Int64[np.ndarray, "n_users"]
-    test: Int64[np.ndarray, "n_users"]
+    train: Int64[np.ndarray, " n_users"]
+    valid: Int64[np.ndarray, " n_users"]
+    test: Int64[np.ndarray, " n_users"]
 
 
-def leave_one_out(lengths: Int64[np.ndarray, "n_users"]) -> Splits:
+def leave_one_out(lengths: Int64[np.ndarray, " n_users"]) -> Splits:
     """The split of the paper: the last event tests, the one before validates, the others train.
 
     This split leaks the future. The model has trained on events of other users that come after a
@@ -38,8 +38,8 @@ def leave_one_out(lengths: Int64[np.ndarray, "n_users"]) -> Splits:
 
 
 def by_time(
-    times: Int64[np.ndarray, "n_events"],
-    offsets: Int64[np.ndarray, "n_users_and_1"],
+    times: Int64[np.ndarray, " n_events"],
+    offsets: Int64[np.ndarray, " n_users_and_1"],
     valid_from: int,
     test_from: int,
 ) -> Splits:

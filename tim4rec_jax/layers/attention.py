@@ -126,7 +126,7 @@ class Attention(nnx.Module):
         self,
         h: Float[AnyArray, "B L D"],
         mask: Bool[AnyArray, "#B 1 #L L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
         *,
         causal: bool = False,
@@ -174,7 +174,7 @@ class Attention(nnx.Module):
         h: Float[Array, "B L D"],
         queries: Float[Array, "B Q D"],
         mask: Bool[Array, "#B 1 #Q L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
     ) -> Float[Array, "B Q D"]:
         """Attends from some positions only.
@@ -273,7 +273,7 @@ class EncoderLayer(nnx.Module):
         self,
         h: Float[Array, "B L D"],
         mask: Bool[Array, "#B 1 #L L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
         *,
         causal: bool = False,
@@ -287,7 +287,7 @@ class EncoderLayer(nnx.Module):
         h: Float[Array, "B L D"],
         positions: Int[Array, "B Q"],
         mask: Bool[Array, "#B 1 #Q L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
     ) -> Float[Array, "B Q D"]:
         """Computes `__call__` at some positions, with their rows of mask and relation."""
@@ -352,7 +352,7 @@ class Positions(nnx.Module):
         self,
         x: Float[Array, "B L D"],
         segment_ids: Int[Array, "B L"] | None = None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Counts positions from the start of each segment, or of each row without segments."""
         if segment_ids is None:

@@ -14,7 +14,7 @@ class BandsState(NamedTuple):
     """What the moving average keeps of the past."""
 
     total: Float[Array, "B D"]  # weighted sum of the inputs
-    weight: Float[Array, "B"]  # sum of their weights
+    weight: Float[Array, " B"]  # sum of their weights
 
 
 class FrequencyBands(nnx.Module):
@@ -56,7 +56,7 @@ class FrequencyBands(nnx.Module):
         weights = jnp.broadcast_to(weights, (h.shape[0], *weights.shape[1:]))
         return self._weigh(jnp.matmul(weights.astype(h.dtype), h), h)
 
-    def last(self, h: Float[Array, "B L D"], lengths: Int[Array, "B"]) -> Float[Array, "B D"]:
+    def last(self, h: Float[Array, "B L D"], lengths: Int[Array, " B"]) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each."""
         before = lengths[:, None] - 1 - jnp.arange(h.shape[1])
         weights = jnp.where(before >= 0, self._fallen(before), 0.0)

@@ -185,18 +185,18 @@ def gelu(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
 # would take a fifth of the training step.
 
 
-def row_seeds(key: jax.Array, rows: int) -> UInt32[Array, "B"]:
+def row_seeds(key: jax.Array, rows: int) -> UInt32[Array, " B"]:
     """One seed for each row of a batch, from a `jax.random` key."""
     return jax.random.bits(key, (rows,), jnp.uint32)
 
 
-def fold(seeds: UInt32[Array, "B"] | None, site: int) -> UInt32[Array, "B"] | None:
+def fold(seeds: UInt32[Array, " B"] | None, site: int) -> UInt32[Array, " B"] | None:
     """Seeds for dropout site number `site`; None (no dropout) stays None."""
     return None if seeds is None else _mix(seeds + jnp.uint32(site * 0x9E3779B9 & 0xFFFFFFFF))
 
 
 def dropout(
-    x: Float[Array, "B ..."], rate: float, seeds: UInt32[Array, "B"] | None
+    x: Float[Array, "B ..."], rate: float, seeds: UInt32[Array, " B"] | None
 ) -> Float[Array, "B ..."]:
     """Zeroes each element with probability `rate` and scales the others by 1 / (1 - rate).
 
@@ -221,7 +221,7 @@ def _mix(bits: jax.Array) -> jax.Array:
 
 
 def take_position(
-    x: Float[AnyArray, "B L ..."], position: Int[AnyArray, "B"]
+    x: Float[AnyArray, "B L ..."], position: Int[AnyArray, " B"]
 ) -> Float[Array, "B ..."]:
     """x[b, position[b]] for every row b."""
     return jax.vmap(lambda row, p: jax.lax.dynamic_index_in_dim(row, p, keepdims=False))(

@@ -57,7 +57,7 @@ class FeedForward(nnx.Module):
         self.dropout_rate, self.activation = dropout_rate, activation_function(activation)
 
     def __call__(
-        self, h: Float[Array, "B ... D"], seeds: UInt32[Array, "B"] | None = None
+        self, h: Float[Array, "B ... D"], seeds: UInt32[Array, " B"] | None = None
     ) -> Float[Array, "B ... D"]:
         """Applies the network to each position on its own."""
         inner = dropout(self.activation(self.fc1(h)), self.dropout_rate, fold(seeds, 0))
@@ -105,7 +105,7 @@ class ResidualBlock(nnx.Module):
         self,
         y: Float[Array, "B ... D"],
         h: Float[Array, "B ... D"],
-        seeds: UInt32[Array, "B"] | None,
+        seeds: UInt32[Array, " B"] | None,
     ) -> Float[Array, "B ... D"]:
         """What follows the layer that mixes the sequence: `h` is its input, `y` its output."""
         y = dropout(y, self.dropout_rate, fold(seeds, 0))
@@ -128,9 +128,9 @@ class Block(ResidualBlock):
     def __call__(
         self,
         h: Float[Array, "B L D"],
-        tau: Float[Array, "B #H T"] | None,
+        tau: Float[Array, " B #H T"] | None,
         real: Bool[Array, "B 1 T"] | None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B L D"], Float[Array, "B H T"] | None]:
         """Both streams after this layer.
 
@@ -146,7 +146,7 @@ class Block(ResidualBlock):
         return self.finish(self.ssd(h, factor), h, seeds), next_tau
 
     def mask(
-        self, h: Float[Array, "B L D"], tau: Float[Array, "B #H T"] | None
+        self, h: Float[Array, "B L D"], tau: Float[Array, " B #H T"] | None
     ) -> Float[Array, "B H L L"]:
         """The time-aware mask of the layer, see `SequenceModel.masks`."""
         factor = None
@@ -158,9 +158,9 @@ class Block(ResidualBlock):
     def last(
         self,
         h: Float[Array, "B L D"],
-        tau: Float[Array, "B #H T"] | None,
-        lengths: Int[Array, "B"],
-        seeds: UInt32[Array, "B"] | None = None,
+        tau: Float[Array, " B #H T"] | None,
+        lengths: Int[Array, " B"],
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """The item stream at position `lengths - 1`, for a model's last layer."""
         factor = None
@@ -207,7 +207,7 @@ class CausalBlock(ResidualBlock):
         h: Float[Array, "B L D"],
         features: Float[Array, "B L K"] | None,
         segment_ids: Int[Array, "B L"] | None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """One layer over rows of one or several histories.
 
@@ -239,8 +239,8 @@ class CausalBlock(ResidualBlock):
         self,
         h: Float[Array, "B L D"],
         features: Float[Array, "B L K"] | None,
-        lengths: Int[Array, "B"],
-        seeds: UInt32[Array, "B"] | None = None,
+        lengths: Int[Array, " B"],
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history, for a model's last layer."""
         y = self.ssd.last(h, self._time(features), lengths)

@@ -237,7 +237,7 @@ class LRUBlock(ResidualBlock):
         h: Float[Array, "B L D"],
         features: None = None,
         segment_ids: Int[Array, "B L"] | None = None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Applies the layer to rows of one or several histories; it does not use the gaps."""
         with finite.finite_inputs():
@@ -247,8 +247,8 @@ class LRUBlock(ResidualBlock):
         self,
         h: Float[Array, "B L D"],
         features: None,
-        lengths: Int[Array, "B"],
-        seeds: UInt32[Array, "B"] | None = None,
+        lengths: Int[Array, " B"],
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """Computes `__call__` at position `lengths - 1`, for rows of one history each."""
         states = self.lru.states(h)

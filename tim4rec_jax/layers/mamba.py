@@ -346,7 +346,9 @@ class Mamba(nnx.Module):
         y, _ = selective_scan(u, dt, self._rates(), B, C, self.D[...], z=z, segment_ids=segment_ids)
         return self.out_proj(y)
 
-    def last(self, h: Float[AnyArray, "B L D"], lengths: Int[AnyArray, "B"]) -> Float[Array, "B D"]:
+    def last(
+        self, h: Float[AnyArray, "B L D"], lengths: Int[AnyArray, " B"]
+    ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1`, for the cost of the inputs to it."""
         h = finite.zero_behind(lengths, h)
         z = self.in_proj(take_position(h, lengths - 1), slice(self.inner, None))
@@ -398,7 +400,7 @@ class MambaBlock(ResidualBlock):
         h: Float[Array, "B L D"],
         features: None = None,
         segment_ids: Int[Array, "B L"] | None = None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """One layer over rows of one or several histories; arguments as `CausalBlock`."""
         return self.finish(self.mamba(h, segment_ids), h, seeds)
@@ -408,8 +410,8 @@ class MambaBlock(ResidualBlock):
         self,
         h: Float[Array, "B L D"],
         features: None,
-        lengths: Int[Array, "B"],
-        seeds: UInt32[Array, "B"] | None = None,
+        lengths: Int[Array, " B"],
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each."""
         return self.finish(self.mamba.last(h, lengths), take_position(h, lengths - 1), seeds)

@@ -139,7 +139,7 @@ class SSDLayer(nnx.Module):
         x = x.reshape(*x.shape[:-1], self.heads, self.head_width)
         return x, B[..., None, :], C[..., None, :]
 
-    def decay_rates(self) -> Float[Array, "H"]:
+    def decay_rates(self) -> Float[Array, " H"]:
         """The op's A, which is negative."""
         return -jnp.exp(self.A_log[...])
 
@@ -261,7 +261,7 @@ class CausalSSD(SSDLayer):
         self,
         h: Float[AnyArray, "B L D"],
         time: GapModulation | None,
-        lengths: Int[AnyArray, "B"],
+        lengths: Int[AnyArray, " B"],
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each.
 
@@ -412,7 +412,7 @@ class TimeAwareSSD(SSDLayer):
         self,
         h: Float[AnyArray, "B L D"],
         factor: Float[AnyArray, "B L H"] | None,
-        lengths: Int[AnyArray, "B"],
+        lengths: Int[AnyArray, " B"],
     ) -> Float[Array, "B D"]:
         """`__call__` at position `lengths - 1` of rows of one history each.
 

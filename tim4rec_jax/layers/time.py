@@ -58,7 +58,7 @@ class TimeEncoder(nnx.Module):
         self,
         gaps: Float[Array, "B T"],
         real: Bool[Array, "B 1 T"] | None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B 1 T"]:
         """Normalises the gaps into one row, from which every head of the first layer starts.
 
@@ -128,8 +128,8 @@ class TimeMixer(nnx.Module):
 
     def __call__(
         self,
-        tau: Float[Array, "B #H T"],
-        seeds: UInt32[Array, "B"] | None = None,
+        tau: Float[Array, " B #H T"],
+        seeds: UInt32[Array, " B"] | None = None,
         length: int | None = None,
     ) -> Float[Array, "B H L"]:
         """tau', the factor on this layer's step sizes.
@@ -148,10 +148,10 @@ class TimeMixer(nnx.Module):
 
     def advance(
         self,
-        tau: Float[Array, "B #H T"],
+        tau: Float[Array, " B #H T"],
         factor: Float[Array, "B H T"],
         real: Bool[Array, "B 1 T"] | None,
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B H T"]:
         """The next layer's time stream: a gated mean of this one and of its `factor`."""
         gate = jax.nn.sigmoid(self.gate(self._drop(tau, fold(seeds, 1))))

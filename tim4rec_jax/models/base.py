@@ -228,11 +228,11 @@ class SequenceModel(nnx.Module):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Hidden states at every position. Those from `lengths` on have no meaning.
 
@@ -251,10 +251,10 @@ class SequenceModel(nnx.Module):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """Hidden states at the last event of each row, from which the next item is predicted.
 
@@ -289,7 +289,7 @@ class SequenceModel(nnx.Module):
         return 0.0
 
     def masks(
-        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+        self, items: Int32[Array, "B L"], lengths: Int[Array, " B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
         """The time-aware mask of each layer: the weight of each event in each later event.
 
@@ -315,7 +315,7 @@ class SequenceModel(nnx.Module):
         raise self._cannot_step()
 
     def step(
-        self, state: Any, items: Int32[Array, "B"], gaps: Float[Array, "B"]
+        self, state: Any, items: Int32[Array, " B"], gaps: Float[Array, " B"]
     ) -> tuple[Any, Float[Array, "B D"]]:
         """Takes one event of each user, at a cost that does not depend on the history's length.
 
@@ -340,7 +340,7 @@ class SequenceModel(nnx.Module):
 
 
 def encode_batch(
-    model: SequenceModel, batch: dict, dropout_seeds: UInt32[Array, "B"] | None = None
+    model: SequenceModel, batch: dict, dropout_seeds: UInt32[Array, " B"] | None = None
 ) -> Float[Array, "B D"]:
     """The hidden states that score items, for a batch of `tim4rec_jax.data`.
 
@@ -413,11 +413,11 @@ class CausalBlocks(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`. Columns of `gaps` after L are not used."""
         del lengths  # what follows a position changes nothing there
@@ -430,10 +430,10 @@ class CausalBlocks(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`. The last layer computes only the last event of each row."""
         h = self._embed(items, fold(dropout_seeds, 0))
@@ -448,7 +448,7 @@ class CausalBlocks(SequenceModel):
         return [block.init_state(batch) for block in self.blocks]
 
     def step(
-        self, state: list, items: Int32[Array, "B"], gaps: Float[Array, "B"]
+        self, state: list, items: Int32[Array, " B"], gaps: Float[Array, " B"]
     ) -> tuple[list, Float[Array, "B D"]]:
         """See `SequenceModel`."""
         h, features, following = self._embed(items, None), self._features(gaps), []

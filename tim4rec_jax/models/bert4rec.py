@@ -106,11 +106,11 @@ class BERT4Rec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`: what fills each position of `items` as they are, D one wider.
 
@@ -130,7 +130,7 @@ class BERT4Rec(SequenceModel):
         self,
         items: Int32[Array, "B L"],
         positions: Int[Array, "B M"],
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B M D"]:
         """`__call__` at some positions; the last layer computes nothing else."""
         h = self.positions(self.item_embedding(items), None, fold(dropout_seeds, 0))
@@ -143,10 +143,10 @@ class BERT4Rec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """What fills a mask behind the history, for which its first item makes room."""
         del gaps

@@ -71,7 +71,7 @@ class BSARecLayer(EncoderLayer):
         self,
         settings: BSARecSettings,
         length: int,
-        beta: Float[Array, "D"],
+        beta: Float[Array, " D"],
         *,
         dtype: Any,
         param_dtype: Any,
@@ -98,7 +98,7 @@ class BSARecLayer(EncoderLayer):
         self,
         h: Float[Array, "B L D"],
         mask: Bool[Array, "#B 1 L L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
         *,
         causal: bool = False,
@@ -114,7 +114,7 @@ class BSARecLayer(EncoderLayer):
         h: Float[Array, "B L D"],
         positions: Int[Array, "B Q"],
         mask: Bool[Array, "#B 1 #Q L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
         relation: Relation | None = None,
     ) -> Float[Array, "B Q D"]:
         """`__call__` at some positions, with their rows of mask and relation."""
@@ -171,11 +171,11 @@ class BSARec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`.
 
@@ -196,10 +196,10 @@ class BSARec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; the last layer computes nothing but that position."""
         del gaps

@@ -103,11 +103,11 @@ class Caser(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """Caser has no such states.
 
@@ -119,11 +119,11 @@ class Caser(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        users: Int32[Array, "B"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        users: Int32[Array, " B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; `users` are rows of their table, 0 (all, if None) unknown ones."""
         del lengths, gaps

@@ -77,7 +77,7 @@ class LiGRLayer(nnx.Module):
         self,
         x: Float[Array, "B L D"],
         mask: Bool[Array, "#B 1 L L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """All positions; the arguments are those of `Attention`."""
         y = self.attention(self.attention_norm(x), mask, fold(seeds, 0), causal=True)
@@ -89,7 +89,7 @@ class LiGRLayer(nnx.Module):
         x: Float[Array, "B L D"],
         positions: Int[Array, "B Q"],
         mask: Bool[Array, "#B 1 #Q L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """`__call__` at some positions, with their rows of the mask."""
         h = self.attention_norm(x)
@@ -149,11 +149,11 @@ class ESASRec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`."""
         del lengths, gaps  # what follows a position changes nothing there
@@ -166,10 +166,10 @@ class ESASRec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; the last layer computes nothing but that position."""
         del gaps

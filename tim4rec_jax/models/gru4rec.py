@@ -74,11 +74,11 @@ class GRU4Rec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`; time is not used."""
         del lengths, gaps
@@ -87,10 +87,10 @@ class GRU4Rec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`."""
         states = self._states(items, None, dropout_seeds)
@@ -102,7 +102,7 @@ class GRU4Rec(SequenceModel):
         return [jnp.zeros((batch, width), self.param_dtype) for _ in self.blocks]
 
     def step(
-        self, state: list[jax.Array], items: Int32[Array, "B"], gaps: Float[Array, "B"]
+        self, state: list[jax.Array], items: Int32[Array, " B"], gaps: Float[Array, " B"]
     ) -> tuple[list[jax.Array], Float[Array, "B D"]]:
         """See `SequenceModel`."""
         del gaps

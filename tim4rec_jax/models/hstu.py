@@ -94,7 +94,7 @@ class HSTULayer(nnx.Module):
         x: Float[Array, "B L D"],
         mask: Bool[Array, "#B 1 L L"],
         buckets: Int32[Array, "B L L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """All positions.
 
@@ -114,7 +114,7 @@ class HSTULayer(nnx.Module):
         positions: Int[Array, "B Q"],
         mask: Bool[Array, "#B 1 #Q L"],
         buckets: Int32[Array, "B Q L"],
-        seeds: UInt32[Array, "B"] | None = None,
+        seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B Q D"]:
         """`__call__` at some positions; rows of mask and buckets are theirs."""
         normed, half = norm(x), 2 * self.width
@@ -186,11 +186,11 @@ class HSTU(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`; columns of `gaps` after L are unused."""
         del lengths  # what follows a position changes nothing there
@@ -203,10 +203,10 @@ class HSTU(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; the last layer computes nothing but that position."""
         length = items.shape[1]

@@ -103,11 +103,11 @@ class LRURec(CausalBlocks):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L E"]:
         """See `SequenceModel`; the last number is 1, for the bias in `item_table`."""
         settings: dict = dict(segment_ids=segment_ids, dropout_seeds=dropout_seeds)
@@ -116,16 +116,16 @@ class LRURec(CausalBlocks):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B E"]:
         """See `SequenceModel` and `__call__`."""
         return _with_one(super().encode(items, lengths, gaps, dropout_seeds=dropout_seeds))
 
     def step(
-        self, state: list, items: Int32[Array, "B"], gaps: Float[Array, "B"]
+        self, state: list, items: Int32[Array, " B"], gaps: Float[Array, " B"]
     ) -> tuple[list, Float[Array, "B E"]]:
         """See `SequenceModel` and `__call__`."""
         state, hidden = super().step(state, items, gaps)

@@ -51,11 +51,11 @@ class Popularity(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L 1"]:
         """See `SequenceModel`: ones."""
         return self._ones(*items.shape)
@@ -63,10 +63,10 @@ class Popularity(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B 1"]:
         """See `SequenceModel`: ones."""
         return self._ones(len(items))
@@ -80,7 +80,7 @@ class Popularity(SequenceModel):
         return jnp.zeros((batch, 0))
 
     def step(
-        self, state: Float[Array, "B 0"], items: Int32[Array, "B"], gaps: Float[Array, "B"]
+        self, state: Float[Array, "B 0"], items: Int32[Array, " B"], gaps: Float[Array, " B"]
     ) -> tuple[Float[Array, "B 0"], Float[Array, "B 1"]]:
         """See `SequenceModel`: ones."""
         return state, self._ones(len(items))

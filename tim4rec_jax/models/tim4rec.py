@@ -190,11 +190,11 @@ class TiM4Rec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`.
 
@@ -214,10 +214,10 @@ class TiM4Rec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel` and `__call__`. The last layer computes only the last events."""
         h, tau, real = self._embed(items, lengths, gaps, dropout_seeds)
@@ -227,7 +227,7 @@ class TiM4Rec(SequenceModel):
         return self.blocks[last].last(h, tau, lengths, fold(dropout_seeds, last + 1))
 
     def masks(
-        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+        self, items: Int32[Array, "B L"], lengths: Int[Array, " B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
         """See `SequenceModel`."""
         h, tau, real = self._embed(items, lengths, gaps, None)
@@ -304,7 +304,7 @@ class CausalTiM4Rec(CausalBlocks):
         return self.next_time(hidden, gap_features(wait))
 
     def masks(
-        self, items: Int32[Array, "B L"], lengths: Int[Array, "B"], gaps: Float[Array, "B T"]
+        self, items: Int32[Array, "B L"], lengths: Int[Array, " B"], gaps: Float[Array, "B T"]
     ) -> list[Float[Array, "B H L L"]]:
         """See `SequenceModel`."""
         del lengths

@@ -34,7 +34,7 @@ class TimeRelation(NamedTuple):
     keys: Float[Array, "S H P"]
     values: Float[Array, "S H P"]
     dropout_rate: float
-    seeds: UInt32[Array, "B"] | None
+    seeds: UInt32[Array, " B"] | None
 
     def block(self, queries: slice, keys: slice) -> "TimeRelation":
         """The part of a block of queries and the keys that they may see."""
@@ -164,11 +164,11 @@ class TiSASRec(SequenceModel):
     def __call__(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
         segment_ids: Int[Array, "B L"] | None = None,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B L D"]:
         """See `SequenceModel`; columns of `gaps` after L are unused."""
         del lengths  # what follows a position changes nothing there
@@ -183,10 +183,10 @@ class TiSASRec(SequenceModel):
     def encode(
         self,
         items: Int32[Array, "B L"],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         gaps: Float[Array, "B T"],
         *,
-        dropout_seeds: UInt32[Array, "B"] | None = None,
+        dropout_seeds: UInt32[Array, " B"] | None = None,
     ) -> Float[Array, "B D"]:
         """See `SequenceModel`; the last layer computes nothing but that position."""
         length = items.shape[1]

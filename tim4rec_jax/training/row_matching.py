@@ -69,8 +69,8 @@ class Vocabulary:
 
 
 def new_rows(
-    rows: Float32[np.ndarray, "V *shape"], count: int, rng: np.random.Generator
-) -> Float32[np.ndarray, "{count} *shape"]:
+    rows: Float32[np.ndarray, " V *shape"], count: int, rng: np.random.Generator
+) -> Float32[np.ndarray, " {count} *shape"]:
     """The first rows of things that nothing has been learnt about.
 
     They are the mean of all rows: scores are dot products with these rows, so a new item begins
