@@ -54,6 +54,7 @@ def test_settings_of_record(path):
         assert not found.pop("data.shuffle_ties")
         assert not found.pop("model.neighbours") and found.pop("model.neighbour_weight")
         assert not found.pop("model.neighbours_follow") and not found.pop("model.repeat_last")
+        assert not found.pop("model.ssd_norm_eps", 0)
         alone = found.pop("model.single_layer_residual", False)
         assert not alone or found["model.num_layers"] > 1
         # No dataset of these configurations has item features.

@@ -153,3 +153,26 @@ def test_a_single_layer_has_a_residual_connection_only_where_it_is_asked_for(set
         out.kernel[...] = jnp.zeros_like(out.kernel[...])
         hidden = model.encode(jnp.array([[1], [2]]), jnp.ones(2, jnp.int32), jnp.zeros((2, 4)))
         assert asked == (float(jnp.abs(hidden[0] - hidden[1]).max()) > 1e-3)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "tim4rec", "time_encoding": "causal"},
+        {"name": "tim4rec", "time_encoding": "paper"},
+        {"name": "ssd4rec"},
+    ],
+    ids=lambda settings: "-".join(settings.values()),
+)
+def test_with_a_large_epsilon_a_weak_signal_stays_weak(settings):
+    """Weights of z that are a tenth give about a tenth, which the usual norm hides."""
+    small = {"hidden_size": 16, "d_state": 4, "head_dim": 8, "num_layers": 1} | settings
+    shares = []
+    for eps in (0.0, 1.0):
+        model = build(small | {"ssd_norm_eps": eps}, n_items=ITEMS, max_length=4, seed=0)
+        layer, h = model.blocks[0].ssd, jax.random.normal(jax.random.key(0), (2, 4, 16))
+        strong = layer(h)
+        kernel = layer.in_proj.kernel[...]
+        layer.in_proj.kernel[...] = kernel.at[:, : layer.inner].multiply(0.1)
+        shares.append(float(jnp.linalg.norm(layer(h)) / jnp.linalg.norm(strong)))
+    assert shares[0] > 0.8 and shares[1] < 0.2

@@ -26,6 +26,9 @@ class SSD4RecSettings(ModelSettings):
       head_dim: P, the width of a head.
       chunk_size: of the SSD op; 0 lets the op choose. Results do not depend on it.
       norm_eps: of all norms but that of the feed-forward networks.
+      ssd_norm_eps: of the norm in an SSD layer, before its output projection; 0: `norm_eps`. That
+        norm makes a weak signal as large as a strong one. With 1 a weak one stays weak, as in
+        Mamba, which has no such norm. The layer then learns more in few epochs.
       is_ffn: whether layers have a feed-forward network.
       is_kai_ming_init: whether convolutions are initialised by Kaiming's rule.
       conv_path: the activation after the convolutions, "hardswish" or "silu". By default the one
@@ -42,6 +45,7 @@ class SSD4RecSettings(ModelSettings):
     head_dim: int = 32
     chunk_size: int = not_negative(0)
     norm_eps: float = 1e-12
+    ssd_norm_eps: float = not_negative(0.0)
     is_ffn: bool = True
     is_kai_ming_init: bool = False
     conv_path: str = one_of("", "hardswish", "silu")

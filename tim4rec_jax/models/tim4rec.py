@@ -42,8 +42,8 @@ from tim4rec_jax.models.base import (
 class TiM4RecSettings(ModelSettings):
     """Names and defaults are those of the 64-d configurations in the TiM4Rec repository.
 
-    `time_encoding`, `single_layer_residual`, `output_std`, `knows_next_time`, `band_events` and
-    `conv_path` are ours. Their defaults reproduce the published model.
+    `time_encoding`, `single_layer_residual`, `ssd_norm_eps`, `output_std`, `knows_next_time`,
+    `band_events` and `conv_path` are ours. Their defaults reproduce the published model.
 
     Attributes:
       time_encoding: "paper": the published time stream. "masked": the same, but its statistics
@@ -61,6 +61,9 @@ class TiM4RecSettings(ModelSettings):
       head_dim: P, the width of a head.
       chunk_size: of the SSD op; 0 lets the op choose. Results do not depend on it.
       norm_eps: of all norms but that of the feed-forward networks.
+      ssd_norm_eps: of the norm in an SSD layer, before its output projection; 0: `norm_eps`. That
+        norm makes a weak signal as large as a strong one. With 1 a weak one stays weak, as in
+        Mamba, which has no such norm. The layer then learns more in few epochs.
       is_ffn: whether layers have a feed-forward network.
       is_time: whether the model uses time.
       p2p_residual: whether the gate of the time stream has a weight for each position.
@@ -89,6 +92,7 @@ class TiM4RecSettings(ModelSettings):
     head_dim: int = 32
     chunk_size: int = not_negative(0)
     norm_eps: float = 1e-12
+    ssd_norm_eps: float = not_negative(0.0)
     is_ffn: bool = True
     is_time: bool = True
     p2p_residual: bool = False
@@ -331,7 +335,7 @@ def ssd_arguments(settings: TiM4RecSettings, dtype, param_dtype, rngs: nnx.Rngs)
         chunk_size=settings.chunk_size or None,
         activation=settings.activation,
         kaiming=settings.is_kai_ming_init,
-        eps=settings.norm_eps,
+        eps=settings.ssd_norm_eps or settings.norm_eps,
         output_std=settings.output_std,
         dtype=dtype,
         param_dtype=param_dtype,
