@@ -146,8 +146,28 @@ def test_wrong_unit(run, write, time, unit, right, on_bad_row):
 
 @pytest.mark.parametrize("time", ["", "-5"])
 def test_a_unit_is_suggested_only_for_what_another_unit_explains(run, write, time):
-    path = write("a.csv", HEADER + f"u,i,{time}\n" * 3)
+    path = write("a.csv", HEADER + f"u,i,{time}\n" * 3 + GOOD)
     assert run("table", path, fails=True).endswith(ITS_REMEDY)
+
+
+@pytest.mark.parametrize(
+    "rows, place, remedy",
+    [
+        ("u,i,soon\n" * 3, "line 2: the time is not a number (soon), and so for 3 of 3", "--time "),
+        ("u,i,\n" * 3, "line 2: the time is empty, and so for 3 of 3", "--time-unit ("),
+        (",i,5\n" * 3, "line 2: the user id is empty, and so for 3 of 3", "--user "),
+        ("u,,5\nu,i,x\nu,i,y\n", "line 3: the time is not a number (x), and so for 2 of 3", "--t"),
+        ("0,u,i,5\n" * 3, "more fields than the 3 columns, and so for 3 of 3", "the first line"),
+    ],
+)
+def test_to_skip_all_rows_is_no_remedy(run, write, rows, place, remedy):
+    path = write("a.csv", HEADER + rows)
+    sentence = run("table", path, fails=True)
+    assert place in sentence and remedy in sentence and "--on-bad-row" not in sentence
+    sentence = run("table", path, "--on-bad-row", "skip", fails=True)
+    assert sentence.startswith("all rows are bad, and none is left: for ")
+    ds = run("table", path, write("b.csv", HEADER + GOOD), "--on-bad-row=skip", "--k-core=1")
+    assert ds.n_events == 1
 
 
 @pytest.mark.parametrize("date", ["infinity", "-infinity", "9999-12-31", "1969-12-31"])

@@ -57,8 +57,15 @@ def apply(
       where: the condition that rows met; named in the report.
 
     Raises:
-      UserError: no event is left. The message names the step that removed the last one.
+      UserError: no event is left. The message names the step that removed the last one, or what is
+        wrong with most rows.
     """
+    if reading.bad and not reading.good and (reading.kept or not reading.rows):
+        [(reason, count)] = reading.bad.most_common(1)
+        raise UserError(
+            f"all rows are bad, and none is left: for {count:,} of {reading.bad.total():,}, "
+            f"{reason}; check the file, its columns and its unit of time (--time-unit)"
+        )
     unreadable = reading.bad[UNREADABLE]
     _number_ids(engine)
     counts = {"rows in the source": reading.rows + unreadable}

@@ -42,6 +42,16 @@ _LITERAL = rf"""^\{{{{(?:{_TEXT}: (?:{_TEXT}|[^'"]+?), )*?u?'{{key}}': u?({_TEXT
 UNREADABLE = "the line is not readable"
 _REMEDY = "correct it or pass --on-bad-row=skip"
 GIVE_FLAG = "give `table` or `batch` the flag "  # other commands know the unit
+# What corrects a problem of all rows of a file, of which none would be left without the bad ones.
+_REMEDIES_OF_ALL = {
+    "the time": f"{GIVE_FLAG}--time with the right column, or the right --time-unit (iso for dates "
+    "such as 2022-04-24)",
+    "the user": f"{GIVE_FLAG}--user with the right column",
+    "the item": f"{GIVE_FLAG}--item with the right column",
+    "the rating": f"{GIVE_FLAG}--rating with the right column, or leave out --min-rating",
+    "the line has a list": f"{GIVE_FLAG}--user, --item or --time with another column",
+    "the line": "correct the first line, the delimiter or the encoding",
+}
 
 
 def create(con: duckdb.DuckDBPyConnection) -> None:
@@ -79,7 +89,10 @@ def read_file(
     _append(con, file, layout, first)
     unreadable, sentence = _unreadable(con, file, layout)
     if unreadable and not skip:
-        raise UserError(f"{sentence}; {_REMEDY}")
+        [[read]] = con.execute("SELECT count(kept) FROM raw WHERE rowid >= ?", [first]).fetchall()
+        all_bad = not read and unreadable > 1
+        of_all = _remedy_of_all(UNREADABLE, unreadable, unreadable)
+        raise UserError(f"{sentence}{of_all if all_bad else f'; {_REMEDY}'}")
     _mark_coarser_times(con, layout, first)
     bad = con.execute(
         "SELECT problem, min(rowid), arg_min(value, rowid), count(*) FROM raw "
@@ -95,13 +108,22 @@ def read_file(
                 f"of {kept[0][0]:,} rows; {_other_unit(unit)}"
             )
     if bad and not skip:
-        problem, row, value, _ = bad[0]
+        rows = kept[0][0]
+        all_bad = sum(count for _, _, _, count in bad) == rows
+        problem, row, value, count = max(bad, key=lambda one: one[3]) if all_bad else bad[0]
         shown = "" if value is None else f" ({value})"
-        raise UserError(f"{_place(file, layout, row - first)}: {problem}{shown}; {_REMEDY}")
+        remedy = _remedy_of_all(problem, count, rows) if all_bad and rows > 1 else f"; {_REMEDY}"
+        raise UserError(f"{_place(file, layout, row - first)}: {problem}{shown}{remedy}")
     counts = collections.Counter({problem: count for problem, _, _, count in bad})
     if unreadable:
         counts[UNREADABLE] = unreadable
     return counts
+
+
+def _remedy_of_all(problem: str, count: int, rows: int) -> str:
+    """Returns the end of the sentence about a problem of most rows where no row is good."""
+    found = next(text for start, text in _REMEDIES_OF_ALL.items() if problem.startswith(start))
+    return f", and so for {count:,} of {rows:,} rows; {found}"
 
 
 def _append(con: duckdb.DuckDBPyConnection, file: SourceFile, layout: Layout, first: int) -> None:
