@@ -127,6 +127,7 @@ def test_all_libraries_and_files_make_the_same_data(data, tmp_path):
         ({}, {"command": "x"}, "command is no keyword"),
         ({"at": FIRST * 1000}, {}, '192 rows; pass time_unit="ms"'),
         ({"at": None}, {}, "192 of 192 rows; pass time with the right column"),
+        ({"at": 20_240_131}, {}, '(20240131), and so for 192 of 192 rows; pass time_unit="iso"'),
         ({"at": [None] + [FIRST] * 191}, {}, 'is empty; correct it or pass on_bad_row="skip"'),
         ({"sku": 1.5}, {}, "column 'sku' holds double"),
         ({"sku": True}, {}, "column 'sku' holds bool"),

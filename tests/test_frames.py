@@ -5,6 +5,7 @@ import pyarrow as pa
 import pytest
 
 from tim4rec_jax import frames
+from tim4rec_jax.errors import UserError
 
 NAMES = {"user": "user", "item": "item", "time": "time"}
 SECOND = 1_700_000_000
@@ -42,3 +43,18 @@ def test_numbers_are_seconds_where_texts_would_be_dates():
     table = pa.table({"user": ["u"], "item": ["a"], "time": [SECOND]})
     found = frames.histories(table, NAMES | {"time_unit": "iso"}, pa.array(["a"]), rounded=False)
     assert found.times.tolist() == [SECOND]
+
+
+def test_dates_written_as_numbers_are_no_times_since_1970():
+    names = NAMES | {"time_unit": "s"}
+
+    def read(times):
+        table = pa.table({"user": ["u"] * 3, "item": ["a"] * 3, "time": times})
+        return frames.histories(table, names, pa.array(["a"]), rounded=False).times.tolist()
+
+    for times in ([20_240_131, 20_240_201, 5], [5.0, 20_240_131.0, 20_240_131.0]):
+        with pytest.raises(UserError, match=r"has the time 20240131.*and so have 2 of 3 rows"):
+            read(times)
+    day = np.datetime64("1970-08-23T06:15:31", "s")
+    assert read([day] * 3) == [20_240_131] * 3
+    assert read([20_240_131, 20_240_193, 20_241_501]) == [20_240_131, 20_240_193, 20_241_501]

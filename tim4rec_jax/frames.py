@@ -205,6 +205,23 @@ def _read_texts(column: pa.ChunkedArray, name: str, unit: str) -> pa.ChunkedArra
     return read["time"]
 
 
+def _refuse_dates_as_numbers(values: Num[np.ndarray, " N"], name: str) -> None:
+    """Refuses times most of which are dates such as 20240131; as seconds, all are in August 1970.
+
+    Raises:
+      UserError: they are.
+    """
+    year, month, day = values // 10_000, values // 100 % 100, values % 100
+    dates = (year >= 1900) & (year < 2100) & (month >= 1) & (month <= 12) & (day >= 1) & (day <= 31)
+    if 2 * dates.sum() > len(values):
+        row = int(np.argmax(dates))
+        raise UserError(
+            f"row {row} of the table has the time {values[row]}, a date written as a number, and "
+            f"so have {dates.sum():,} of {len(values):,} rows; make {name!r} a column of dates (in "
+            "pandas with to_datetime(column, format='%Y%m%d'))"
+        )
+
+
 def _plausible(value: float, unit: str) -> bool:
     """Whether a number gives a date between 1973 and 2261."""
     return 1e8 < value * NANOSECONDS[unit] / NANOSECONDS["s"] < _LAST_SECOND
@@ -343,6 +360,8 @@ def histories(table: Any, names: dict[str, str], known: pa.Array, *, rounded: bo
     users, user_type = ids(events[wanted[0]], wanted[0])
     items, item_type = ids(events[wanted[1]], wanted[1])
     exact, seconds = times(events[wanted[2]], wanted[2], names["time_unit"])
+    if not is_temporal(kind_of_time := events[wanted[2]].type) and kind_of_time not in _TEXTS:
+        _refuse_dates_as_numbers(exact, wanted[2])
     encoded = users.dictionary_encode()
     codes = encoded.indices.to_numpy()
     indices = positions(items, known).fill_null(-1).to_numpy().astype(np.int32) + 1

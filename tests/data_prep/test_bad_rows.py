@@ -144,6 +144,26 @@ def test_wrong_unit(run, write, time, unit, right, on_bad_row):
     assert sentence.endswith(f"--time-unit {right}")
 
 
+@pytest.mark.parametrize("unit", ["s", "ms"])
+@pytest.mark.parametrize("time", ["20240131", "202401311205", "20240131120509"])
+def test_dates_written_as_numbers_are_no_times_since_1970(run, histories, write, time, unit):
+    path = write("a.csv", HEADER + "u,i,5\n" + f"u,i,{time}\n" * 2)
+    sentence = run("table", path, "--time-unit", unit, "--on-bad-row=skip", fails=True)
+    assert sentence.startswith(f"{path}, line 3: the time is ")
+    assert f"({time}), and so for 2 of 3 rows; give" in sentence
+    assert sentence.endswith("the flag --time-unit iso")
+    path = write("a.csv", HEADER + f"u,i,{time}\n")
+    seconds = {8: 0, 12: 12 * 3600 + 300, 14: 12 * 3600 + 309}[len(time)]
+    ds = run("table", path, "--time-unit", "iso", "--k-core", "1")
+    assert histories(ds) == {"u": [("i", 1_706_659_200 + seconds)]}
+
+
+def test_a_log_that_counts_from_its_own_start_may_have_times_like_dates(run, write):
+    times = (20_240_131, 20_240_193, 20_241_501, 20_246_101)
+    path = write("a.csv", HEADER + "".join(f"u,i,{time}\n" for time in times))
+    assert run("table", path, "--k-core", "1").n_events == 4
+
+
 @pytest.mark.parametrize("time", ["", "-5"])
 def test_a_unit_is_suggested_only_for_what_another_unit_explains(run, write, time):
     path = write("a.csv", HEADER + f"u,i,{time}\n" * 3 + GOOD)

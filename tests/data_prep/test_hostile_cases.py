@@ -176,14 +176,27 @@ def test_numbers_are_decimal_everywhere():
 
 
 SKIP = {"on_bad_row": "skip"}
-DATES = ["epoch", "today", "infinity", "2020-01-01T00:00:00+99:00", "2020-02-30", "20200101"]
+DATES = [
+    "epoch",
+    "today",
+    "infinity",
+    "2020-01-01T00:00:00+99:00",
+    "2020-02-30",
+    "20200230",
+    "2020010112",
+]
 
 
 def test_dates_are_iso():
     rows = [("u", "i", date) for date in DATES]
-    good = [("u", "i", "2020-01-01 00:00:30Z"), ("u", "i", "1970-1-1"), ("u", "i", "1970-01-02")]
-    found, _ = events.read_events(table(*rows, *good), time_unit="iso", **SKIP)
-    assert found["time"].to_pylist() == [1_577_836_830.0, 0.0, 86_400.0]
+    good = ["2020-01-01 00:00:30Z", "1970-1-1", "1970-01-02"]
+    good += ["19700102", "19700102.0", "197001020001", "19700102000101"]
+    rows += [("u", "i", date) for date in good]
+    found, _ = events.read_events(table(*rows), time_unit="iso", **SKIP)
+    assert found["time"].to_pylist() == [
+        *(1_577_836_830.0, 0.0, 86_400.0),
+        *(86_400.0, 86_400.0, 86_460.0, 86_461.0),
+    ]
 
 
 @pytest.mark.parametrize("rating", ["1e400", slow("nan"), slow(""), slow("1_0"), slow("inf")])
@@ -202,7 +215,7 @@ def test_times_of_a_coarser_unit_do_not_pass(unit, tick):
 
 
 def test_times_of_other_kinds_are_doubted(run, write, capsys, tmp_path):
-    path = write("a.csv", HEADER + "u,i,20200101\n")  # a date that is written as a number
+    path = write("a.csv", HEADER + "u,i,20200100\n")
     main(["table", str(path), *ALL, "--out", str(tmp_path / "printed")])
     assert "warning: all events are before 1973-03-03" in capsys.readouterr().out
 

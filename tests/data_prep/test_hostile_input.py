@@ -212,7 +212,11 @@ def number(text: str) -> Decimal | None:
 
 
 def iso(text: str) -> int | None:
-    found = re.fullmatch(DATE, text.strip(" \t"), re.ASCII)
+    text = text.strip(" \t")
+    if re.fullmatch(r"\d{8}(\d{4}|\d{6})?", text, re.ASCII):
+        days, clock = f"{text[:4]}-{text[4:6]}-{text[6:8]}", re.findall("..", text[8:])
+        text = f"{days} {':'.join(clock)}" if clock else days
+    found = re.fullmatch(DATE, text, re.ASCII)
     if not found:
         return None
     year, _, month, day, hour, minute, second, sign, *offset = found.groups()
@@ -297,12 +301,14 @@ TIMES = {
         "2022-04-24T15:05:41",
         "2022-04-24 15:05:41Z",
         "2022-04-24T15:05:41+02:00",
+        "20220424",
+        "20220424150541",
     ],
 }
 BAD_TIMES = {
     "s": ["1_700_000_900", "", "soon", "nan", "inf", "-5", "0x10", "１", "9" * 40, "1650812741436"],
     "ms": ["1_700_000_900", "", "-1", "1e400", "1650812741"],
-    "iso": ["", "2022-13-01", "epoch", "today", "infinity", "0001-01-01", "9999-12-31", "20220424"],
+    "iso": ["", "2022-13-01", "epoch", "today", "infinity", "0001-01-01", "9999-12-31", "20221304"],
 }
 RATINGS = st.sampled_from(["1", "3", "4.5", "5", "3", "4", "nan", "", "x", "1_0"])
 FILE_NAMES = st.sampled_from(

@@ -31,6 +31,15 @@ DATE = (
     r"[0-9]{4,6}[-/][0-9]{1,2}[-/][0-9]{1,2}([ T][0-9]{1,2}:[0-9]{2}(:[0-9]{2}([.][0-9]+)?)?"
     r"( ?(Z|UTC|[+-](0[0-9]|1[0-5])(:?[0-9]{2})?))?)?"
 )
+# Dates without separators, as data warehouses write them: the day, perhaps with hour, minute and
+# second. Tables of pandas make floats of them where one is missing.
+_COMPACT_DATE = r"[0-9]{8}([0-9]{4}|[0-9]{6})?([.]0)?"
+# A number that looks like one. Of the seconds of a log that counts from its own start, one in 27
+# does, and only around day 230.
+_DATE_LIKE = (
+    r"(19|20)[0-9]{2}(0[1-9]|1[0-2])(0[1-9]|[12][0-9]|3[01])"
+    r"(([01][0-9]|2[0-3])[0-5][0-9]([0-5][0-9])?)?"
+)
 # Dates of which a log is more likely than of others: 1985 to 2100, in seconds.
 _OUR_DAYS = (5e8, 4.1e9)
 _SHOWN = 60  # characters of a wrong value
@@ -99,16 +108,15 @@ def read_file(
         "WHERE rowid >= ? AND problem IS NOT NULL GROUP BY problem ORDER BY min(rowid)",
         [first],
     ).fetchall()
-    kept = con.execute("SELECT count(*) FROM raw WHERE rowid >= ? AND kept", [first]).fetchall()
-    for problem, row, value, count in bad:
+    [[rows]] = con.execute("SELECT count(*) FROM raw WHERE rowid >= ? AND kept", [first]).fetchall()
+    for problem, row, value, count in [*bad, *_dates_as_numbers(con, layout, first)]:
         unit = _guess_unit(value, layout.time_unit) if problem.startswith("the time") else None
-        if unit and 2 * count > kept[0][0]:
+        if unit and 2 * count > rows:
             raise UserError(
                 f"{_place(file, layout, row - first)}: {problem} ({value}), and so for {count:,} "
-                f"of {kept[0][0]:,} rows; {_other_unit(unit)}"
+                f"of {rows:,} rows; {_other_unit(unit)}"
             )
     if bad and not skip:
-        rows = kept[0][0]
         all_bad = sum(count for _, _, _, count in bad) == rows
         problem, row, value, count = max(bad, key=lambda one: one[3]) if all_bad else bad[0]
         shown = "" if value is None else f" ({value})"
@@ -170,7 +178,12 @@ def _damaged(file: SourceFile, layout: Layout, error: Exception) -> UserError:
 def _checked_rows(file: SourceFile, layout: Layout) -> str:
     """Returns the SELECT that computes the columns of `raw`."""
     if layout.time_unit == "iso":
-        parse = _if_matches("time", DATE, "TIMESTAMPTZ")
+        parse = (
+            f"CASE WHEN regexp_full_match(time, {quote_text(_COMPACT_DATE)}) THEN "
+            "try_strptime(regexp_replace(time, '[.]0$', ''), "
+            "['%Y%m%d%H%M%S', '%Y%m%d%H%M', '%Y%m%d'])::TIMESTAMPTZ "
+            f"ELSE {_if_matches('time', DATE, 'TIMESTAMPTZ')} END"
+        )
         ticks = "CASE WHEN number BETWEEN '1970-01-01' AND '2261-12-31' THEN epoch_ns(number) END"
         far = "the time is past the year 2261"
         wrong, negative = "the time is no ISO date", "number < '1970-01-01'"
@@ -415,6 +428,27 @@ def _mark_coarser_times(con: duckdb.DuckDBPyConnection, layout: Layout, first: i
         )
 
 
+def _dates_as_numbers(
+    con: duckdb.DuckDBPyConnection, layout: Layout, first: int
+) -> list[tuple[str, int, str, int]]:
+    """Finds good times that are rather dates such as 20240131, which as seconds are in August 1970.
+
+    Returns:
+      Nothing, or one problem: what it is, its first row, the time of that, and how many have it.
+    """
+    if layout.time_unit == "iso":
+        return []
+    tick = NANOSECONDS[layout.time_unit]
+    late = 210_000_000_000 * NANOSECONDS["ms"]  # in 1976, and what 2099-12-31 23:59 is at most
+    return con.execute(
+        "SELECT 'the time is a date written as a number', min(rowid), arg_min(text, rowid), "
+        f"count(*) FROM (SELECT rowid, (time // {tick})::VARCHAR AS text FROM raw WHERE "
+        f"rowid >= ? AND time < {late} AND time % {tick} = 0 AND kept AND problem IS NULL) "
+        f"WHERE regexp_full_match(text, {quote_text(_DATE_LIKE)}) HAVING count(*) > 0",
+        [first],
+    ).fetchall()
+
+
 def count(con: duckdb.DuckDBPyConnection) -> tuple[int, int, int]:
     """Counts the rows of `raw`, those that meet the condition, and those of them that are good."""
     return con.execute(
@@ -467,6 +501,8 @@ def _guess_unit(value: str | None, unit: str) -> str | None:
     """Returns the unit in which a time gives a date between 1973 and 2261, if not `unit`."""
     if value is None:
         return None
+    if unit != "iso" and re.fullmatch(_DATE_LIKE, value):
+        return "iso"
     if not re.fullmatch(NUMBER, value):
         return "iso" if unit != "iso" and re.fullmatch(DATE, value) else None
     number = float(value)
