@@ -203,6 +203,22 @@ def test_what_tells_nothing_is_left_out():
     assert [note.split("'")[1] for note in notes] == ["title", "same", "flat"]
 
 
+@pytest.mark.parametrize("values", [["3,5", "3,5", "4", None], ["-1,25", "1,5e3", "7,", None]])
+def test_numbers_with_decimal_commas_are_told(run, write, values):
+    rows = "".join(f"i{n};{values[n % 4] or ''};{'ab'[n % 2]}\n" for n in range(6))
+    items = write("items.csv", "item_id;price;kind\n" + rows)
+    ds = run("table", write("log.csv", LOG), "--item-features", items)
+    [told] = [note for note in ds.metadata["item_features"]["notes"] if "commas" in note]
+    assert told.startswith("the column 'price' holds names, and all look like numbers with decimal")
+    assert f"({values[0]})" in told
+
+
+@pytest.mark.parametrize("values", [["a,5", "3,5"], ["1,2,3", "3,5"], ["3", "4"]])
+def test_names_with_commas_are_no_numbers(values):
+    column = pa.array([[values[0]]] * 2 + [[values[1]]] * 2 + [[]], pa.list_(pa.string()))
+    assert not fit({"kind": column}, 2)[1]
+
+
 def test_columns_of_another_dataset_are_encoded_as_these():
     columns = {
         "kind": pa.array([["a"], ["b", "z"], None, ["b"]], pa.list_(pa.string())),

@@ -111,7 +111,8 @@ def fit(columns: dict[str, Any], min_count: int) -> tuple[FeatureTable, list[str
       min_count: how many items a value must have to count.
 
     Returns:
-      The features, and a sentence for each column that is left out because it tells nothing.
+      The features, and a sentence for each column that is left out because it tells nothing, or
+      whose values are probably no names.
 
     Raises:
       UserError: no column is left.
@@ -121,6 +122,13 @@ def fit(columns: dict[str, Any], min_count: int) -> tuple[FeatureTable, list[str
     for name, column in columns.items():
         if isinstance(column, pa.Array):
             counts = collections.Counter(column.flatten().to_pylist())
+            with_comma = next((value for value in counts if "," in value), None)
+            if with_comma and all(re.fullmatch(NUMBER, one.replace(",", ".")) for one in counts):
+                notes.append(
+                    f"the column {one_line(name, 40)!r} holds names, and all look like numbers "
+                    f"with decimal commas ({one_line(with_comma, 20)}); if they are numbers, write "
+                    "them with points"
+                )
             frequent = sorted(
                 (value for value, count in counts.items() if count >= min_count),
                 key=lambda value: (-counts[value], value),
