@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import duckdb
 import numpy as np
 import pyarrow as pa
 import pyarrow.csv as pa_csv
@@ -338,6 +339,49 @@ def test_what_a_killed_job_left_is_cleared(run, tmp_path):
     os.close(living)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == [".sorting", ".sorting-algorithms", ".sorting-living", "in.parquet", "o"]
+
+
+def test_users_without_a_row_are_no_users_served(run, tmp_path):
+    events = [("a", "i1", 5), ("b", "i2", 5), ("c", "new", 5), ("d", "newer", 6)]
+    write_events(tmp_path / "in.parquet", events)
+    flags = ["--workdir=run", "--events", tmp_path / "in.parquet", "--out", tmp_path / "o.parquet"]
+    (tmp_path / "ids").write_text("i1\n")
+    code, printed, _ = run("batch", *flags, "--allow", tmp_path / "ids")
+    assert code == 0
+    assert pq.read_table(tmp_path / "o.parquet")["user"].to_pylist() == ["b", "c", "d"]
+    assert "3 recommendations to 3 users in" in printed
+    assert "1 users got none: --allow, --deny" in printed
+    assert "2 users had no known event and got" in printed
+    write_events(tmp_path / "in.parquet", events[:1])
+    printed = run("batch", *flags, "--allow", tmp_path / "ids")[1]
+    assert "0 recommendations to 0 users in" in printed and "1 users got none" in printed
+
+
+def test_a_column_that_is_missing_is_named_with_flags_of_this_command(run, tmp_path):
+    (tmp_path / "in.csv").write_text("who,item,timestamp\na,i1,5\n")
+    flags = ["--workdir=run", "--events", tmp_path / "in.csv", "--out", tmp_path / "o.parquet"]
+    assert run("batch", *flags)[2].endswith("; name yours with --user, --item, --time\n")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        duckdb.IOException('Could not write file "/x/work.duckdb": No space left on device'),
+        duckdb.OutOfMemoryException("failed: set by the 'max_temp_directory_size' setting"),
+    ],
+)
+def test_a_full_disk_under_the_sorting_names_the_output(run, tmp_path, monkeypatch, error):
+    def fail(*args, **settings):
+        raise error
+
+    monkeypatch.setattr("tim4rec_jax.serving.batch_job.load_events", fail)
+    write_events(tmp_path / "in.parquet", [("a", "i1", 5)])
+    out = tmp_path / "o.parquet"
+    said = run("batch", "--workdir=run", "--events", tmp_path / "in.parquet", "--out", out)[2]
+    assert said == (
+        f"error: the disk that {out} is on is full, which the sorting of the events needs too; "
+        "make room there or choose another --out\n"
+    )
 
 
 def test_a_failure_leaves_the_old_file(run, tmp_path, monkeypatch):

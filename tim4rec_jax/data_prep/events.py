@@ -208,4 +208,6 @@ def _layout(source: Source, file: files.SourceFile, flags: argparse.Namespace):
     remedy = "name yours with --user, --item, --time, --rating"
     if not hasattr(flags, "user"):
         remedy = "read other files with `python -m data_prep table`"
+    elif flags.rating is None:  # `batch` reads no ratings
+        remedy = "name yours with --user, --item, --time"
     return check_columns(file, layout, remedy)

@@ -24,8 +24,7 @@ def one_sentence(out: Path) -> Iterator[None]:
         yield
     except (duckdb.Error, pa.ArrowException, OSError) as error:
         message = first_line(error)
-        # DuckDB has several exceptions for a full disk; the last two are of quotas.
-        if any(text in str(error) for text in ("No space left", "File too large", "quota")):
+        if is_full_disk(error):
             raise UserError(
                 f"the disk that {out} is on is full ({message}); make room there or choose "
                 "another --out"
@@ -41,3 +40,12 @@ def one_sentence(out: Path) -> Iterator[None]:
         if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
             raise KeyboardInterrupt from error
         raise
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that a disk has no room left, for which DuckDB has several exceptions.
+
+    The second and third text are of quotas, and the last one is of what DuckDB moves out of memory.
+    """
+    texts = ("No space left", "File too large", "quota", "max_temp_directory_size")
+    return any(text in str(error) for text in texts)

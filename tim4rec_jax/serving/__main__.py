@@ -216,8 +216,13 @@ def _batch(flags: argparse.Namespace) -> None:
     seconds = perf_counter() - started
     print(
         f"wrote {flags.out}: {summary.rows:,} recommendations to {summary.users:,} users in "
-        f"{seconds:,.1f} s ({summary.users / seconds:,.0f} users/s)"
+        f"{seconds:,.1f} s ({(summary.users + summary.without) / seconds:,.0f} users/s)"
     )
+    if summary.without:
+        print(
+            f"{summary.without:,} users got none: --allow, --deny and what they have seen leave no "
+            "item for them"
+        )
     for reason, count in summary.bad_rows.items():
         print(f"skipped {count:,} rows: {reason}")
     if summary.unknown:

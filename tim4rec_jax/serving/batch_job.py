@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
+from tim4rec_jax.data_prep.failures import is_full_disk
 from tim4rec_jax.data_prep.layout import schema, sniff
 from tim4rec_jax.data_prep.sources import SOURCES
 from tim4rec_jax.errors import UserError, first_line
@@ -60,15 +61,17 @@ class Summary:
     """What `recommend_all` has done.
 
     Attributes:
-        users: the number of users.
+        users: the number of users with a row or more.
         rows: the number of rows written.
+        without: the number of users without a row, for whom the filters left no item.
         unknown: the number of events left out because the model does not know their items.
-        fallback: the number of users without a known event.
+        fallback: how many of `users` have no known event.
         bad_rows: the number of rows left out, by reason.
     """
 
     users: int = 0
     rows: int = 0
+    without: int = 0
     unknown: int = 0
     fallback: int = 0
     bad_rows: dict[str, int] = field(default_factory=dict)
@@ -118,7 +121,7 @@ def recommend_all(
         disable=not console.is_terminal,
     )
     with (
-        _one_sentence(memory_limit),
+        _one_sentence(out, memory_limit),
         _workspace(out.parent) as work,
         contextlib.closing(connect(work, memory_limit)) as con,
         bar,
@@ -158,10 +161,12 @@ def recommend_all(
                     fallback[row],
                 ]
                 writer.write_table(pa.table(arrays, schema=schema))
-                summary.users += len(part.users)
+                served = (items > 0).any(axis=1)
+                summary.users += int(served.sum())
                 summary.rows += len(row)
+                summary.without += int((~served).sum())
                 summary.unknown += part.unknown
-                summary.fallback += int(fallback.sum())
+                summary.fallback += int((fallback & served).sum())
                 bar.advance(task, len(part.events.items) + part.unknown)
     return summary
 
@@ -361,15 +366,20 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _one_sentence(memory_limit: str) -> Iterator[None]:
+def _one_sentence(out: Path, memory_limit: str) -> Iterator[None]:
     """Turns what DuckDB and Arrow raise about the files into one sentence."""
     try:
         yield
-    except duckdb.OutOfMemoryException as error:
-        raise UserError(
-            f"sorting needs more than {memory_limit}; pass a higher --memory-limit"
-        ) from error
     except (duckdb.Error, pa.ArrowException) as error:
+        if is_full_disk(error):
+            raise UserError(
+                f"the disk that {out} is on is full, which the sorting of the events needs too; "
+                "make room there or choose another --out"
+            ) from error
+        if isinstance(error, duckdb.OutOfMemoryException):
+            raise UserError(
+                f"sorting needs more than {memory_limit}; pass a higher --memory-limit"
+            ) from error
         raise UserError(f"the events cannot be read: {first_line(error)}") from error
     except RuntimeError as error:
         if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
