@@ -242,6 +242,7 @@ def write_json(path: Path, values: Any) -> None:
         file.write(json.dumps(values, indent=2) + "\n")
 
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk and a quota say
 # Lies in each folder that `atomic_directory` works in. A folder without it is of the user.
 _MARK = ".made-by-tim4rec-jax"
 _REPLACED = "replaced"
@@ -270,8 +271,8 @@ def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
       The empty folder; its parent is the hidden one.
 
     Raises:
-      UserError: another process is writing `path`, `path` holds files that are not `ours`, or the
-        folder cannot be made.
+      UserError: another process is writing `path`, `path` holds files that are not `ours`, the
+        folder cannot be made, or the block ended because the disk is full.
     """
     ours = tuple(ours)
     if "\0" in str(path):
@@ -294,7 +295,16 @@ def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
                 )
             _clear(hidden)
             folder.mkdir()
-        yield folder
+        try:
+            yield folder
+        except OSError as error:
+            if error.errno in NO_ROOM:
+                # The libraries that write name no file, or one in the hidden folder.
+                raise UserError(
+                    f"{path} cannot be written: {os.strerror(error.errno)}; make room there or "
+                    "choose another folder"
+                ) from error
+            raise
         with _one_sentence(path):
             _flush(folder)
             _put(folder, target, hidden / _REPLACED)

@@ -175,21 +175,29 @@ NO_SPACE = "Could not write file: No space left on device"
 
 
 @pytest.mark.parametrize(
-    "module, function, error",
+    "error",
     [
-        (pa.ipc, "new_file", OSError(errno.ENOSPC, "No space left on device")),
-        (filters, "apply", duckdb.TransactionException(f"Failed to commit: {NO_SPACE}")),
-        (filters, "apply", duckdb.IOException(f"IO Error: {NO_SPACE}\nmore")),
+        duckdb.TransactionException(f"Failed to commit: {NO_SPACE}"),
+        duckdb.IOException(f"IO Error: {NO_SPACE}\nmore"),
     ],
 )
-def test_full_disk(run, write, monkeypatch, tmp_path, module, function, error):
+def test_full_disk(run, write, monkeypatch, tmp_path, error):
     def full(*arguments, **settings):
         raise error
 
-    monkeypatch.setattr(module, function, full)
+    monkeypatch.setattr(filters, "apply", full)
     sentence = run("table", write("a.csv", ROWS), fails=True)
     assert sentence.startswith(f"the disk that {tmp_path / 'out'} is on is full (")
     assert sentence.endswith("; make room there or choose another --out")
+
+
+def test_full_disk_below_arrow(run, write, monkeypatch, tmp_path):
+    def full(*arguments, **settings):
+        raise OSError(errno.ENOSPC, "Error writing bytes to file. Detail: [errno 28] No space left")
+
+    monkeypatch.setattr(pa.ipc, "new_file", full)
+    sentence = run("table", write("a.csv", ROWS), fails=True)
+    assert sentence.startswith(f"{tmp_path / 'out'} cannot be written: No space left on device;")
 
 
 def test_interrupted_query(write, monkeypatch, tmp_path):

@@ -202,6 +202,8 @@ def test_nothing_is_left_of_what_fails(runs, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", full)
-    with pytest.raises(OSError, match="No space"):
-        export(runs / "paper", tmp_path / "out")
+    out = tmp_path / "out"
+    with pytest.raises(UserError) as raised:
+        export(runs / "paper", out)
+    assert str(raised.value).startswith(f"{out} cannot be written: No space left on device; make")
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,5 @@
 """Downloads files with progress, continues interrupted downloads, and checks the result."""
 
-import errno
 import hashlib
 import http.client
 import time
@@ -13,10 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from tim4rec_jax.errors import UserError, one_line
+from tim4rec_jax.files import NO_ROOM
 
 _ATTEMPTS = 5
 _TIMEOUT = 30.0  # seconds without a byte
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CUT = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
@@ -66,13 +65,13 @@ def fetch(
                 raise UserError(f"{url}: the server answers {error.code}; {by_hand}") from error
             reason: object = f"the server answers {error.code}"
         except _CUT as error:
-            if isinstance(error, OSError) and error.filename:  # our own file: permission
-                raise
-            if isinstance(error, OSError) and error.errno in _NO_ROOM:
+            if isinstance(error, OSError) and error.errno in NO_ROOM:
                 raise UserError(
                     f"{partial} cannot be written: {error.strerror}; make room there, or pass "
                     "another --cache"
                 ) from error
+            if isinstance(error, OSError) and error.filename:  # our own file: permission
+                raise
             reason = getattr(error, "reason", error)
             reason = getattr(reason, "strerror", None) or reason or type(error).__name__
             # A server that has not answered once (no name, no connection) is not asked again.
