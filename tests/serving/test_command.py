@@ -100,6 +100,24 @@ def test_standard_input_and_filters(run, monkeypatch, tmp_path):
     assert sorted(found[1]) == ["i1", "i2"]
 
 
+@pytest.mark.parametrize("header", ["item,timestamp", '"item","timestamp"'])
+def test_the_mark_of_utf_8_is_no_part_of_a_name(run, tmp_path, header, monkeypatch):
+    (tmp_path / "h.csv").write_text(f"{header}\ni1,5\n", encoding="utf-8-sig")
+    flags = ["recommend", "--workdir=run", "--json"]
+    expected = run(*flags, "--history", "i1@5")[1]
+    assert json.loads(expected)["items"]
+    for file in ("-", tmp_path / "h.csv"):
+        with open(tmp_path / "h.csv", encoding="utf-8") as given:
+            monkeypatch.setattr(sys, "stdin", given)
+            assert run(*flags, "--file", file) == (0, expected, "")
+
+
+def test_an_empty_history_on_standard_input(run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    code, _, error = run("recommend", "--workdir=run", "--file=-")
+    assert code == 1 and "standard input is not a CSV file with the columns" in error
+
+
 def test_ids_with_commas(run, monkeypatch):
     """A comma separates events only where a time stands before it."""
     asked = []

@@ -9,6 +9,7 @@ import argparse
 import csv
 import dataclasses
 import io
+import itertools
 import json
 import re
 import sys
@@ -442,7 +443,10 @@ def _read_history(flags: argparse.Namespace) -> tuple[list[str], list[int]]:
 def _read_csv(file: Iterable[str], name: str) -> tuple[list[str], list[int]]:
     csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.DictReader(file)
+        lines = iter(file)
+        # The mark of UTF-8 at the start, which standard input keeps, is no part of a name.
+        first = next(lines, "").removeprefix("\ufeff")
+        reader = csv.DictReader(itertools.chain([first], lines))
         if not {"item", "timestamp"} <= set(reader.fieldnames or ()):
             raise UserError(f"{name} is not {_CSV}")
         rows = [(reader.line_num, row["item"], row["timestamp"]) for row in reader]
