@@ -510,7 +510,30 @@ def test_a_user_of_many_events_is_told(run, write, capsys):
     rows = [("bot", "i", START + n) for n in range(6000)]
     rows += [(f"u{n % 50}", "i", START + n) for n in range(500)]
     ds = run("table", log_of(write, rows), *ALL)
-    assert "warning: 1 user has 6,000 events, 92% of all" in shown(ds, capsys)
+    said = " ".join(shown(ds, capsys).split())
+    assert "warning: 1 user has 6,000 events, 92% of all; the id 'bot' may be of a program" in said
+
+
+def test_an_id_that_stands_for_nobody_is_told_in_a_small_log_too(run, write):
+    people = [(f"u{n % 50}", f"i{n % 7}", START + n) for n in range(500)]
+    nobody = [("null", f"i{n % 7}", START + n) for n in range(500)]
+    path = log_of(write, people + nobody)
+    [doubt] = inspect.doubts(run("table", path, *ALL))
+    assert doubt == (
+        "1 user has 500 events, 50% of all; the id 'null' may be of a program, or stand for "
+        "nobody; --where can leave out such users"
+    )
+    assert not inspect.doubts(run("table", path, "--where", "user_id != 'null'", *ALL))
+    path = log_of(write, people + nobody + [("0", "i1", START + n) for n in range(400)])
+    [doubt] = inspect.doubts(run("table", path, *ALL))
+    assert doubt.startswith("2 users have 400 to 500 events each, 64% of all; they may be programs")
+    assert "such as 'null'" in doubt
+
+
+def test_a_few_users_with_much_of_a_small_log_are_no_doubt(run, write):
+    rows = [(f"u{n % 3}", "i", START + n) for n in range(60)]
+    rows += [("much", "i", START + n) for n in range(150)]
+    assert not inspect.doubts(run("table", log_of(write, rows), *ALL))
 
 
 @pytest.mark.parametrize("size", [1, 20, *(slow(size) for size in (2, 19, 21, 999, 1000, 1001))])

@@ -21,6 +21,7 @@ GAP_BINS = np.concatenate([[0], np.logspace(0, 11, 221)])
 _PIECE = 1 << 22  # events read at once
 EARLY = 100_000_000  # seconds: in 1973, before there were logs of this kind
 MANY_EVENTS = 5_000  # of one user
+_LARGE_SHARE = 0.1  # of all events: a log that is small has no user with so many as above
 _SPANS = ((365 * 86_400, "y"), (86_400, "d"), (3_600, "h"), (60, "min"), (1, "s"))
 
 
@@ -125,15 +126,24 @@ def doubts(ds: Dataset) -> list[str]:
             f"{copies:,} of {ds.n_events:,} events are copies of the event before, with the same "
             "user, item and time, as in exports that overlap; --deduplicate=exact leaves them out"
         )
-    busy = ds.lengths > max(MANY_EVENTS, 50 * np.median(ds.lengths))
+    usual = np.median(ds.lengths)
+    busy = (ds.lengths > max(MANY_EVENTS, 50 * usual)) | (
+        ds.lengths > max(_LARGE_SHARE * ds.n_events, 10 * usual)
+    )
     if busy.any():
         few, most, count = ds.lengths[busy].min(), ds.lengths.max(), int(busy.sum())
         who = "1 user has" if count == 1 else f"{count:,} users have"
         each = f"{most:,}" if few == most else f"{few:,} to {most:,}"
+        busiest = one_line(ds.user_ids[int(ds.lengths.argmax())].as_py(), 40)
+        what = (
+            f"the id {busiest!r} may be of a program, or stand for nobody"
+            if count == 1
+            else f"they may be programs, or ids that stand for nobody, such as {busiest!r}"
+        )
         found.append(
             f"{who} {each} events{' each' * (count > 1)}, "
-            f"{ds.lengths[busy].sum() / ds.n_events:.0%} of all; "
-            + ("it may be a program and no person" if count == 1 else "they may be no people")
+            f"{ds.lengths[busy].sum() / ds.n_events:.0%} of all; {what}; --where can leave out "
+            "such users"
         )
     return found
 
