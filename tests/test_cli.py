@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from tim4rec_jax.cli import parse
 from tim4rec_jax.data_prep import sources
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.run import write_settings
+from tim4rec_jax.training import dispatch
 
 ROOT = Path(__file__).parents[1]
 CONFIG = f"--config={ROOT / 'configs' / 'ml1m.py'}"
@@ -163,8 +166,12 @@ def command(monkeypatch, capsys):
         monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
         monkeypatch.setattr("sys.unraisablehook", sys.unraisablehook)
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(ROOT / name), run_name="__main__")
+        before = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as exit:
+                runpy.run_path(str(ROOT / name), run_name="__main__")
+        finally:
+            signal.signal(signal.SIGTERM, before)
         return exit.value.code or 0, *capsys.readouterr()
 
     return run
@@ -263,6 +270,21 @@ def test_settings_of_another_run_are_told_apart_before_data_is_prepared(command,
     code, said, errors = command(CONFIG, f"--workdir={tmp_path}", "--config.train.epochs=3")
     assert (code, said) == (1, "")
     assert "holds a run with other settings: train.epochs (300 -> 3)" in errors
+
+
+def test_sigterm_before_the_first_step_leaves_nothing_behind(command, tmp_path, monkeypatch):
+    def asked(*_):
+        assert (tmp_path / "run" / "config.json").exists()
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(dispatch.HostSteps, "lowered", asked)
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    dataset = write_dataset(tmp_path / "data", random_histories([8] * 4))
+    flags = [f"--config.dataset={dataset}", "--config.data.placement=host"]
+    code, said, errors = command(CONFIG, f"--workdir={tmp_path / 'run'}", *flags)
+    assert (code, errors) == (130, "error: interrupted\n")
+    assert "stopped; no step has been trained yet" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_dataset_not_prepared_yet(command, tmp_path):

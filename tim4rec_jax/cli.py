@@ -5,8 +5,10 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import textwrap
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +30,9 @@ def main(argv: list[str], usage: str) -> None:
     config, workdir = parse(argv, usage)
     from tim4rec_jax.training.train import train_and_report
 
+    if threading.current_thread() is threading.main_thread():
+        # Before the first step, nothing else would remove what a run has begun to write.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         train_and_report(config, workdir, prepare_data)
     except KeyboardInterrupt as stop:
