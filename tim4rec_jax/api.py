@@ -28,7 +28,7 @@ import pyarrow as pa
 from tim4rec_jax import config as config_lib
 from tim4rec_jax import frames
 from tim4rec_jax.data import Dataset, open_dataset
-from tim4rec_jax.data.format import DATASET_FILE
+from tim4rec_jax.data.format import DATASET_FILE, read_items
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import atomic_directory, write_json
 from tim4rec_jax.prepared import Data, TemporaryFolder, opened, path_of, prepare
@@ -455,18 +455,22 @@ class Model:
         if isinstance(items, Data):
             if items.dataset.features is None:
                 raise UserError("the data has no item features; prepare it with item_features=")
-            ids = items.dataset.item_ids.to_pylist()
-            columns = items.dataset.features.columns()
+            table = read_items(items.dataset.directory, items.dataset.metadata)
+            ids = table.column("item").to_pylist()
+            columns, titles = items.dataset.features.columns(), {}
+            if "title" in table.column_names:
+                titles = dict(zip(ids, table.column("title").to_pylist(), strict=True))
         else:
             paths = [items] if isinstance(items, str | Path) else items
             item = (frames.NAMES | self._remembered("columns"))["item"]
             if isinstance(paths, list | tuple) and all(isinstance(p, str | Path) for p in paths):
-                ids, columns = read_table(self.run, [os.fspath(p) for p in paths], item=item)
+                given: Any = [os.fspath(path) for path in paths]
             else:
-                ids, columns = read_table(self.run, frames.item_table(items, item), item=item)
+                given = frames.item_table(items, item)
+            ids, columns, titles = read_table(self.run, given, item=item)
         temporary = TemporaryFolder() if folder is None else None
         run = temporary.path / "run" if temporary else path_of(folder)
-        add_items(self.run, ids, columns, run)
+        add_items(self.run, ids, columns, titles, run)
         larger = Model(run, self.frame, temporary)
         larger._old = self  # whose folder may hold the data
         return larger

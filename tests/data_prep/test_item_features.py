@@ -58,6 +58,8 @@ def test_titles_are_shown_and_are_no_feature(run, write, features):
     table = pq.read_table(ds.directory / "items.parquet")
     titles = dict(zip(*(table.column(name).to_pylist() for name in ("item", "title")), strict=True))
     assert titles == {f"i{n}": f"Film {n}" if n != 2 else None for n in range(6)}
+    if features:
+        assert ds.metadata["item_features"]["title"] == "name"
     found = () if ds.features is None else [feature.name for feature in ds.features.features]
     assert tuple(found) == features
 

@@ -1,11 +1,13 @@
 """A run with item features: what training changes, what the run keeps, and items added to it."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
@@ -13,6 +15,7 @@ from tests.data.small_dataset import random_histories, write_dataset
 from tests.training.tiny_run import MAX_LENGTH, LastItem, quick_config
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.commands.add_items import add_items, read_table
+from tim4rec_jax.data import format as fmt
 from tim4rec_jax.data import open_dataset, train_item_counts
 from tim4rec_jax.data.features import FEATURES_FILE, Categorical, Dense, FeatureTable
 from tim4rec_jax.errors import UserError
@@ -173,6 +176,33 @@ def test_new_items_are_recommended_at_once(run, tmp_path):
     again = pa.table({"item_id": ["newest"], "color": [["red"]], "size": [[0.0, 0.0]]})
     add_items(tmp_path / "larger", *read_table(run, again), tmp_path / "largest")
     assert json.loads((tmp_path / "largest" / "dataset.json").read_text())["added_items"] == 3
+
+
+def test_new_items_have_titles_where_the_others_have(run, tmp_path):
+    titled = tmp_path / "titled"
+    shutil.copytree(run, titled)
+    metadata = json.loads((titled / fmt.DATASET_FILE).read_text())
+    items = fmt.read_items(titled, metadata)
+    names = [f"Title {n}" for n in range(N_ITEMS)]
+    items = items.append_column("title", pa.array(names))
+    pq.write_table(items, titled / fmt.ITEMS_FILE)
+    metadata["content"] |= fmt.items_digests(items)
+    metadata["item_features"] = {"title": "name"}
+    (titled / fmt.DATASET_FILE).write_text(json.dumps(metadata))
+    table = pa.table(
+        {
+            "item_id": ["i3", "new", "odd"],
+            "name": ["another", "The new one", ""],
+            "color": [["red"], ["blue", "red"], ["red"]],
+            "size": [[0.0, 0.0], [7.0, -7.0], [1.0, 2.0]],
+        }
+    )
+    for given, expected in ((table, "The new one"), (table.drop_columns("name"), None)):
+        out = tmp_path / str(expected)
+        add_items(titled, *read_table(titled, given), out)
+        found = fmt.read_items(out, fmt.read_metadata(out))["title"].to_pylist()
+        assert found == [*names, expected, None]
+        assert not [finding for finding in verify(out) if finding.problem]
 
 
 @pytest.mark.parametrize(

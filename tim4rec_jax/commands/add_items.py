@@ -44,8 +44,8 @@ def main(words: Sequence[str] | None = None) -> None:
     add("--on-bad-row", choices=["error", "skip"], default="error", help="default: error")
     flags = parser.parse_args(words)
     skip = flags.on_bad_row == "skip"
-    ids, columns = read_table(flags.workdir, flags.item_features, item=flags.item, skip=skip)
-    count = add_items(flags.workdir, ids, columns, flags.out)
+    found = read_table(flags.workdir, flags.item_features, item=flags.item, skip=skip)
+    count = add_items(flags.workdir, *found, flags.out)
     print(f"{flags.out}: {count:,} items more than {flags.workdir}")
 
 
@@ -55,7 +55,7 @@ def read_table(
     *,
     item: str | None = None,
     skip: bool = False,
-) -> tuple[list[str], dict[str, Any]]:
+) -> tuple[list[str], dict[str, Any], dict[str, str]]:
     """Reads a table of items as the dataset of a run was prepared with.
 
     Args:
@@ -65,7 +65,8 @@ def read_table(
       skip: whether bad rows are left out.
 
     Returns:
-      The ids, and the columns as `FeatureTable.encoded` takes them.
+      The ids, the columns as `FeatureTable.encoded` takes them, and the title of each id that has
+      one. Titles are in the column of the preparation, which may be missing.
 
     Raises:
       UserError: the run has no features, or the table cannot be used.
@@ -76,6 +77,8 @@ def read_table(
     told = metadata.get("item_features", {})
     choices = Choices(
         item=item or told.get("item", "item_id"),
+        title=told.get("title"),
+        title_needed=False,
         columns=tuple(feature.name for feature in features.features),
         dense=tuple(each.name for each in features.features if isinstance(each, Dense)),
         separator=told.get("separator"),
@@ -83,10 +86,16 @@ def read_table(
     )
     with tempfile.TemporaryDirectory() as work:
         found = read_items(table, choices, Path(work))
-    return found.ids, found.columns
+    return found.ids, found.columns, found.titles
 
 
-def add_items(workdir: Path, ids: Sequence[str], columns: Mapping[str, Any], out: Path) -> int:
+def add_items(
+    workdir: Path,
+    ids: Sequence[str],
+    columns: Mapping[str, Any],
+    titles: Mapping[str, str],
+    out: Path,
+) -> int:
     """Writes a run that knows more items than another one.
 
     The vector of a new item is what the maps of the run make of its features. Values that the
@@ -96,6 +105,7 @@ def add_items(workdir: Path, ids: Sequence[str], columns: Mapping[str, Any], out
       workdir: the run directory.
       ids: of the items. Those that the run knows are left out.
       columns: their features, as `FeatureTable.encoded` takes them.
+      titles: the titles by id, which are kept if the run has titles of its items.
       out: the new run directory. It must not exist, or be empty.
 
     Returns:
@@ -137,7 +147,8 @@ def add_items(workdir: Path, ids: Sequence[str], columns: Mapping[str, Any], out
     }
     schema = items.schema
     if "title" in schema.names:
-        table["title"] = [*items.column("title").to_pylist(), *[None] * len(rows)]
+        added = (titles.get(ids[row]) for row in rows)
+        table["title"] = [*items.column("title").to_pylist(), *added]
     items = pa.table(table, schema=schema)
     # The events of the dataset are not those of a dataset with these items.
     metadata |= {

@@ -40,6 +40,7 @@ class Choices:
     Attributes:
       item: name of the column with the item id.
       title: name of the column with titles, which are shown and are no feature; None: no column.
+      title_needed: whether a table without this column is refused.
       columns: the columns to use; None takes all.
       dense: columns of whole numbers or texts to take as amounts, and not as names of something.
       separator: what stands between several values in one text; None: a text is one value.
@@ -48,6 +49,7 @@ class Choices:
 
     item: str = "item_id"
     title: str | None = None
+    title_needed: bool = True
     columns: tuple[str, ...] | None = None
     dense: tuple[str, ...] = ()
     separator: str | None = None
@@ -208,7 +210,7 @@ def read_items(inputs: Sequence[str] | pa.Table, choices: Choices, work: Path) -
             name: column.take(pa.array(kept)) if isinstance(column, pa.Array) else column[kept]
             for name, column in columns.items()
         },
-        {ids[row]: titles[row] for row in kept if titles and titles[row]},
+        {ids[row]: title for row in kept if (title := titles[row])},
         problems.counts(),
         choices,
         sources,
@@ -221,7 +223,7 @@ class _Part:
     Attributes:
       source: the file.
       ids: the item ids, "" for none.
-      titles: the title of each, if there is a column of them; "" or None for none.
+      titles: the title of each; "" or None for none.
       columns: name and values of each feature. Fields of CSV files are texts.
       plain: whether all fields are texts because the format knows no types.
       lines: the line or row of each row, and what to call it.
@@ -246,7 +248,8 @@ class _Part:
                 columns[name] = _as_array(source, name, values)
         if twins := [name for name, n in collections.Counter(names).items() if n > 1]:
             raise UserError(f"{source}: two columns are called {twins[0]!r}; rename one of them")
-        shown = () if choices.title is None else (choices.title,)
+        titled = choices.title is not None and (choices.title_needed or choices.title in columns)
+        shown = (choices.title,) * titled
         wanted = (choices.item, *shown, *(choices.columns or ()), *choices.dense)
         for name in wanted:
             if name not in columns:
@@ -261,8 +264,8 @@ class _Part:
                 "whole numbers"
             )
         self.ids = [one or "" for one in ids.cast(pa.string()).to_pylist()]
-        self.titles = []
-        if choices.title is not None:
+        self.titles: list[str | None] = [None] * len(self.ids)
+        if titled:
             titles = columns[choices.title]
             if not (_is_word(titles.type) or pa.types.is_null(titles.type)):
                 raise UserError(

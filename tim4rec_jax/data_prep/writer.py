@@ -171,6 +171,7 @@ def _write_features(
     return {
         "features": repr(features),
         "item": item_table.choices.item,
+        "title": item_table.choices.title,
         "separator": item_table.choices.separator,
         "items": found,
         "unused": len(item_table.ids) - found,
