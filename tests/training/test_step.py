@@ -18,6 +18,9 @@ from tim4rec_jax.layers import row_seeds
 from tim4rec_jax.models import build
 from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training.dispatch import make_steps
+from tim4rec_jax.training.losses import Loss
+from tim4rec_jax.training.negatives import item_frequencies
+from tim4rec_jax.training.objectives import OBJECTIVES, Objective, prefix_loss
 from tim4rec_jax.training.state import init_state, make_optimizer
 from tim4rec_jax.training.step import StepSettings, loss_and_gradients, num_microbatches, train_step
 
@@ -190,6 +193,31 @@ def test_a_step_that_is_not_finite_changes_nothing_ever_after(model, batches):
         state, metrics = train_step(state, batch, StepSettings(graphdef, sgd()))
         assert (int(metrics["bad_step"]), int(state.step)) == (1, step + 1)
         jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), before)
+
+
+@pytest.mark.parametrize("loss", ["gbce", "sampled_softmax"])
+def test_every_step_draws_anew(loss, batches, monkeypatch):
+    """With the same negatives or masks in every step, training would see no others."""
+
+    def prepare(model, batch, key):
+        return batch | {"weights": jax.random.uniform(key, (ROWS,))}
+
+    monkeypatch.setitem(OBJECTIVES, "drawn", Objective(prefix_loss, prepare))
+    settings = dict(objective="drawn", loss=Loss(loss, negatives=8), num_microbatches=1)
+    model = nnx.split(last_item(n_items=200))
+    settings = StepSettings(model[0], sgd(), **settings)
+    frequencies = jax.device_put(item_frequencies(np.ones(200, int)))
+    before, found = np.asarray(model[1]["item_embedding"]["embedding"][...]), []
+    for number in (0, 1, 1):
+        state = new_state(model, sgd()).replace(step=jnp.int32(number))
+        state, _ = train_step(state, batches[0], settings, frequencies)
+        after = np.asarray(state.params["item_embedding"]["embedding"][...])
+        negatives = np.flatnonzero((after != before).any(axis=1)[31:])  # no item of the batch
+        assert 0 < len(negatives) <= 8
+        found.append((negatives.tolist(), float(state.weight_sum)))
+    first, second, again = found
+    assert first[0] != second[0] and first[1] != second[1]
+    assert second == again  # a run that goes on draws what it would have drawn
 
 
 def test_adam_with_the_decay_added_to_the_gradient():
