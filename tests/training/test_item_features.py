@@ -6,6 +6,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -27,6 +28,8 @@ from tim4rec_jax.run import load_model
 from tim4rec_jax.serving import Recommender
 from tim4rec_jax.training.inputs import feature_arrays
 from tim4rec_jax.training.objectives import every_position_loss
+from tim4rec_jax.training.state import init_state
+from tim4rec_jax.training.step import StepSettings, train_step
 from tim4rec_jax.training.train import train
 from tim4rec_jax.verify import verify
 
@@ -139,6 +142,29 @@ def test_cold_items_take_no_part_in_the_loss():
         louder["item_embedding"]["maps"]["values"][...].at[4].set(50.0)
     )
     assert loss(louder) == before
+
+
+def test_each_step_leaves_out_the_own_rows_of_other_items():
+    """If no step did, the features would never learn to stand alone, as new items need it."""
+    sizes = DataSizes(N_ITEMS, MAX_LENGTH, item_features=arrays())
+    graph, params = nnx.split(LastItem(ModelSettings(id_dropout=0.5), sizes, rngs=nnx.Rngs(0)))
+    batch = {
+        "items": jnp.array([[1, 2], [3, 4]]),
+        "lengths": jnp.array([2, 2]),
+        "gaps": jnp.zeros((2, 2)),
+        "targets": jnp.array([5, 6]),
+        "weights": jnp.ones(2),
+    }
+    tx, left_out = optax.sgd(1.0), []
+    before = np.asarray(params["item_embedding"]["embedding"][...])
+    for number in (0, 1):
+        state = init_state(jax.tree.map(jnp.copy, params), tx, seed=0)
+        state = state.replace(step=jnp.int32(number))
+        state, _ = train_step(state, batch, StepSettings(graph, tx))
+        after = np.asarray(state.params["item_embedding"]["embedding"][...])
+        left_out.append((after == before).all(axis=1)[1:COLD])  # all items have a gradient
+    assert all(0.25 < rows.mean() < 0.75 for rows in left_out)
+    assert (left_out[0] != left_out[1]).any()
 
 
 def test_new_items_are_recommended_at_once(run, tmp_path):
