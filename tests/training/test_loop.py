@@ -117,7 +117,12 @@ def test_learns_at_every_position(dataset, tmp_path, capsys):
 def test_the_model_that_only_counts(dataset, tmp_path):
     config = quick_config(dataset)
     config_lib.use_model(config, "popularity")
+    config.eval.ties = "expected"
     result = train(config, tmp_path / "run")
+    # All items have equal scores. The optimistic rule would make every target the first.
+    for figures in (result["valid"], result["test"], *records(tmp_path / "run", "valid")):
+        assert figures["hit@10"] == pytest.approx(10 / 30)
+    assert result["protocol"]["ties"] == "expected"
     assert result["epochs"] == 1 and read_date_range(tmp_path / "run") is None
     ds, (_, model) = open_dataset(config.dataset), load_model(tmp_path / "run")
     hidden = model.encode(jnp.ones((1, 2), jnp.int32), jnp.array([2]), jnp.zeros((1, 2)))
