@@ -4,6 +4,7 @@ import pytest
 from absl import logging
 
 from tests.serving.redis_server import RedisServer
+from tests.serving.redis_stand_in import StandIn
 from tests.serving.tiny_run import save_run, tiny_dataset, tiny_recommender
 from tim4rec_jax.serving import MemoryStore, RedisStore, SQLiteStore
 
@@ -61,12 +62,22 @@ def redis_server(tmp_path_factory):
         yield server
 
 
+@pytest.fixture
+def redis_stand_in():
+    """What stands in for a server on a machine without one."""
+    with StandIn() as server:
+        yield server
+
+
 @pytest.fixture(params=["memory", "sqlite", "redis"])
 def store(request, tmp_path):
     if request.param == "memory":
         store = MemoryStore()
     elif request.param == "sqlite":
         store = SQLiteStore(tmp_path / "users.db")
+    elif request.param == "redis stand-in":  # of a test that asks for it
+        server = request.getfixturevalue("redis_stand_in")
+        store = RedisStore(server.url)
     else:
         server = request.getfixturevalue("redis_server")
         store = RedisStore(server.url, prefix=f"{tmp_path}:")

@@ -1,10 +1,14 @@
-"""What is special about the store in Redis; `test_users.py` has what all stores do."""
+"""What is special about the store in Redis; `test_users.py` has what all stores do.
+
+Tests of a real server are skipped where there is none. A stand-in shows what the store itself does.
+"""
 
 import threading
 
 import pytest
 
 from tests.serving.redis_server import RedisServer
+from tests.serving.redis_stand_in import StandIn
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving import RedisStore
 from tim4rec_jax.serving.stores import Change, Snapshot, StoreError
@@ -14,6 +18,12 @@ from tim4rec_jax.serving.stores import Change, Snapshot, StoreError
 def server(tmp_path):
     with RedisServer(tmp_path) as server:
         yield server
+
+
+@pytest.fixture(params=["server", "redis_stand_in"])
+def either(request):
+    """A real server, or its stand-in."""
+    return request.getfixturevalue(request.param)
 
 
 def add(store, user, number, name=b"s"):
@@ -54,8 +64,8 @@ def test_what_was_acknowledged_survives_a_kill_of_the_server(server):
     store.close()
 
 
-def test_writers_of_two_connections_lose_nothing(server):
-    stores, errors = [RedisStore(server.url) for _ in range(2)], []
+def test_writers_of_two_connections_lose_nothing(either):
+    stores, errors = [RedisStore(either.url) for _ in range(2)], []
 
     def work(store, name):
         try:
@@ -95,8 +105,8 @@ def test_a_deleted_user_leaves_no_trace_in_the_files(server):
     store.close()
 
 
-def test_events_are_in_the_order_of_their_times(server):
-    store, late = RedisStore(server.url), 2**53
+def test_events_are_in_the_order_of_their_times(either):
+    store, late = RedisStore(either.url), 2**53
     events = [(late + 1, "b"), (late, "a"), (late + 1, "a"), (9, "\ud800"), (9, "\x00}:events")]
     for number, (time, item) in enumerate(events):
         assert store.apply([Change("u{", number, [item], [time], None)], "m") == [True]
@@ -111,6 +121,50 @@ def test_events_are_in_the_order_of_their_times(server):
     store.close()
 
 
+@pytest.mark.parametrize("snapshots", [0, 1], ids=["a log", "a log and snapshots"])
+def test_a_deletion_ends_when_the_files_are_written_anew(snapshots):
+    """If it ended before, what it deletes would still be in the files of the server."""
+    with StandIn(looks=2, rdb_saves=snapshots) as server:
+        store = RedisStore(server.url)
+        store.apply([Change(user, 0, ["i1"], [5], b"state") for user in ("anna", "berta")], "m")
+        for known in (True, False):  # the second one may be there because the first one failed
+            server.rewritten = []
+            assert store.delete("anna") == known
+            assert server.rewritten == ["log", "snapshot"][: 1 + snapshots]
+            assert not server.rewriting
+        assert all(b"{berta}" in key for key in server.values) and len(server.values) == 2
+        store.close()
+
+
+def test_a_deletion_whose_files_are_never_written_says_so():
+    with StandIn(looks=None) as server:
+        store = RedisStore(server.url)
+        store.apply([Change("anna", 0, ["i1"], [5], None)], "m")
+        store._timeout = 0.05
+        with pytest.raises(StoreError, match=r"is deleted, but .* is still busy .* once more"):
+            store.delete("anna")
+        assert store.history("anna") == ([], [])
+        store.close()
+
+
+def test_nothing_is_said_twice_whose_answer_was_lost(redis_stand_in, monkeypatch):
+    """A client that tried again by itself would add the same events once more."""
+    store, calls, script = RedisStore(redis_stand_in.url), [], redis_stand_in._evalsha
+
+    def unheard(*command):
+        calls.append(script(*command))
+        raise ConnectionError
+
+    monkeypatch.setattr(redis_stand_in, "_evalsha", unheard)
+    with pytest.raises(StoreError, match="cannot be used"):
+        store.apply([Change("anna", 0, ["i1"], [5], None)], "m")
+    assert calls == [1] and store.history("anna") == (["i1"], [5])
+    store.close()
+
+
+EVICTS = {"maxmemory": 100_000_000, "maxmemory_policy": "allkeys-lru"}
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
@@ -119,11 +173,20 @@ def test_events_are_in_the_order_of_their_times(server):
             ["--appendonly", "yes", "--maxmemory", "100mb", "--maxmemory-policy", "allkeys-lru"],
             "throws users away when its memory is full; set `maxmemory-policy noeviction`",
         ),
+        ({"aof_enabled": 0}, "keeps users in memory only"),
+        (EVICTS, "throws users away when its memory is full"),
     ],
 )
 def test_servers_that_would_lose_users_are_refused(tmp_path, settings, says):
-    with RedisServer(tmp_path, *settings) as server, pytest.raises(UserError, match=says):
+    real = isinstance(settings, list)
+    server = RedisServer(tmp_path, *settings) if real else StandIn(**settings)
+    with server, pytest.raises(UserError, match=says):
         RedisStore(server.url)
+
+
+def test_a_server_with_bounded_memory_that_throws_nothing_away_is_taken():
+    with StandIn(**EVICTS | {"maxmemory_policy": "noeviction"}) as server:
+        RedisStore(server.url).close()
 
 
 def test_addresses_that_are_none():

@@ -166,6 +166,7 @@ def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
         np.testing.assert_allclose(hidden, full_forward(recommender, *history), atol=1e-5)
 
 
+@pytest.mark.parametrize("store", ["memory", "sqlite", "redis", "redis stand-in"], indirect=True)
 def test_stores_refuse_what_was_computed_from_an_older_state(store):
     assert store.apply([Change("u", 0, ["i1"], [5], b"one")], "m") == [True]
     changes = [Change("u", 0, ["i2"], [6], b"x"), Change("v", 0, ["i3"], [7], b"y")]
@@ -174,6 +175,10 @@ def test_stores_refuse_what_was_computed_from_an_older_state(store):
     users = store.snapshots(["u", "v", "w"], "m")
     assert users == [Snapshot(1, 5, b"one"), Snapshot(1, 7, b"y"), Snapshot(0, None, None)]
     assert store.snapshots(["u"], "another") == [Snapshot(1, 5, None)]
+    # A change without a state, and out of order, must not leave the old state behind.
+    assert store.apply([Change("u", 1, ["i4", "i2"], [9, 4], None)], "m") == [True]
+    assert store.snapshots(["u"], "m") == [Snapshot(3, 9, None)]
+    assert store.history("u") == (["i2", "i1", "i4"], [4, 5, 9])
 
 
 def test_threads_lose_nothing(recommenders, store):
