@@ -29,7 +29,7 @@ from tim4rec_jax.errors import UserError
 from tim4rec_jax.evaluation.protocol import best_epoch
 from tim4rec_jax.models import build
 from tim4rec_jax.run import load_model, only_process, read_date_range
-from tim4rec_jax.training import dispatch
+from tim4rec_jax.training import dispatch, processes
 from tim4rec_jax.training import train as loop
 from tim4rec_jax.training.state import make_optimizer
 from tim4rec_jax.training.train import train
@@ -314,6 +314,32 @@ def test_stopping_right_after_an_epoch_does_not_leave_its_validation_out(
     scripted(monkeypatch, [0.2])
     assert train(config, tmp_path)["best_epoch"] == 2
     assert [record["ndcg@10"] for record in records(tmp_path, "valid")] == [0.1, 0.3, 0.2]
+
+
+def test_another_process_than_the_first_writes_its_parts_of_checkpoints_only(
+    dataset, tmp_path, monkeypatch
+):
+    """Where all wrote the settings, the log and the figures, they would damage each other's."""
+    scripted(monkeypatch, [0.1, 0.2])
+    monkeypatch.setattr(processes, "first", lambda: False)
+    monkeypatch.setattr(loop, "rank_targets", lambda *_, **__: (np.array([1, 2]), np.zeros(2, int)))
+    config = quick_config(dataset)
+    config.mesh.data = 2
+    train(config, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "best"}
+
+
+def test_processes_stop_and_save_when_they_agreed_to(dataset, tmp_path, monkeypatch):
+    """Of these wishes, none is this process's own. It asks the others every eighth step."""
+    answers = iter([(False, False), (False, False), (False, True), (True, False)])
+    scripted(monkeypatch, [0.1])
+    monkeypatch.setattr(processes, "together", lambda: True)
+    monkeypatch.setattr(processes, "agreed", lambda stop, save: next(answers))
+    config = quick_config(dataset)
+    config.mesh.data = 1
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 16, saved"):
+        train(config, tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
 
 
 def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypatch):

@@ -1,4 +1,7 @@
-"""Processes that train together do what one process does, and end together."""
+"""Processes that train together do what one process does, and end together.
+
+Most of what each of them does can be seen in one process that takes itself for one of several.
+"""
 
 import json
 import os
@@ -8,15 +11,38 @@ import socket
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax.experimental import multihost_utils
 
 from tests.data.small_dataset import random_histories, write_dataset
-from tests.training.tiny_run import parameters
+from tests.training.tiny_run import last_item, parameters, quick_config
+from tim4rec_jax.config import resolve
+from tim4rec_jax.data import open_dataset
+from tim4rec_jax.errors import UserError
+from tim4rec_jax.runtime import item_sharding, put, put_rows
+from tim4rec_jax.training import processes
+from tim4rec_jax.training import train as loop
+from tim4rec_jax.training.dispatch import make_steps
+from tim4rec_jax.training.inputs import make_batches
+from tim4rec_jax.training.state import init_state
 
-pytestmark = pytest.mark.slow
+slow = pytest.mark.slow
+
+
+@pytest.fixture
+def one_of(monkeypatch):
+    """Lets this process take itself for one of several."""
+
+    def take(index, count):
+        monkeypatch.setattr(jax, "process_index", lambda: index)
+        monkeypatch.setattr(jax, "process_count", lambda: count)
+
+    return take
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +50,180 @@ def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("dataset")
     write_dataset(folder, random_histories([20] * 40, n_items=29))
     return folder
+
+
+@pytest.mark.parametrize(
+    ("data", "count", "parts"),
+    [
+        (8, 1, [(0, 1)]),
+        (8, 2, [(0, 2), (1, 2)]),
+        (4, 4, [(0, 4), (1, 4), (2, 4), (3, 4)]),
+        (2, 4, [(0, 2), (0, 2), (1, 2), (1, 2)]),  # two processes have the devices of a group
+        (1, 2, [(0, 1), (0, 1)]),
+    ],
+)
+def test_the_part_of_each_process(data, count, parts, one_of):
+    """Without the right parts, some rows would be trained on twice and others never."""
+    for index, part in enumerate(parts):
+        one_of(index, count)
+        assert processes.share(data) == part
+        assert processes.first() == (index == 0) and processes.together() == (count > 1)
+
+
+def test_parts_that_would_be_uneven(one_of):
+    one_of(0, 2)
+    with pytest.raises(UserError, match=r"mesh\.data=3 cannot be shared by 2 processes"):
+        processes.share(3)
+
+
+class Made(Exception):
+    """Carries the batches of a training, which ends there."""
+
+
+@pytest.mark.parametrize("data", [8, 1])
+def test_a_training_makes_the_rows_of_its_process(data, dataset, tmp_path, one_of, monkeypatch):
+    """If all made the same rows where devices share them, each row would be trained on twice."""
+
+    def made(*arguments):
+        raise Made(make_batches(*arguments))
+
+    monkeypatch.setattr(loop, "make_batches", made)
+    config = resolve(quick_config(dataset))
+    config.mesh.data, config.mesh.catalogue = data, 8 // data
+    whole, shares = make_batches(config, open_dataset(dataset)), []
+    for index in range(2):
+        one_of(index, 2)
+        with pytest.raises(Made) as found:
+            loop.train(config, tmp_path)
+        shares.append(found.value.args[0][3])
+    for name, rows in whole[3].items():
+        parts = [share[name] for share in shares]
+        if data == 1:  # the devices of both processes compute the scores of the same rows
+            np.testing.assert_array_equal(parts, [rows, rows])
+        else:
+            np.testing.assert_array_equal(np.concatenate(parts), rows)
+
+
+@pytest.mark.parametrize("place", ["host", "device"])
+def test_a_step_of_several_processes_is_compiled_for_the_rows_of_all(place, dataset):
+    """Otherwise the first step would wait for another program, after all the others began."""
+    config = resolve(quick_config(dataset))
+    config.mesh.data, config.data.placement = 2, place
+    model, ds, shapes = last_item(n_items=31), open_dataset(dataset), []
+    for part in ((0, 1), (1, 2)):
+        batches = make_batches(config, ds, *part)
+        steps = make_steps(config, batches, model, item_sharding(16, 2, 1))
+        state = init_state(nnx.state(model), steps.settings.tx, 0, steps.settings.by_row)
+        [lowered] = steps.lowered(state)
+        shapes.append(jax.tree.leaves(lowered.in_avals))
+    assert [aval.shape for aval in shapes[0]] == [aval.shape for aval in shapes[1]]
+
+
+def test_arrays_of_several_processes_have_the_values_of_one(one_of):
+    """In this process are all devices, so that it has all rows."""
+    placement = item_sharding(16, 4, 2)
+    arrays = {"items": np.arange(32).reshape(16, 2), "weights": np.arange(16.0)}
+    for sharding in (placement.by_row, placement.replicated, placement.by_item):
+        alone = put(arrays, sharding)
+        one_of(0, 2)
+        for found in (put(arrays, sharding), put_rows(arrays, sharding)):
+            jax.tree.map(np.testing.assert_array_equal, found, alone)
+            assert all(array.sharding == sharding for array in found.values())
+        one_of(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "decided"),
+    [
+        ([(False, False), (False, False)], (False, False)),
+        ([(False, False), (True, False)], (True, False)),
+        ([(True, False), (False, False)], (True, False)),
+        ([(False, True), (False, False)], (False, True)),
+        ([(False, False), (False, True)], (False, False)),
+    ],
+)
+def test_what_processes_agree_on(wishes, decided, one_of, monkeypatch):
+    """One stops all of them, and the first one's clock says when to save.
+
+    A process that decided for itself would leave the others waiting in a step for ever.
+    """
+    for index, wish in enumerate(wishes):
+        one_of(index, 2)
+
+        def gathered(own, index=index):
+            return np.stack([own if each == index else wishes[each] for each in range(2)])
+
+        monkeypatch.setattr(multihost_utils, "process_allgather", gathered)
+        assert processes.agreed(*wish) == decided
+
+
+@pytest.mark.parametrize(
+    ("variables", "asked"),
+    [
+        ({}, None),
+        ({"COORDINATOR_ADDRESS": "a:1"}, "NUM_PROCESSES and JAX_PROCESS_ID must be set too"),
+        ({"COORDINATOR_ADDRESS": "a:1", "NUM_PROCESSES": "2"}, "must be set too"),
+        (
+            {"COORDINATOR_ADDRESS": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "2"},
+            "'2' and JAX_PROCESS_ID is '2'; take numbers, from 0 below",
+        ),
+        (
+            {"COORDINATOR_ADDRESS": "a:1", "NUM_PROCESSES": "2", "PROCESS_ID": "1"},
+            {"coordinator_address": "a:1", "num_processes": 2, "process_id": 1},
+        ),
+        ({"DISTRIBUTED": "auto"}, {}),
+    ],
+)
+def test_how_a_process_joins(variables, asked, monkeypatch):
+    for name in ("COORDINATOR_ADDRESS", "NUM_PROCESSES", "PROCESS_ID", "DISTRIBUTED"):
+        monkeypatch.delenv(f"JAX_{name}", raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(f"JAX_{name}", value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **given: joined.append(given))
+    if isinstance(asked, str):
+        with pytest.raises(UserError, match=asked):
+            processes.join()
+        assert not joined
+        return
+    processes.join()
+    for given in joined:
+        del given["heartbeat_timeout_seconds"]
+    assert joined == ([] if asked is None else [asked])
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "interrupted"),
+    [
+        (ValueError("why"), "why", False),
+        (KeyboardInterrupt("stopped"), "stopped", True),
+        (
+            jax.errors.JaxRuntimeError("no answer"),
+            "another process of this training is gone",
+            False,
+        ),
+    ],
+)
+def test_only_the_first_process_speaks_and_an_error_ends_each(
+    error, words, interrupted, one_of, monkeypatch, capsys
+):
+    """A process that waited for the others at its end would wait for ever."""
+
+    def end(said, with_signal=False):
+        raise SystemExit(said, with_signal)
+
+    monkeypatch.setattr(processes, "_end", end)
+    # The C library is told nothing of this.
+    monkeypatch.setattr(processes.ctypes, "CDLL", lambda _: SimpleNamespace(signal=print))
+    for index in range(2):
+        one_of(index, 2)
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended, processes.one_voice():
+            print("progress")
+            raise error
+        assert ("progress" in capsys.readouterr().out) == (index == 0)
+        said, with_signal = ended.value.args
+        assert words in said and with_signal == interrupted
 
 
 PROGRAM = """
@@ -100,6 +300,7 @@ def same_figures(ours, theirs):
     assert tests[0] == pytest.approx(tests[1], rel=1e-5)
 
 
+@slow
 @pytest.mark.parametrize(
     ("processes", "devices", "data", "catalogue"),
     [(1, 8, 8, 1), (1, 8, 2, 4), (8, 1, 8, 1), (2, 4, 1, 8)],
@@ -110,6 +311,7 @@ def test_the_same_figures(processes, devices, data, catalogue, dataset, two, tmp
     same_figures(two, tmp_path / "run")
 
 
+@slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_kill_ends_both_and_they_go_on_to_the_same_bits(killed, dataset, two, tmp_path):
     run = dataset, tmp_path / "run", 8, 1, 2, 0
@@ -128,6 +330,7 @@ def test_a_kill_ends_both_and_they_go_on_to_the_same_bits(killed, dataset, two, 
     jax.tree.map(np.testing.assert_array_equal, parameters(tmp_path / "run"), parameters(two))
 
 
+@slow
 @pytest.mark.parametrize(
     ("before", "after"), [((2, 4), (1, 2)), ((1, 2), (2, 4))], ids=["8 to 2", "2 to 8"]
 )
