@@ -127,6 +127,22 @@ def _refuse(number):
     raise OSError(number, os.strerror(number))
 
 
+def test_a_copy_onto_a_full_disk_leaves_no_folder(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "file").touch()
+    with (
+        pytest.raises(UserError, match="new cannot be written: No space left on device; make room"),
+        atomic_directory(tmp_path / "new") as folder,
+    ):
+        shutil.copytree(
+            tmp_path / "old",
+            folder,
+            copy_function=lambda *_: _refuse(errno.ENOSPC),
+            dirs_exist_ok=True,
+        )
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
 def test_a_folder_is_replaced_only_when_complete(tmp_path):
     path = tmp_path / "deep" / "export"
     with atomic_directory(path) as folder:

@@ -298,12 +298,15 @@ def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            if error.errno in NO_ROOM:
-                # The libraries that write name no file, or one in the hidden folder.
-                raise UserError(
-                    f"{path} cannot be written: {os.strerror(error.errno)}; make room there or "
-                    "choose another folder"
-                ) from error
+            # The error of `shutil.copytree` has no number, and says those of the files in words.
+            said = str(error) if isinstance(error, shutil.Error) else ""
+            for number in NO_ROOM:
+                if number == error.errno or f"[Errno {number}]" in said:
+                    # The libraries that write name no file, or one in the hidden folder.
+                    raise UserError(
+                        f"{path} cannot be written: {os.strerror(number)}; make room there or "
+                        "choose another folder"
+                    ) from error
             raise
         with _one_sentence(path):
             _flush(folder)
