@@ -24,7 +24,7 @@ PANELS = {
     "ml-100k: no repeat bias": "ml-100k",
     "ml-100k: repeat bias, tuned alike": "ml-100k-tuned",
     "Beauty: no repeat bias, one seed": "beauty-pure",
-    "KuaiRand slice: repeat and date bias": "kuairand-slice",
+    "KuaiRand slice: all additions, tuned alike": "kuairand-slice-tuned",
 }
 
 

@@ -33,13 +33,14 @@ _PACKED = f"{_ALIKE} model.repeat_bias=True train.objective=every_position train
 )
 _SMALL = "model.hidden_size=32 train.learning_rate=0.00329 train.weight_decay=0.0001"
 _SHALLOW = "model.hidden_size=128 model.n_layers=1"
+_FAST = "model.dropout_prob=0.445 train.learning_rate=0.00559"
 TUNED = {
-    "lrurec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.445 train.learning_rate=0.00559",
-    "causal": f"{_ALIKE} {_SMALL} model.dropout_prob=0.411",
-    "gru4rec": f"{_PACKED} model.dropout_prob=0.445 model.embedding_size=32 model.num_layers=1 "
-    "train.learning_rate=0.00559",
-    "esasrec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.445 train.learning_rate=0.00559",
-    "mamba4rec": _PACKED,
+    "causal": f"{_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1",
+    "mamba4rec": f"{_PACKED} {_FAST} model.hidden_size=128 model.num_layers=1 "
+    "model.single_layer_residual=True",
+    "lrurec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.534",
+    "gru4rec": f"{_PACKED} {_FAST} model.embedding_size=32 model.num_layers=1",
+    "esasrec": f"{_PACKED} {_FAST} {_SHALLOW}",
     "ssd4rec": f"{_PACKED} {_SMALL} model.dropout_prob=0.411",
     "sasrec": f"{_PACKED} {_SHALLOW} model.attn_dropout_prob=0.338 model.hidden_dropout_prob=0.534",
     "hstu": f"{_PACKED} {_SMALL} model.hidden_dropout_prob=0.411",
@@ -49,14 +50,15 @@ _OURS_ALIKE = "model.neighbours=64 model.repeat_last=True train.epochs=8 train.p
 _ALL_ALIKE = f"{_OURS_ALIKE} model.date_bias_knots=28 model.repeat_bias=True " + (
     "train.objective=every_position train.batch_size=64 train.schedule=cosine"
 )
-_FAST = "model.dropout_prob=0.445 train.learning_rate=0.00559"
 TUNED_KUAIRAND = {
     "lrurec": f"{_ALL_ALIKE} {_FAST} {_SHALLOW}",
+    "causal": f"{_OURS_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1 "
+    "model.output_std=0.02 model.ssd_norm_eps=1.0",
+    "mamba4rec": f"{_ALL_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1 "
+    "model.single_layer_residual=True",
     "hstu": f"{_ALL_ALIKE} {_SHALLOW} model.hidden_dropout_prob=0.445 train.learning_rate=0.00559",
-    "causal": f"{_OURS_ALIKE} {_SMALL} model.dropout_prob=0.411",
     "gru4rec": f"{_ALL_ALIKE} {_FAST} model.embedding_size=32 model.num_layers=1",
     "sasrec": f"{_ALL_ALIKE} {_SMALL} model.attn_dropout_prob=0.14 model.hidden_dropout_prob=0.411",
-    "mamba4rec": f"{_ALL_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1",
 }
 
 
