@@ -204,6 +204,23 @@ def test_evaluation_covers_each_user_once(plan, split):
     }
 
 
+def test_a_sample_of_the_users_is_drawn_by_its_seed():
+    """If all seeds drew the same users, a validation on a sample would always judge by them."""
+    dataset, arguments = dataset_and_arguments(batch_size=4)
+    del arguments["seed"]
+
+    def drawn(sample):
+        batches = EvalBatches(dataset, "valid", sample=sample, **arguments)
+        found = [row for batch in batches for row in samples_of(batch)]
+        assert batches.n_targets == len(found)
+        return set(found)
+
+    samples = [drawn((10, seed)) for seed in range(3)]
+    assert all(len(sample) == 10 and sample < drawn(None) for sample in samples)
+    assert samples[0] != samples[1] != samples[2] != samples[0]
+    assert drawn((10, 0)) == samples[0] and drawn((100, 0)) == drawn(None)
+
+
 def test_short_histories_do_what_they_can():
     """Three events: valid and test; two: test; one: nothing."""
     dataset = in_memory(random_histories([1, 2, 3]))

@@ -178,6 +178,24 @@ def test_batches_are_a_function_of_their_number():
     assert any((seen[0]["items"] != seen[batches.batches_per_epoch]["items"]).ravel())
 
 
+@pytest.mark.parametrize(
+    ("lengths", "settings"),
+    [
+        pytest.param([5] * 20, {}, id="the order of the users"),
+        pytest.param([200], {"windows_per_user": 1}, id="their windows"),
+        pytest.param([40], {"shuffle_ties": True}, id="the order of the events of a moment"),
+    ],
+)
+def test_seeds_and_epochs_draw_differently(lengths, settings):
+    """Otherwise runs with several seeds would differ less than they seem to."""
+    found = set()
+    for seed in range(2):
+        _, batches = packed(lengths=lengths, max_length=5, batch_size=2, seed=seed, **settings)
+        for epoch in range(2):
+            found.add(b"".join(batch["items"].tobytes() for batch in epoch_of(batches, epoch)))
+    assert len(found) == 4
+
+
 def test_nothing_to_train_on_is_an_error():
     with pytest.raises(UserError, match="4 events"):
         packed(lengths=[3, 2], max_length=4, batch_size=1, seed=0)
