@@ -79,15 +79,16 @@ def test_k_core_and_order(tmp_path_factory, database, histories, events, k, orde
     assert found.item_ids.to_pylist() == list(dict.fromkeys(item for _, item, _ in kept))
 
 
-REPEATS = HEADER + "u,a,5,1\nu,b,6,5\nu,a,7,2\nu,a,5,3\nu,b,6,4\n"
+# The first row is not the earliest of its item, and ties differ by their rating.
+REPEATS = HEADER + "u,a,7,2\nu,b,6,4\nu,c,6,5\nu,a,5,1\nu,a,5,3\nu,b,6,5\nu,c,6,4\n"
 
 
 @pytest.mark.parametrize(
     "keep, expected",
     [
-        ("exact", [("a", 5), ("b", 6), ("a", 7)]),
-        ("first", [("a", 5), ("b", 6)]),
-        ("last", [("b", 6), ("a", 7)]),
+        ("exact", [("a", 5), ("b", 6), ("c", 6), ("a", 7)]),
+        ("first", [("a", 5), ("b", 6), ("c", 6)]),
+        ("last", [("b", 6), ("c", 6), ("a", 7)]),
     ],
 )
 def test_deduplicate(run, histories, write, keep, expected):
@@ -95,9 +96,11 @@ def test_deduplicate(run, histories, write, keep, expected):
     assert histories(run("table", path, "--deduplicate", keep, "--k-core", 1)) == {"u": expected}
 
 
-def test_last_of_a_tie_is_the_later_row(run, histories, write):
-    flags = ("--deduplicate", "last", "--min-rating", "4", "--k-core", "1")
-    assert histories(run("table", write("a.csv", REPEATS), *flags)) == {"u": [("b", 6)]}
+@pytest.mark.parametrize(("keep", "item"), [("exact", "c"), ("first", "c"), ("last", "b")])
+def test_of_a_tie_the_first_row_is_kept_or_the_last(run, histories, write, keep, item):
+    """Only the row that is kept must have the rating; the filter of ratings comes afterwards."""
+    flags = ("--deduplicate", keep, "--min-rating", "5", "--k-core", "1")
+    assert histories(run("table", write("a.csv", REPEATS), *flags)) == {"u": [(item, 6)]}
 
 
 def test_dates_are_utc_and_half_open(run, histories, write):
