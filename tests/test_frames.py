@@ -14,7 +14,8 @@ SECOND = 1_700_000_000
 @pytest.mark.parametrize("unit", ["ms", "us", "ns", "datetime"])
 def test_the_events_of_a_second_are_in_the_order_of_their_times(unit):
     per_second = {"ms": 10**3, "us": 10**6, "ns": 10**9, "datetime": 10**9}[unit]
-    times = [SECOND * per_second + rest for rest in (3, 2, 1)]
+    # The end of a second belongs to it, as in a dataset: times are not rounded to the nearest one.
+    times = [(SECOND + 1) * per_second - rest for rest in (1, 2, 3)]
     if unit == "datetime":
         times = np.array(times).astype("datetime64[ns]")
     table = pa.table({"user": ["u"] * 3, "item": ["c", "b", "a"], "time": times})
@@ -58,3 +59,27 @@ def test_dates_written_as_numbers_are_no_times_since_1970():
     day = np.datetime64("1970-08-23T06:15:31", "s")
     assert read([day] * 3) == [20_240_131] * 3
     assert read([20_240_131, 20_240_193, 20_241_501]) == [20_240_131, 20_240_193, 20_241_501]
+
+
+# Unknown items, users whose events lie apart, and times of which the first two are one float32.
+TABLE = pa.table(
+    {
+        "user": [7, 5, 7, 6, 5, 7, 5],
+        "item": ["c", "a", "new", "new", "b", "a", "c"],
+        "time": [SECOND + 9, SECOND + 5, SECOND, SECOND, SECOND + 1, SECOND + 500, SECOND + 400],
+    }
+)
+
+
+@pytest.mark.parametrize(
+    ("rounded", "of_5"), [(False, [2, 1, 3]), (True, [1, 2, 3])], ids=["exact", "as RecBole"]
+)
+def test_histories_of_chosen_users(rounded, of_5):
+    """A user must get the own events only, in the order that the model was trained with."""
+    found = frames.histories(
+        TABLE, NAMES | {"time_unit": "s"}, pa.array(["a", "b", "c"]), rounded=rounded
+    )
+    assert found.users.to_pylist() == ["7", "5", "6"] and found.lengths.tolist() == [2, 3, 0]
+    items, times, ends = found.of(np.array([1, 2, 0]))
+    assert items.tolist() == [*of_5, 3, 1] and ends.tolist() == [0, 3, 3, 5]
+    assert (times[2:] - SECOND).tolist() == [400, 9, 500]
