@@ -26,6 +26,8 @@ from tim4rec_jax.commands.search import validations
 from tim4rec_jax.data import TrainBatches, open_dataset, train_item_counts
 from tim4rec_jax.data.pipeline import train_iterator
 from tim4rec_jax.errors import UserError
+from tim4rec_jax.evaluation import metrics, standard_errors
+from tim4rec_jax.evaluation.metrics import TIES
 from tim4rec_jax.evaluation.protocol import best_epoch
 from tim4rec_jax.models import build
 from tim4rec_jax.run import load_model, only_process, read_date_range
@@ -340,6 +342,53 @@ def test_processes_stop_and_save_when_they_agreed_to(dataset, tmp_path, monkeypa
     with pytest.raises(KeyboardInterrupt, match="stopped at step 16, saved"):
         train(config, tmp_path)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["16", "8"]
+
+
+def test_all_that_a_run_draws_comes_from_its_seed(dataset, tmp_path, monkeypatch):
+    """What did not would be equal in runs with several seeds, which would look alike for that."""
+    config, seeds = quick_config(dataset, epochs=1), {}
+    config.seed, config.eval.valid_users = 77, 5
+    scripted(monkeypatch, [0.1])
+
+    def noted(name, of):
+        def call(*arguments, **settings):
+            seeds[name] = settings["seed"]
+            return of(*arguments, **settings)
+
+        monkeypatch.setattr(loop, name, call)
+
+    noted("build", loop.build)
+    noted("init_state", loop.init_state)
+    validate, make = loop.evaluate, loop.make_batches
+
+    def sampled(*arguments, sample, **settings):
+        seeds["validation"] = sample[1]
+        return validate(*arguments, **settings)
+
+    def batches(*arguments):
+        made = make(*arguments)
+        seeds["batches"] = made.seed
+        return made
+
+    monkeypatch.setattr(loop, "evaluate", sampled)
+    monkeypatch.setattr(loop, "make_batches", batches)
+    train(config, tmp_path)
+    assert seeds == dict.fromkeys(("build", "init_state", "validation", "batches"), 77)
+
+
+@pytest.mark.parametrize("rule", TIES)
+def test_the_figures_of_the_test_are_those_of_its_ranks(rule, dataset, tmp_path, monkeypatch):
+    """The standard errors, too, must be those of the rule for equal scores."""
+    ranks, ties = np.array([0, 1, 1, 12]), np.array([9, 0, 29, 0])
+    scripted(monkeypatch, [0.1])
+    monkeypatch.setattr(loop, "rank_targets", lambda *_, **__: (ranks, ties))
+    config = quick_config(dataset, epochs=1)
+    config.eval.ties = rule
+    result = train(config, tmp_path)
+    of_users = ranks[1:], result["protocol"]["ks"], ties[1:] if rule == "expected" else None
+    assert result["users"] == 3
+    assert result["test"] == metrics(*of_users)
+    assert result["test_standard_errors"] == standard_errors(*of_users)
 
 
 def test_a_logger_hears_of_each_start_and_of_the_end(dataset, tmp_path, monkeypatch):

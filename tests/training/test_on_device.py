@@ -13,7 +13,14 @@ from tim4rec_jax import config as config_lib
 from tim4rec_jax.data import PackedBatches, TrainBatches, open_dataset
 from tim4rec_jax.runtime import data_sharding
 from tim4rec_jax.training import dispatch
-from tim4rec_jax.training.dispatch import DeviceSteps, Gather, choose_placement, make_steps
+from tim4rec_jax.training.dispatch import (
+    DeviceSteps,
+    Gather,
+    HostSteps,
+    choose_placement,
+    make_steps,
+)
+from tim4rec_jax.training.inputs import make_batches
 from tim4rec_jax.training.state import init_state
 
 HISTORIES = random_histories([9, 4, 30, 12, 2, 5, 21])
@@ -109,6 +116,17 @@ def test_steps_are_those_of_the_host_and_resume_in_the_same_bits(dataset, monkey
     assert len(texts) == len(batches.buckets)
     for text in texts:
         assert "stablehlo.case" not in text
+
+
+@pytest.mark.parametrize(("shuffled", "kind"), [(False, DeviceSteps), (True, HostSteps)])
+def test_the_host_gathers_where_events_of_one_moment_are_shuffled(shuffled, kind, monkeypatch):
+    """A GPU has the events in one order, and would leave the setting without an effect."""
+    monkeypatch.setattr(dispatch, "choose_placement", lambda asked, _: asked.replace("auto", "gpu"))
+    config = quick_config("none", objective="every_position", batch_size=4)
+    config.data.shuffle_ties = shuffled
+    batches = make_batches(config, in_memory(HISTORIES))
+    steps = make_steps(config_lib.resolve(config), batches, last_item(), data_sharding(1))
+    assert type(steps) is kind
 
 
 def test_a_cpu_keeps_batches_on_the_host():

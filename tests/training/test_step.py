@@ -115,6 +115,20 @@ def test_the_cosine_ends_with_the_last_epoch():
     assert sizes[-1] == 0 < sizes[-2]
 
 
+def test_negatives_are_drawn_by_the_events_of_the_training():
+    """If those of the test counted too, training would know which items will be wanted."""
+    dataset = in_memory([(np.array([1, 2, 1, 2, 2, 30], np.int32), np.arange(6))] * 4)
+    config = tiny_config("none", loss="sampled_softmax", batch_size=ROWS)
+    batches = TrainBatches(
+        dataset, max_length=MAX_LENGTH, batch_size=ROWS, seed=0, convention="recbole"
+    )
+    found = make_steps(config, batches, last_item(), data_sharding(ROWS))._cumulative
+    rises = np.diff(np.asarray(found.within)[:31, 1].astype(int))
+    expected = np.ones(30, int)  # one is added to each
+    expected[:2] += 8
+    np.testing.assert_array_equal(rises, expected)
+
+
 def test_filler_rows_change_nothing(model, batches):
     weights = np.where(np.arange(ROWS) < 11, 1, 0).astype(np.float32)
     batch = batches[0] | {"weights": weights}
