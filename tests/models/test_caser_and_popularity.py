@@ -74,6 +74,15 @@ def test_caser_sees_the_user_and_takes_unknown_ones(x64):
     np.testing.assert_allclose(unknown, without, rtol=1e-12)
 
 
+def test_the_penalty_of_caser_is_of_all_weights_but_biases():
+    model = nnx.merge(*caser(jnp.float32))
+    state = nnx.to_pure_dict(nnx.state(model))
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    norms = [np.linalg.norm(leaf) for path, leaf in leaves if path[-1].key != "bias"]
+    assert len(norms) == 2 + 3 + LENGTH  # tables, dense and vertical kernels, and one per height
+    assert float(model.penalty()) == pytest.approx(1e-4 * sum(norms), rel=1e-5)
+
+
 def test_caser_has_no_state_for_every_position():
     rows = batch(ROWS)
     arguments = [jax.device_put(rows[key]) for key in ("items", "lengths", "gaps")]

@@ -28,12 +28,17 @@ class Fixed(SequenceModel):
     def encode(self, items, lengths, gaps, *, dropout_seeds=None):
         return jnp.asarray(HIDDEN, jnp.float32)
 
+    def penalty(self):
+        return 0.25
 
-def test_rows_count_by_their_weight():
+
+def test_rows_and_the_penalty_count_by_the_weights():
+    """The sum is divided by the weights, so that the mean loss has the penalty once."""
     weights = jnp.array([1.0, 0, 1, 1, 0, 1])
     batch = {"targets": TARGETS, "weights": weights, "items": None, "lengths": None, "gaps": None}
     rows = cross_entropy(jnp.asarray(HIDDEN, jnp.float32), jnp.asarray(TABLE, jnp.float32), TARGETS)
-    np.testing.assert_allclose(prefix_loss(Fixed(), batch, None), rows @ weights, rtol=1e-6)
+    found, expected = prefix_loss(Fixed(), batch, None), rows @ weights + 4 * 0.25
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
 def test_every_position_of_packed_rows_is_every_prefix():
