@@ -40,6 +40,20 @@ def test_finds_everything_in_a_small_catalogue(recommenders, kind, exclude_seen)
     assert some == exact.recommend(*HISTORIES[3], allow=["i3", "i5"], exclude_seen=exclude_seen)
 
 
+def test_queries_that_differ_are_searched_apart(recommenders):
+    """A search leaves out what the histories of all its queries hold, or of none."""
+    exact = recommenders("masked")
+    ours = Recommender(exact.model, exact.catalogue, index=ApproximateIndex(exact.model.table))
+    asked = [
+        dict(exclude_seen=seen, deny=deny) for seen in (True, False) for deny in (None, ["i5"])
+    ]
+    asked = asked[::-1] + asked
+    found = ours.answer([ours.query(*HISTORIES[3], N_ITEMS, **how) for how in asked])
+    expected = [exact.recommend(*HISTORIES[3], N_ITEMS, **how) for how in asked]
+    assert [each.items for each in found] == [each.items for each in expected]
+    assert len({tuple(each.items) for each in expected}) == 4
+
+
 def test_finds_most_in_a_large_catalogue():
     """Items in bunches, as trained ones are."""
     rng = np.random.default_rng(0)

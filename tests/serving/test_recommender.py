@@ -122,6 +122,10 @@ def test_times_that_recbole_rounds_alike_may_fall(tmp_path, recommenders):
     assert recommender.recommend(items, times) == recommender.recommend(items, times, sort=True)
     with pytest.raises(UserError, match="earlier"):
         recommender.recommend(items, [880_000_500, 880_000_000])
+    # What is sorted keeps their order, as in the dataset that the model was trained on.
+    found = recommender.recommend(["i3", *items], [880_000_500, *times], sort=True)
+    assert found == recommender.recommend([*items, "i3"], [*times, 880_000_500])
+    assert found != recommender.recommend(["i2", "i1", "i3"], [*times[::-1], 880_000_500])
 
 
 def test_allow_and_deny(recommenders):
