@@ -359,8 +359,9 @@ def histories(table: Any, names: dict[str, str], known: pa.Array, *, rounded: bo
             raise UserError(f"row {row} of the table has no {name!r}")
     users, user_type = ids(events[wanted[0]], wanted[0])
     items, item_type = ids(events[wanted[1]], wanted[1])
-    exact, seconds = times(events[wanted[2]], wanted[2], names["time_unit"])
-    if not is_temporal(kind_of_time := events[wanted[2]].type) and kind_of_time not in _TEXTS:
+    when = events[wanted[2]]
+    exact, seconds = times(when, wanted[2], names["time_unit"])
+    if not (is_temporal(when.type) or when.type in _TEXTS):
         _refuse_dates_as_numbers(exact, wanted[2])
     encoded = users.dictionary_encode()
     codes = encoded.indices.to_numpy()
