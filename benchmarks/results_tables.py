@@ -33,11 +33,11 @@ _PACKED = f"{_ALIKE} model.repeat_bias=True train.objective=every_position train
 )
 _SMALL = "model.hidden_size=32 train.learning_rate=0.00329 train.weight_decay=0.0001"
 _SHALLOW = "model.hidden_size=128 model.n_layers=1"
+_SINGLE = "model.hidden_size=128 model.num_layers=1"
 _FAST = "model.dropout_prob=0.445 train.learning_rate=0.00559"
 TUNED = {
-    "causal": f"{_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1",
-    "mamba4rec": f"{_PACKED} {_FAST} model.hidden_size=128 model.num_layers=1 "
-    "model.single_layer_residual=True",
+    "causal": f"{_ALIKE} {_FAST} {_SINGLE}",
+    "mamba4rec": f"{_PACKED} {_FAST} {_SINGLE} model.single_layer_residual=True",
     "lrurec": f"{_PACKED} {_SHALLOW} model.dropout_prob=0.534",
     "gru4rec": f"{_PACKED} {_FAST} model.embedding_size=32 model.num_layers=1",
     "esasrec": f"{_PACKED} {_FAST} {_SHALLOW}",
@@ -52,10 +52,8 @@ _ALL_ALIKE = f"{_OURS_ALIKE} model.date_bias_knots=28 model.repeat_bias=True " +
 )
 TUNED_KUAIRAND = {
     "lrurec": f"{_ALL_ALIKE} {_FAST} {_SHALLOW}",
-    "causal": f"{_OURS_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1 "
-    "model.output_std=0.02 model.ssd_norm_eps=1.0",
-    "mamba4rec": f"{_ALL_ALIKE} {_FAST} model.hidden_size=128 model.num_layers=1 "
-    "model.single_layer_residual=True",
+    "causal": f"{_OURS_ALIKE} {_FAST} {_SINGLE} model.output_std=0.02 model.ssd_norm_eps=1.0",
+    "mamba4rec": f"{_ALL_ALIKE} {_FAST} {_SINGLE} model.single_layer_residual=True",
     "hstu": f"{_ALL_ALIKE} {_SHALLOW} model.hidden_dropout_prob=0.445 train.learning_rate=0.00559",
     "gru4rec": f"{_ALL_ALIKE} {_FAST} model.embedding_size=32 model.num_layers=1",
     "sasrec": f"{_ALL_ALIKE} {_SMALL} model.attn_dropout_prob=0.14 model.hidden_dropout_prob=0.411",

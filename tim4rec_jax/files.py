@@ -243,6 +243,19 @@ def write_json(path: Path, values: Any) -> None:
 
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a full disk and a quota say
+
+
+def is_full_disk(error: Exception) -> bool:
+    """Whether an error says that a disk or a quota has no room left.
+
+    DuckDB and `shutil.copytree` give no number. The last text is of what DuckDB moves to the disk.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in NO_ROOM
+    texts = ("No space left", "File too large", "quota", "max_temp_directory_size")
+    return any(text in str(error) for text in texts)
+
+
 # Lies in each folder that `atomic_directory` works in. A folder without it is of the user.
 _MARK = ".made-by-tim4rec-jax"
 _REPLACED = "replaced"
@@ -298,15 +311,12 @@ def atomic_directory(path: Path, *, ours: Iterable[str] = ()) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
-            # The error of `shutil.copytree` has no number, and says those of the files in words.
-            said = str(error) if isinstance(error, shutil.Error) else ""
-            for number in NO_ROOM:
-                if number == error.errno or f"[Errno {number}]" in said:
-                    # The libraries that write name no file, or one in the hidden folder.
-                    raise UserError(
-                        f"{path} cannot be written: {os.strerror(number)}; make room there or "
-                        "choose another folder"
-                    ) from error
+            if is_full_disk(error):
+                # The libraries that write name no file, or one in the hidden folder.
+                raise UserError(
+                    f"{path} cannot be written: {os.strerror(error.errno or errno.ENOSPC)}; make "
+                    "room there or choose another folder"
+                ) from error
             raise
         with _one_sentence(path):
             _flush(folder)

@@ -22,10 +22,10 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from tim4rec_jax.data_prep.database import connect
 from tim4rec_jax.data_prep.events import TimeUnit, find, load_events
-from tim4rec_jax.data_prep.failures import is_full_disk
+from tim4rec_jax.data_prep.failures import one_sentence
 from tim4rec_jax.data_prep.layout import schema, sniff
 from tim4rec_jax.data_prep.sources import SOURCES
-from tim4rec_jax.errors import UserError, first_line
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.files import table_writer
 from tim4rec_jax.serving.catalogue import Catalogue
 from tim4rec_jax.serving.history import Events
@@ -121,7 +121,12 @@ def recommend_all(
         disable=not console.is_terminal,
     )
     with (
-        _one_sentence(out, memory_limit),
+        one_sentence(
+            out,
+            full=", which the sorting of the events needs too",
+            memory=f"sorting needs more than {memory_limit}; pass a higher --memory-limit",
+            unreadable="the events cannot be read: {message}",
+        ),
         _workspace(out.parent) as work,
         contextlib.closing(connect(work, memory_limit)) as con,
         bar,
@@ -363,25 +368,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(lock)
-
-
-@contextlib.contextmanager
-def _one_sentence(out: Path, memory_limit: str) -> Iterator[None]:
-    """Turns what DuckDB and Arrow raise about the files into one sentence."""
-    try:
-        yield
-    except (duckdb.Error, pa.ArrowException) as error:
-        if is_full_disk(error):
-            raise UserError(
-                f"the disk that {out} is on is full, which the sorting of the events needs too; "
-                "make room there or choose another --out"
-            ) from error
-        if isinstance(error, duckdb.OutOfMemoryException):
-            raise UserError(
-                f"sorting needs more than {memory_limit}; pass a higher --memory-limit"
-            ) from error
-        raise UserError(f"the events cannot be read: {first_line(error)}") from error
-    except RuntimeError as error:
-        if str(error) == "Query interrupted":  # what DuckDB makes of Ctrl-C
-            raise KeyboardInterrupt from error
-        raise
