@@ -181,6 +181,27 @@ def _groups(results: Results, dataset: str) -> list[tuple[float, Estimate]]:
     return sorted(found, key=lambda pair: pair[0])
 
 
+def _apart(groups: list[tuple[float, Estimate]]) -> Estimate:
+    """How much more time gives the most bursty users than the steadiest."""
+    low, high = groups[0][1], groups[-1][1]
+    return Estimate(high.value - low.value, np.hypot(high.error, low.error), low.seeds)
+
+
+def verdict(results: Results) -> str:
+    """Whether time helps bursty users more, on real logs."""
+    real = {d: _groups(results, d) for d in results.datasets if d not in PROCESSES}
+    known = {d: _apart(groups) for d, groups in real.items() if len(groups) > 1}
+    if not known:
+        return ""
+    more = [named(d) for d, gap in known.items() if gap.clear and gap.value > 0]
+    if more:
+        return f"Yes on {join(more)}, of {len(known)} real logs."
+    return (
+        f"No: on none of {len(known)} real logs does time help bursty users clearly more than "
+        "steady ones."
+    )
+
+
 def answer(results: Results) -> list[str]:
     """The most bursty users against the most steady ones, then the processes."""
     sentences = []
@@ -188,11 +209,10 @@ def answer(results: Results) -> list[str]:
         groups = _groups(results, dataset)
         if len(groups) > 1:
             (steady, low), (bursty, high) = groups[0], groups[-1]
-            apart = Estimate(high.value - low.value, np.hypot(high.error, low.error), low.seeds)
             sentences.append(
                 f"On {named(dataset)} time changes the NDCG@10 of the most bursty fifth of the "
                 f"users (variation {bursty:.1f}) by {high}, and that of the steadiest "
-                f"(variation {steady:.1f}) by {low}: {apart.compared()} for bursty users."
+                f"(variation {steady:.1f}) by {low}: {_apart(groups).compared()} for bursty users."
             )
     shares, levels, above = [], [], []
     for process in PROCESSES:
@@ -251,6 +271,7 @@ STUDY = Study(
     datasets=("ml100k", "beauty", "kuairand", *PROCESSES),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     measure=measure,
     make={process: make_log for process in PROCESSES},

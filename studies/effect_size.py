@@ -127,6 +127,32 @@ def _dial(results: Results) -> dict[str, Estimate]:
     return {dataset: gap for dataset, gap in found.items() if gap}
 
 
+def verdict(results: Results) -> str:
+    """Whether the model gains nearly all, and on which real logs long gaps matter."""
+    gains = _dial(results)
+    if not gains:
+        return ""
+    strongest = max(gains, key=lambda name: EFFECTS[name])
+    share, error = (100 * x / worth(strongest) for x in gains[strongest][:2])
+    some = [name for name, gap in gains.items() if gap.clear and gap.value > 0]
+    least = min(some, key=lambda name: EFFECTS[name]) if some else strongest
+    weak = 100 * gains[least].value / worth(least)
+    text = (
+        f"At the strongest effect the model gains {share:.0f} ± {error:.0f} % of what time is "
+        f"worth, at {EFFECTS[least]:g} {weak:.0f} %, and below that nothing clear. More than all "
+        "is chance of the users and the seeds"
+    )
+    real = [d for d in results.datasets if d not in EFFECTS and _by_gap(results, d)]
+    clear = [named(d) for d in real if any(gap.clear for gap in _by_gap(results, d).values())]
+    if real:
+        text += (
+            f". On real logs the last gap tells for whom time is of use on {join(clear)}"
+            if clear
+            else f". On none of {len(real)} real logs do users of any last gap gain clearly"
+        )
+    return f"{text}."
+
+
 def answer(results: Results) -> list[str]:
     """The gain at each setting of the dial, where it becomes clear, and real logs by gap."""
     sentences, gains = [], _dial(results)
@@ -189,6 +215,7 @@ STUDY = Study(
     datasets=(*EFFECTS, "ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     measure=measure,
     make={name: make_log for name in EFFECTS},

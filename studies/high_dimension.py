@@ -92,6 +92,29 @@ def trend(by_width: dict[int, Estimate]) -> Estimate | None:
     return Estimate(slope, spread**-0.5, min(gap.seeds for gap in by_width.values()))
 
 
+def verdict(results: Results) -> str:
+    """Whether the gain of the causal encoding falls with the width."""
+    found = {dataset: gains(results, dataset, "causal") for dataset in results.datasets}
+    every = [(d, width, gap) for d, by_width in found.items() for width, gap in by_width.items()]
+    if not every:
+        return ""
+    clear = [f"{named(d)} at {w}" for d, w, gap in every if gap.clear and gap.value > 0]
+    if not clear:
+        return (
+            "The hypothesis cannot be tested: time has no clear gain at any of the widths that "
+            f"were tried ({len(every)} pairs of models), so there is none that could fall."
+        )
+    falls = [
+        named(d) for d, gaps in found.items() if (s := trend(gaps)) and s.clear and s.value < 0
+    ]
+    if falls:
+        return f"Yes on {join(falls)}: there the gain of time falls with the width."
+    return (
+        f"No: time has a clear gain in {len(clear)} of {len(every)} pairs of models "
+        f"({join(clear)}), and the gain falls clearly with the width on no data set."
+    )
+
+
 def answer(results: Results) -> list[str]:
     """The gain by width, its trend, and the widest model."""
     sentences = []
@@ -159,6 +182,7 @@ STUDY = Study(
     datasets=("ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
 )
 

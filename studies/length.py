@@ -254,9 +254,50 @@ def _compared(results: Results, dataset: str, kind: str, lengths: list[int]) -> 
     }
     best = max(valid, key=lambda n: valid[n])
     gaps = {n: results.difference(dataset, f"{kind} {n}") for n in lengths}
-    clear = [f"{n} by {gap}" for n, gap in gaps.items() if gap and gap.clear]
-    from_50 = f"{join(clear)} from 50" if clear else "no length clearly from 50"
-    return f"on validation {best} events are best, and the test tells {from_50}"
+    clear = [f"{n} ({gap})" for n, gap in gaps.items() if gap and gap.clear]
+    tested = (
+        f"with {join(clear)} it differs clearly from 50"
+        if clear
+        else "none differs clearly from 50"
+    )
+    return f"on validation {best} events are best, and on the test {tested}"
+
+
+def verdict(results: Results) -> str:
+    """Where the length of the history tells, and how the cost of attention compares."""
+    gaps = {
+        (dataset, row["arm"]): (row["length"], gap)
+        for dataset in results.datasets
+        for row in results.select(dataset=dataset)
+        if (gap := results.difference(dataset, row["arm"]))
+    }
+    if not gaps:
+        return ""
+    shorter = [gap for length, gap in gaps.values() if length < 50]
+    longer = [gap for length, gap in gaps.values() if length > 50]
+    worse = sum(gap.clear and gap.value < 0 for gap in shorter)
+    better = sum(gap.clear and gap.value > 0 for gap in longer)
+    text = (
+        f"Quality: {worse} of {len(shorter)} models with fewer than 50 events are clearly worse "
+        "than with 50"
+    )
+    if longer:
+        text += f", and {better} of {len(longer)} with more are clearly better"
+    measured = {kind: found for kind in KINDS if len(found := costs(results, kind)) > 1}
+    if "attention" not in measured or "SSD" not in measured:
+        return f"{text}."
+    ratio = {
+        kind: found[max(found)].value / found[min(found)].value for kind, found in measured.items()
+    }
+    told = join([f"{kind} {ratio[kind]:.1f}" for kind in measured if kind != "attention"])
+    found = crossing(measured["attention"], measured["SSD"])
+    where = (
+        f"between {found[0]:,} and {found[1]:,} events" if found else "nowhere that was measured"
+    )
+    return (
+        f"{text}. Cost: from the shortest to the longest row that of a position grows by a factor "
+        f"of {told}, and attention becomes dearer than SSD {where}."
+    )
 
 
 def answer(results: Results) -> list[str]:
@@ -344,6 +385,7 @@ STUDY = Study(
     datasets=("ml100k", "beauty", "kuairand", "ml1m"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     bench=bench,
 )

@@ -207,11 +207,13 @@ def named(dataset: str) -> str:
 
 
 def answer_page(results: Results, study: Any) -> str:
-    """The answer of a study in Markdown: sentences, protocol, table, and what is missing."""
+    """The answer of a study in Markdown: verdict, sentences, protocol, table, what is missing."""
     there = results.runs or results.details
     sentences = study.answer(results) if there else ["This study has not been run yet."]
+    verdict = study.verdict(results) if there else ""
     parts = [
         f"<!-- Made by `python -m studies.{study.name} --report` from the tables beside it. -->",
+        *([f"**In short.** {verdict}"] if verdict else []),
         "\n".join(f"- {sentence}" for sentence in sentences),
         *_tables(results),
         *_missing(results, study),

@@ -175,6 +175,31 @@ def _spoken(value: float) -> str:
     return f"{value:.2f}"
 
 
+def verdict(results: Results) -> str:
+    """Whether time raises the effective rank in narrow models."""
+    found = {
+        f"{named(d)} at width {w}": rise(rows)
+        for d in results.datasets
+        for w, rows in _by_width(results, d).items()
+    }
+    if not found:
+        return ""
+    up = [name for name, gap in found.items() if gap.clear and gap.value > 0]
+    down = [name for name, gap in found.items() if gap.clear and gap.value < 0]
+    if not up + down:
+        return "Time changes the effective rank clearly nowhere."
+    parts = [
+        f"time {way} the effective rank clearly on {join(names)}"
+        for way, names in (("raises", up), ("lowers", down))
+        if names
+    ]
+    rest = len(found) - len(up) - len(down)
+    text = f"{'In part' if up and down else 'Yes' if up else 'No'}: {' and '.join(parts)}"
+    return text + (
+        f". No clear change is seen elsewhere ({rest} of {len(found)})." if rest else "."
+    )
+
+
 def answer(results: Results) -> list[str]:
     """The rise by width, the trend, and what training does to the mask."""
     sentences = []
@@ -264,6 +289,7 @@ STUDY = Study(
     datasets=("ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     measure=measure,
 )

@@ -178,6 +178,7 @@ class Study:
       datasets: the data sets of the study.
       arms: the arms on a data set. With `quick`, few that are trained in seconds.
       draw: draws the results into an empty figure.
+      verdict: whether the hypothesis holds, made from the numbers; "" if they do not say.
       answer: three sentences about the results, made from their numbers.
       measure: rows of NAME.details.csv about the finished trainings.
       bench: further such rows, which need no training; asked for with the results so far and with
@@ -193,6 +194,7 @@ class Study:
     datasets: tuple[str, ...]
     arms: Callable[[str, bool], list[Arm]]
     draw: Callable[[Results, Any], None]
+    verdict: Callable[[Results], str]
     answer: Callable[[Results], list[str]]
     measure: Callable[[list[Training]], Iterable[Row]] = no_rows
     bench: Callable[[Results, bool], Iterable[Row]] = no_rows

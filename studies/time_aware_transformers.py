@@ -119,6 +119,29 @@ def at_cost(results: Results, dataset: str, arm: str, budget: float) -> float | 
     return statistics.mean(max(found) for found in by_seed.values())
 
 
+def verdict(results: Results) -> str:
+    """Whether transformers that know the time are as good at equal size."""
+    lower, higher, level = [], [], []
+    for dataset in results.datasets:
+        for name in ("TiSASRec", "HSTU"):
+            if gap := results.difference(dataset, name):
+                where = level if not gap.clear else higher if gap.value > 0 else lower
+                where.append(f"{name} on {named(dataset)}")
+    if not lower + higher + level:
+        return ""
+    holds = "Yes, at equal size" if not lower + higher else "Not everywhere, at equal size"
+    parts = [
+        *([f"{join(level)} cannot be told from {REFERENCE}"] if level else []),
+        *([f"{join(lower)} {'is' if len(lower) == 1 else 'are'} clearly lower"] if lower else []),
+        *(
+            [f"{join(higher)} {'is' if len(higher) == 1 else 'are'} clearly higher"]
+            if higher
+            else []
+        ),
+    ]
+    return f"{holds}: {', and '.join(parts)}."
+
+
 def answer(results: Results) -> list[str]:
     """The models against the reference, then all at the cost of the cheapest."""
     sentences = []
@@ -188,6 +211,7 @@ STUDY = Study(
     datasets=("ml100k", "beauty", "kuairand"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     measure=measure,
 )

@@ -140,6 +140,33 @@ def left_out(best: dict[str, int], events: dict[str, int]) -> dict[str, float]:
     return found
 
 
+def verdict(results: Results) -> str:
+    """Whether the best width grows with the number of events, and what state and heads do."""
+    known = best_widths(results)
+    if len(known) < 4:
+        return ""
+    exponent, _ = rule(known, events_of(results))
+    grows = (
+        f"No: the best width does not grow with the number of events (power {exponent:.2f})."
+        if exponent <= 0
+        else f"{'Yes' if exponent < 0.5 else 'No'}: the best width grows with the number of "
+        f"events to the power {exponent:.2f}."
+    )
+    others = {
+        f"{row['arm']} on {named(d)}": gap
+        for d in results.datasets
+        for row in results.select(dataset=d, width=64)
+        if (gap := results.difference(d, row["arm"]))
+    }
+    if not others:
+        return f"{grows} States and heads of other sizes have not been run."
+    clear = [f"{name} ({gap})" for name, gap in others.items() if gap.clear]
+    said = (
+        f"these change NDCG@10 clearly: {join(clear)}" if clear else "none changes NDCG@10 clearly"
+    )
+    return f"{grows} Of {len(others)} trainings with other states or heads, {said}."
+
+
 def answer(results: Results) -> list[str]:
     """The best widths, how clear they are, and the rule on data sets that it has not seen."""
     sentences, known = [], best_widths(results)
@@ -213,6 +240,7 @@ STUDY = Study(
     datasets=(*SYNTHETIC, "ml100k", "beauty", "kuairand", "ml1m"),
     arms=arms,
     draw=draw,
+    verdict=verdict,
     answer=answer,
     measure=measure,
     make={name: make_log for name in SYNTHETIC},
