@@ -58,6 +58,20 @@ def test_settings_of_an_old_run(old):
         check_unchanged(config, path)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_setting_for_a_single_layer(old, layers):
+    path = old / "run" / "config.json"
+    config = read_settings(path)
+    config.model.num_layers = layers
+    write_settings(config, path)
+    config.model.single_layer_residual = True
+    if layers > 1:
+        check_unchanged(config, path)
+    else:
+        with pytest.raises(UserError, match=r"settings: model.single_layer_residual \(False -> T"):
+            check_unchanged(config, path)
+
+
 def test_an_old_run_scores_and_goes_on_as_before(old):
     expected = json.loads((old / "expected.json").read_text())
     config, model = load_model("run")

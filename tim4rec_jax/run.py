@@ -38,7 +38,7 @@ from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE
 from tim4rec_jax.digests import by_place, check_digests, read_digests
 from tim4rec_jax.errors import UserError, first_line
 from tim4rec_jax.files import atomic_write, check_plain, check_schema, read_json, write_json
-from tim4rec_jax.models import FeatureArrays, SequenceModel, build, model_class
+from tim4rec_jax.models import FeatureArrays, SequenceModel, build, model_class, model_settings
 
 _RESTORE = "restore it from a copy, or train anew"
 
@@ -216,8 +216,14 @@ def _changes(
     ours, theirs = (
         json.loads(json.dumps(config_lib.flatten(each))) for each in (config, read_settings(path))
     )
-    changed = [n for n in ours if ours[n] != theirs.get(n) and n not in CHANGE_NOTHING]
+    nothing = {*CHANGE_NOTHING, *idle_settings(config)}
+    changed = [n for n in ours if ours[n] != theirs.get(n) and n not in nothing]
     return ours, theirs, changed
+
+
+def idle_settings(config: config_lib.Config) -> list[str]:
+    """The settings of the model that have no effect beside its others, by their full names."""
+    return [f"model.{name}" for name in model_settings(config.model).idle]
 
 
 def checkpoint_steps(folder: Path) -> list[int]:

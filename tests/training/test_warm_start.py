@@ -3,6 +3,7 @@
 import functools
 import json
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ from tim4rec_jax.training.row_matching import (
 )
 from tim4rec_jax.training.state import make_optimizer
 from tim4rec_jax.training.train import train
-from tim4rec_jax.training.warm_start import _entity_axes
+from tim4rec_jax.training.warm_start import _check_same_model, _entity_axes
 
 DAY = 86_400
 
@@ -249,6 +250,17 @@ def test_more_epochs_after_a_validation_that_they_would_not_have(yesterday, sour
     with pytest.raises(UserError, match="at its end it validated where a longer run does not"):
         train(config, source)
     assert (source / "metrics.json").exists()
+
+
+def test_a_setting_without_effect_may_differ(today):
+    ours, theirs = settings(today), settings(today)
+    for config in (ours, theirs):
+        config_lib.use_model(config, "mamba4rec")
+    ours.model.single_layer_residual = True
+    _check_same_model(ours, theirs, Path("run"))
+    ours.model.num_layers = theirs.model.num_layers = 1
+    with pytest.raises(UserError, match=r"model.single_layer_residual \(False -> True\)"):
+        _check_same_model(ours, theirs, Path("run"))
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,11 @@ class ModelSettings:
         """How the published model computes gaps, "recbole" or "exact" (see `data.convention`)."""
         return "exact"
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """The settings that have no effect beside the others, so that runs may differ in them."""
+        return ()
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSizes:

@@ -37,6 +37,11 @@ class Mamba4RecSettings(ModelSettings):
     d_conv: int = count(4)
     expand: int = 2
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """See `ModelSettings`."""
+        return ("single_layer_residual",) if self.num_layers > 1 else ()
+
 
 class Mamba4Rec(CausalBlocks):
     """Item embedding, dropout, norm; Mamba blocks with feed-forward networks.

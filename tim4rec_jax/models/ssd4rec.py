@@ -54,6 +54,11 @@ class SSD4RecSettings(ModelSettings):
         super().__post_init__()
         self.without_time()  # checks the heads
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """See `ModelSettings`."""
+        return ("single_layer_residual",) if self.num_layers > 1 else ()
+
     def without_time(self) -> TiM4RecSettings:
         """The settings of TiM4Rec that make this model."""
         settings = dataclasses.asdict(self)

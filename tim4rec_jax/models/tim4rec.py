@@ -117,6 +117,11 @@ class TiM4RecSettings(ModelSettings):
                 )
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """See `ModelSettings`."""
+        return ("single_layer_residual",) if self.num_layers > 1 else ()
+
+    @property
     def convention(self) -> str:
         """See `ModelSettings`."""
         return "recbole" if self.time_encoding == "paper" else "exact"

@@ -33,7 +33,7 @@ from tim4rec_jax.data.format import (
 from tim4rec_jax.digests import by_place, place
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import SequenceModel
-from tim4rec_jax.run import check_model, check_same_dataset, load_model
+from tim4rec_jax.run import check_model, check_same_dataset, idle_settings, load_model
 from tim4rec_jax.training.checkpoints import read_state
 from tim4rec_jax.training.row_matching import (
     KERNEL,
@@ -231,7 +231,7 @@ def _check_same_model(config: Config, theirs: Config, run: Path) -> None:
         for name in [*names, "data.convention"]
         if ours_flat.get(name) != theirs_flat.get(name)
         and not (name == _DATES and ours_flat.get(name) and theirs_flat.get(name))
-        and name not in (*_OF_RANKING, _FEATURES)
+        and name not in (*_OF_RANKING, _FEATURES, *idle_settings(config))
     ]
     if different:
         listed = ", ".join(
