@@ -41,8 +41,8 @@ class Point(NamedTuple):
 def points(rows: list[Row]) -> dict[str, list[Point]]:
     """The points of each panel. A training that has no cost in the file has none.
 
-    The quality is the mean over most seeds, and the cost the mean of the trainings of these
-    settings whose cost was measured.
+    The quality is the mean over most seeds. The cost is that of the same trainings, or where it was
+    not measured the mean of other trainings of these settings.
     """
     panels = {}
     for title, table in PANELS.items():
@@ -54,7 +54,7 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
             same = ("dataset", "variant", "settings", *PROTOCOL)
             costs = [
                 float(other["train_cpu_s"])
-                for other in rows
+                for other in ([row] if row["train_cpu_s"] else rows)
                 if other["train_cpu_s"] and all(other[column] == row[column] for column in same)
             ]
             if costs:

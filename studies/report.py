@@ -268,7 +268,8 @@ def _tables(results: Results) -> list[str]:
             "± is a standard error over users and seeds. Differences of NDCG@10 are paired over "
             "users."
         )
-        if any(row["seeds"] == 1 for row in results.pairs):
+        shown = [results.level(dataset=d, arm=a) for d in results.datasets for a in results.arms(d)]
+        if any(level.seeds == 1 for level in shown if level):
             legend += " Where there is one seed, the error knows nothing about other seeds."
         parts.append(legend)
     return parts

@@ -228,10 +228,14 @@ def answer(results: Results) -> list[str]:
                 if slope.clear
                 else (f"; no trend with the width can be told ({number})")
             )
+        alone = [str(width) for width, gap in rises.items() if gap.seeds == 1]
+        if alone:
+            text += f"; with one seed, the error is over heads ({join(alone)})"
         sentences.append(f"{text}.")
         heads = [row["difference"] for rows in by_width.values() for row in rows]
         up = sum(value > 0 for value in heads)
         first = select(results.details, dataset=dataset, what="spectrum", epoch="initial")
+        first = [row for row in first if "epoch" not in row["arm"]]
         start = statistics.mean(row["effective_rank"] for row in first)
         end = statistics.mean(r["effective_rank"] for rows in by_width.values() for r in rows)
         sentences.append(

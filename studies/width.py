@@ -118,7 +118,8 @@ def best_widths(results: Results) -> dict[str, int]:
         if not levels:
             continue
         best = max(levels, key=lambda width: levels[width].value)
-        if set(levels) >= {width for width in WIDTHS if width <= 2 * best}:
+        tried = {width for width in WIDTHS if width <= 2 * best}
+        if set(levels) >= tried and best < max(WIDTHS):
             found[dataset] = best
     return found
 
@@ -180,8 +181,9 @@ def answer(results: Results) -> list[str]:
             verb = "is" if len(near) < 2 else "are"
             wider = "" if dataset in known else " Whether a wider one is better has not been tried."
             sentences.append(
-                f"On {named(dataset)} width {best} is best on validation ({level}); within one "
-                f"standard error {verb} {join(near) if near else 'no other'}.{wider}"
+                f"On {named(dataset)} width {best} is best on validation ({level}, where ± is the "
+                f"standard error of the test); within that {verb} "
+                f"{join(near) if near else 'no other'}.{wider}"
             )
     if len(known) >= 4:
         events = events_of(results)

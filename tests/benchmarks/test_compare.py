@@ -88,6 +88,10 @@ def test_holm_multiplies_each_by_the_number_that_are_left():
     assert found[c] == pytest.approx(max(second, raw[c]))
 
 
+def test_a_single_user_tells_no_models_apart():
+    assert paired_p_values({"a": np.array([0.3]), "b": np.array([0.1])}) == {"b": 1.0}
+
+
 @pytest.mark.parametrize("split", ["leave_one_out", "global_time"])
 def test_what_is_measured_is_the_test_of_the_run(tmp_path, split):
     dataset = write_dataset(tmp_path / "data", random_histories([20] * 9))

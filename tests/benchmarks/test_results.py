@@ -141,6 +141,8 @@ def test_runs_of_consecutive_seeds_have_a_mean():
     assert (mean["ndcg@10"], mean["ndcg@10_sd"]) == ("0.200000", "0.141421")
     assert (mean["best_epoch"], mean["epochs"], mean["p"]) == ("3 5", "9", "")
     assert mean["mrr@10"] == mean["mrr@10_sd"] == mean["train_cpu_s"] == ""  # not of both seeds
+    [mean] = means([rows[0] | {"train_cpu_s": "10"}, rows[1] | {"train_cpu_s": ""}])
+    assert mean["train_cpu_s"] == ""  # and not that of the last seed
     assert not means(row | {"seed": seed} for seed in ("2020", "2022"))
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from studies import normalisation
+from studies import normalisation, width
 from studies.report import KEYS, Estimate, Results, answer_page, together
 from studies.study import (
     RESULTS,
@@ -167,6 +167,62 @@ def test_the_answer_says_what_is_found_and_what_is_missing(tmp_path):
     pairs[0]["difference"] = -0.03
     update(path.with_suffix(".pairs.csv"), pairs, KEYS["pairs"])
     assert "clear for none of them" in answer_page(read_results(study, path), study)
+
+
+def test_a_verdict_follows_the_numbers(tmp_path):
+    gap = {"seeds": 3, "users": 9, "se": 0.01}
+    study, path = STUDIES["high_dimension"], tmp_path / "high_dimension.csv"
+    arms = [arm for arm in study.arms("ml100k", False) if arm.factors["encoding"] == "causal"]
+    level = {"valid_ndcg@10": 0.1}
+    update(path, [row(a.name, 2020, 0.1, **a.factors, **level) for a in arms], KEYS["runs"])
+    timed = [arm for arm in arms if arm.against]
+    for gains, says in (
+        (np.zeros(len(timed)), "The hypothesis cannot be tested"),
+        (np.linspace(0.1, 0.3, len(timed)), "No: time has a clear gain in 5 of 5 pairs"),
+        (np.linspace(0.3, 0.1, len(timed)), "Yes on ml-100k: there the gain of time falls"),
+    ):
+        pairs = [
+            {
+                **gap,
+                "dataset": "ml100k",
+                "arm": arm.name,
+                "against": arm.against,
+                "difference": gain,
+            }
+            for arm, gain in zip(timed, gains, strict=True)
+        ]
+        update(path.with_suffix(".pairs.csv"), pairs, KEYS["pairs"])
+        assert f"**In short.** {says}" in answer_page(read_results(study, path), study)
+
+
+def test_the_widest_model_is_not_known_to_be_the_best_width():
+    study = STUDIES["width"]
+    found = {}
+    for best in (64, 256):
+        runs = [
+            row(arm.name, 2020, 0.1, **arm.factors)
+            | {"valid_ndcg@10": 0.2 - 0.01 * abs(arm.factors["width"] - best) / 64}
+            for arm in study.arms("ml100k", False)
+        ]
+        found[best] = width.best_widths(Results(runs, [], []))
+    assert found == {64: {"ml100k": 64}, 256: {}}
+
+
+def test_one_seed_is_told():
+    study = STUDIES["spectra"]
+    spectrum = {"what": "spectrum", "length": 50, "width": 32, "effective_rank_plain": 30.0}
+    details = [
+        {**spectrum, "dataset": "ml100k", "seed": 2020, "epoch": epoch, "arm": arm, "at": at}
+        | {"effective_rank": rank, "difference": 1.0 + at}
+        for arm, rank in (("causal 32", 30.0), ("causal 32, 1 epoch", 40.0))
+        for epoch in ("initial", "best")
+        for at in (1, 2)
+    ]
+    results = Results([row("causal 32", 2020, 0.1)], [], details)
+    page = answer_page(results, study)
+    assert "moves the effective rank from 30.00 to 30.00" in page
+    assert "with one seed, the error is over heads (32)" in page
+    assert "Where there is one seed, the error knows nothing about other seeds." in page
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -101,6 +101,7 @@ def means(rows: Iterable[dict[str, str]]) -> list[dict[str, str]]:
         for column in (*METRICS, "train_cpu_s", "inference_cpu_s", "peak_mb"):
             values = [float(row[column]) for row in ordered if row[column]]
             if len(values) < len(ordered):
+                mean[column] = ""  # and not the value of the last seed
                 continue
             digits = 6 if column in METRICS else 2 if column == "inference_cpu_s" else 0
             mean[column] = f"{statistics.mean(values):.{digits}f}"
@@ -227,7 +228,8 @@ def rows_of_run(workdir: Path) -> list[dict[str, str]]:
     ties = figures.get("protocol", {}).get("ties", "optimistic")
     report = read_json(masked, dict, f"delete {masked}") if masked.exists() else {}
     earlier = masked.exists() and masked.stat().st_mtime < trained.stat().st_mtime
-    if earlier or report.get("protocol", {}).get("ties") != ties:
+    fewer = not figures["test"].keys() <= report.get("metrics", {}).keys()  # of other --ks
+    if earlier or fewer or report.get("protocol", {}).get("ties") != ties:
         report = evaluate_run(workdir, exclude_seen=True, ties=ties)
     settings = changed_settings(config)
     words = [f"python train.py --config configs/{config.preset.replace(':', '.py:', 1)}"]

@@ -18,13 +18,14 @@ def paired_p_values(gains: Mapping[str, Float[np.ndarray, " U"]]) -> dict[str, f
         same users in the same order.
 
     Returns:
-      The corrected p value of each model but the first. It is 1 where no user differs.
+      The corrected p value of each model but the first. It is 1 where no user
+      differs, or where there is one user.
     """
     (_, first), *others = gains.items()
     raw = {}
     for name, own in others:
         difference, raw[name] = own - first, 1.0
-        if difference.any():
+        if difference.any() and len(difference) > 1:
             _, raw[name] = map(float, stats.ttest_1samp(difference, 0))
     corrected, largest = {}, 0.0
     for place, name in enumerate(sorted(raw, key=lambda name: raw[name])):
