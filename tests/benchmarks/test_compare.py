@@ -231,7 +231,7 @@ def test_measurements_of_an_earlier_run_are_not_reused(finished, monkeypatch):
         measure(folder)
 
 
-def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
+def test_the_rows_of_a_run_say_how_to_make_it_again(finished, monkeypatch):
     folder, words = finished
     figures = {"hit@10": 0.25, "ndcg@10": 0.125}
     told = {"test": figures, "test_standard_errors": figures, "users": 3}
@@ -264,6 +264,12 @@ def test_the_rows_of_a_run_say_how_to_make_it_again(finished):
     again = rows[0]["command"].replace("configs/own.py:causal", "own:causal").split()[1:]
     made, _ = parse([*again, words[-2]], usage="")
     assert made == parse(["train.py", *words], usage="")[0]
+    # Masked figures of fewer cut-offs, as `eval.py --exclude-seen --ks 5` leaves them.
+    (folder / "run" / "eval_test_exclude_seen.json").write_text(
+        json.dumps(masked | {"metrics": {"ndcg@5": 0.5}})
+    )
+    monkeypatch.setattr("tim4rec_jax.evaluation.evaluate_run.evaluate_run", lambda *_, **__: masked)
+    assert rows_of_run(folder / "run") == rows
     metadata = json.loads((folder / "run" / "dataset.json").read_text())
     metadata["content"]["sequences"] = "other"
     (folder / "run" / "dataset.json").write_text(json.dumps(metadata))
