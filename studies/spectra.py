@@ -171,6 +171,18 @@ def _by_width(results: Results, dataset: str) -> dict[int, list[Row]]:
     return {w: select(rows, width=w) for w in sorted({row["width"] for row in rows})}
 
 
+def by_epoch(results: Results, dataset: str) -> dict[str, list[Row]]:
+    """The rows of the middle width before training, after few epochs, and at the best epoch."""
+    rows = select(results.details, dataset=dataset, what="spectrum", width=MIDDLE)
+    whole = f"causal {MIDDLE}"
+    found = {"none": select(rows, arm=whole, epoch="initial")}
+    for epochs in SHORTER:
+        name = f"{whole}, {epochs} epoch{'s' * (epochs > 1)}"
+        found[str(epochs)] = select(rows, arm=name, epoch="best")
+    found["best"] = select(rows, arm=whole, epoch="best")
+    return {epochs: rows for epochs, rows in found.items() if rows}
+
+
 def _spoken(value: float) -> str:
     return f"{value:.2f}"
 
@@ -242,6 +254,20 @@ def answer(results: Results) -> list[str]:
             f"There it raises it in {up} of {len(heads)} heads, and training itself moves the "
             f"effective rank from {_spoken(start)} to {_spoken(end)}."
         )
+        stages = by_epoch(results, dataset)
+        if set(stages) > {"none", "best"}:
+            told = [
+                f"{_spoken(statistics.mean(row['effective_rank'] for row in rows))} "
+                f"({_spoken(rise(rows).value)} ± {_spoken(rise(rows).error)})"
+                + {"none": " before training", "best": " at the best epoch"}.get(
+                    epochs, f" after {epochs} epoch{'s' * (epochs != '1')}"
+                )
+                for epochs, rows in stages.items()
+            ]
+            sentences.append(
+                f"By epoch, at width {MIDDLE}, it is {join(told)}; in brackets what of it is "
+                "the effect of time."
+            )
     return sentences or ["No training has been looked at yet."]
 
 
@@ -251,8 +277,11 @@ def draw(results: Results, figure: Any) -> None:
     if not datasets:
         return
     kinds = ("effective rank", "singular values")
-    drawn = iter(panels(figure, [f"{named(d)}: {kind}" for d in datasets for kind in kinds]))
-    for dataset, ranks, values in zip(datasets, drawn, drawn, strict=True):
+    epochs = {d: stages for d in datasets if len(stages := by_epoch(results, d)) > 2}
+    titles = [f"{named(d)}: {kind}" for d in datasets for kind in kinds]
+    titles += [f"width {MIDDLE} in training"] * bool(epochs)
+    drawn = iter(panels(figure, titles))
+    for dataset, ranks, values in zip(datasets, drawn, drawn, strict=False):
         by_width = _by_width(results, dataset)
         for number, rows in enumerate(by_width.values()):
             for column, color, label in (
@@ -282,6 +311,16 @@ def draw(results: Results, figure: Any) -> None:
                 values.plot(places, means, style, color=color, markersize=3, label=label)
         values.set(xscale="log", yscale="log", xlabel="number", ylabel="share of their sum")
         values.legend(frameon=False, fontsize=8)
+    if not epochs:
+        return
+    training = next(drawn)
+    for color, (dataset, stages) in zip(COLORS, epochs.items(), strict=False):
+        for column, style in (("effective_rank", "o-"), ("effective_rank_plain", "s--")):
+            means = [statistics.mean(row[column] for row in rows) for rows in stages.values()]
+            label = named(dataset) + (" without time" if style == "s--" else "")
+            training.plot(list(stages), means, style, color=color, markersize=4, label=label)
+    training.set(xlabel="epochs of training", ylabel="effective rank")
+    training.legend(frameon=False, fontsize=8)
 
 
 STUDY = Study(
