@@ -232,6 +232,11 @@ def verdict(results: Results) -> str:
     shares = {name: round(100 * gap.value / room) for name, gap in apart.items()}
     nothing = [name for name, gap in apart.items() if not gap.clear]
     some = [f"{name} {share} %" for name, share in shares.items() if name not in nothing]
+    if not some:
+        return (
+            "It cannot be told: on the synthetic logs none but the paper's gains clearly, because "
+            "the seeds of the others differ too much."
+        )
     same = "Yes" if not nothing else "No, the normalisation decides"
     text = f"{same}: of what the synthetic logs offer, {join(some)} is gained"
     if nothing:
