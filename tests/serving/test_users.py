@@ -157,6 +157,21 @@ def test_a_state_of_another_model_is_computed_anew(tiny_data, recommenders, stor
     np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_before_an_event_of_an_unknown_item_is_not_kept(recommenders, store):
+    """A run that no longer knows the user's last item would count the next gap from its time."""
+    recommender = with_store(recommenders("causal"), store)
+    store.apply([Change("u", 0, ["i1", "gone"], [100, 1000], None)], "an earlier run")
+    [state] = recommender.compute_states(["u"])
+    hidden = recommender.model.hidden(state)
+    np.testing.assert_allclose(hidden, full_forward(recommender, ["i1"], [100]), atol=1e-5)
+    recommender.update("u", "i3", 1060)
+    for _ in range(2):  # the second one is what the first one has kept
+        hidden = recommender.model.hidden(recommender._users.state("u"))
+        expected = full_forward(recommender, ["i1", "i3"], [100, 1060])
+        np.testing.assert_allclose(hidden, expected, rtol=1e-5, atol=1e-5)
+    assert recommender.stored("u")[1] is not None
+
+
 def test_long_logs_take_several_rounds(recommenders, store, monkeypatch):
     monkeypatch.setattr("tim4rec_jax.serving.compiled_model._STEPS", (1, 16))
     recommender = with_store(recommenders("causal"), store)

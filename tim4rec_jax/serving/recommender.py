@@ -311,7 +311,7 @@ class Recommender:
         """
         # In this order, no item is recommended again whose event the state has taken in.
         state = self._users.kept_state(str(user)) if self.model.supports_step else None
-        events, _ = self._users.log(str(user))
+        events, *_ = self._users.log(str(user))
         return events, state
 
     def compute_states(self, users: Sequence[Any]) -> list[bytes]:

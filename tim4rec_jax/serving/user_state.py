@@ -62,8 +62,11 @@ class Users:
         self.fingerprint = model.fingerprint + past
         self._deletions, self._deleting = 0, threading.Lock()
 
-    def log(self, user: str) -> tuple[Events, int]:
-        """All events of a user that the model knows, and the number of events in the store."""
+    def log(self, user: str) -> tuple[Events, int, int | None]:
+        """All events of a user that the model knows.
+
+        The number of events in the store, known or not, and the time of the last one follow.
+        """
         ids, timestamps = self.store.history(user)
         items = self.catalogue.indices(ids)
         known = items > 0
@@ -71,7 +74,7 @@ class Users:
         events = Events(items[known], times, np.array([0, len(times)]))
         if self.training is not None and (past := self._past(user)):
             events = self.training.merge(past, events)
-        return events, len(ids)
+        return events, len(ids), timestamps[-1] if timestamps else None
 
     def _past(self, user: str) -> Events | None:
         """What a user did in the training, unless there was no such user or it was deleted."""
@@ -94,7 +97,9 @@ class Users:
     def states(self, users: Sequence[str]) -> list[bytes]:
         """The states of users, for a model that supports steps.
 
-        A state that is missing, or that another model made, is computed from the log and kept.
+        A state that is missing, or that another model made, is computed from the log. It is kept,
+        unless the user's last event is one that this model does not know: the gap before the next
+        event counts from the last known one, whose time the store does not tell.
         """
         deletions = self._deletions
         snapshots = self.store.snapshots(users, self.fingerprint)
@@ -109,10 +114,14 @@ class Users:
         }
         logs = {user: log for user, log in missing.items() if log[0].items.size}
         if logs:
-            new = [NewEvents(None, None, log.items, log.timestamps) for log, _ in logs.values()]
+            new = [NewEvents(None, None, log.items, log.timestamps) for log, _, _ in logs.values()]
             computed = dict(zip(logs, self.model.advance(new), strict=True))
             states |= computed
-            changes = [Change(user, logs[user][1], [], [], computed[user]) for user in logs]
+            changes = [
+                Change(user, count, [], [], computed[user])
+                for user, (log, count, last) in logs.items()
+                if last is None or log.timestamps[-1] >= last
+            ]
             with self._deleting:
                 # The store refuses the state of a user who has got an event meanwhile. But it
                 # could not tell the log of somebody who was deleted from a new one.
