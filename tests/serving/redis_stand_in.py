@@ -94,15 +94,21 @@ class StandIn:
             return sha
         return [int(sha in self.scripts) for sha in given]
 
-    def _evalsha(self, sha, keys, user, events, expected, model, keeps, state, last, *members):
-        assert sha in self.scripts and keys == b"2"
+    def _evalsha(
+        self, sha, keys, user, events, expected, model, keeps, state, last, token, *members
+    ):
+        assert sha in self.scripts and keys == b"2" and len(token) == 8
         fields = self.values.get(user, {})
+        changes = fields.get(b"changes", b"")
+        if token in changes:
+            return 1
         if fields.get(b"events", b"0") != expected:
             return 0
         if members:
             self.values.setdefault(events, set()).update(members)
         count, last = int(expected) + len(members), max(last, fields.get(b"last", b""))
         self.values[user] = {b"events": b"%d" % count, b"last": last, b"model": model}
+        self.values[user][b"changes"] = (token + changes)[: 16 * 8]
         if keeps == b"1":
             self.values[user][b"state"] = state
         return 1

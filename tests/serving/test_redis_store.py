@@ -147,8 +147,31 @@ def test_a_deletion_whose_files_are_never_written_says_so():
         store.close()
 
 
-def test_nothing_is_said_twice_whose_answer_was_lost(redis_stand_in, monkeypatch):
-    """A client that tried again by itself would add the same events once more."""
+@pytest.mark.parametrize("others", [0, 1, 15])
+def test_a_change_whose_answer_was_lost_is_made_once(redis_stand_in, monkeypatch, others):
+    """Also where others have added events before it is sent again."""
+    store, second = RedisStore(redis_stand_in.url), RedisStore(redis_stand_in.url)
+    calls, script = [], redis_stand_in._evalsha
+
+    def unheard_once(*command):
+        calls.append(script(*command))
+        if len(calls) > 1:
+            return calls[-1]
+        for number in range(others):  # the lock of the stand-in is ours, so not by its socket
+            token, member = bytes([number]) * 8, b"%020d%020di2" % (6, number + 1)
+            script(*command[:4], b"%d" % (number + 1), b"m", b"0", b"", b"%020d" % 6, token, member)
+        raise ConnectionError
+
+    monkeypatch.setattr(redis_stand_in, "_evalsha", unheard_once)
+    assert store.apply([Change("anna", 0, ["i1"], [5], b"state")], "m") == [True]
+    assert calls == [1, 1]
+    assert second.history("anna") == (["i1"] + ["i2"] * others, [5] + [6] * others)
+    assert store.apply([Change("anna", 0, ["i1"], [5], b"state")], "m") == [False]  # another one
+    store.close()
+    second.close()
+
+
+def test_a_server_whose_answers_are_all_lost(redis_stand_in, monkeypatch):
     store, calls, script = RedisStore(redis_stand_in.url), [], redis_stand_in._evalsha
 
     def unheard(*command):
@@ -158,7 +181,7 @@ def test_nothing_is_said_twice_whose_answer_was_lost(redis_stand_in, monkeypatch
     monkeypatch.setattr(redis_stand_in, "_evalsha", unheard)
     with pytest.raises(StoreError, match="cannot be used"):
         store.apply([Change("anna", 0, ["i1"], [5], None)], "m")
-    assert calls == [1] and store.history("anna") == (["i1"], [5])
+    assert calls == [1, 1] and store.history("anna") == (["i1"], [5])
     store.close()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,16 +14,21 @@ from tim4rec_jax.serving.stores import Change, Snapshot, StoreError
 SCHEMES = ("redis://", "rediss://", "unix://", "valkey://", "valkeys://")
 # Decimal digits of a time and of an event's number, so that texts are in the order of the numbers.
 _DIGITS = 20
+_TOKEN = 8  # bytes that tell a change from all others of its user
 _EVERY = 0.02  # seconds between two looks at what the server does in the background
-# A script is one step for the server: no other caller sees or does anything in between.
+# A script is one step for the server: no other caller sees or does anything in between. A change
+# that is sent twice is made once: the tokens of a user's last 16 changes are kept.
 _APPLY = """
-local found = redis.call('HMGET', KEYS[1], 'events', 'last')
-local expected, model, keeps, state, last = unpack(ARGV, 1, 5)
+local found = redis.call('HMGET', KEYS[1], 'events', 'last', 'changes')
+local expected, model, keeps, state, last, token = unpack(ARGV, 1, 6)
+local changes = found[3] or ''
+if string.find(changes, token, 1, true) then return 1 end
 if (found[1] or '0') ~= expected then return 0 end
-for number = 6, #ARGV do redis.call('ZADD', KEYS[2], 0, ARGV[number]) end
+for number = 7, #ARGV do redis.call('ZADD', KEYS[2], 0, ARGV[number]) end
 if found[2] and found[2] > last then last = found[2] end
-local events = string.format('%.0f', expected + #ARGV - 5)
-redis.call('HSET', KEYS[1], 'events', events, 'last', last, 'model', model)
+local events = string.format('%.0f', expected + #ARGV - 6)
+changes = string.sub(token .. changes, 1, 16 * #token)
+redis.call('HSET', KEYS[1], 'events', events, 'last', last, 'model', model, 'changes', changes)
 if keeps == '1' then
   redis.call('HSET', KEYS[1], 'state', state)
 else
@@ -39,6 +45,11 @@ class RedisStore:
     must write a log of what it does (`appendonly yes`) and must not evict keys. With `appendfsync
     always`, what it has acknowledged survives a power cut, too, and with `everysec` a kill of the
     server, but a power cut may lose the last second.
+
+    The server may make a change whose answer does not come, because the connection breaks or the
+    time is up. So the change is sent once more, and the server makes it once. If that answer does
+    not come either, nobody knows whether the change is made: events that are then sent again may
+    stand twice in the log, where two equal events cannot be told from one that came twice.
 
     Each user has two keys, `PREFIX{USER}:user` and `PREFIX{USER}:events`, which a cluster keeps on
     one node.
@@ -63,6 +74,7 @@ class RedisStore:
         except ModuleNotFoundError as error:
             raise UserError("redis is not installed; pip install 'tim4rec-jax[redis]'") from error
         self._error, self._prefix, self._timeout = redis.RedisError, prefix, timeout
+        self._unheard = redis.ConnectionError, redis.TimeoutError
         self.name = url.rpartition("@")[2]  # without the password
         url = url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
         try:
@@ -110,21 +122,32 @@ class RedisStore:
         """See `Store`; each change is a step of its own.
 
         Raises:
-            StoreError: the server cannot be used. Some changes may be made.
+            StoreError: the server cannot be used. Some changes may be made, or all.
         """
-        with self._naming_what_fails(), self._client.pipeline(transaction=False) as pipe:
-            for change in changes:
-                members = [
-                    f"{timestamp:0{_DIGITS}d}{change.expected + number:0{_DIGITS}d}".encode()
-                    + item.encode("utf-8", "surrogatepass")
-                    for number, (item, timestamp) in enumerate(
-                        zip(change.items, change.timestamps, strict=True)
-                    )
-                ]
-                last = f"{max(change.timestamps):0{_DIGITS}d}" if change.timestamps else ""
-                keeps = int(change.state is not None)
-                arguments = [change.expected, model, keeps, change.state or b"", last, *members]
-                self._script(keys=self._keys(change.user), args=arguments, client=pipe)
+        calls = []
+        for change in changes:
+            members = [
+                f"{timestamp:0{_DIGITS}d}{change.expected + number:0{_DIGITS}d}".encode()
+                + item.encode("utf-8", "surrogatepass")
+                for number, (item, timestamp) in enumerate(
+                    zip(change.items, change.timestamps, strict=True)
+                )
+            ]
+            last = f"{max(change.timestamps):0{_DIGITS}d}" if change.timestamps else ""
+            state, token = change.state or b"", secrets.token_bytes(_TOKEN)
+            keeps = int(change.state is not None)
+            arguments = [change.expected, model, keeps, state, last, token, *members]
+            calls.append((self._keys(change.user), arguments))
+        with self._naming_what_fails():
+            try:
+                return self._call(calls)
+            except self._unheard:  # the tokens keep the server from doing anything twice
+                return self._call(calls)
+
+    def _call(self, calls: Sequence[tuple[list[bytes], list[Any]]]) -> list[bool]:
+        with self._client.pipeline(transaction=False) as pipe:
+            for keys, arguments in calls:
+                self._script(keys=keys, args=arguments, client=pipe)
             return [bool(done) for done in pipe.execute()]
 
     def delete(self, user: str) -> bool:
