@@ -61,6 +61,25 @@ def test_dates_written_as_numbers_are_no_times_since_1970():
     assert read([20_240_131, 20_240_193, 20_241_501]) == [20_240_131, 20_240_193, 20_241_501]
 
 
+@pytest.mark.parametrize("number", [int, float, str])
+def test_times_of_a_coarser_unit_are_refused_as_in_the_preparation(number):
+    def read(unit, *times):
+        columns = {"user": ["u"] * 2, "item": ["a"] * 2, "time": list(map(number, times))}
+        names = NAMES | {"time_unit": unit}
+        found = frames.histories(pa.table(columns), names, pa.array(["a"]), rounded=False)
+        return found.times.tolist()
+
+    for unit in ("ms", "us", "ns"):
+        with pytest.raises(UserError, match=rf"in another unit than {unit}: the first, {SECOND}, "):
+            read(unit, SECOND, SECOND + 86_400)
+    if number is not str:
+        with pytest.raises(UserError, match=r"or in 2023 if it is in s; pass time_unit='s'$"):
+            read("ms", SECOND, SECOND + 86_400)
+    # A log that counts from its own start has events near it.
+    assert read("ms", 5_000, SECOND) == [5, SECOND // 1000]
+    assert read("s", SECOND, SECOND + 1) == [SECOND, SECOND + 1]
+
+
 # Unknown items, users whose events lie apart, and times of which the first two are one float32.
 TABLE = pa.table(
     {

@@ -222,6 +222,25 @@ def _refuse_dates_as_numbers(values: Num[np.ndarray, " N"], name: str) -> None:
         )
 
 
+def _refuse_coarser_times(values: Num[np.ndarray, " N"], unit: str) -> None:
+    """Refuses numbers that are all dates of our days in a coarser unit, as the preparation does.
+
+    Raises:
+      UserError: they are.
+    """
+    if unit in ("s", "iso") or not len(values):
+        return
+    # Here and not above, because seconds need no database.
+    from tim4rec_jax.data_prep.read import GIVE_FLAG, refuse_coarser_times
+
+    first, last = (int(value) * NANOSECONDS[unit] for value in (values.min(), values.max()))
+    try:
+        refuse_coarser_times(first, last, [unit])
+    except UserError as error:
+        said, _, other = str(error).partition(f"{GIVE_FLAG}--time-unit ")
+        raise UserError(f"{said}pass time_unit={other!r}") from error
+
+
 def _plausible(value: float, unit: str) -> bool:
     """Whether a number gives a date between 1973 and 2261."""
     return 1e8 < value * NANOSECONDS[unit] / NANOSECONDS["s"] < _LAST_SECOND
@@ -363,6 +382,7 @@ def histories(table: Any, names: dict[str, str], known: pa.Array, *, rounded: bo
     exact, seconds = times(when, wanted[2], names["time_unit"])
     if not (is_temporal(when.type) or when.type in _TEXTS):
         _refuse_dates_as_numbers(exact, wanted[2])
+        _refuse_coarser_times(exact, names["time_unit"])
     encoded = users.dictionary_encode()
     codes = encoded.indices.to_numpy()
     indices = positions(items, known).fill_null(-1).to_numpy().astype(np.int32) + 1
