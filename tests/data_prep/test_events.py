@@ -48,6 +48,21 @@ def test_a_missing_id_of_a_frame_is_not_called_nan():
         read_events(table)
 
 
+@pytest.mark.parametrize("kind", [pa.float32(), pa.float64()])
+def test_floats_that_are_whole_numbers_are_ids_without_a_fraction(tmp_path, kind):
+    """As `frames.ids` makes them of a table in memory."""
+    items = [105.0, 106.5, -0.0, 2.0**40, 2.0**70, float("inf")]
+    columns = {"user_id": pa.array([7.0] * 6, kind), "item_id": pa.array(items, kind)}
+    table = pa.table(columns | {"timestamp": [1] * 6})
+    pq.write_table(table, tmp_path / "a.parquet")
+    for inputs in (table, [str(tmp_path / "a.parquet")]):
+        found, _ = read_events(inputs)
+        assert set(found["user"].to_pylist()) == {"7"}
+        words = found["item"].to_pylist()
+        assert words[:4] == ["105", "106.5", "0", str(2**40)]
+        assert [float(word) for word in words[4:]] == pytest.approx(items[4:])
+
+
 @pytest.mark.parametrize("ids", [[[1]], [{"a": 1}], [b"\xff"]])
 def test_ids_are_texts_or_numbers(ids):
     table = pa.table({"user_id": ids, "item_id": [1], "timestamp": [1]})

@@ -267,8 +267,10 @@ def _fields(file: SourceFile, layout: Layout) -> str:
         rows = quote_name(_TABLE) if layout.kind == "arrow" else rows
         floats = [pa.types.is_floating(kind) for kind in schema(file).types]
         columns = [
-            # Tables mark a missing number by NaN.
-            f"CASE WHEN isnan(c{n}) THEN NULL ELSE CAST(c{n} AS VARCHAR) END AS c{n}"
+            # Tables mark a missing number by NaN, and make floats of whole numbers with gaps.
+            f"CASE WHEN isnan(c{n}) THEN NULL WHEN c{n} = trunc(c{n}) THEN "
+            f"coalesce(CAST(TRY_CAST(c{n} AS BIGINT) AS VARCHAR), CAST(c{n} AS VARCHAR)) "
+            f"ELSE CAST(c{n} AS VARCHAR) END AS c{n}"
             if floats[n] and layout.columns[n] in (layout.user, layout.item)
             else f"CAST(c{n} AS VARCHAR) AS c{n}"
             for n in numbers
