@@ -463,22 +463,34 @@ def _conflicts(config: Config, model: Any) -> Iterator[str]:
             f"config.train.item_optimizer is {train.item_optimizer!r}, which cannot begin with "
             "another run (--init-from) yet; take item_optimizer=adam"
         )
-    by_rows = spreads_tables(config) or train.item_optimizer != "adam"
-    if by_rows and train.loss not in LOSSES:
-        yield (
-            f"config.train.loss is {train.loss!r}, which needs the whole item table, and config."
-            "mesh spreads it over devices; take a loss of this package, or leave config.mesh out"
-        )
-    if by_rows and not model.item_rows:
-        yield (
-            f"config.model.name is {config.model.name!r}, which computes with the whole item "
-            "table; take another model, or leave config.mesh and config.train.item_optimizer out"
-        )
+    if spreads_tables(config) or train.item_optimizer != "adam":
+        yield from needs_of_whole_tables(config, model)
     buckets, longest = data.buckets, data.max_length
     if buckets is not None and (min(buckets, default=0) < 1 or max(buckets) != longest):
         yield (
             f"config.data.buckets {buckets} must be positive and the longest {longest}, which is "
             "config.data.max_length"
+        )
+
+
+def needs_of_whole_tables(config: Config, model: Any) -> Iterator[str]:
+    """Yields a sentence for each setting that cannot go together with parts of the item table.
+
+    Args:
+      config: the settings.
+      model: the model, or its class.
+    """
+    if config.train.loss not in LOSSES:
+        yield (
+            f"config.train.loss is {config.train.loss!r}, which needs the whole item table, and "
+            "config.mesh or several processes spread it over devices; take a loss of this "
+            "package, or train in one process without config.mesh"
+        )
+    if not model.item_rows:
+        yield (
+            f"config.model.name is {config.model.name!r}, which computes with the whole item "
+            "table; take another model, or train in one process without config.mesh and "
+            "config.train.item_optimizer"
         )
 
 

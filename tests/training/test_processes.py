@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 
 from tests.data.small_dataset import random_histories, write_dataset
 from tests.training.tiny_run import last_item, parameters, quick_config
-from tim4rec_jax.config import resolve
+from tim4rec_jax.config import resolve, use_model
 from tim4rec_jax.data import open_dataset
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.runtime import item_sharding, put, put_rows
@@ -102,6 +102,26 @@ def test_a_training_makes_the_rows_of_its_process(data, dataset, tmp_path, one_o
             np.testing.assert_array_equal(parts, [rows, rows])
         else:
             np.testing.assert_array_equal(np.concatenate(parts), rows)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "words"),
+    [
+        (None, "os:path", "'os:path', which needs the whole item table"),
+        ("caser", "cross_entropy", "'caser', which computes with the whole item table"),
+        ("popularity", "cross_entropy", "'popularity', which computes with the whole item table"),
+    ],
+)
+def test_what_needs_whole_tables_is_refused(model, loss, words, dataset, tmp_path, one_of):
+    """Several processes spread tables without a mesh, and another loss would take its place."""
+    config = quick_config(dataset)
+    if model is not None:
+        use_model(config, model)
+    config.train.loss = loss
+    one_of(0, 2)
+    with pytest.raises(UserError, match=f"{words}.* train in one process"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("place", ["host", "device"])

@@ -138,6 +138,25 @@ def test_sampled_losses(name, objective, shape, microbatches, by_row, x64):
     check(*both(with_bias(), objective, Loss(name, 12), shape, microbatches, by_row))
 
 
+def test_a_loss_of_ones_own_is_refused(x64):
+    """The cross-entropy would take its place in silence."""
+    graphdef, params, fixed = nnx.split(with_bias(), nnx.Param, ...)
+    with pytest.raises(ValueError, match="'os:path' needs the whole item table"):
+        sharded_gradients.loss_and_gradients(
+            graphdef,
+            params,
+            fixed,
+            batch_of("prefix"),
+            row_seeds(jax.random.key(4), ROWS),
+            by_row=ByRow(make_mesh(1, 1, jax.devices()), type(with_bias()).item_rows, None),
+            microbatches=1,
+            objective="prefix",
+            loss=Loss("os:path"),
+            key=jax.random.key(3),
+            frequencies=None,
+        )
+
+
 @slow
 @pytest.mark.parametrize("name", ["bert4rec", "hstu", "lrurec", "sasrec", "tim4rec"])
 @pytest.mark.parametrize("loss", ["cross_entropy", "sampled_softmax"])

@@ -64,7 +64,12 @@ def loss_and_gradients(
     Returns:
       The loss; the gradient of all parameters; and None. If only rows of tables are changed, None
       takes the places of tables, and their rows' gradients come last.
+
+    Raises:
+      ValueError: the loss is a function of the user's, which needs the whole item table.
     """
+    if not loss.is_sampled and loss.name != "cross_entropy":
+        raise ValueError(f"the loss {loss.name!r} needs the whole item table")
     n_items = nnx.merge(graphdef, params, fixed).n_items
     dense, tables = item_rows.split(params, by_row.names)
     only_rows = by_row.optimizer is not None

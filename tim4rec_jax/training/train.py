@@ -186,17 +186,20 @@ def _run(
     if structure.needs_item_counts:
         make_model = partial(make_model, item_counts=train_item_counts(dataset))
     placement = choose_devices(config)
+    if placement.by_item is not None:  # several processes spread tables without a word in `config`
+        for problem in config_lib.needs_of_whole_tables(config, structure):
+            raise UserError(problem)
     if placement.by_item is not None and structure.feature_maps is not None:
         raise UserError(
             f"{dataset.directory} has item features, which are not spread over devices yet; take "
-            "config.model.item_features=False, or leave config.mesh and config.train."
-            "item_optimizer out"
+            "config.model.item_features=False, or train in one process without config.mesh and "
+            "config.train.item_optimizer"
         )
     if placement.by_item is not None and structure.last_offset is not None:
         raise UserError(
             "config.model.repeat_last has a number for each item, and these are not spread over "
-            "devices yet; take config.model.repeat_last=False, or leave config.mesh and "
-            "config.train.item_optimizer out"
+            "devices yet; take config.model.repeat_last=False, or train in one process without "
+            "config.mesh and config.train.item_optimizer"
         )
     names = structure.item_rows if placement.by_item is not None else ()
     check_memory(
