@@ -110,6 +110,53 @@ def test_damage_is_passed_over_with_a_word(tmp_path, capsys, damage):
     assert restore(tmp_path) == (8, 8)
 
 
+def read_error(number):
+    """As a reader of JSON tells what the system has said."""
+    error = UserError("digests/arrays.json cannot be read")
+    error.__cause__ = OSError(number, os.strerror(number))
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (MemoryError(), "the memory does not suffice"),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), "the memory does not suffice"),
+        (OSError(errno.EIO, "Input/output error"), "Input/output error"),
+        (read_error(errno.EACCES), "Permission denied"),
+        (ValueError("UNKNOWN: Error [os_error_code='116' x='2']"), os.strerror(116)),
+        (OSError(errno.ENOENT, "No such file"), None),
+        (read_error(errno.EISDIR), None),
+        (FileNotFoundError("Checkpoint not found."), None),
+        (ValueError("NOT_FOUND: Error [os_error_code='2']"), None),
+        (ValueError("DATA_LOSS: checksum"), None),
+    ],
+)
+def test_what_the_system_refuses_is_no_damage(error, reason):
+    assert checkpoints_module._refusal(error) == reason
+
+
+def test_a_checkpoint_that_cannot_be_read_now_stays(tmp_path, monkeypatch):
+    """It may be whole, and would be deleted as one that is damaged."""
+    save(tmp_path, 5, 8)
+
+    def full(*_, **__):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints_module, "_read", full)
+        with pytest.raises(UserError, match=r"checkpoints/8 cannot be read \(the memory does not"):
+            restore(tmp_path)
+        with pytest.raises(UserError, match=r"checkpoints/8 cannot be read \(the memory does not"):
+            read_state(tmp_path, state(0, -1))
+        checkpoints = Checkpoints(tmp_path)
+        with pytest.raises(UserError, match=r"best/8 cannot be read \(the memory.*put that right"):
+            checkpoints.restore_best(state(0, -1).params)
+        checkpoints.close()
+    assert names(tmp_path / "checkpoints") == {"5", "8"}
+    assert restore(tmp_path) == (8, 8)
+
+
 @pytest.mark.parametrize(
     "error",
     [

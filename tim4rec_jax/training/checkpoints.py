@@ -1,8 +1,11 @@
 """What a run directory keeps: the latest state to resume from, the best parameters."""
 
 import dataclasses
+import errno
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -203,7 +206,7 @@ class Checkpoints:
           iterator: over the training batches; is moved to where the run was.
 
         Raises:
-          UserError: there are checkpoints and none can be read.
+          UserError: there are checkpoints and none can be read, or the system refuses to read one.
         """
         steps = sorted(self.latest.all_steps(), reverse=True)
         wanted = jax.tree.map(
@@ -229,6 +232,12 @@ class Checkpoints:
             # Damage shows as whatever the layer that meets it raises.
             except Exception as error:
                 where = self.latest.directory / str(step)
+                if reason := _refusal(error):
+                    raise UserError(
+                        f"checkpoint {where} cannot be read ({reason}), and nothing was deleted: "
+                        "put that right and run the same command again, or move the checkpoint "
+                        "away to go on from the one before"
+                    ) from error
                 print(f"checkpoint {where} is damaged, passing over it: {first_line(error)}")
                 continue
             # The damaged ones would stand in the way of those that will be saved again.
@@ -249,7 +258,7 @@ class Checkpoints:
           params: their shapes, and where they belong.
 
         Raises:
-          UserError: they are damaged.
+          UserError: they are damaged, or the system refuses to read them.
         """
         step = max(self.best.all_steps())
         folder = Path(self.best.directory) / str(step)
@@ -261,8 +270,11 @@ class Checkpoints:
                 check_digests(stored, recorded, self._rows_of_best)
         # Damage shows as whatever the layer that meets it raises.
         except Exception as error:
+            reason, remedy = first_line(error), "train anew"
+            if refused := _refusal(error):
+                reason, remedy = refused, "put that right and run the same command again"
             raise UserError(
-                f"the best checkpoint {folder} cannot be read ({first_line(error)}); train anew"
+                f"the best checkpoint {folder} cannot be read ({reason}); {remedy}"
             ) from error
         best = jax.tree.map(lambda x: x, params)
         nnx.replace_by_pure_dict(best, stored)
@@ -306,6 +318,37 @@ def _read(folder: Path, wanted: Any, strict: bool) -> Any:
         return checkpointer.restore(folder.absolute(), wanted, strict=strict)
 
 
+# What the system says where a file is missing, or something else has its place.
+_OF_DAMAGE = {
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENXIO,
+    errno.EINVAL,
+    errno.EFBIG,
+}
+
+
+def _refusal(error: BaseException | None) -> str | None:
+    """Why a checkpoint could not be read that may be whole; None if the error is one of damage.
+
+    The memory did not suffice, or the operating system refused to read it.
+    """
+    while error is not None:
+        of_device = isinstance(error, jax.errors.JaxRuntimeError)
+        if isinstance(error, MemoryError) or (of_device and "RESOURCE_EXHAUSTED" in str(error)):
+            return "the memory does not suffice"
+        number = error.errno if isinstance(error, OSError) else None
+        # Tensorstore, below Orbax, raises ValueErrors that quote the system's.
+        if quoted := re.search(r"\[os_error_code='(\d+)'", str(error)):
+            number = int(quoted[1])
+        if number is not None and number not in _OF_DAMAGE:
+            return os.strerror(number)
+        error = error.__cause__
+    return None
+
+
 def _restore_iterator(iterator, folder: Path) -> None:
     """Moves an iterator to where the run was.
 
@@ -331,6 +374,9 @@ def read_state(
     Returns:
       The state that was saved with the run's best parameters, or else the latest one that can be
       read. None: there is none.
+
+    Raises:
+      UserError: the system refuses to read one.
     """
     steps, best = (checkpoint_steps(workdir / name) for name in ("checkpoints", "best"))
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -350,6 +396,11 @@ def read_state(
                 check_digests(stored, of_arrays, rows)
         # Damage shows as whatever the layer that meets it raises.
         except Exception as error:
+            if reason := _refusal(error):
+                raise UserError(
+                    f"checkpoint {checkpoint} cannot be read ({reason}); put that right and run "
+                    "the same command again"
+                ) from error
             print(f"checkpoint {checkpoint} is damaged, passing over it: {first_line(error)}")
             continue
         return _from_storable(shapes, stored)
