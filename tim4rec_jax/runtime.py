@@ -55,15 +55,16 @@ def item_sharding(rows: int, data: int | None, items: int) -> Placement:
 
     Args:
       rows: number of rows in a batch.
-      data: number of devices, or groups of devices, that share the rows. None: as many as there
-        are.
+      data: number of devices, or groups of devices, that share the rows. None: the largest one that
+        divides both their number and the rows.
       items: number of devices in a group. They compute scores of the same rows, of other items.
 
     Raises:
-      UserError: there are fewer devices, or they cannot share the rows.
+      UserError: there are fewer devices, they cannot share the rows, or a process has none of them.
     """
-    every = len(jax.devices())
-    data = math.gcd(max(every // items, 1), rows) if data is None else data
+    devices, asked = jax.devices(), data
+    every = len(devices)
+    data = math.gcd(max(every // items, 1), rows) if asked is None else asked
     if data * items > every:
         raise UserError(
             f"config.mesh asks for {data} x {items} devices, and there are {every}; lower "
@@ -74,7 +75,18 @@ def item_sharding(rows: int, data: int | None, items: int) -> Placement:
             f"{rows} rows cannot be shared by config.mesh.data={data}; take a multiple of it for "
             "config.train.batch_size"
         )
-    placement = _placement(make_mesh(data, items, jax.devices()))
+    chosen, all_processes = (
+        {device.process_index for device in some} for some in (devices[: data * items], devices)
+    )
+    if chosen < all_processes:
+        remedy = f"let config.mesh.data x config.mesh.catalogue be {every}"
+        if asked is None and data < every // items:
+            remedy = f"take a multiple of {every // items} for it"
+        raise UserError(
+            f"{data} x {items} of {every} devices share config.train.batch_size={rows}, which "
+            f"leaves processes without a device; {remedy}"
+        )
+    placement = _placement(make_mesh(data, items, devices))
     return placement._replace(by_item=NamedSharding(placement.mesh, PartitionSpec(AXES)))
 
 

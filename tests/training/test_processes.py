@@ -76,6 +76,23 @@ def test_parts_that_would_be_uneven(one_of):
         processes.share(3)
 
 
+@pytest.mark.parametrize(
+    ("rows", "data", "catalogue", "words"),
+    [
+        (15, None, 1, "1 x 1 of 4 devices share .*=15, .*; take a multiple of 4 for it"),
+        (6, None, 1, "2 x 1 of 4 .*; take a multiple of 4 for it"),
+        (5, None, 2, "1 x 2 of 4 .*; take a multiple of 2 for it"),
+        (16, 1, 1, "1 x 1 of 4 .*; let config.mesh.data x config.mesh.catalogue be 4"),
+    ],
+)
+def test_a_process_without_a_device(rows, data, catalogue, words, monkeypatch):
+    """It would end with an error of JAX, and the others with one of the network."""
+    devices = [SimpleNamespace(process_index=number // 2) for number in range(4)]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+    with pytest.raises(UserError, match=words):
+        item_sharding(rows, data, catalogue)
+
+
 class Made(Exception):
     """Carries the batches of a training, which ends there."""
 
