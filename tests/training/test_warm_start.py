@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pyarrow as pa
 import pytest
 from flax import nnx
@@ -17,12 +19,14 @@ from tests.training.tiny_run import die_at, quick_config
 from tim4rec_jax import api
 from tim4rec_jax import config as config_lib
 from tim4rec_jax.cli import parse
+from tim4rec_jax.data import open_dataset
 from tim4rec_jax.data.features import FEATURES_FILE, Categorical, Dense, FeatureTable
 from tim4rec_jax.digests import read_digests
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import build
 from tim4rec_jax.run import load_model, read_settings, write_settings
-from tim4rec_jax.training import dispatch
+from tim4rec_jax.training import dispatch, warm_start
+from tim4rec_jax.training.inputs import feature_arrays
 from tim4rec_jax.training.row_matching import (
     BIAS,
     KERNEL,
@@ -414,6 +418,38 @@ def test_categories_alone_have_no_map_of_numbers():
     params = {BIAS: np.ones(3, np.float32)}
     FeatureMatch.matched(table, table).keep_sums(params)
     assert list(params) == [BIAS] and params[BIAS].tolist() == [1, 1, 1]
+
+
+def test_items_without_events_stay_on_their_features(tmp_path, monkeypatch):
+    """The mean of yesterday's gradients would have Adam move rows that have no gradient today."""
+    numbers = range(1, 31)
+    prices, genres = [float(n % 7) for n in numbers], ["ab"[n % 2] for n in numbers]
+    features(0.0, 1.0, genres, prices).write(tmp_path / FEATURES_FILE)
+    histories = random_histories([14] * 30, n_items=29)  # one item has no event
+    dataset = open_dataset(write_dataset(tmp_path, histories, ids=[f"i{n}" for n in numbers]))
+    config = quick_config(tmp_path, objective="every_position", init_from=str(tmp_path))
+    config = config_lib.resolve(config)
+    make = functools.partial(
+        build,
+        config.model,
+        n_items=30,
+        n_users=30,
+        max_length=12,
+        seed=0,
+        item_features=feature_arrays(dataset),
+    )
+    model = make()
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+    adam = optax.ScaleByAdamState(jnp.int32(9), ones, ones)
+    monkeypatch.setattr(warm_start, "load_model", lambda run, fold: (config, model))
+    monkeypatch.setattr(warm_start, "check_model", lambda *_: None)
+    monkeypatch.setattr(warm_start, "_read_adam", lambda *_: adam)
+    structure = nnx.eval_shape(make)
+    start = warm_start.read_warm_start(config, tmp_path / "run", dataset, make, structure)
+    assert start.moments is not None
+    name = "item_embedding/embedding"
+    assert not start.params[name][30].any() and not start.moments.mu[name][30].any()
+    assert start.moments.mu[name][:30].all() and start.moments.nu[name].all()
 
 
 # In every test run, `test_features_add_what_they_added` looks at what is done to the maps.

@@ -201,10 +201,6 @@ def read_warm_start(
         return zeros if nothing else functools.partial(new_rows, rng=rng)
 
     params = moved(_arrays(nnx.state(model, nnx.Param)), first_rows)
-    if features is not None:
-        features.keep_sums(params)
-        # As `ItemEmbedding` has them.
-        params[_ITEMS][1:][: dataset.n_items][train_item_counts(dataset) == 0] = 0
     if moments is not None:
         # The gradients of a new row have no mean yet. Their size is guessed, because Adam takes the
         # count of updates of the whole table for that of each row: from a second moment of 0, the
@@ -212,6 +208,13 @@ def read_warm_start(
         moments = Moments(
             moments.count, moved(moments.mu, lambda _: zeros), moved(moments.nu, lambda _: means)
         )
+    if features is not None:
+        features.keep_sums(params)
+        # Rows of items without events are zero, as `ItemEmbedding` has them, and stay there.
+        cold = 1 + np.flatnonzero(train_item_counts(dataset) == 0)
+        params[_ITEMS][cold] = 0
+        if moments is not None:
+            moments.mu[_ITEMS][cold] = 0
     new, gone = len(items.origin) - items.kept, items.size - items.kept
     optimizer = "Adam goes on" if moments else "Adam begins anew"
     words = f"{items.kept:,} items as there, {new:,} new, {gone:,} dropped; {optimizer}"
