@@ -38,6 +38,7 @@ from tim4rec_jax.errors import UserError
         ("model.time_drop_out", -0.1, "must lie in [0, 1)"),
         ("train.learning_rate", float("nan"), "must be positive"),
         ("train.epochs", 0, "must be positive"),
+        ("train.calibration", 1.5, "must lie in [0, 1]"),
         ("model.d_conv", 0, "must be positive"),
         ("model.norm_eps", 0.0, "must be positive"),
         ("seed", -1, "must not be negative"),
@@ -90,6 +91,13 @@ def test_values_that_become_of_the_right_kind():
     config = config_lib.resolve(config)
     assert repr((config.train.learning_rate, config.model.norm_eps)) == "(1.0, 1.0)"
     assert config.data.buckets == (25, 50)
+
+
+def test_gbce_may_be_calibrated_in_full():
+    """With 1 the scores are probabilities."""
+    config = config_lib.default()
+    config.train.update(loss="gbce", calibration=1.0)
+    assert config_lib.resolve(config).train.calibration == 1.0
 
 
 def test_settings_that_are_missing():

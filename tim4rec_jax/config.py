@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from ml_collections import ConfigDict, config_dict
 
-from tim4rec_jax.checks import NOT_NEGATIVE, POSITIVE, RATE, Check, checked, one_of
+from tim4rec_jax.checks import NOT_NEGATIVE, POSITIVE, SHARE, Check, checked, one_of
 from tim4rec_jax.errors import UserError
 
 # The functions that need the models import them. So `train.py --help` can begin without JAX.
@@ -140,7 +140,12 @@ SETTINGS: dict[str, Setting] = {
         ),
     ),
     "train.negatives": Setting(512, "items that a sampled loss draws for a batch", POSITIVE),
-    "train.calibration": Setting(0.75, "t of gbce (arXiv 2308.07192)", RATE),
+    "train.calibration": Setting(
+        0.75,
+        "t of gbce (arXiv 2308.07192): 0 is the plain binary cross-entropy; with 1 the scores are "
+        "probabilities",
+        SHARE,
+    ),
     "train.batch_size": Setting(
         2048,
         "rows in a batch; a row is one history, or with every_position max_length positions that "
@@ -159,7 +164,12 @@ SETTINGS: dict[str, Setting] = {
         "of the learning rate: constant, or cosine, which falls to 0 over all epochs",
         one_of("constant", "cosine"),
     ),
-    "train.weight_decay": Setting(0.0, "of AdamW; 0: Adam", NOT_NEGATIVE),
+    "train.weight_decay": Setting(
+        0.0,
+        "factor of the weights in what is added to their gradients before Adam, as "
+        "torch.optim.Adam has it; AdamW is another",
+        NOT_NEGATIVE,
+    ),
     "train.epochs": Setting(300, "most passes over the training data", POSITIVE),
     "train.patience": Setting(
         20, "epochs in a row without a better NDCG@10 before training stops", NOT_NEGATIVE
