@@ -191,6 +191,8 @@ def test_the_moment_of_prediction(recommenders):
         (["i1"], [10**30], 10, "whole seconds"),
         (["i1"], [None], 10, "whole seconds"),
         (["i1"], [-5], 10, "negative timestamp -5"),
+        (["i1", None], [1, 2], 10, "an item is None; ids are texts or whole numbers, so convert"),
+        ([1.0], [1], 10, "an item is 1.0; ids are"),
         (["i1"], [1], 0, "k is 0"),
     ],
 )

@@ -123,6 +123,28 @@ def test_strangers_and_unknown_items(recommenders, store):
     assert store.history("7") == (["i1"], [5])
 
 
+@pytest.mark.parametrize("wrong", [None, float("nan"), 5.0, True, ("u",), b"u"])
+def test_what_is_no_id(recommenders, wrong):
+    """A table with a gap has None or NaN there, and its other whole numbers are floats."""
+    store = MemoryStore()
+    recommender = with_store(recommenders("masked"), store)
+    asked = [
+        lambda: recommender.update(wrong, "i1", 5),
+        lambda: recommender.update("u", wrong, 5),
+        lambda: recommender.update_batch([("u", "i1", 5), (wrong, "i1", 6)]),
+        lambda: recommender.recommend_user(wrong),
+        lambda: recommender.compute_states([wrong]),
+        lambda: recommender.delete_user(wrong),
+    ]
+    for ask in asked:
+        with pytest.raises(UserError, match=r"(user|item) is .*; ids are texts or whole numbers"):
+            ask()
+    assert not store._users
+    first, second = recommender.update_many([([(wrong, "i1", 5)], False), ([(7, "i1", 5)], False)])
+    assert isinstance(first, UserError) and second == [True]
+    assert list(store._users) == ["7"]
+
+
 def test_late_events(recommenders, store):
     recommender = with_store(recommenders("causal"), store)
     recommender.update("u", "i1", 10)

@@ -13,6 +13,7 @@ from jaxtyping import Int32, Int64
 from tim4rec_jax.config import Config
 from tim4rec_jax.data.format import DATASET_FILE, ITEMS_FILE, read_items, read_metadata
 from tim4rec_jax.data.ids import IdIndex, Texts
+from tim4rec_jax.errors import UserError
 from tim4rec_jax.models import SequenceModel
 from tim4rec_jax.run import check_model, check_same_dataset, load_model
 
@@ -91,6 +92,24 @@ class Catalogue:
         return [
             f"{title or ''} {item}".casefold() for item, title in zip(self.ids, titles, strict=True)
         ]
+
+
+def id_text(value: Any, what: str) -> str:
+    """An id as a text; a number counts as its decimal digits.
+
+    Args:
+        value: the id, which may be a value of numpy or Arrow.
+        what: what the message of an error begins with, "a user is" for example.
+
+    Raises:
+        UserError: it is no text and no whole number: missing, for example, or 5.0 for 5.
+    """
+    value = value.as_py() if hasattr(value, "as_py") else value
+    if isinstance(value, bool) or not isinstance(value, str | int | np.integer):
+        raise UserError(
+            f"{what} {value!r}; ids are texts or whole numbers, so convert it or leave it out"
+        )
+    return str(value)
 
 
 def load_run(workdir: Path, dataset: Path | None = None) -> tuple[Config, SequenceModel, Catalogue]:

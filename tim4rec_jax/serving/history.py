@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int32, Int64
 
 from tim4rec_jax.errors import UserError
-from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.serving.catalogue import Catalogue, id_text
 
 LAST_SECOND = 9_200_000_000  # in the year 2261; a later time is not in seconds
 
@@ -118,7 +118,8 @@ def read_histories(
         The known events, and the number of unknown ones of each history.
 
     Raises:
-        UserError: times fall, are no numbers, or are not as many as the items.
+        UserError: times fall, are no numbers, or are not as many as the items, or an item is
+            neither a text nor a whole number.
     """
     rounded = catalogue.metadata["order"] == "recbole"
     items, times = [np.empty(0, np.int32)], [np.empty(0, np.int64)]
@@ -127,7 +128,8 @@ def read_histories(
         where = f"history {number + 1}: " if len(histories) > 1 else ""
         if isinstance(ids, str) or len(ids) != len(timestamps):
             raise UserError(f"{where}items and timestamps must be lists of the same length")
-        indices, exact = catalogue.indices(ids), check_times(timestamps, where)
+        indices = catalogue.indices(id_text(item, f"{where}an item is") for item in ids)
+        exact = check_times(timestamps, where)
         keys = exact.astype(np.float32) if rounded else exact
         falls = np.flatnonzero(keys[1:] < keys[:-1])
         if falls.size:

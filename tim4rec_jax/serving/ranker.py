@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Int64, UInt8
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.layers.neighbours import RECENT
 from tim4rec_jax.serving.ann_index import ApproximateIndex
-from tim4rec_jax.serving.catalogue import Catalogue
+from tim4rec_jax.serving.catalogue import Catalogue, id_text
 from tim4rec_jax.serving.compiled_model import MAX_ROWS, CompiledModel
 from tim4rec_jax.serving.history import Events, check_times
 from tim4rec_jax.serving.top_items import BARRED, REPEATED
@@ -276,8 +276,4 @@ def ids_of(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
         return None
     if not isinstance(items, Iterable):
         raise UserError(f"{name} is {items!r}; give a list of ids")
-    ids = [item.as_py() if hasattr(item, "as_py") else item for item in items]  # of Arrow
-    for item in ids:
-        if isinstance(item, bool) or not isinstance(item, str | int | np.integer):
-            raise UserError(f"{name} holds {item!r}; ids are texts or whole numbers")
-    return frozenset(map(str, ids))
+    return frozenset(id_text(item, f"{name} holds") for item in items)

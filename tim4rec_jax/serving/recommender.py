@@ -12,7 +12,7 @@ import numpy as np
 
 from tim4rec_jax.errors import UserError
 from tim4rec_jax.serving.ann_index import ApproximateIndex
-from tim4rec_jax.serving.catalogue import Catalogue, load_run
+from tim4rec_jax.serving.catalogue import Catalogue, id_text, load_run
 from tim4rec_jax.serving.compiled_model import CompiledModel
 from tim4rec_jax.serving.history import Events, check_times, read_histories
 from tim4rec_jax.serving.ranker import Query, Ranker, Times
@@ -153,7 +153,8 @@ class Recommender:
             sort: whether to sort the events by time, ties in the order given.
 
         Raises:
-            UserError: times fall or are no numbers, `k` is below 1, or `at` does not fit the model.
+            UserError: times fall or are no numbers, an id is neither a text nor a whole number, `k`
+                is below 1, or `at` does not fit the model.
         """
         options: dict[str, Any] = dict(exclude_seen=exclude_seen, allow=allow, deny=deny, sort=sort)
         return self.recommend_batch([(items, timestamps)], k, at=at, **options)[0]
@@ -210,7 +211,7 @@ class Recommender:
         """Adds an event to a user's log and brings the user's state up to date.
 
         Args:
-            user: any id.
+            user: the id, a text or a whole number.
             item: the original id. An unknown item is counted in `unknown_events` and skipped.
             timestamp: the time, in whole seconds since 1970.
             sort: whether to put an event that is earlier than the user's last one where it
@@ -220,7 +221,8 @@ class Recommender:
             Whether the model knows the item.
 
         Raises:
-            UserError: the event is earlier than the user's last one, or the store cannot be used.
+            UserError: the event is earlier than the user's last one, an id is neither a text nor a
+                whole number, or the store cannot be used.
         """
         return self.update_batch([(user, item, timestamp)], sort=sort)[0]
 
@@ -251,18 +253,18 @@ class Recommender:
         results: list[list[bool] | UserError] = []
         updates, numbers = [], []
         for number, (events, sort) in enumerate(requests):
-            indices = self.catalogue.indices(item for _, item, _ in events)
             try:
+                users = [id_text(user, "a user is") for user, _, _ in events]
+                items = [id_text(item, "an item is") for _, item, _ in events]
                 times = check_times([time for _, _, time in events])
             except UserError as error:
                 results.append(error)
                 continue
+            indices = self.catalogue.indices(items)
             known: dict[str, list[tuple[int, int]]] = {}
-            for (user, *_), index, time in zip(
-                events, indices.tolist(), times.tolist(), strict=True
-            ):
+            for user, index, time in zip(users, indices.tolist(), times.tolist(), strict=True):
                 if index:
-                    known.setdefault(str(user), []).append((index, time))
+                    known.setdefault(user, []).append((index, time))
             results.append((indices > 0).tolist())
             updates.append(Update(known, sort))
             numbers.append(number)
@@ -281,7 +283,7 @@ class Recommender:
         Returns:
             Whether the store knew the user.
         """
-        return self._users.delete(str(user))
+        return self._users.delete(id_text(user, "the user is"))
 
     def open_training(self) -> str:
         """Opens the dataset of the training now, which otherwise the first user would wait for.
@@ -310,13 +312,14 @@ class Recommender:
         (`compute_states`).
         """
         # In this order, no item is recommended again whose event the state has taken in.
-        state = self._users.kept_state(str(user)) if self.model.supports_step else None
-        events, *_ = self._users.log(str(user))
+        user = id_text(user, "the user is")
+        state = self._users.kept_state(user) if self.model.supports_step else None
+        events, *_ = self._users.log(user)
         return events, state
 
     def compute_states(self, users: Sequence[Any]) -> list[bytes]:
         """The states of users of the store; they are computed from the log where none is kept."""
-        return self._users.states([str(user) for user in users])
+        return self._users.states([id_text(user, "a user is") for user in users])
 
     def recommend_user(
         self,
