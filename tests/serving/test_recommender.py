@@ -5,6 +5,8 @@ import shutil
 import threading
 
 import numpy as np
+import pandas as pd
+import polars as pl
 import pyarrow.parquet as pq
 import pytest
 
@@ -149,8 +151,19 @@ def test_allow_and_deny(recommenders):
     allow = recommender.recommend(items, times, 30, allow=some, deny=["i9"], exclude_seen=False)
     expect(allow, {"i4", items[0], "i30", "i17"})
     assert recommender.recommend(items, times, allow=["new"]).items == []
-    assert recommender.recommend(items, times, deny=scores).items == []
+    assert recommender.recommend(items, times, deny=list(scores)).items == []
     assert recommender.recommend([], [], allow=["new"]).items == []
+
+
+@pytest.mark.parametrize("kind", [pd.DataFrame, pl.DataFrame, dict])
+def test_a_filter_is_no_table(recommenders, kind):
+    """Of a table, the name of its column would be the only id."""
+    table = kind({"i4": ["i5", "i6"]})
+    for name in ("allow", "deny"):
+        with pytest.raises(UserError, match=f"{name} is a .*; give a list or one column of ids"):
+            recommenders("masked").recommend(["i1"], [1], **{name: table})
+    if kind is not dict:
+        recommenders("masked").recommend(["i1"], [1], deny=table["i4"])
 
 
 def test_seen_items_reach_back_beyond_the_window(recommenders):

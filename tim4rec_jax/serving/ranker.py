@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -268,12 +268,16 @@ def ids_of(name: str, items: Iterable[Any] | None) -> frozenset[str] | None:
         items: the ids.
 
     Raises:
-        UserError: it is a single text, or something else than texts and whole numbers.
+        UserError: it is a single text, a table, or something else than texts and whole numbers.
     """
     if isinstance(items, str | bytes):
         raise UserError(f"{name} is the single text {items!r}; give a list of ids")
     if items is None:
         return None
+    # Of a table of pandas and of a dictionary, only the names would be read.
+    if isinstance(items, Mapping) or hasattr(items, "columns"):
+        kind = type(items).__name__
+        raise UserError(f"{name} is a {kind}; give a list or one column of ids")
     if not isinstance(items, Iterable):
         raise UserError(f"{name} is {items!r}; give a list of ids")
     return frozenset(id_text(item, f"{name} holds") for item in items)
