@@ -135,15 +135,24 @@ def verdict(results: Results) -> str:
     strongest = max(gains, key=lambda name: EFFECTS[name])
     share, error = (100 * x / worth(strongest) for x in gains[strongest][:2])
     some = [name for name, gap in gains.items() if gap.clear and gap.value > 0]
-    least = min(some, key=lambda name: EFFECTS[name]) if some else strongest
-    weak = 100 * gains[least].value / worth(least)
+    if not some:
+        return "No: the gain of time is clear at none of the effects."
+    least = min(some, key=lambda name: EFFECTS[name])
     text = (
-        f"At the strongest effect the model gains {share:.0f} ± {error:.0f} % of what time is "
-        f"worth, at {EFFECTS[least]:g} {weak:.0f} %, and below that nothing clear. More than all "
-        "is chance of the users and the seeds"
+        f"At the strongest effect the model gains {share:.0f} ± {error:.0f} % of what time is worth"
     )
+    if least != strongest:
+        weak = 100 * gains[least].value / worth(least)
+        text += f", at {EFFECTS[least]:g} {weak:.0f} %"
+    text += ", and below that nothing clear"
+    if share > 100:
+        text += ". More than all is chance of the users and the seeds"
     real = [d for d in results.datasets if d not in EFFECTS and _by_gap(results, d)]
-    clear = [named(d) for d in real if any(gap.clear for gap in _by_gap(results, d).values())]
+    clear = [
+        named(d)
+        for d in real
+        if any(gap.clear and gap.value > 0 for gap in _by_gap(results, d).values())
+    ]
     if real:
         text += (
             f". On real logs the last gap tells for whom time is of use on {join(clear)}"

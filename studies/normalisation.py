@@ -221,6 +221,11 @@ def _told(gains: dict[str, Estimate]) -> str:
     return f"{join([f'{name} {gap}' for name, gap in ordered])}: a gain is {verdict}."
 
 
+def _share(gap: Estimate, room: float) -> str:
+    """A gain as a share of the best possible one."""
+    return f"{round(100 * gap.value / room)} ± {round(100 * gap.error / room)} %"
+
+
 def verdict(results: Results) -> str:
     """Whether every normalisation that keeps the gaps apart gains the same."""
     best = ceilings()
@@ -228,16 +233,17 @@ def verdict(results: Results) -> str:
     found = {name: _gains(results, name) for name in SYNTHETIC}
     if not all(found.values()):
         return ""
-    apart = {n: gap for n, gap in found["since-visit"].items() if n not in ("none", "paper")}
-    shares = {name: round(100 * gap.value / room) for name, gap in apart.items()}
+    apart = {n: gap for n, gap in found["since-visit"].items() if n != "paper"}
+    shares = {name: _share(gap, room) for name, gap in apart.items()}
     nothing = [name for name, gap in apart.items() if not gap.clear]
-    some = [f"{name} {share} %" for name, share in shares.items() if name not in nothing]
-    if not some:
+    if len(nothing) == len(apart):
+        told = join([f"{n} {_share(gap, room)}" for n, gap in found["since-visit"].items()])
         return (
-            "It cannot be told: on the synthetic logs none but the paper's gains clearly, because "
-            "the seeds of the others differ too much."
+            "It cannot be told: of what the synthetic log with times since the first visit offers, "
+            f"no normalisation in the paper's place gains a clear share ({told})."
         )
     same = "Yes" if not nothing else "No, the normalisation decides"
+    some = [f"{name} {share}" for name, share in shares.items() if name not in nothing]
     text = f"{same}: of what the synthetic logs offer, {join(some)} is gained"
     if nothing:
         text += (
@@ -276,7 +282,7 @@ def answer(results: Results) -> list[str]:
         room = best["with_time"] - best["time_blind"]
         for dataset in made:
             shares = [
-                f"{name} {round(100 * gap.value / room)} ± {round(100 * gap.error / room)} %"
+                f"{name} {_share(gap, room)}{' (one seed)' if gap.seeds == 1 else ''}"
                 for name, gap in gains[dataset].items()
             ]
             if shares:

@@ -68,6 +68,11 @@ def without_time(model: SequenceModel, settings: Any, sizes: dict[str, Any]) -> 
     return plain
 
 
+def _trained_for(epochs: int) -> str:
+    """The name of the arm of the middle width that is trained for this many epochs."""
+    return f"causal {MIDDLE}, {epochs} epoch{'s' * (epochs > 1)}"
+
+
 def arms(dataset: str, quick: bool) -> list[Arm]:
     """The causal model by width, and for fewer epochs; the models without time are not needed."""
     if quick:
@@ -79,7 +84,7 @@ def arms(dataset: str, quick: bool) -> list[Arm]:
     [middle] = [arm for arm in wide if arm.factors["width"] == MIDDLE]
     short = [
         Arm(
-            f"{middle.name}, {epochs} epoch{'s' * (epochs > 1)}",
+            _trained_for(epochs),
             dataset,
             middle.config,
             overridden(middle.settings, (f"train.epochs={epochs}", "train.schedule=constant")),
@@ -171,16 +176,20 @@ def _by_width(results: Results, dataset: str) -> dict[int, list[Row]]:
     return {w: select(rows, width=w) for w in sorted({row["width"] for row in rows})}
 
 
-def by_epoch(results: Results, dataset: str) -> dict[str, list[Row]]:
-    """The rows of the middle width before training, after few epochs, and at the best epoch."""
+def _by_epoch(results: Results, dataset: str) -> dict[str, list[Row]]:
+    """The rows of the middle width before training, after few epochs, and at the best epoch.
+
+    Nothing, if no short training has been looked at.
+    """
     rows = select(results.details, dataset=dataset, what="spectrum", width=MIDDLE)
     whole = f"causal {MIDDLE}"
-    found = {"none": select(rows, arm=whole, epoch="initial")}
-    for epochs in SHORTER:
-        name = f"{whole}, {epochs} epoch{'s' * (epochs > 1)}"
-        found[str(epochs)] = select(rows, arm=name, epoch="best")
-    found["best"] = select(rows, arm=whole, epoch="best")
-    return {epochs: rows for epochs, rows in found.items() if rows}
+    short = {
+        str(epochs): found
+        for epochs in SHORTER
+        if (found := select(rows, arm=_trained_for(epochs), epoch="best"))
+    }
+    before, after = (select(rows, arm=whole, epoch=epoch) for epoch in ("initial", "best"))
+    return {"none": before, **short, "best": after} if before and short else {}
 
 
 def _spoken(value: float) -> str:
@@ -254,8 +263,7 @@ def answer(results: Results) -> list[str]:
             f"There it raises it in {up} of {len(heads)} heads, and training itself moves the "
             f"effective rank from {_spoken(start)} to {_spoken(end)}."
         )
-        stages = by_epoch(results, dataset)
-        if set(stages) > {"none", "best"}:
+        if stages := _by_epoch(results, dataset):
             told = [
                 f"{_spoken(statistics.mean(row['effective_rank'] for row in rows))} "
                 f"({_spoken(rise(rows).value)} ± {_spoken(rise(rows).error)})"
@@ -277,7 +285,7 @@ def draw(results: Results, figure: Any) -> None:
     if not datasets:
         return
     kinds = ("effective rank", "singular values")
-    epochs = {d: stages for d in datasets if len(stages := by_epoch(results, d)) > 2}
+    epochs = {d: stages for d in datasets if (stages := _by_epoch(results, d))}
     titles = [f"{named(d)}: {kind}" for d in datasets for kind in kinds]
     titles += [f"width {MIDDLE} in training"] * bool(epochs)
     drawn = iter(panels(figure, titles))

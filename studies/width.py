@@ -156,7 +156,7 @@ def verdict(results: Results) -> str:
     others = {
         f"{row['arm']} on {named(d)}": gap
         for d in results.datasets
-        for row in results.select(dataset=d, width=64)
+        for row in results.select(dataset=d, width=_usual(d)["width"])
         if (gap := results.difference(d, row["arm"]))
     }
     if not others:

@@ -18,8 +18,8 @@ def paired_p_values(gains: Mapping[str, Float[np.ndarray, " U"]]) -> dict[str, f
         same users in the same order.
 
     Returns:
-      The corrected p value of each model but the first. It is 1 where no user
-      differs, or where there is one user.
+      The corrected p value of each model but the first. It is 1 where no user differs, or where
+      there is one user.
     """
     (_, first), *others = gains.items()
     raw = {}
